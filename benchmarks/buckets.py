@@ -1,0 +1,455 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bucketize, scatter and gather: time beside peers and floors, and whether the layouts are what they must be.
+
+Floors, from the copy bandwidth measured in the same run:
+- bucketize: the points read twice (their bounds must be known before the first voxel), 24 bytes, and two int32
+  permutations written, 8 bytes: 32 bytes a point. Sorting in between costs more; nothing can cost less.
+- scatter and gather: each row read and written once; the index, 4 bytes a row, is not counted. Their floor is a rate,
+  that of a copy through device memory: a result that stays in L2 may beat it.
+
+Where `must` is a multiple of another time, that time was measured just before, at the same number of points.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from ml_dtypes import bfloat16
+
+import gpu3d
+from benchmarks import data, timing
+from benchmarks.table import Peer, Row, Setting
+from gpu3d.reference.buckets import HASHES
+
+SIZE = 122_880  # "120k": 240 buckets of 512
+MILLION = 1_000_000
+MUST_AND_AIM = {SIZE: (0.040, 0.020), MILLION: (0.12, 0.08), 4_000_000: (0.40, 0.27), 16_000_000: (1.6, 0.9)}  # ms
+HASH_MUST = 1.4  # the other hashes, and ragged batches: times zorder_div's time at equal N
+DEGENERATE_MUST = 1.5
+OTHER_HASHES = [hash for hash in HASHES if hash != "zorder_div"]
+BATCH = 4
+RUNS = 100
+L2_BYTES = 50e6
+BYTES_A_POINT = 32  # see the floors above
+CHANNELS = 64
+
+# Peers that no registry has cannot run here. Their figures, in ms, are of an earlier run on an H100 80GB (driver 580,
+# CUDA 13.0, torch 2.11, 2026-11-22; a nuScenes sweep repeated), and are marked as such wherever they stand.
+NOT_INSTALLABLE = "in no registry"
+FLASH3D_EARLIER = {
+    ("zorder_div", SIZE): 0.382,
+    ("xor_div", SIZE): 0.204,
+    ("zorder_mod", SIZE): 0.120,
+    ("xor_mod", SIZE): 0.046,
+    ("zorder_div", MILLION): 1.92,
+    ("xor_div", MILLION): 0.87,
+    ("zorder_mod", MILLION): 0.59,
+    ("xor_mod", MILLION): 0.31,
+    ("zorder_div", 4_000_000): 7.49,
+}
+FLASH3D_NOTES = {MILLION: "(buckets of 2048)", 4_000_000: "(buckets of 7936)"}
+FLASH3D_HOST_EARLIER = 900.0  # us
+PTV3_EARLIER = {SIZE: 0.647, MILLION: 0.995, 4_000_000: 1.50}
+TORCH_SORT_EARLIER = {SIZE: 0.085, MILLION: 0.171, 4_000_000: 0.544}
+
+# What is checked, by name.
+FULL = "every bucket full"  # but the last of each cloud; and a bijection
+REFERENCE = "= CPU reference"  # bit for bit
+SORT = "= stable sort of the 48-bit codes"
+
+
+def run(setting: Setting) -> Iterator[Row]:
+    rows = []
+    for part in (_sizes, _other_hashes, _ragged, _probe, _degenerate, _moves, _host, _sweeps, _determinism):
+        for row in part(setting):
+            rows.append(row)
+            yield row
+    yield from _summary(rows)
+
+
+# ---- time ----------------------------------------------------------------------------------------------------------
+
+
+def _sizes(setting: Setting) -> Iterator[Row]:
+    for n, (must, aim) in MUST_AND_AIM.items():
+        if setting.quick and n > MILLION:
+            yield Row(f"zorder_div + spill, {n:,} points", "graph", "ms", None, must, aim, note="skipped: --quick")
+            continue
+        host = data.sweep_cloud(n, setting.folder)
+        points, codes = _upload(host), data.codes(host)
+        yield Row(
+            f"zorder_div + spill, {n:,} points",
+            _graph(host),
+            "ms",
+            timing.graph_time(lambda points=points: gpu3d.bucketize(points)),
+            must,
+            aim,
+            floor=_floor(n, setting),
+            peers=_sort_peers(codes, n),
+            checks=_check(host, gpu3d.bucketize(points), codes=codes, reference=n < 16_000_000),
+        )
+
+
+def _sort_peers(codes: np.ndarray, n: int) -> tuple[Peer, ...]:
+    """Peers of zorder_div + spill: the codes are computed beforehand, and only our time holds their cost."""
+    codes = codes.astype(np.int64)
+    ready = _upload(codes)
+    return (
+        _peer("torch.sort of the int64 codes alone", _graph(codes), _torch_sort(codes), TORCH_SORT_EARLIER.get(n)),
+        _peer("cupy.argsort of the int64 codes alone", "eager", lambda: timing.eager_time(_cupy_argsort(ready))),
+        _flash3d("zorder_div", n),
+        _absent("PTv3 serialization, one z order", "graph", PTV3_EARLIER.get(n)),
+    )
+
+
+def _torch_sort(codes: np.ndarray) -> Callable[[], float]:
+    def measure() -> float:
+        ready = _torch_upload(codes)
+        import torch
+
+        return timing.torch_graph_time(lambda: torch.sort(ready))
+
+    return measure
+
+
+def _cupy_argsort(codes: Any) -> Callable[[], Any]:
+    import cupy
+
+    return lambda: cupy.argsort(codes)
+
+
+def _other_hashes(setting: Setting) -> Iterator[Row]:
+    for n in (SIZE, MILLION):
+        host = data.sweep_cloud(n, setting.folder)
+        points = _upload(host)
+        plain = timing.graph_time(lambda points=points: gpu3d.bucketize(points))
+        for hash in OTHER_HASHES:
+            yield Row(
+                f"{hash} + spill, {n:,} points",
+                _graph(host),
+                "ms",
+                timing.graph_time(lambda points=points, hash=hash: gpu3d.bucketize(points, hash=hash)),
+                HASH_MUST * plain,
+                floor=_floor(n, setting),
+                peers=(_flash3d(hash, n),),
+                checks=_check(host, gpu3d.bucketize(points, hash=hash), hash=hash),
+                note=f"must: {HASH_MUST} x zorder_div ({plain:.4f} ms)",
+            )
+
+
+def _ragged(setting: Setting) -> Iterator[Row]:
+    host = data.sweep_cloud(BATCH * SIZE, setting.folder)
+    points, lengths = _upload(host), [SIZE] * BATCH
+    one = timing.graph_time(lambda: gpu3d.bucketize(points))
+    yield Row(
+        f"zorder_div + spill, one cloud of {BATCH * SIZE:,} points",
+        _graph(host),
+        "ms",
+        one,
+        floor=_floor(BATCH * SIZE, setting),
+        checks=_check(host, gpu3d.bucketize(points), codes=data.codes(host)),
+    )
+    yield Row(
+        f"... {BATCH} clouds of {SIZE:,}",
+        _graph(host),
+        "ms",
+        timing.graph_time(lambda: gpu3d.bucketize(points, lengths=lengths)),
+        HASH_MUST * one,
+        floor=_floor(BATCH * SIZE, setting),
+        checks=_check(host, gpu3d.bucketize(points, lengths=lengths), lengths=lengths),
+        note=f"must: {HASH_MUST} x one cloud",
+    )
+
+
+def _probe(setting: Setting) -> Iterator[Row]:
+    host = data.sweep_cloud(SIZE, setting.folder)
+    points = _upload(host)
+    buckets = gpu3d.bucketize(points, balance="probe")
+    yield Row(
+        f'zorder_div + "probe", {SIZE:,} points',
+        _graph(host),
+        "ms",
+        timing.graph_time(lambda: gpu3d.bucketize(points, balance="probe")),
+        0.6,
+        floor=_floor(SIZE, setting),
+        peers=(_flash3d("zorder_div", SIZE),),
+        checks=_check(host, buckets, balance="probe"),
+        note=f"{int(buckets.moved):,} points moved out of the bucket that their hash names",
+    )
+
+
+def _degenerate(setting: Setting) -> Iterator[Row]:
+    points = _upload(data.sweep_cloud(SIZE, setting.folder))
+    plain = timing.graph_time(lambda: gpu3d.bucketize(points))
+    for name, host in data.degenerate(SIZE, "40 % at the origin", "coincident"):
+        cloud = _upload(host)
+        ours = timing.graph_time(lambda cloud=cloud: gpu3d.bucketize(cloud))
+        yield Row(
+            f'"{name}", {SIZE:,} points (must: {DEGENERATE_MUST} x a sweep)',
+            _graph(host),
+            "ms",
+            ours,
+            DEGENERATE_MUST * plain,
+            floor=_floor(SIZE, setting),
+            checks=_check(host, gpu3d.bucketize(cloud), codes=data.codes(host)),
+            note=f"{ours / plain:.2f} x a plain sweep ({plain:.4f} ms); must: {DEGENERATE_MUST} x",
+        )
+
+
+def _moves(setting: Setting) -> Iterator[Row]:
+    """scatter and gather of [SIZE, CHANNELS] bfloat16, in bytes read and written a second."""
+    host = data.sweep_cloud(SIZE, setting.folder)
+    on_host, buckets = gpu3d.bucketize(host), gpu3d.bucketize(_upload(host))
+    rows = np.random.default_rng(0).standard_normal((SIZE, CHANNELS), np.float32).astype(bfloat16)
+    x = _upload(rows)
+    slots = buckets.scatter(x)
+    for name, call, index, expected in (
+        ("scatter", lambda: buckets.scatter(x), on_host.slot_to_point, on_host.scatter(rows)),
+        ("gather", lambda: buckets.gather(slots), on_host.point_to_slot, rows),
+    ):
+        rate = _rate(rows.nbytes)
+        source = rows if name == "scatter" else on_host.scatter(rows)
+        yield Row(
+            f"{name} of [{SIZE:,}, {CHANNELS}] bfloat16",
+            _graph(rows),
+            "TB/s",
+            rate(timing.graph_time(call)),
+            2.0,
+            at_least=True,
+            floor=setting.ceilings.copy_tb_s,
+            peers=(
+                Peer("ours, one output for all calls", "graph, L2-warm", rate(timing.graph_time(call, keep=False))),
+                _peer("torch.index_select", _graph(rows), _torch_select(source, index, rate, keep=True)),
+                _peer("... one output for all calls", "graph, L2-warm", _torch_select(source, index, rate, keep=False)),
+            ),
+            checks={"= CPU result": _same_bits(call(), expected)},
+        )
+
+
+def _rate(nbytes: int) -> Callable[[float], float]:
+    """TB/s from ms."""
+    return lambda milliseconds: 2 * nbytes / milliseconds / 1e9
+
+
+def _torch_select(
+    rows: np.ndarray, index: np.ndarray, rate: Callable[[float], float], *, keep: bool
+) -> Callable[[], float]:
+    def measure() -> float:
+        x, ready = _torch_upload(rows.view(np.int16)), _torch_upload(index)
+        import torch
+
+        x = x.view(torch.bfloat16)
+        return rate(timing.torch_graph_time(lambda: x.index_select(0, ready), keep=keep))
+
+    return measure
+
+
+def _host(setting: Setting) -> Iterator[Row]:
+    host = data.sweep_cloud(SIZE, setting.folder)
+    points, codes = _upload(host), data.codes(host).astype(np.int64)
+    yield Row(
+        f"the Python call, {SIZE:,} points",
+        "host",
+        "us",
+        1e3 * timing.host_time(lambda: gpu3d.bucketize(points)),
+        60,
+        40,
+        peers=(_absent("public Flash3D kernels", "host", FLASH3D_HOST_EARLIER),),
+    )
+    yield Row(
+        f"NumPy arrays, {SIZE:,} points",
+        "CPU",
+        "ms",
+        timing.cpu_time(lambda: gpu3d.bucketize(host)),
+        25,
+        peers=(
+            _peer(
+                "numpy.argsort of the int64 codes alone",
+                "CPU",
+                lambda: timing.cpu_time(lambda: np.argsort(codes, kind="stable")),
+            ),
+        ),
+        checks={FULL: _full(gpu3d.bucketize(host))},
+    )
+
+
+# ---- quality and determinism ---------------------------------------------------------------------------------------
+
+
+def _sweeps(setting: Setting) -> Iterator[Row]:
+    """How tight the buckets are: the mean, over full buckets, of the largest distance from the bucket's mean."""
+    cloud = data.sweep_cloud(SIZE, setting.folder)
+    yield _radius(f"radius, {SIZE:,} points of the timed cloud", cloud)
+    yield Row(
+        "... mean distance to the bucket's mean",
+        "check",
+        "m",
+        _mean_distance(cloud, gpu3d.bucketize(_upload(cloud))),
+        peers=(
+            _absent("public Flash3D kernels, zorder_div", "check", 6.86),
+            _absent("a full z-order sort", "check", 2.61),
+        ),
+        note="The earlier figures are called a radius, but the full sort's 2.61 is this mean distance, not the largest one.",
+    )
+    if setting.folder is None:
+        yield Row("radius, real sweeps", "check", "m", None, note="skipped: no folder of real scans (--data)")
+        return
+    group = []
+    for name, points in data.real_sweeps(setting.folder):
+        row = _radius(f"radius, {name.removeprefix('lidar_raw/')}"[:52], points)
+        if not name.startswith("semantickitti/"):
+            yield row
+        elif not setting.quick:
+            group.append(row)
+    if group:
+        yield _together(f"radius, {len(group)} SemanticKITTI sweeps, mean", group)
+
+
+def _radius(what: str, host: np.ndarray) -> Row:
+    buckets = gpu3d.bucketize(_upload(host))
+    quality = gpu3d.bucket_quality(host, buckets)
+    return Row(
+        what,
+        "check",
+        "m",
+        quality.mean_radius,
+        checks=_check(host, buckets, codes=data.codes(host)),
+        note=f"{len(host):,} points, {host.dtype}; largest radius {quality.max_radius:.2f} m",
+    )
+
+
+def _mean_distance(host: np.ndarray, buckets: gpu3d.Buckets) -> float:
+    """Of the points of full buckets."""
+    slots = _download(buckets.slot_to_point).reshape(-1, buckets.bucket_size)
+    members = host[slots[(slots >= 0).all(axis=1)]].astype(np.float64)
+    return float(np.linalg.norm(members - members.mean(axis=1, keepdims=True), axis=2).mean())
+
+
+def _together(what: str, rows: Sequence[Row]) -> Row:
+    """The mean of several rows; a check holds where it holds for all."""
+    checks = {name: all(row.checks[name] for row in rows) for name in rows[0].checks}
+    failing = [row.what for row in rows if not all(row.checks.values())]
+    note = f"failing: {', '.join(failing)}" if failing else ""
+    return Row(what, "check", "m", float(np.mean([row.ours for row in rows])), checks=checks, note=note)
+
+
+def _determinism(setting: Setting) -> Iterator[Row]:
+    for n, balance in ((SIZE, "spill"), (MILLION, "spill"), (SIZE, "probe")):
+        points = _upload(data.sweep_cloud(n, setting.folder))
+        first = gpu3d.bucketize(points, balance=balance)
+        differing = sum(not _same_layout(first, gpu3d.bucketize(points, balance=balance)) for _ in range(RUNS))
+        yield Row(f"runs of {RUNS} that differ: {balance}, {n:,} points", "check", "runs", differing, 0)
+
+
+def _same_layout(a: gpu3d.Buckets, b: gpu3d.Buckets) -> bool:
+    """Compared where they are."""
+    pairs = ((getattr(a, name), getattr(b, name)) for name in ("slot_to_point", "point_to_slot", "moved"))
+    return all(bool((x == y).all()) for x, y in pairs)
+
+
+def _summary(rows: Sequence[Row]) -> Iterator[Row]:
+    """One row a check: how many of the rows above fail it."""
+    results = defaultdict(list)
+    for row in rows:
+        for name, good in row.checks.items():
+            results[name].append(good)
+    for name, good in results.items():
+        peers = (_absent("public Flash3D kernels, buckets over capacity", "check", 28, "of 256, at 120k"),)
+        yield Row(
+            f"failing of {len(good)}: {name}",
+            "check",
+            "rows",
+            good.count(False),
+            0,
+            peers=peers if name == FULL else (),
+        )
+
+
+# ---- checks --------------------------------------------------------------------------------------------------------
+
+
+def _check(
+    host: np.ndarray, buckets: gpu3d.Buckets, *, codes: np.ndarray | None = None, reference: bool = True, **options: Any
+) -> dict[str, bool]:
+    """Layout, equality with the CPU, and with the stable sort where the codes of a zorder_div cloud are given."""
+    checks = {FULL: _full(buckets)}
+    if reference:
+        expected = gpu3d.bucketize(host, check_finite=False, **options)
+        checks[REFERENCE] = all(
+            np.array_equal(_download(getattr(buckets, name)), getattr(expected, name))
+            for name in ("slot_to_point", "point_to_slot", "moved")
+        )
+    if codes is not None:
+        order = _download(buckets.slot_to_point)[: len(host)]
+        checks[SORT] = np.array_equal(order, np.argsort(codes, kind="stable"))
+    return checks
+
+
+def _full(buckets: gpu3d.Buckets) -> bool:
+    """Each cloud's own points, each once, fill its slots from the first; padding only behind them; and the inverse."""
+    slot_to_point, point_to_slot = _download(buckets.slot_to_point), _download(buckets.point_to_slot)
+    point = 0
+    good = len(slot_to_point) == buckets.num_slots and len(point_to_slot) == sum(buckets.lengths)
+    for n, first, end in zip(buckets.lengths, buckets.bucket_offsets[:-1], buckets.bucket_offsets[1:], strict=True):
+        good &= end - first == -(-n // buckets.bucket_size)
+        slots = slot_to_point[first * buckets.bucket_size : end * buckets.bucket_size]
+        good &= bool((slots[n:] == -1).all())
+        good &= np.array_equal(np.sort(slots[:n]), np.arange(point, point + n))
+        point += n
+    points = np.flatnonzero(slot_to_point >= 0)
+    return bool(good) and np.array_equal(point_to_slot[slot_to_point[points]], points)
+
+
+def _same_bits(a: Any, expected: np.ndarray) -> bool:
+    return np.array_equal(_download(a).view(np.uint16), expected.view(np.uint16))
+
+
+# ---- helpers -------------------------------------------------------------------------------------------------------
+
+
+def _upload(x: np.ndarray) -> Any:
+    import cupy
+
+    return cupy.asarray(x)
+
+
+def _download(x: Any) -> np.ndarray:
+    return x if isinstance(x, np.ndarray) else x.get()
+
+
+def _torch_upload(x: np.ndarray) -> Any:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("this torch has no CUDA device")
+    return torch.from_numpy(x).cuda()
+
+
+def _graph(source: np.ndarray) -> str:
+    return "graph, L2-warm" if source.nbytes < L2_BYTES else "graph"
+
+
+def _floor(n: int, setting: Setting) -> float:
+    """Milliseconds."""
+    return BYTES_A_POINT * n / setting.ceilings.copy_tb_s / 1e9
+
+
+def _peer(name: str, timed: str, measure: Callable[[], float], earlier: float | None = None) -> Peer:
+    """A peer of this run, or why it could not run."""
+    try:
+        return Peer(name, timed, measure(), earlier=earlier)
+    except Exception as error:  # whatever a peer raises must not end our run
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        return Peer(name, timed, None, why[0][:200], earlier)
+
+
+def _absent(name: str, timed: str, earlier: float | None, note: str = "") -> Peer:
+    """A peer that cannot run here, and its earlier figure."""
+    return Peer(name, timed, None, NOT_INSTALLABLE, earlier, note)
+
+
+def _flash3d(hash: str, n: int) -> Peer:
+    return _absent(f"public Flash3D kernels, {hash}", "graph", FLASH3D_EARLIER.get((hash, n)), FLASH3D_NOTES.get(n, ""))

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The clouds that the suites time: real scans, repeated to any size, and the degenerate ones of tests/clouds.py.
+
+Licences keep most real scans out of the repository. Without their folder the scan that the package carries is
+repeated instead, and the results say which one it was.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+import gpu3d
+from gpu3d.reference import buckets as reference
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tests"))  # the only place where benchmarks reach for the tests' clouds
+import clouds  # noqa: E402
+
+PACKAGED = "pandaset_002_00.npz"
+METRES_A_COPY = 1.3  # a car at 26 m/s, a sweep every 0.05 s (nuScenes)
+JITTER = 0.01
+
+
+def find_folder(option: Path | None) -> Path | None:
+    """The folder of real scans: the option, else $GPU3D_DATA, else ../shared/data; None where it is absent."""
+    folder = option or Path(os.environ.get("GPU3D_DATA") or ROOT.parent / "shared" / "data")
+    return folder if folder.is_dir() else None
+
+
+def _base(folder: Path | None) -> tuple[np.ndarray, str]:
+    """One real sweep float32 [n, 3], and its name."""
+    for path in sorted(folder.glob("lidar_raw/nuscenes*.pcd.bin")) if folder else ():
+        return np.fromfile(path, "<f4").reshape(-1, 5)[:, :3], f"nuScenes sweep {path.name}"
+    with np.load(Path(gpu3d.__file__).parent / "data" / PACKAGED, allow_pickle=False) as scan:
+        return (scan["xyz_mm"].T / 1000).astype(np.float32), f"packaged PandaSet scan {PACKAGED} (no nuScenes sweep)"
+
+
+def describe(folder: Path | None) -> str:
+    """What `sweep_cloud` is made of."""
+    return f"{_base(folder)[1]}, repeated with {METRES_A_COPY} m of ego motion and {JITTER} m of jitter a copy"
+
+
+def sweep_cloud(n: int, folder: Path | None) -> np.ndarray:
+    """A real sweep repeated to n points, float32 [n, 3]: each copy one step further along x, with its own noise."""
+    base, _ = _base(folder)
+    rng = np.random.default_rng(0)
+    copies = [
+        (base + [METRES_A_COPY * i, 0, 0] + rng.normal(0, JITTER, base.shape)).astype(np.float32)
+        for i in range(-(-n // len(base)))
+    ]
+    return np.ascontiguousarray(np.concatenate(copies)[:n])
+
+
+def degenerate(n: int, *names: str) -> Iterator[tuple[str, np.ndarray]]:
+    """The named ones of tests/clouds.py."""
+    every = clouds.degenerate(n)
+    for name in names:
+        yield name, every[name]
+
+
+def real_sweeps(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Every LiDAR sweep of the data folder as ("dataset/file", points)."""
+    for name, points in clouds.real(folder):
+        if name.startswith(("lidar_", "semantickitti/")):
+            yield name, points
+
+
+def codes(points: np.ndarray) -> np.ndarray:
+    """Morton codes uint64 [n] of 48 bits, by the reference."""
+    return reference.morton(reference.voxelize(points))

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How time is taken. Every function returns milliseconds, the median of its repeats.
+
+- graph: `calls` calls captured in one CUDA graph, replayed between two device events, divided by `calls`. No launch
+  gaps: what the device needs. The calls read the same inputs, so inputs under 50 MB stay in an H100's L2.
+- eager: one call between two device events, launch gaps included.
+- host: the Python call alone, on an idle device and without waiting for it.
+- CPU: the whole call on the host.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Call = Callable[[], Any]
+
+WARM_SECONDS = 0.02  # of replays before the first that counts: clocks are up, caches are warm
+
+
+def why_no_gpu() -> str | None:
+    """None where CuPy can use a GPU, else what is missing."""
+    try:
+        import cupy
+    except ImportError as error:
+        return f'CuPy cannot be imported ({error}); pip install "gpu3d[cuda13]" (or "gpu3d[cuda12]")'
+    try:
+        cupy.zeros(1)
+    except Exception as error:  # of many kinds, and each means the same here
+        return f"CuPy {cupy.__version__} finds no GPU that it can use ({error})"
+    return None
+
+
+# ---- CUDA graphs ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _stream() -> Any:
+    """One stream for all: CuPy's pool keeps free memory for each stream apart."""
+    import cupy
+
+    return cupy.cuda.Stream(non_blocking=True)
+
+
+def graph_time(call: Call, calls: int = 20, repeats: int = 30, *, keep: bool = True) -> float:
+    """Time of one CuPy `call` in a graph of `calls`.
+
+    The results of all calls stay alive, so each writes to memory of its own. keep=False drops each result at once: then
+    the calls share one output, which CuPy's pool hands on, and small outputs stay in L2 too.
+    """
+    import cupy
+
+    times = _graph_times(call, calls, repeats, keep)
+    cupy.get_default_memory_pool().free_all_blocks()
+    return statistics.median(times) / calls
+
+
+def _graph_times(call: Call, calls: int, repeats: int, keep: bool) -> list[float]:
+    import cupy
+
+    stream = _stream()
+    cupy.cuda.Device().synchronize()  # inputs may come from another stream
+    with stream:
+        for _ in range(2):
+            call()
+        stream.synchronize()
+        results = []
+        stream.begin_capture()
+        for _ in range(calls):
+            result = call()
+            if keep:
+                results.append(result)
+            del result
+        graph = stream.end_capture()
+        _warm(graph.launch, stream.synchronize)
+        return [_between_events(graph.launch) for _ in range(repeats)]
+
+
+def torch_graph_time(call: Call, calls: int = 20, repeats: int = 30, *, keep: bool = True) -> float:
+    """The same of a torch `call`."""
+    import torch
+
+    times = _torch_graph_times(call, calls, repeats, keep)
+    torch.cuda.empty_cache()
+    return statistics.median(times) / calls
+
+
+def _torch_graph_times(call: Call, calls: int, repeats: int, keep: bool) -> list[float]:
+    import torch
+
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.synchronize()
+    results, times = [], []
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(calls):
+            result = call()
+            if keep:
+                results.append(result)
+            del result
+    with torch.cuda.stream(stream):
+        _warm(graph.replay, stream.synchronize)
+        for _ in range(repeats):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record(stream)
+            graph.replay()
+            end.record(stream)
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+    return times
+
+
+def _warm(replay: Call, synchronize: Call) -> None:
+    begin = time.perf_counter()
+    for _ in range(3):
+        replay()
+        synchronize()
+    while time.perf_counter() - begin < WARM_SECONDS:
+        replay()
+        synchronize()
+
+
+# ---- the other clocks ----------------------------------------------------------------------------------------------
+
+
+def eager_time(call: Call, repeats: int = 30) -> float:
+    """Time of one CuPy `call` between two device events on the current stream."""
+    import cupy
+
+    for _ in range(2):
+        call()
+    cupy.cuda.Device().synchronize()
+    return statistics.median(_between_events(call) for _ in range(repeats))
+
+
+def _between_events(call: Call) -> float:
+    """Device time of what `call` enqueues on the current stream."""
+    import cupy
+
+    start, end = cupy.cuda.Event(), cupy.cuda.Event()
+    start.record()
+    result = call()
+    end.record()
+    end.synchronize()
+    del result
+    return cupy.cuda.get_elapsed_time(start, end)
+
+
+def host_time(call: Call, repeats: int = 300) -> float:
+    """Host time of the Python call alone."""
+    import cupy
+
+    device = cupy.cuda.Device()
+    times = []
+    for _ in range(20 + repeats):
+        device.synchronize()
+        begin = time.perf_counter()
+        result = call()
+        times.append(time.perf_counter() - begin)
+        del result
+    return 1e3 * statistics.median(times[20:])
+
+
+def cpu_time(call: Call, repeats: int = 20) -> float:
+    """Time of one call that runs on the host."""
+    times = []
+    for _ in range(2 + repeats):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return 1e3 * statistics.median(times[2:])
+
+
+# ---- what the device can do ----------------------------------------------------------------------------------------
+
+
+class Ceilings(NamedTuple):
+    """Measured on the device at hand: the floors of a table are computed from them."""
+
+    copy_tb_s: float  # bytes read plus bytes written
+    graph_node_us: float  # a kernel of one thread, as one node of a graph
+
+
+def ceilings() -> Ceilings:
+    """Copy bandwidth over 512 MB, which no L2 holds, and the time of a near-empty kernel in a graph."""
+    import cupy
+
+    size = 512_000_000
+    source, target = cupy.zeros(size, cupy.uint8), cupy.zeros(size, cupy.uint8)
+    copy = graph_time(lambda: target.data.copy_from_device_async(source.data, size), calls=5)
+    near_empty = cupy.RawKernel('extern "C" __global__ void near_empty(int* out) { *out = 1; }', "near_empty")
+    out = cupy.zeros(1, cupy.int32)
+    node = graph_time(lambda: near_empty((1,), (1,), (out,)), calls=200)
+    return Ceilings(2 * size / copy / 1e9, 1e3 * node)

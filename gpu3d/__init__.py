@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gpu3d: 3-D point clouds on GPUs. Put the points into equal buckets once; run everything over buckets.
+
+Functions take NumPy, CuPy, torch or JAX arrays and return the same kind. CUDA arrays run hand-written kernels on the
+caller's device and stream, CPU arrays the NumPy reference.
+"""
+
+from gpu3d._kernels import precompile
+from gpu3d.buckets import BucketQuality, Buckets, Scopes, bucket_quality, bucketize, scopes
+
+__version__ = "0.1.0"
+
+__all__ = ["BucketQuality", "Buckets", "Scopes", "bucket_quality", "bucketize", "precompile", "scopes"]

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``gpu3d demo`` buckets scans and draws them, ``gpu3d info`` says what is installed."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import import_module, resources
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+import gpu3d
+from gpu3d import _cuda
+from gpu3d.io import read_points
+from gpu3d.plot import plot_buckets
+
+__all__ = ["main"]
+
+_SCAN = "pandaset_002_00.npz"
+_SCAN_TITLE = "PandaSet 002/00 (Hesai and Scale AI, CC BY 4.0)"
+_IO_PACKAGES = {"laspy": ".las and .laz", "lazrs": ".laz", "plyfile": ".ply", "pypcd4": ".pcd"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit code.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        The arguments after the program's name. Default: those of the process.
+
+    Returns
+    -------
+    int
+        0, or 1 where a file could not be worked on.
+    """
+    parser = argparse.ArgumentParser(prog="gpu3d", description="Point clouds in equal buckets.")
+    parser.add_argument("--version", action="version", version=f"gpu3d {gpu3d.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    demo = commands.add_parser("demo", help="bucket a scan, print its figures and draw it")
+    demo.add_argument(
+        "files",
+        nargs="*",
+        metavar="FILE",
+        type=Path,
+        help=".bin .npy .npz .ply .pcd .las .laz; without one, a LiDAR scan that the package carries",
+    )
+    demo.add_argument("--bucket-size", type=int, default=512, help="slots of a bucket (default: %(default)s)")
+    demo.add_argument(
+        "--hash",
+        default="zorder_div",
+        help="xor_mod, xor_div, zorder_mod or zorder_div (default: %(default)s)",
+    )
+    demo.add_argument("--balance", default="spill", help="spill or probe (default: %(default)s)")
+    demo.add_argument("-o", "--output", metavar="PNG", type=Path, help="the picture (default: gpu3d-demo*.png here)")
+    commands.add_parser("info", help="print device, versions and kernel cache, and what is missing")
+
+    arguments = parser.parse_args(argv)
+    if arguments.command == "info":
+        return _info()
+    if arguments.output and len(arguments.files) > 1:
+        demo.error("-o names one picture: give it one FILE")
+    return _demo(arguments)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    cupy, why_not = _working_cupy()
+    if why_not:
+        print("no GPU: running on NumPy (gpu3d info says what is missing)")
+    options = {"bucket_size": arguments.bucket_size, "hash": arguments.hash, "balance": arguments.balance}
+    exit_code = 0
+    for path, title, picture in _scans(arguments.files):
+        try:
+            rows = _demo_one(path, title, arguments.output or picture, options, cupy)
+            print()
+            _print_rows(rows)
+        except (OSError, ValueError, ImportError, MemoryError) as error:
+            print(f"gpu3d: {path}: {error or type(error).__name__}", file=sys.stderr)
+            exit_code = 1
+    return exit_code
+
+
+def _scans(files: list[Path]) -> Iterator[tuple[Path, str, Path]]:
+    """(file, title, default picture) of each scan; equal file names get numbered pictures."""
+    if not files:
+        with resources.as_file(resources.files(gpu3d) / "data" / _SCAN) as path:
+            yield path, _SCAN_TITLE, Path("gpu3d-demo.png")
+    taken: dict[str, int] = {}
+    for path in files:
+        taken[path.stem] = taken.get(path.stem, 0) + 1
+        number = f"-{taken[path.stem]}" if taken[path.stem] > 1 else ""
+        yield path, path.name, Path(f"gpu3d-demo-{path.stem}{number}.png")
+
+
+def _demo_one(
+    path: Path, title: str, picture: Path, options: dict[str, Any], cupy: ModuleType | None
+) -> list[tuple[str, str]]:
+    """Bucket one scan, draw it, and return the rows of its table."""
+    points = read_points(path)
+    finite = np.isfinite(points).all(axis=1)
+    dropped = len(points) - int(np.count_nonzero(finite))
+    if dropped:
+        points = points[finite]
+    if not len(points):
+        raise ValueError(f"holds no finite points (dropped {dropped:,})")
+
+    on_device = points if cupy is None else cupy.asarray(points)
+
+    def bucketize() -> gpu3d.Buckets:
+        return gpu3d.bucketize(on_device, check_finite=False, **options)
+
+    buckets = bucketize()  # also the warm-up: compiles the kernels
+    milliseconds, calls = _time_on_cpu(bucketize) if cupy is None else _time_on_gpu(bucketize, cupy)
+    slots = buckets.slot_to_point.reshape(buckets.num_buckets, buckets.bucket_size)
+    full = int((slots >= 0).all(axis=1).sum())
+    plot_buckets(points, buckets, picture, title=title)
+
+    rows = [
+        ("scan", title),
+        ("points", f"{len(points):,}" + (f" ({dropped:,} non-finite dropped)" if dropped else "")),
+        ("buckets", f"{buckets.num_buckets:,} of {buckets.bucket_size:,} slots, {full:,} of them full"),
+        ("time", f"{milliseconds:.3f} ms a call (median of {calls})"),
+    ]
+    if len(points) >= buckets.bucket_size:
+        radius = float(gpu3d.bucket_quality(on_device, buckets).mean_radius)
+        shuffled = _random_order_radius(points, buckets.bucket_size)
+        rows.append(("mean radius", f"{radius:.3f}; of random buckets {shuffled:.3f} (in the scan's unit)"))
+    rows += [("device", _cpu_name() if cupy is None else _gpu_name(cupy)), ("picture", str(picture))]
+    return rows
+
+
+def _time_on_cpu(call: Callable[[], object], calls: int = 5) -> tuple[float, int]:
+    seconds = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return 1000 * statistics.median(seconds), calls
+
+
+def _time_on_gpu(call: Callable[[], object], cupy: ModuleType, calls: int = 30) -> tuple[float, int]:
+    call()
+    milliseconds = []
+    for _ in range(calls):
+        start, end = cupy.cuda.Event(), cupy.cuda.Event()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        milliseconds.append(cupy.cuda.get_elapsed_time(start, end))
+    return statistics.median(milliseconds), calls
+
+
+def _random_order_radius(points: np.ndarray, bucket_size: int) -> float:
+    """Mean over full buckets of the largest distance from the bucket's mean, for shuffled points."""
+    full = len(points) // bucket_size
+    order = np.random.default_rng(0).permutation(len(points))[: full * bucket_size]
+    buckets = points[order].reshape(full, bucket_size, 3).astype(np.float64)
+    offsets = buckets - buckets.mean(axis=1, keepdims=True)
+    return float(np.linalg.norm(offsets, axis=2).max(axis=1).mean()) if full else float("nan")
+
+
+def _info() -> int:
+    cupy, why_not = _working_cupy()
+    rows = [("gpu3d", gpu3d.__version__), ("Python", platform.python_version()), ("NumPy", np.__version__)]
+    if cupy is None:
+        rows.append(("device", _cpu_name()))
+    else:
+        driver = cupy.cuda.runtime.driverGetVersion()
+        rows += [
+            ("device", _gpu_name(cupy)),
+            ("CUDA", f"{driver // 1000}.{driver % 1000 // 10} (the newest that the driver supports)"),
+            ("CuPy", cupy.__version__),
+            ("NVRTC", ".".join(map(str, _cuda.nvrtc_version()))),
+        ]
+    rows.append(("kernel cache", _describe_cache(_cuda.cache_dir())))
+    if why_not:
+        rows.append(("missing", why_not))
+    for package, formats in _IO_PACKAGES.items():
+        if find_spec(package) is None:
+            rows.append(("missing", f'{package}, which reads {formats}: pip install "gpu3d[io]"'))
+    _print_rows(rows)
+    return 0
+
+
+def _working_cupy() -> tuple[ModuleType | None, str]:
+    """CuPy, if kernels can be compiled and run; else None, and what is missing with its cure."""
+    cure = 'pip install "gpu3d[cuda13]", or "gpu3d[cuda12]" for a driver older than 580'
+    if find_spec("cupy") is None:
+        return None, f"CuPy: {cure}"
+    # The causes raise errors of many kinds, and each means only that this part does not work.
+    try:
+        cupy = import_module("cupy")
+    except Exception as error:
+        return None, f"a CuPy that can be imported ({error}): {cure}"
+    try:
+        cupy.zeros(1)
+    except Exception as error:
+        return None, f"an NVIDIA GPU and driver that CuPy {cupy.__version__} can use ({error})"
+    try:
+        _cuda.nvrtc_version()
+    except Exception as error:
+        return None, f"NVRTC, which compiles the kernels ({error}): {cure}"
+    return cupy, ""
+
+
+def _gpu_name(cupy: ModuleType) -> str:
+    device = cupy.cuda.Device()
+    name = cupy.cuda.runtime.getDeviceProperties(device.id)["name"].decode()
+    major, minor = device.compute_capability[:-1], device.compute_capability[-1]
+    return f"{name}, compute capability {major}.{minor}"
+
+
+def _cpu_name() -> str:
+    return f"CPU ({platform.machine()}), NumPy {np.__version__}"
+
+
+def _describe_cache(folder: Path) -> str:
+    files = list(folder.rglob("*.cubin"))
+    return f"{folder} ({len(files)} kernels, {sum(path.stat().st_size for path in files) / 2**20:.1f} MiB)"
+
+
+def _print_rows(rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")

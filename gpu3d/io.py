@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read the coordinates of a point-cloud file.
+
+One function, one table from file-name ending to reader. A reader takes an open binary stream, and any
+exception it lets out becomes a ValueError that names the file. plyfile, pypcd4 and laspy are imported by the
+reader that needs them, so a base installation reads .bin, .npy and .npz.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+__all__ = ["read_points"]
+
+
+def read_points(path: str | os.PathLike[str], *, columns: int | None = None) -> np.ndarray:
+    """Read the x, y, z of every point of a file, in the file's order and unit.
+
+    Nothing is dropped: NaN and infinite coordinates (missing returns, organised clouds) come back as the file
+    has them, and the caller filters.
+
+    Parameters
+    ----------
+    path : str or path-like
+        The ending, in any case, chooses the format:
+
+        - ``.bin``: raw float32 rows, KITTI (x, y, z, intensity); ``.pcd.bin``: nuScenes (and ring number)
+        - ``.npy``: floating-point array [N, >=3], of which the first three columns are read
+        - ``.npz``: the first of ``points`` [N, >=3], ``xyz`` [N, 3] or [3, N] (3 x 3 is read as [N, 3]), both
+          floating-point, and ``xyz_mm`` int32 [3, N], millimetres that come back as metres
+        - ``.ply``: properties x, y, z of the element ``vertex`` (needs plyfile)
+        - ``.pcd``: fields x, y, z; ascii, binary, binary_compressed (needs pypcd4)
+        - ``.las``, ``.laz``: scaled integers (needs laspy, and lazrs for .laz)
+    columns : int, optional
+        Values per point of a ``.bin`` file, x, y, z first. Default: 4, and 5 for ``.pcd.bin``.
+
+    Returns
+    -------
+    numpy.ndarray [N, 3]
+        C-contiguous. float32, but float64 where float32 could not hold the file's own coordinates: .las and
+        .laz, and doubles or 32-bit integers elsewhere. In the file's unit: mostly metres, some surveys feet.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ValueError
+        The ending is not one of the above, the file is truncated or corrupt, or it holds no such coordinates.
+    ImportError
+        The package that reads this format is not installed.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> sweep = np.array([[1.0, 2.0, 3.0, 0.5], [4.0, 5.0, 6.0, 0.7]], dtype=np.float32)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sweep.tofile(f"{folder}/sweep.bin")
+    ...     points = read_points(f"{folder}/sweep.bin")
+    >>> points.shape, points.dtype
+    ((2, 3), dtype('float32'))
+    """
+    path = Path(path)
+    ending = next((e for e in _READERS if path.name.lower().endswith(e)), None)
+    if ending is None:
+        raise ValueError(f"cannot tell the format of {path}: the endings read are {', '.join(_READERS)}")
+    options = {}
+    if columns is not None:
+        if not ending.endswith(".bin"):
+            raise ValueError(f"columns is for .bin files only, got columns={columns} for {path}")
+        if columns < 3:
+            raise ValueError(f"columns must be at least 3 (x, y, z), got {columns}")
+        options["columns"] = columns
+
+    with open(path, "rb") as stream:
+        try:
+            points = _READERS[ending](stream, **options)
+        except (ImportError, MemoryError):
+            raise
+        except Exception as error:  # on a broken file the decoders raise whatever they trip over
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"cannot read points from {path}: {reason}") from error
+    # By type, not by value, so that all files of one writer come back alike.
+    dtype = np.float32 if np.can_cast(points.dtype, np.float32) else np.float64
+    return np.ascontiguousarray(points, dtype=dtype)
+
+
+def _read_bin(stream: BinaryIO, columns: int) -> np.ndarray:
+    size = os.fstat(stream.fileno()).st_size
+    if size % (4 * columns):
+        raise ValueError(
+            f"{size} bytes are no whole number of points of {columns} float32 values, {4 * columns} bytes; "
+            "the file is truncated, or pass the columns= that it has"
+        )
+    return np.fromfile(stream, dtype="<f4").reshape(-1, columns)[:, :3]
+
+
+def _read_npy(stream: BinaryIO) -> np.ndarray:
+    return _first_three_columns("the array", np.lib.format.read_array(stream, allow_pickle=False))
+
+
+def _read_npz(stream: BinaryIO) -> np.ndarray:
+    with np.lib.npyio.NpzFile(stream, allow_pickle=False) as arrays:
+        if "points" in arrays:
+            return _first_three_columns("points", arrays["points"])
+        if "xyz" in arrays:
+            xyz = arrays["xyz"]
+            return _first_three_columns("xyz", xyz.T if xyz.shape[0] == 3 != xyz.shape[-1] else xyz)
+        if "xyz_mm" in arrays:
+            millimetres = arrays["xyz_mm"]
+            if millimetres.dtype != np.int32 or millimetres.ndim != 2 or len(millimetres) != 3:
+                raise ValueError(f"xyz_mm must be int32 [3, N], got {_describe(millimetres)}")
+            return (millimetres.T / 1000).astype(np.float32)  # divided in float64, rounded once
+        raise ValueError(f"expected an array points, xyz or xyz_mm, found {', '.join(arrays) or 'none at all'}")
+
+
+def _read_ply(stream: BinaryIO) -> np.ndarray:
+    # By name: of a stream that it did not open, plyfile leaves a text wrapper behind (ResourceWarning).
+    ply = _optional("plyfile").PlyData.read(stream.name)
+    if "vertex" not in ply:
+        raise ValueError(f"no element vertex, found {', '.join(e.name for e in ply) or 'none at all'}")
+    return _stack_xyz(ply["vertex"].data)
+
+
+def _read_pcd(stream: BinaryIO) -> np.ndarray:
+    cloud = _optional("pypcd4").PointCloud.from_fileobj(stream)
+    records = np.atleast_1d(cloud.pc_data)  # one point in ascii comes as a 0-d record
+    _check_count(len(records), cloud.metadata.points)
+    return _stack_xyz(records)
+
+
+def _read_las(stream: BinaryIO) -> np.ndarray:
+    las = _optional("laspy").read(stream)
+    _check_count(len(las.points), las.header.point_count)  # laspy only logs that a file ended early
+    return np.asarray(las.xyz)
+
+
+def _read_laz(stream: BinaryIO) -> np.ndarray:
+    _optional("lazrs")  # without it laspy would call the file, not the installation, at fault
+    return _read_las(stream)
+
+
+# .pcd.bin stands before .bin: the first ending that fits is taken.
+_READERS: dict[str, Callable[..., np.ndarray]] = {
+    ".pcd.bin": partial(_read_bin, columns=5),
+    ".bin": partial(_read_bin, columns=4),
+    ".npy": _read_npy,
+    ".npz": _read_npz,
+    ".ply": _read_ply,
+    ".pcd": _read_pcd,
+    ".las": _read_las,
+    ".laz": _read_laz,
+}
+
+
+def _optional(package: str) -> Any:
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise ImportError(f'reading this file needs {package}: pip install "gpu3d[io]"') from error
+
+
+def _first_three_columns(name: str, array: np.ndarray) -> np.ndarray:
+    # Integers are refused because nothing says their unit (SemanticKITTI packs 5 mm, others millimetres).
+    if array.dtype.kind != "f" or array.ndim != 2 or array.shape[1] < 3:
+        raise ValueError(f"{name} must be floating-point [N, >=3], got {_describe(array)}")
+    return array[:, :3]
+
+
+def _stack_xyz(records: np.ndarray) -> np.ndarray:
+    names = records.dtype.names or ()
+    if not {"x", "y", "z"} <= set(names):
+        raise ValueError(f"expected fields x, y and z, found {', '.join(names)}")
+    return np.stack([records["x"], records["y"], records["z"]], axis=1)
+
+
+def _check_count(found: int, promised: int) -> None:
+    if found != promised:
+        raise ValueError(f"truncated: the header promises {promised} points, the file holds {found}")
+
+
+def _describe(array: np.ndarray) -> str:
+    return f"{array.dtype} {list(array.shape)}"

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of point clouds as PNG files, drawn without a display."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gpu3d import _arrays
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from gpu3d.buckets import Buckets
+
+__all__ = ["plot_buckets"]
+
+_BACKGROUND = "#0a0c11"
+_BRIGHT = "#e8ecf2"
+_FAINT = "#8b95a5"
+_MOST_DRAWN = 1_000_000  # points of one panel; more hide each other, and take minutes
+
+
+def plot_buckets(points: Any, buckets: Buckets, path: str | os.PathLike[str], *, title: str | None = None) -> None:
+    """Draw a cloud from above, coloured by bucket, and write it as a PNG.
+
+    The left panel shows the cloud without its farthest outliers, the right one its middle (in a LiDAR sweep,
+    around the sensor). Each bucket has one hue, unlike that of the next; higher points are brighter.
+    Needs no display, and leaves matplotlib's global state alone.
+
+    Parameters
+    ----------
+    points : array [N, 3]
+        Finite coordinates, z upwards.
+    buckets : Buckets
+        What ``bucketize`` returned for these points.
+    path : str or path-like
+        The PNG file to write; one that exists is replaced.
+    title : str, optional
+        Stands above the picture, before the numbers of points and buckets.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    points = _to_numpy(points, "points")
+    bucket_of_point = _to_numpy(buckets.point_to_slot, "buckets.point_to_slot") // buckets.bucket_size
+    rank = np.empty(len(points))
+    by_height = np.argsort(points[:, 2], kind="stable")
+    rank[by_height] = np.linspace(0, 1, len(points))
+    colors = _bucket_colors(bucket_of_point, rank)
+    xy, colors = points[by_height, :2].astype(np.float64), colors[by_height]  # high points are drawn last
+
+    center, half = _view(xy)
+    middle = np.median(xy, axis=0) if len(xy) else center
+
+    figure = Figure(figsize=(16, 8.6), dpi=100, facecolor=_BACKGROUND)
+    FigureCanvasAgg(figure)
+    whole = figure.add_axes((0.005, 0.01, 0.4925, 0.916))
+    zoomed = figure.add_axes((0.5025, 0.01, 0.4925, 0.916))
+    near = half / 3
+    _draw(whole, xy, colors, center, half)
+    _draw(zoomed, xy, colors, middle, near)
+    corner = middle - center - near
+    whole.add_patch(Rectangle(tuple(corner), 2 * near, 2 * near, fill=False, color=_BRIGHT, lw=0.9))
+    numbers = f"{len(points):,} points in {buckets.num_buckets:,} buckets of {buckets.bucket_size:,}"
+    figure.text(0.012, 0.962, numbers if title is None else title, color=_BRIGHT, size=19, va="center")
+    if title is not None:
+        figure.text(0.988, 0.962, numbers, color=_FAINT, size=15, va="center", ha="right")
+    figure.savefig(path, format="png")
+
+
+def _bucket_colors(bucket_of_point: np.ndarray, brightness: np.ndarray) -> np.ndarray:
+    """Colour points: the hue from the bucket, the lightness from ``brightness`` in [0, 1]; RGB [N, 3].
+
+    Hues advance by the golden section of the circle, so that any few successive buckets are far apart. They
+    are taken in OKLCH, where equal lightness looks equally bright: https://bottosson.github.io/posts/oklab/
+    """
+    hue = 2 * np.pi * ((bucket_of_point * 0.6180339887498949) % 1)
+    lightness = 0.56 + 0.34 * brightness
+    chroma = 0.145
+    a, b = chroma * np.cos(hue), chroma * np.sin(hue)
+    cone = np.stack(
+        [
+            lightness + 0.3963377774 * a + 0.2158037573 * b,
+            lightness - 0.1055613458 * a - 0.0638541728 * b,
+            lightness - 0.0894841775 * a - 1.2914855480 * b,
+        ],
+        axis=-1,
+    )
+    to_rgb = np.array(
+        [
+            [4.0767416621, -3.3077115913, 0.2309699292],
+            [-1.2684380046, 2.6097574011, -0.3413193965],
+            [-0.0041960863, -0.7034186147, 1.7076147010],
+        ]
+    )
+    linear = np.clip(cone**3 @ to_rgb.T, 0, 1)
+    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def _view(xy: np.ndarray) -> tuple[np.ndarray, float]:
+    """Centre and half side of the square that holds the cloud but its farthest outliers."""
+    if not len(xy):
+        return np.zeros(2), 1.0
+    low, high = np.percentile(xy, [2, 98], axis=0)
+    half = 0.52 * float(np.max(high - low))
+    return (low + high) / 2, half if half > 0 else 1.0
+
+
+def _draw(axes: Axes, xy: np.ndarray, colors: np.ndarray, center: np.ndarray, half: float) -> None:
+    """Draw the points inside a square, in their order, and a scale bar."""
+    inside = np.flatnonzero((np.abs(xy - center) <= half).all(axis=1))
+    inside = inside[:: len(inside) // _MOST_DRAWN + 1]
+    size = np.clip(1.6 * (100_000 / max(len(inside), 1)) ** 0.8, 0.8, 12)  # the fewer, the larger
+    axes.set_facecolor(_BACKGROUND)
+    # Relative to the centre: matplotlib's own transforms must not lose what map coordinates hold.
+    x, y = (xy[inside] - center).T
+    axes.scatter(x, y, s=size, c=colors[inside], marker="o", linewidths=0)
+    axes.set(xlim=(-half, half), ylim=(-half, half), aspect="equal", xticks=[], yticks=[])
+    axes.spines[:].set_color("#252b36")
+
+    power = 10 ** np.floor(np.log10(half / 2))
+    bar = power * max(factor for factor in (1, 2, 5) if factor * power <= half / 2)
+    left, bottom = -0.93 * half, -0.93 * half
+    for color, width in ((_BACKGROUND, 8), (_BRIGHT, 2.5)):
+        axes.plot([left, left + bar], [bottom, bottom], color=color, lw=width, solid_capstyle="butt")
+    axes.annotate(
+        f"{bar:g}",
+        (left + bar / 2, bottom),
+        xytext=(0, 7),
+        textcoords="offset points",
+        color=_BRIGHT,
+        size=12,
+        ha="center",
+        bbox={"facecolor": _BACKGROUND, "edgecolor": "none", "alpha": 0.8, "pad": 2},
+    )
+
+
+def _to_numpy(x: Any, name: str) -> np.ndarray:
+    array, origin = _arrays.enter(x, name)
+    return array if origin.device is None else array.get()

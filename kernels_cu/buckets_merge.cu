@@ -1,0 +1,370 @@
+// SPDX-License-Identifier: Apache-2.0
+// Buckets of clouds of up to 128 tiles (524,288 points): one stable sort by hash key in four launches.
+//
+// bucketize(balance="spill") is a stable sort of each cloud by a 48-bit key, cut every bucket_size points. At these sizes
+// launches and latency cost more than bytes, so the sort is a sample sort by regular sampling (Shi and Schaeffer 1992),
+// whose partitions have a proven bound: no fallback, and no data, duplicates included, can unbalance it.
+//   1 bounds      a block a tile: partial bounds of its points
+//   2 tiles       a block a tile: voxels, keys, sort in shared memory; one of every 32 keys is a sample
+//   3 splitters   a block a tile: ranks its samples among all of the cloud's; each SPAN-th is a splitter
+//   4 partitions  a block a partition: finds its run in every tile, sorts the runs together, writes both permutations
+//
+// Bound: a tile whose samples are its elements 32 g + phase, and of which a samples lie before a splitter, has more than
+// 32 (a - 1) + phase and at most 32 a + phase elements before it. So two splitters SPAN samples apart enclose at most
+// 32 SPAN + 31 tiles <= CAPACITY points. Each tile has a phase of its own: with one phase for all, the splitters of alike
+// tiles fall together, and the first and last partition of a cloud get half of 32 points too many from every tile.
+//
+// An element is a u64, key << 15 | position in its tile: unique in a tile, and tiles are ranges of the point order, so
+// comparing (key, tile, position) is the stable order. No float arithmetic after the voxels.
+
+#ifndef TILE
+#define TILE 1024           // points a tile: 1024, 2048 or 4096
+#endif
+#define THREADS (TILE / 4)  // four elements a thread; mirrored by gpu3d/buckets.py, as are the next three
+#define RANK_THREADS 1024   // of merge_splitters
+#define MAX_TILES 128       // of one cloud
+#ifndef SPAN
+#define SPAN (TILE / 64)    // samples a partition: half a tile of points on average
+#endif
+#define CAPACITY (32 * SPAN + 32 * MAX_TILES)           // points a partition at most
+#define SAMPLES (TILE / 32)                             // samples a tile
+#define PHASE(t) (((t) * 13 + 16) & 31)                 // of the t-th tile of a cloud: 13 visits all phases
+#define POSITION_BITS 15
+#define POSITION ((1ull << POSITION_BITS) - 1)
+
+#include "buckets.cuh"
+
+static_assert(TILE == 1024 || TILE == 2048 || TILE == 4096, "THREADS is a block of 256 to 1024 threads");
+static_assert(CAPACITY <= 1 << POSITION_BITS, "a position in a partition has 15 bits");
+
+// ---- block-wide sort -----------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void order(u64 &a, u64 &b) {
+    const u64 small = min(a, b);
+    b = max(a, b);
+    a = small;
+}
+
+// Bitonic sort of 128 elements, four a lane: element e of the result is x[e % 4] of lane e / 4. All merges ascend: the
+// first step of a merge compares e with its mirror image, the others with e ^ step.
+__device__ __forceinline__ void sort_warp(u64 x[4]) {
+    const int lane = threadIdx.x & 31;
+    order(x[0], x[1]);
+    order(x[2], x[3]);
+    order(x[0], x[3]);
+    order(x[1], x[2]);
+    order(x[0], x[1]);
+    order(x[2], x[3]);
+#pragma unroll
+    for (int size = 2; size <= 32; size <<= 1) {            // lanes that hold one sorted run after this merge
+        const bool low_half = (lane & (size >> 1)) == 0;
+        u64 mirror[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) mirror[k] = __shfl_xor_sync(FULL, x[3 - k], size - 1);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) x[k] = (x[k] < mirror[k]) == low_half ? x[k] : mirror[k];
+#pragma unroll
+        for (int step = size >> 2; step; step >>= 1) {
+            const bool low = (lane & step) == 0;
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                const u64 other = __shfl_xor_sync(FULL, x[k], step);
+                x[k] = (x[k] < other) == low ? x[k] : other;
+            }
+        }
+        order(x[0], x[2]);
+        order(x[1], x[3]);
+        order(x[0], x[1]);
+        order(x[2], x[3]);
+    }
+}
+
+// Elements at..at + 3 of the merge of two sorted runs ("merge path", Odeh et al. 2012): a binary search for where the
+// output's diagonal leaves the two runs, then four steps of the merge. Elements are distinct and below ~0.
+__device__ __forceinline__ void merge_four(const u64 *a, int a_length, const u64 *b, int b_length, int at, u64 x[4]) {
+    int low = max(0, at - b_length), high = min(at, a_length);      // how many of the first `at` outputs come from a
+    while (low < high) {
+        const int middle = (low + high) >> 1;
+        if (a[middle] < b[at - 1 - middle]) low = middle + 1; else high = middle;
+    }
+    int i = low, j = at - low;
+    u64 next_a = i < a_length ? a[i] : ~0ull, next_b = j < b_length ? b[j] : ~0ull;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        const bool take_a = next_a < next_b;
+        x[k] = take_a ? next_a : next_b;
+        if (take_a) next_a = ++i < a_length ? a[i] : ~0ull; else next_b = ++j < b_length ? b[j] : ~0ull;
+    }
+}
+
+// Sorts n <= 4 * GROUPS * THREADS distinct elements of shared memory: runs of
+// 128 in registers, then merges of neighbouring runs.
+template <int GROUPS>
+__device__ void sort_shared(u64 *data, int n) {
+    u64 x[GROUPS][4];
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g) {
+        const int run = (g * THREADS + (threadIdx.x & ~31)) * 4;    // first of the warp's 128 elements
+        if (run >= n) continue;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            const int i = run + 32 * k + lane;
+            x[g][k] = i < n ? data[i] : ~0ull;                      // only the last run is short: padding sorts behind n
+        }
+        sort_warp(x[g]);
+        // The warp alone reads and writes these 128 elements, and its shuffles have ordered the one before the other.
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+            if (run + 4 * lane + k < n) data[run + 4 * lane + k] = x[g][k];
+    }
+    for (int width = 128; width < n; width *= 2) {
+        __syncthreads();
+#pragma unroll
+        for (int g = 0; g < GROUPS; ++g) {
+            const int i = (g * THREADS + threadIdx.x) * 4, pair = i & -2 * width;
+            if (i >= n) continue;
+            const int a_length = min(width, n - pair), b_length = min(width, n - pair - a_length);
+            merge_four(data + pair, a_length, data + pair + width, b_length, i - pair, x[g]);
+        }
+        __syncthreads();
+#pragma unroll
+        for (int g = 0; g < GROUPS; ++g) {
+            const int i = (g * THREADS + threadIdx.x) * 4;
+#pragma unroll
+            for (int k = 0; k < 4; ++k)
+                if (i + k < n) data[i + k] = x[g][k];
+        }
+    }
+    __syncthreads();
+}
+
+// First index of sorted run[0..n) whose element is not below `bound`.
+__device__ __forceinline__ int lower_bound(const u64 *run, int n, u64 bound) {
+    int low = 0;
+    while (n > 0) {
+        const int half = n >> 1;
+        if (run[low + half] < bound) { low += half + 1; n -= half + 1; } else n = half;
+    }
+    return low;
+}
+
+// ---- 1 bounds ------------------------------------------------------------------------------------------------------
+
+extern "C" __global__ __launch_bounds__(THREADS) void merge_bounds(
+    const point_t *__restrict__ points,         // [N, 3]
+    const __grid_constant__ Clouds clouds,
+    coord_t *__restrict__ bounds)               // [tiles, 6]
+{
+    const int tile = blockIdx.x;                // ranges [0, tiles)
+    const int b = cloud_of<&Cloud::tile>(clouds, tile);
+    const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
+    const int first = cloud.point + (tile - cloud.tile) * TILE;
+    write_bounds(points, first, min(first + TILE, next.point), bounds + 6 * (size_t)tile);
+}
+
+// ---- 2 tiles -------------------------------------------------------------------------------------------------------
+
+extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_tiles(
+#if KEY == KEY_GIVEN
+    const int *__restrict__ given,              // [N] bucket of each point, counted over the batch
+#else
+    const point_t *__restrict__ points,         // [N, 3]
+    const coord_t *__restrict__ bounds,         // [tiles, 6]
+    float voxel_size,
+#endif
+    const __grid_constant__ Clouds clouds,
+    u64 *__restrict__ sorted,                   // [tiles, TILE]
+    u64 *__restrict__ samples)                  // [tiles, SAMPLES]
+{
+    __shared__ u64 data[TILE];
+    const int tile = blockIdx.x;                // ranges [0, tiles)
+    const int b = cloud_of<&Cloud::tile>(clouds, tile);
+    const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
+    const int first = cloud.point + (tile - cloud.tile) * TILE;
+    const int n = min(TILE, next.point - first);
+#if KEY != KEY_GIVEN
+    const u32 buckets = (next.slot - cloud.slot) / clouds.bucket_size;
+    const Frame frame = frame_from_rows(bounds, cloud.tile, next.tile, voxel_size);
+#endif
+#pragma unroll
+    for (int i = threadIdx.x; i < TILE; i += THREADS)
+        if (i < n) {
+#if KEY == KEY_GIVEN
+            const u64 key = given[first + i];
+#else
+            const u64 key = key_of_point(points, first + i, frame, buckets);
+#endif
+            data[i] = key << POSITION_BITS | i;
+        }
+    __syncthreads();
+    sort_shared<1>(data, n);
+    for (int i = threadIdx.x; i < n; i += THREADS) {
+        sorted[(size_t)tile * TILE + i] = data[i];
+        if (i % 32 == PHASE(tile - cloud.tile)) samples[(size_t)tile * SAMPLES + i / 32] = data[i];
+    }
+}
+
+// ---- 3 splitters ---------------------------------------------------------------------------------------------------
+
+// What a run of tile `tile` may hold before the splitter (element, owner): compare with this bound.
+__device__ __forceinline__ u64 bound_in_tile(u64 element, int owner, int tile) {
+    if (tile == owner) return element;
+    return tile < owner ? (element | POSITION) + 1 : element & ~POSITION;       // keys have 48 bits: + 1 cannot wrap
+}
+
+extern "C" __global__ __launch_bounds__(RANK_THREADS) void merge_splitters(
+    const u64 *__restrict__ samples,            // [tiles, SAMPLES]
+    const __grid_constant__ Clouds clouds,
+    u64 *__restrict__ splitter,                 // [partitions] first element of each, but of a cloud's first: that has none
+    int *__restrict__ splitter_tile,            // [partitions] the tile it came from
+    unsigned char *__restrict__ samples_below)  // [partitions, MAX_TILES] samples before the splitter in each tile
+{
+    __shared__ u64 lists[RANK_THREADS / 32][SAMPLES];
+    __shared__ int rank[SAMPLES];
+    const int tile = blockIdx.x;                // ranges [0, tiles)
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int b = cloud_of<&Cloud::tile>(clouds, tile);
+    const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
+    const int tiles = next.tile - cloud.tile;   // at most MAX_TILES
+    const int tail = (next.point - cloud.point - (tiles - 1) * TILE + 31 - PHASE(tiles - 1)) / 32;   // of the last tile
+    const int own = tile == next.tile - 1 ? tail : SAMPLES;
+
+    for (int i = threadIdx.x; i < SAMPLES; i += RANK_THREADS) rank[i] = 0;
+    __syncthreads();
+
+    // A warp takes every 32nd tile's list; its lanes are this block's samples, so their searches mostly share addresses.
+    u64 mine[SAMPLES / 32], list[MAX_TILES / 32][SAMPLES / 32];
+    int below[MAX_TILES / 32][SAMPLES / 32];    // how many samples of a list come before mine
+#pragma unroll
+    for (int g = 0; g < SAMPLES / 32; ++g) {
+        mine[g] = g * 32 + lane < own ? samples[(size_t)tile * SAMPLES + g * 32 + lane] : 0;
+#pragma unroll
+        for (int k = 0; k < MAX_TILES / 32; ++k) {
+            const int t = cloud.tile + warp + k * 32;
+            const int length = t < next.tile - 1 ? SAMPLES : t < next.tile ? tail : 0;
+            list[k][g] = g * 32 + lane < length ? samples[(size_t)t * SAMPLES + g * 32 + lane] : 0;
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < MAX_TILES / 32; ++k) {
+        const int t = cloud.tile + warp + k * 32;
+        if (t >= next.tile) break;
+        __syncwarp();
+#pragma unroll
+        for (int g = 0; g < SAMPLES / 32; ++g) lists[warp][g * 32 + lane] = list[k][g];
+        __syncwarp();
+        const int length = t == next.tile - 1 ? tail : SAMPLES;
+#pragma unroll
+        for (int g = 0; g < SAMPLES / 32; ++g) {
+            below[k][g] = lower_bound(lists[warp], length, bound_in_tile(mine[g], tile, t));
+            atomicAdd(&rank[g * 32 + lane], below[k][g]);   // integers: any order, one sum
+        }
+    }
+    __syncthreads();
+
+#pragma unroll
+    for (int g = 0; g < SAMPLES / 32; ++g) {
+        const int i = g * 32 + lane;
+        if (i >= own || rank[i] % SPAN != 0) continue;
+        const int partition = cloud.group + rank[i] / SPAN;
+#pragma unroll
+        for (int k = 0; k < MAX_TILES / 32; ++k)
+            if (warp + k * 32 < tiles) samples_below[(size_t)partition * MAX_TILES + warp + k * 32] = below[k][g];
+        if (warp == 0) {
+            splitter[partition] = mine[g];
+            splitter_tile[partition] = tile;
+        }
+    }
+}
+
+// ---- 4 partitions --------------------------------------------------------------------------------------------------
+
+extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_partitions(
+    const u64 *__restrict__ sorted,             // [tiles, TILE]
+    const u64 *__restrict__ splitter,           // [partitions]
+    const int *__restrict__ splitter_tile,      // [partitions]
+    const unsigned char *__restrict__ samples_below,        // [partitions, MAX_TILES]
+    const __grid_constant__ Clouds clouds,
+    int *__restrict__ slot_to_point,            // [slots]
+    int *__restrict__ point_to_slot,            // [N]
+    int *__restrict__ moved)                    // [] set to 0, or null
+{
+    extern __shared__ u64 data[];               // [CAPACITY] elements, then [CAPACITY] int32 point indices
+    int *point = (int *)(data + CAPACITY);
+    __shared__ int cut[2][MAX_TILES];           // where this partition begins and ends in each tile
+    __shared__ int offset[MAX_TILES];           // where the tile's run begins in `data`
+    __shared__ int total, before;               // points of this partition, and of the cloud's earlier ones
+    const int partition = blockIdx.x;           // ranges [0, partitions)
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int b = cloud_of<&Cloud::group>(clouds, partition);
+    const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
+    const int tiles = next.tile - cloud.tile;   // at most MAX_TILES
+    const int points = next.point - cloud.point;
+
+    if (moved && partition == 0 && threadIdx.x == 0) *moved = 0;
+    static_assert(2 * MAX_TILES <= THREADS, "a thread a tile and side");
+    if (threadIdx.x < 2 * MAX_TILES) {
+        const int side = threadIdx.x / MAX_TILES, t = threadIdx.x % MAX_TILES;
+        const int p = partition + side;
+        int at = 0;
+        if (t < tiles) {
+            const int length = min(TILE, points - t * TILE);
+            if (p == next.group) at = length;
+            else if (p > cloud.group) {         // the cut lies between two samples
+                const int to = 32 * samples_below[(size_t)p * MAX_TILES + t] + PHASE(t), from = max(0, to - 31);
+                at = from + lower_bound(sorted + (size_t)(cloud.tile + t) * TILE + from, min(length, to) - from,
+                                        bound_in_tile(splitter[p], splitter_tile[p], cloud.tile + t));
+            }
+        }
+        cut[side][t] = at;
+    }
+    __syncthreads();
+    if (warp == 0) {                            // exclusive scan of the runs' lengths, four tiles a lane
+        int length[MAX_TILES / 32], sum = 0, skipped = 0;
+#pragma unroll
+        for (int k = 0; k < MAX_TILES / 32; ++k) {
+            const int t = lane * (MAX_TILES / 32) + k;
+            length[k] = cut[1][t] - cut[0][t];
+            sum += length[k];
+            skipped += cut[0][t];
+        }
+        int scan = sum;
+#pragma unroll
+        for (int step = 1; step < 32; step <<= 1) {
+            const int left = __shfl_up_sync(FULL, scan, step);
+            if (lane >= step) scan += left;
+            skipped += __shfl_xor_sync(FULL, skipped, step);
+        }
+        int at = scan - sum;
+#pragma unroll
+        for (int k = 0; k < MAX_TILES / 32; ++k) { offset[lane * (MAX_TILES / 32) + k] = at; at += length[k]; }
+        if (lane == 31) { total = scan; before = skipped; }
+    }
+    __syncthreads();
+
+    const int n = total;                        // at most CAPACITY
+#pragma unroll 4
+    for (int at = threadIdx.x; at < n; at += THREADS) {
+        int t = 0;                              // the tile whose run holds place `at`
+#pragma unroll
+        for (int step = MAX_TILES / 2; step; step >>= 1)
+            if (offset[t + step] <= at) t += step;
+        const u64 element = sorted[(size_t)(cloud.tile + t) * TILE + cut[0][t] + at - offset[t]];
+        data[at] = element & ~POSITION | at;    // runs stand in tile order: `at` breaks ties as the point index does
+        point[at] = cloud.point + t * TILE + (int)(element & POSITION);
+    }
+    __syncthreads();
+    if (n <= 4 * THREADS) sort_shared<1>(data, n);
+    else if (n <= 8 * THREADS) sort_shared<2>(data, n);
+    else sort_shared<(CAPACITY + 4 * THREADS - 1) / (4 * THREADS)>(data, n);
+
+    for (int i = threadIdx.x; i < n; i += THREADS) {
+        const int p = point[data[i] & POSITION];
+        const int slot = cloud.slot + before + i;
+        slot_to_point[slot] = p;
+        point_to_slot[p] = slot;
+    }
+    if (partition == next.group - 1)            // padding stands at the end of the cloud's last bucket
+        for (int slot = cloud.slot + points + threadIdx.x; slot < next.slot; slot += THREADS) slot_to_point[slot] = -1;
+}

@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: Apache-2.0
+// The published rebalancing of Flash3D (section 9.1 of the paper), made deterministic: balance="probe".
+//
+// Rounds -1, 0, ..., 127. In round -1 every point proposes to the bucket that its hash names; in round c each point that
+// is still homeless proposes to the bucket of its voxel moved by candidate c. A bucket takes the lowest point indices
+// among its proposers, up to its room. Whoever is left fills the free room in (bucket, point index) order.
+//
+// One cooperative launch; a round costs one grid barrier. A block owns a contiguous range of points.
+//   propose  each homeless point adds to the bucket's count, kept a block and in total
+//   barrier
+//   settle   total <= room: all proposers move in. Else (at most once a bucket, for it is full then) the block's share
+//            follows from the counts of the blocks before it, and the ranks inside the block from the point order
+// Every block keeps its own copy of the rooms and updates it alike, so the rooms need no barrier of their own. Counts are
+// triple-buffered: those of round c are cleared while round c + 1 settles, and used again in round c + 3.
+// The slots inside a bucket (by point index) come from the sort that follows, with the buckets as given keys.
+
+#define THREADS 1024        // mirrored by gpu3d/buckets.py
+#define CANDIDATES 128
+
+#include "buckets.cuh"
+
+// Offsets of the candidates in steps, one packed word each: (x + 4) | (y + 4) << 4 | (z + 4) << 8.
+struct Candidates { unsigned short packed[CANDIDATES]; };
+
+__device__ __forceinline__ void wait_for_grid(u32 *arrived, u32 &awaited) {
+    awaited += gridDim.x;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        atomicAdd(arrived, 1);
+        while (*(volatile u32 *)arrived < awaited) { }
+        __threadfence();
+    }
+    __syncthreads();
+}
+
+// Sum over the block; every thread returns it.
+__device__ int sum_block(int x) {
+    __shared__ int sums[THREADS / 32];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+#pragma unroll
+    for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(FULL, x, step);
+    __syncthreads();
+    if (lane == 0) sums[warp] = x;
+    __syncthreads();
+    x = sums[lane];
+#pragma unroll
+    for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(FULL, x, step);
+    return x;
+}
+
+// Exclusive scan over the block; `sum` is the block's total.
+__device__ int scan_block(int x, int &sum) {
+    __shared__ int sums[THREADS / 32];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    int scan = x;
+#pragma unroll
+    for (int step = 1; step < 32; step <<= 1) {
+        const int left = __shfl_up_sync(FULL, scan, step);
+        if (lane >= step) scan += left;
+    }
+    __syncthreads();
+    if (lane == 31) sums[warp] = scan;
+    __syncthreads();
+    int before = 0, all = 0;
+    for (int w = 0; w < THREADS / 32; ++w) {
+        if (w < warp) before += sums[w];
+        all += sums[w];
+    }
+    sum = all;
+    return before + scan - x;
+}
+
+// The bucket, counted over the batch, of point i's voxel moved by `step` times 4 * buckets.
+__device__ __forceinline__ int bucket_moved(const Clouds &clouds, int i, u64 packed, const int step[3]) {
+    const int b = cloud_of<&Cloud::point>(clouds, i);
+    const int begin = rows_of(clouds)[b].tile, buckets = rows_of(clouds)[b + 1].tile - begin;
+    int v[3];
+#pragma unroll
+    for (int d = 0; d < 3; ++d) {
+        v[d] = min(max((int)(packed >> 16 * d & 65535) + 4 * buckets * step[d], 0), 65535);     // |12 buckets| < 2^31
+    }
+    return begin + (int)bucket_of_voxel(v[0], v[1], v[2], buckets);
+}
+
+extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
+    const point_t *__restrict__ points,         // [N, 3]
+    const Frame *__restrict__ frames,           // [clouds]
+    const __grid_constant__ Clouds clouds,      // Cloud::tile is the cloud's first bucket
+    const __grid_constant__ Candidates candidates,
+    u32 *__restrict__ arrived,                  // [1], zero before
+    int *total_counts,                          // [3, buckets], zero before: proposals of a round to each bucket
+    int *block_counts,                          // [3, buckets, blocks], zero before: the same a block
+    int *rooms,                                 // [blocks, buckets] free slots, as each block knows them
+    int *cursors,                               // [blocks, buckets] proposals before the block's next one
+    int *left,                                  // [blocks] homeless points after the last round
+    u64 *voxels,                                // [N] of each point, packed 16 bits an axis
+    int *proposal,                              // [N] bucket proposed to in this round, or -1
+    int *home,                                  // [N] bucket of each point, counted over the batch
+    int *moved)                                 // [] points not in the bucket that their hash names, zero before
+{
+    __shared__ int list[THREADS], listed;       // buckets of a chunk that cannot take all of their proposers
+    __shared__ u32 turns;                       // warps of a chunk that have proposers to contested buckets
+    const Cloud *rows = rows_of(clouds);
+    const int size = clouds.bucket_size, blocks = gridDim.x, block = blockIdx.x;
+    const int all_points = rows[clouds.count].point, all_buckets = rows[clouds.count].tile;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int chunks = (all_points + THREADS - 1) / THREADS;
+    const int first = (int)((long long)chunks * block / blocks) * THREADS;              // this block's points
+    const int last = min(all_points, (int)((long long)chunks * (block + 1) / blocks) * THREADS);
+    int *room = rooms + (size_t)block * all_buckets, *cursor = cursors + (size_t)block * all_buckets;
+    u32 awaited = 0;
+
+    for (int b = 0; b < clouds.count; ++b) {                // every bucket is full but the cloud's last
+        const int begin = rows[b].tile, end = rows[b + 1].tile;
+        for (int c = begin + threadIdx.x; c < end; c += THREADS)
+            room[c] = c < end - 1 ? size : rows[b + 1].point - rows[b].point - (end - 1 - begin) * size;
+    }
+    for (int i = first + threadIdx.x; i < last; i += THREADS) {
+        const Frame frame = frames[cloud_of<&Cloud::point>(clouds, i)];
+        u64 packed = 0;
+        for (int d = 0; d < 3; ++d)
+            packed |= (u64)voxel(widen(points[3 * (size_t)i + d]), frame.origin[d], frame.cell[d]) << 16 * d;
+        voxels[i] = packed;
+        home[i] = -1;
+    }
+    if (threadIdx.x == 0) listed = 0;
+    bool homeless = true;                                   // some room is left, so somebody is; the same in every block
+    __syncthreads();
+
+    for (int round = -1; round < CANDIDATES && homeless; ++round) {
+        int *total = total_counts + (size_t)((round + 1) % 3) * all_buckets;
+        int *count = block_counts + (size_t)((round + 1) % 3) * all_buckets * blocks;
+        int step[3] = {0, 0, 0};
+        if (round >= 0)
+            for (int d = 0; d < 3; ++d) step[d] = (int)(candidates.packed[round] >> 4 * d & 15) - 4;
+
+        // propose
+        for (int i = first + threadIdx.x; i < last; i += THREADS) {
+            if (home[i] >= 0) continue;
+            const int c = bucket_moved(clouds, i, voxels[i], step);
+            const bool open = room[c] > 0;
+            proposal[i] = open ? c : -1;
+            if (open) {                         // neighbours in the point order often propose alike: one adds for all
+                const u32 same = __match_any_sync(__activemask(), c);
+                if (lane == __ffs(same) - 1) {
+                    atomicAdd(&total[c], __popc(same));
+                    atomicAdd(&count[(size_t)c * blocks + block], __popc(same));
+                }
+            }
+        }
+        wait_for_grid(arrived, awaited);
+
+        // settle: where this block stands among the proposers of each bucket that cannot take all of them
+        int any = 0;
+        for (int base = 0; base < all_buckets; base += THREADS) {
+            const int c = base + threadIdx.x;
+            const bool contested = c < all_buckets && __ldcg(&total[c]) > room[c];
+            if (contested) list[atomicAdd(&listed, 1)] = c;             // in any order: each is looked at by itself
+            if (!__syncthreads_or(contested)) continue;
+            any = 1;
+            for (int k = warp; k < listed; k += THREADS / 32) {
+                int before = 0;
+                for (int other = lane; other < block; other += 32) before += __ldcg(&count[(size_t)list[k] * blocks + other]);
+#pragma unroll
+                for (int hop = 16; hop; hop >>= 1) before += __shfl_xor_sync(FULL, before, hop);
+                if (lane == 0) cursor[list[k]] = before;
+            }
+            __syncthreads();
+            if (threadIdx.x == 0) listed = 0;
+            __syncthreads();
+        }
+        for (int base = first; base < last; base += THREADS) {
+            const int i = base + threadIdx.x;
+            const int c = i < last && home[i] < 0 ? proposal[i] : -1;
+            const bool crowded = c >= 0 && __ldcg(&total[c]) > room[c];
+            bool accepted = c >= 0 && !crowded;
+            if (any) {                          // crowded proposers are ranked in point order: warps take turns
+                if (threadIdx.x == 0) turns = 0;
+                if (__syncthreads_or(crowded)) {
+                    const u32 asking = __ballot_sync(FULL, crowded);
+                    if (asking && lane == 0) atomicOr(&turns, 1u << warp);
+                    __syncthreads();
+                    for (u32 todo = turns; todo; todo &= todo - 1) {
+                        if (warp == __ffs(todo) - 1 && crowded) {
+                            const u32 same = __match_any_sync(asking, c);
+                            const int rank = cursor[c] + __popc(same & (1u << lane) - 1);
+                            accepted = rank < room[c];
+                            __syncwarp(asking);
+                            if (lane == __ffs(same) - 1) cursor[c] = rank + __popc(same);
+                        }
+                        __syncthreads();
+                    }
+                }
+            }
+            if (accepted) home[i] = c;
+        }
+        __syncthreads();
+
+        // every block's rooms shrink alike; the counts of the round before are cleared for the round after the next
+        int *old_total = total_counts + (size_t)((round + 3) % 3) * all_buckets;
+        int *old_count = block_counts + (size_t)((round + 3) % 3) * all_buckets * blocks;
+        bool open = false;
+        for (int c = threadIdx.x; c < all_buckets; c += THREADS) {
+            room[c] -= min(__ldcg(&total[c]), room[c]);
+            open |= room[c] > 0;
+            if (c % blocks == block) old_total[c] = 0;
+            old_count[(size_t)c * blocks + block] = 0;
+        }
+        homeless = __syncthreads_or(open);
+    }
+
+    // Whoever is left: the k-th homeless point of the batch takes the k-th free slot. A cloud has as many of the ones as
+    // of the others, and both are counted cloud by cloud, so nobody leaves its cloud.
+    if (homeless) {
+        int mine = 0;               // homeless points of this block
+        for (int i = first + threadIdx.x; i < last; i += THREADS) mine += home[i] < 0;
+        mine = sum_block(mine);
+        if (threadIdx.x == 0) left[block] = mine;
+        wait_for_grid(arrived, awaited);
+        int before = 0;
+        for (int k = threadIdx.x; k < block; k += THREADS) before += __ldcg(&left[k]);
+        before = sum_block(before);
+        for (int base = 0, sum, free = 0; base < all_buckets; base += THREADS) {        // room -> free slots before it
+            const int c = base + threadIdx.x;
+            const int at = scan_block(c < all_buckets ? room[c] : 0, sum);
+            if (c < all_buckets) room[c] = free + at;
+            free += sum;
+        }
+        __syncthreads();
+        for (int base = first, sum; base < last; base += THREADS) {
+            const int i = base + threadIdx.x;
+            const bool waiting = i < last && home[i] < 0;
+            const int k = before + scan_block(waiting, sum);
+            before += sum;
+            if (!waiting) continue;
+            int low = 0, high = all_buckets;                // room[low] <= k: the last such bucket has free slots
+            while (high - low > 1) {
+                const int middle = (low + high) >> 1;
+                if (room[middle] <= k) low = middle; else high = middle;
+            }
+            home[i] = low;
+        }
+    }
+
+    int away = 0;
+    const int nowhere[3] = {0, 0, 0};
+    for (int i = first + threadIdx.x; i < last; i += THREADS) away += home[i] != bucket_moved(clouds, i, voxels[i], nowhere);
+    away = sum_block(away);
+    if (threadIdx.x == 0 && away) atomicAdd(moved, away);   // integers: any order, one sum
+}

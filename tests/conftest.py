@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared fixtures; GPU tests are skipped where there is no GPU, and leave their record where there is one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import gpu_record
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _why_no_gpu() -> str | None:
+    try:
+        import cupy
+
+        cupy.cuda.runtime.getDeviceCount()
+    except ImportError:
+        return "no CuPy"
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"no usable GPU: {error}"
+    return None
+
+
+NO_GPU = _why_no_gpu()
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real clouds, which their licences keep out of the repository: $GPU3D_DATA or ../shared/data."""
+    folder = Path(os.environ.get("GPU3D_DATA") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no real clouds: {folder} is absent (set GPU3D_DATA)")
+    return folder
+
+
+def pytest_collection_modifyitems(items):
+    if NO_GPU:
+        skip = pytest.mark.skip(reason=f"needs an NVIDIA GPU: {NO_GPU}")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """A whole `pytest -m gpu` run that passed is written down; CI compares the record with the tree."""
+    options = session.config.option
+    whole = (
+        options.markexpr == "gpu"
+        and not options.keyword
+        and session.config.args in ([], ["tests"], [str(ROOT / "tests")])
+    )
+    if NO_GPU is None and whole and exitstatus == 0:
+        reports = session.config.pluginmanager.get_plugin("terminalreporter").stats
+        gpu_record.write({outcome: len(reports.get(outcome, [])) for outcome in ("passed", "skipped")})
