@@ -179,7 +179,7 @@ def check_same_device(**origins: Origin) -> None:
         raise ValueError(f"arguments must be on one device: {received}. Move them to the same one.")
 
 
-# ---- checks ----------------------------------------------------------------------------------------------------------
+# ---- checks --------------------------------------------------------------------------------------------------------
 
 
 def check_choice(value: Any, choices: Sequence[str], name: str) -> None:

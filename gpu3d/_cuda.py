@@ -18,7 +18,7 @@ import re
 import struct
 import tempfile
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -194,13 +194,14 @@ def device_limits(device: int) -> tuple[int, int]:
 class Kernel(NamedTuple):
     """A loaded kernel and the buffer that its arguments are packed into."""
 
-    raw: Any  # the RawKernel, which keeps the module loaded
-    function: int  # CUfunction
     arguments: struct.Struct
     buffer: Any
-    pointers: Any  # where each argument lies in `buffer`, as cuLaunchKernel takes them
+    parameters: int  # address of the array that says where each argument lies in `buffer`
     lock: threading.Lock  # two threads must not pack at once
-    cooperative: bool
+    start: Callable[..., None]  # cuLaunchKernel or cuLaunchCooperativeKernel, of this function
+    extra: tuple[int, ...]  # cuLaunchKernel's last argument, which the cooperative launch does not have
+    current_stream: Callable[[], Any]
+    keep: tuple[Any, ...]  # the RawKernel, which keeps the module loaded, and the array of parameters
 
 
 _kernels: dict[tuple[Any, ...], Kernel] = {}
@@ -215,9 +216,10 @@ def kernel(
     f a float, 16s a struct of 16 bytes. `shared_mem` is the dynamic shared memory, in bytes, that launches may use.
     """
     import cupy
+    from cupy_backends.cuda.api import driver
 
     device = cupy.cuda.runtime.getDevice()
-    key = (device, source, function, macros)
+    key = (device, source, function, macros, shared_mem)
     found = _kernels.get(key)
     if found is None:
         if shared_mem > device_limits(device)[1]:
@@ -234,34 +236,38 @@ def kernel(
         buffer = ctypes.create_string_buffer(arguments.size)
         offsets = [struct.calcsize("<" + "".join(formats[:k])) for k in range(len(formats))]
         pointers = (ctypes.c_void_p * len(formats))(*(ctypes.addressof(buffer) + offset for offset in offsets))
-        found = Kernel(raw, raw.kernel.ptr, arguments, buffer, pointers, threading.Lock(), cooperative)
+        start, extra = (driver.launchCooperativeKernel, ()) if cooperative else (driver.launchKernel, (0,))
+        found = Kernel(
+            arguments,
+            buffer,
+            ctypes.addressof(pointers),
+            threading.Lock(),
+            functools.partial(start, raw.kernel.ptr),
+            extra,
+            cupy.cuda.get_current_stream,
+            (raw, pointers),
+        )
         _kernels[key] = found
     return found
 
 
-def launch(kernel: Kernel, *, grid: int, block: int, shared_mem: int = 0, args: tuple[Any, ...]) -> None:
+def launch(
+    kernel: Kernel, *, grid: int, block: int, shared_mem: int = 0, args: tuple[int | float | bytes, ...]
+) -> None:
     """Launches `kernel` on the current device and stream, `grid` blocks of `block` threads. A grid of 0 is no launch.
 
-    CuPy arrays go as pointers, bytes as structs, None as null; ints and floats as the kernel's signature declares them,
-    which raises struct.error for what does not fit. The arguments are packed here and not by RawKernel's call, which
-    costs 12 us where this costs 4 (H100 host).
+    `args` are numbers, addresses (`array.data.ptr`; 0 is null) and structs as bytes. They are cast as the kernel's
+    signature declares them, which raises struct.error for what does not fit. They are packed here and not by
+    RawKernel's call, which costs 12 us where this costs 4 (H100 host).
     """
     if grid == 0:
         return
     if not 0 < grid <= 0x7FFFFFFF:
         raise ValueError(f"a launch has at most 2**31 - 1 blocks, got {grid}.")
-    import cupy
-    from cupy_backends.cuda.api import driver
-
-    values = [a if isinstance(a, (int, float, bytes)) else 0 if a is None else a.data.ptr for a in args]
-    stream = cupy.cuda.get_current_stream().ptr
+    stream = kernel.current_stream().ptr
     with kernel.lock:
-        kernel.arguments.pack_into(kernel.buffer, 0, *values)
-        size = (grid, 1, 1, block, 1, 1, shared_mem, stream, ctypes.addressof(kernel.pointers))
-        if kernel.cooperative:
-            driver.launchCooperativeKernel(kernel.function, *size)
-        else:
-            driver.launchKernel(kernel.function, *size, 0)
+        kernel.arguments.pack_into(kernel.buffer, 0, *args)
+        kernel.start(grid, 1, 1, block, 1, 1, shared_mem, stream, kernel.parameters, *kernel.extra)
 
 
 def precompile(configurations: Iterable[Configuration], *, progress: bool = True) -> int:

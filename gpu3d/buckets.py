@@ -8,6 +8,7 @@ Everything else in gpu3d runs over this layout. `bucketize` computes it, `Bucket
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -152,8 +153,8 @@ def bucketize(
 
     Notes
     -----
-    No host sync (but for check_finite=True); capturable in a CUDA graph after a first call. On a GPU a cloud has at most
-    2**30 - 1 points.
+    No host sync (but for check_finite=True); capturable in a CUDA graph after a first call. On a GPU a cloud has
+    at most 2**30 - 1 points.
 
     References
     ----------
@@ -225,10 +226,11 @@ MAX_SLOTS = 2**31 - 1
 MERGE_TILES = (1024, 2048, 4096)  # buckets_merge.cu: TILE; the smallest whose 128 tiles hold the largest cloud is used
 MERGE_MAX_TILES = 128
 MERGE_RANK_THREADS = 1024
-RADIX_TILE = 4096
-RADIX_THREADS = 512
+RADIX_TILE = 8192
+RADIX_THREADS = 1024
 RADIX_DIGITS = 256
 RADIX_PASSES = 6
+RADIX_SHARED = RADIX_TILE * 9 + RADIX_THREADS // 32 * RADIX_DIGITS * 2  # bytes: records, their digits, counts
 RADIX_MAX = 2**30 - 1  # counts of a cloud have 30 bits
 RADIX_NARROW = 2**24  # points of a cloud whose index fits the 24 bits of a narrow record
 PROBE_THREADS = 1024
@@ -239,6 +241,8 @@ INLINE_CLOUDS = 15
 
 KEY_GIVEN = 4
 FRAME_BYTES = {4: 24, 8: 40}  # struct Frame: three origins and three float cells, by the bytes of an origin
+
+_INT32 = np.dtype(np.int32)
 
 # struct Cloud, struct Clouds and struct Candidates of the kernels.
 _CLOUD = np.dtype([("point", np.int32), ("tile", np.int32), ("group", np.int32), ("slot", np.int32)])
@@ -258,6 +262,8 @@ _SIGNATURES = {
     "merge_partitions": "QQQQcQQQ",
     "radix_bounds": "QciQ",
     "radix_frames": "QcfQ",
+    "radix_keys": "QQciQQ",
+    "radix_pass": "QQQciiQQQQQQ",
     "probe_buckets": f"QQc{_CANDIDATES.itemsize}sQQQQQQQQQQ",
     "move_rows": f"QQqqi{_PATTERN.itemsize}sQ",
     "move_scopes": "cqiqqQ",
@@ -354,11 +360,10 @@ def _workspace(*sizes: int) -> tuple[Any, list[int]]:
     """One allocation for several arrays of so many bytes: the memory, and their addresses."""
     import cupy
 
-    offsets = [0]
-    for size in sizes:
-        offsets.append(offsets[-1] + (size + 15) // 16 * 16)
-    memory = cupy.cuda.alloc(offsets.pop())
-    return memory, [memory.ptr + offset for offset in offsets]
+    ends = list(itertools.accumulate([(size + 15) & -16 for size in sizes], initial=0))
+    memory = cupy.cuda.alloc(ends.pop())
+    address = memory.ptr
+    return memory, [address + end for end in ends]
 
 
 # ---- CUDA: bucketize -----------------------------------------------------------------------------------------------
@@ -384,19 +389,19 @@ def _bucketize_cuda(
         points = cupy.ascontiguousarray(points)
     n, slots = points.shape[0], bucket_offsets[-1] * bucket_size
     memory = cupy.cuda.alloc(4 * (slots + n + 1))  # the three results in one allocation
-    slot_to_point = cupy.ndarray((slots,), np.int32, memory)
-    point_to_slot = cupy.ndarray((n,), np.int32, memory + 4 * slots)
-    moved = cupy.ndarray((), np.int32, memory + 4 * (slots + n))
-    results = slot_to_point, point_to_slot, moved
+    slot_to_point = cupy.ndarray((slots,), _INT32, memory)
+    point_to_slot = cupy.ndarray((n,), _INT32, memory + 4 * slots)
+    moved = cupy.ndarray((), _INT32, memory + 4 * (slots + n))
     if n == 0:
         moved.fill(0)
-        return results
+        return slot_to_point, point_to_slot, moved
+    results = memory.ptr, memory.ptr + 4 * slots, memory.ptr + 4 * (slots + n)
     macros = (("POINT", _arrays.FLOATS.index(points.dtype)), ("KEY", reference.HASHES.index(hash)))
     cell = -1.0 if voxel_size == "per_axis" else float(voxel_size or 0.0)
     if balance == "probe":
         home = _probe(points, macros, cell, bucket_size, lengths, bucket_offsets[-1], seed, moved)
         points, macros = home, (("POINT", 0), ("KEY", KEY_GIVEN))
-        results = slot_to_point, point_to_slot, None
+        results = *results[:2], 0  # `moved` is written
     sort = _merge_sort if max(lengths) <= MERGE_MAX_TILES * MERGE_TILES[-1] else _radix_sort
     sort(points, macros, cell, bucket_size, lengths, *results)
     return slot_to_point, point_to_slot, moved
@@ -410,47 +415,52 @@ class _MergePlan(NamedTuple):
     tiles: int
     partitions: int
     shared_mem: int
+    workspace: tuple[int, ...]  # bytes
 
 
 @functools.lru_cache(maxsize=256)
-def _merge_plan(lengths: tuple[int, ...], bucket_size: int) -> _MergePlan:
+def _merge_plan(lengths: tuple[int, ...], bucket_size: int, bound_bytes: int) -> _MergePlan:
     largest = max(lengths)
     tile = next(t for t in MERGE_TILES if MERGE_MAX_TILES * t >= largest)
     span = tile // 64
     capacity = 32 * (span + MERGE_MAX_TILES)
     n = np.array(lengths, np.int64)
-    tiles = -(-n // tile)
-    phase = (tiles - 1) * 13 + 16 & 31  # which of every 32 keys is a sample, in the last tile
-    samples = (tiles - 1) * (tile // 32) + (n - (tiles - 1) * tile + 31 - phase) // 32
-    batch = _batch(lengths, bucket_size, tiles, np.maximum(-(-samples // span), n > 0) * (n > 0))
-    return _MergePlan(tile, batch, batch.tiles, batch.groups, 12 * capacity)
+    full = -(-n // tile) - 1  # tiles before a cloud's last
+    phase = full * 13 + 16 & 31  # which of every 32 keys is a sample, in the last tile
+    samples = full * (tile // 32) + (n - full * tile + 31 - phase) // 32
+    batch = _batch(lengths, bucket_size, full + 1, np.maximum(-(-samples // span), 1) * (n > 0))
+    tiles, partitions = batch.tiles, batch.groups
+    ranks = (8 * partitions, 4 * partitions, MERGE_MAX_TILES * partitions)
+    workspace = (6 * bound_bytes * tiles, 8 * tile * tiles, tile // 4 * tiles, *ranks)
+    return _MergePlan(tile, batch, tiles, partitions, 12 * capacity, workspace)
+
+
+@functools.lru_cache(maxsize=256)
+def _merge_kernels(device: int, macros: _cuda.Macros, shared_mem: int) -> tuple[_cuda.Kernel, ...]:
+    """The four kernels on the current device: looked up once, for the lookups would cost as much as a launch."""
+    given = macros[1][1] == KEY_GIVEN
+    return (
+        _kernel("merge_tiles" if given else "merge_bounds", macros, "QcQQ" if given else None),
+        _kernel("merge_tiles", macros, "QcQQ" if given else None),
+        _kernel("merge_splitters", macros),
+        _kernel("merge_partitions", macros, shared_mem=shared_mem),
+    )
 
 
 def _merge_sort(
-    keys: Any, macros: _cuda.Macros, cell: float, bucket_size: int, lengths: tuple[int, ...], *results: Any
+    keys: Any, macros: _cuda.Macros, cell: float, bucket_size: int, lengths: tuple[int, ...], *results: int
 ) -> None:
     """Four launches of buckets_merge.cu: `keys` are points, or buckets where macros say KEY_GIVEN."""
-    tile, batch, tiles, partitions, shared_mem = _merge_plan(lengths, bucket_size)
-    macros = (*macros, ("TILE", tile))
+    tile, batch, tiles, partitions, shared_mem, sizes = _merge_plan(lengths, bucket_size, _bound_bytes(keys))
     clouds, table = _clouds(batch, bucket_size)
-    memory, (bounds, ordered, sampled, splitter, splitter_tile, below) = _workspace(
-        6 * _bound_bytes(keys) * tiles,
-        8 * tile * tiles,
-        tile // 4 * tiles,
-        8 * partitions,
-        4 * partitions,
-        MERGE_MAX_TILES * partitions,
-    )
-    threads = tile // 4
-    rank = _kernel("merge_splitters", macros)
-    join = _kernel("merge_partitions", macros, shared_mem=shared_mem)
+    memory, (bounds, ordered, sampled, splitter, splitter_tile, below) = _workspace(*sizes)
+    threads, source = tile // 4, keys.data.ptr
+    bound, sort, rank, join = _merge_kernels(keys.device.id, (*macros, ("TILE", tile)), shared_mem)
     if macros[1][1] == KEY_GIVEN:
-        sort = _kernel("merge_tiles", macros, "QcQQ")
-        _cuda.launch(sort, grid=tiles, block=threads, args=(keys, clouds, ordered, sampled))
+        _cuda.launch(sort, grid=tiles, block=threads, args=(source, clouds, ordered, sampled))
     else:
-        bound, sort = _kernel("merge_bounds", macros), _kernel("merge_tiles", macros)
-        _cuda.launch(bound, grid=tiles, block=threads, args=(keys, clouds, bounds))
-        _cuda.launch(sort, grid=tiles, block=threads, args=(keys, bounds, cell, clouds, ordered, sampled))
+        _cuda.launch(bound, grid=tiles, block=threads, args=(source, clouds, bounds))
+        _cuda.launch(sort, grid=tiles, block=threads, args=(source, bounds, cell, clouds, ordered, sampled))
     args: tuple[Any, ...] = (sampled, clouds, splitter, splitter_tile, below)
     _cuda.launch(rank, grid=tiles, block=MERGE_RANK_THREADS, args=args)
     args = (ordered, splitter, splitter_tile, below, clouds, *results)
@@ -468,18 +478,18 @@ def _frames(
     """The voxel frame of every cloud, in two launches of buckets_radix.cu."""
     memory, (bounds,) = _workspace(6 * _bound_bytes(points) * batch.groups)
     run = functools.partial(_cuda.launch, block=RADIX_THREADS)
-    run(_kernel("radix_bounds", macros), grid=batch.groups, args=(points, clouds, group, bounds))
+    run(_kernel("radix_bounds", macros), grid=batch.groups, args=(points.data.ptr, clouds, group, bounds))
     run(_kernel("radix_frames", macros), grid=len(batch.rows) - 1, args=(bounds, clouds, cell, frames))
     del memory
 
 
 def _radix_group(total: int) -> int:
-    """Points a block takes where a kernel sums over the whole batch: whole tiles, at most about 1024 groups."""
-    return RADIX_TILE * max(1, -(-total // (1024 * RADIX_TILE)))
+    """Points a block takes where a kernel sums over the whole batch: whole tiles, at most about 512 groups."""
+    return RADIX_TILE * max(1, -(-total // (512 * RADIX_TILE)))
 
 
 def _radix_sort(
-    keys: Any, macros: _cuda.Macros, cell: float, bucket_size: int, lengths: tuple[int, ...], *results: Any
+    keys: Any, macros: _cuda.Macros, cell: float, bucket_size: int, lengths: tuple[int, ...], *results: int
 ) -> None:
     """Nine launches of buckets_radix.cu: `keys` are points, or buckets where macros say KEY_GIVEN."""
     n, group = len(keys), _radix_group(len(keys))
@@ -487,30 +497,31 @@ def _radix_sort(
     clouds, table = _clouds(batch, bucket_size)
     count_bytes = 4 * RADIX_PASSES * RADIX_DIGITS
     frame_bytes = FRAME_BYTES[_bound_bytes(keys)]
+    wide = max(lengths) > RADIX_NARROW  # then pass 1 reads the keys once more, and cannot write over them
     memory, (ticket, histogram, published, end, frames, *records) = _workspace(
         4 * RADIX_PASSES,
         count_bytes * len(lengths),
         count_bytes * batch.tiles,
         0,
         frame_bytes * len(lengths),
-        8 * n,
-        8 * n,
+        *(8 * n for _ in range(2 + wide)),
     )
-    memory.memset_async(0, int(end) - memory.ptr)
-    run = functools.partial(_cuda.launch, block=RADIX_THREADS)
-    source: tuple[Any, ...] = (keys,)
-    if macros[1][1] != KEY_GIVEN:
+    memory.memset_async(0, end - memory.ptr)
+    if macros[1][1] == KEY_GIVEN:
+        key = _kernel("radix_keys", macros, "QciQQ")
+        args: tuple[Any, ...] = (keys.data.ptr, clouds, group, records[0], histogram)
+    else:
         _frames(keys, macros, cell, group, batch, clouds, frames)
-        source = (keys, frames)
-    signature = "Q" * len(source)
-    count = _kernel("radix_histogram", macros, signature + "ciQ")
-    run(count, grid=batch.groups, args=(*source, clouds, group, histogram))
-    sort = _kernel("radix_pass", macros, signature + "QQciiQQQQQQ")
-    wide = int(max(lengths) > RADIX_NARROW)
+        key = _kernel("radix_keys", macros)
+        args = (keys.data.ptr, frames, clouds, group, records[0], histogram)
+    _cuda.launch(key, grid=batch.groups, block=RADIX_THREADS, args=args)
+    sort = _kernel("radix_pass", macros, shared_mem=RADIX_SHARED)
     for number in range(RADIX_PASSES):
         before, after = records[number % 2], records[1 - number % 2]
-        args = (*source, before, histogram, clouds, number, wide, ticket, published, after, *results)
-        run(sort, grid=batch.tiles, args=args)
+        if wide and number > 0:
+            before, after = records[2 - number % 2], records[1 + number % 2]
+        args = (records[0], before, histogram, clouds, number, int(wide), ticket, published, after, *results)
+        _cuda.launch(sort, grid=batch.tiles, block=RADIX_THREADS, shared_mem=RADIX_SHARED, args=args)
     del memory, table
 
 
@@ -542,22 +553,8 @@ def _probe(
     _frames(points, macros, cell, group, batch, clouds, frames)
     packed = np.zeros((), _CANDIDATES)
     packed["packed"] = (reference.candidates(seed) + 4) @ (1, 16, 256)
-    args = (
-        points,
-        frames,
-        clouds,
-        packed.tobytes(),
-        arrived,
-        totals,
-        counts,
-        rooms,
-        cursors,
-        left,
-        voxels,
-        proposal,
-        home,
-        moved,
-    )
+    scratch = arrived, totals, counts, rooms, cursors, left, voxels, proposal
+    args = (points.data.ptr, frames, clouds, packed.tobytes(), *scratch, home.data.ptr, moved.data.ptr)
     probe = _kernel("probe_buckets", macros, cooperative=True)
     _cuda.launch(probe, grid=blocks, block=PROBE_THREADS, args=args)
     del memory, table
@@ -597,7 +594,7 @@ def _take_rows_cuda(rows: Any, index: Any, fill: Any) -> Any:
     pattern = np.zeros((), _PATTERN)
     value = np.array(fill).astype(rows.dtype)
     pattern["bytes"] = np.resize(np.frombuffer(value.tobytes(), np.uint8), 16)
-    args = (rows, index, len(index), words, lane_bits, pattern.tobytes(), out)
+    args = (rows.data.ptr, index.data.ptr, len(index), words, lane_bits, pattern.tobytes(), out.data.ptr)
     kernel = _kernel("move_rows", (("WORD", word),))
     _cuda.launch(kernel, grid=-(-len(index) // rows_a_block), block=MOVE_THREADS, args=args)
     return out
@@ -717,7 +714,7 @@ def _scope_table_cuda(buckets: Buckets, size: int, shift: int, stride: int) -> A
     batch = _batch(buckets.lengths, buckets.bucket_size, 0 * count, whole * stride + np.minimum(rest, stride))
     clouds, memory = _clouds(batch, buckets.bucket_size)
     table = cupy.empty((batch.groups, size), np.int32)
-    args = (clouds, table.size, size, shift, stride, table)
+    args = (clouds, table.size, size, shift, stride, table.data.ptr)
     kernel = _kernel("move_scopes", (("WORD", 16),))
     _cuda.launch(kernel, grid=-(-table.size // MOVE_THREADS), block=MOVE_THREADS, args=args)
     del memory

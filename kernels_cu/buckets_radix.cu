@@ -5,33 +5,32 @@
 // digit and learns where its digits go from the tiles before it, by looking back at what they published.
 //   1 bounds      a block a group: partial bounds of its points
 //   2 frames      a block a cloud: origin and cell of its voxels
-//   3 histogram   a block a group: how often each digit of each pass occurs
-//   4 pass 0..5   a block a tile: rank, look back, move; the last pass writes both permutations
+//   3 keys        a block a group: key of each point, and how often each digit of each pass occurs
+//   4 pass 0..5   a block a tile: count, look back, rank, move; the last pass writes both permutations
 //
-// Bytes a point: the key is computed from the point in pass 0 and carried in 8 bytes from then on, since a digit that has
-// been sorted by is dropped: 40 bits of key and 24 of point index. A cloud of more than 2^24 points ("wide") carries its
-// 32-bit index alone through pass 0 and computes the key once more in pass 1, which leaves 32 bits of key.
+// A record is 8 bytes, since a digit that has been sorted by is dropped: pass 0 reads the keys, and writes 40 bits of key
+// and 24 of point index. A cloud of more than 2^24 points ("wide") carries its 32-bit index alone through pass 0 and
+// fetches the key once more in pass 1, which leaves 32 bits of key.
+//
+// What bounds it on an H100: blocks wait for each other (barriers and look-back are half of a pass's stalls), so tiles are
+// as large as a block can hold, and a tile publishes its counts before it ranks; in the last pass, the 4-byte stores of
+// point_to_slot, all over it, at about 50 per ns.
 
 #ifndef TILE
-#define TILE 4096           // points a tile
+#define TILE 8192           // points a tile
 #endif
-#ifndef THREADS
-#define THREADS 512
-#endif
-#ifndef BLOCKS
-#define BLOCKS 2
-#endif
+#define THREADS 1024        // mirrored by gpu3d/buckets.py, as is TILE
 #define ITEMS (TILE / THREADS)
 #define WARPS (THREADS / 32)
 #define DIGITS 256
 #define PASSES 6
-#ifndef WINDOW
-#define WINDOW 4            // tiles looked back at together: their loads overlap
-#endif
+#define WINDOW 8            // tiles looked back at together: their loads overlap
 
 #include "buckets.cuh"
 
 static_assert(TILE % THREADS == 0 && THREADS >= DIGITS, "a thread a digit, and whole items a thread");
+static_assert(WARPS * DIGITS <= TILE, "the words of the ranking fit where the records come later");
+static_assert(WARPS % 8 == 0, "the counts of the warps are summed eight at a time");
 
 // What a tile says of each digit: nothing yet, its own count, or the count of its cloud up to and including itself.
 #define COUNT_BITS 30
@@ -68,22 +67,18 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_frames(
     if (threadIdx.x == 0) frames[b] = frame;
 }
 
-// ---- keys: computed from the points, or given ----------------------------------------------------------------------
+// ---- 3 keys --------------------------------------------------------------------------------------------------------
 
+extern "C" __global__ __launch_bounds__(THREADS) void radix_keys(
 #if KEY == KEY_GIVEN
-#define KEYS const int *__restrict__ given                                      // [N] bucket, counted over the batch
-#define KEY_OF(i) ((u64)given[i])
+    const int *__restrict__ given,              // [N] bucket of each point, counted over the batch
 #else
-#define KEYS const point_t *__restrict__ points, const Frame *__restrict__ frames   // [N, 3], [clouds]
-#define KEY_OF(i) key_of_point(points, i, frame, buckets)
+    const point_t *__restrict__ points,         // [N, 3]
+    const Frame *__restrict__ frames,           // [clouds]
 #endif
-
-// ---- 3 histogram ---------------------------------------------------------------------------------------------------
-
-extern "C" __global__ __launch_bounds__(THREADS) void radix_histogram(
-    KEYS,
     const __grid_constant__ Clouds clouds,
     int group_points,
+    u64 *__restrict__ keys,                     // [N]
     u32 *__restrict__ histogram)                // [clouds, PASSES, DIGITS], zero before
 {
     __shared__ u32 count[PASSES * DIGITS];
@@ -100,20 +95,25 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_histogram(
     __syncthreads();
     for (int base = 0; base < n; base += THREADS) {         // whole warps stay together for the vote
         const int i = base + threadIdx.x;
-        const u64 key = i < n ? KEY_OF(first + i) : 0;
+#if KEY == KEY_GIVEN
+        const u64 key = i < n ? given[first + i] : 0;
+#else
+        const u64 key = i < n ? key_of_point(points, first + i, frame, buckets) : 0;
+#endif
         const u32 active = __ballot_sync(FULL, i < n);
         if (i >= n) continue;
+        keys[first + i] = key;
         // Where a warp agrees on a digit, its lanes' atomics on one address would go one by one: the leader adds for all.
-        // High digits often agree, low ones only where points coincide.
+        // It often agrees on the highest, and on all where points coincide.
         const int leader = __ffs(active) - 1;
         const bool leads = (threadIdx.x & 31) == leader;
         const u64 first_key = __shfl_sync(active, key, leader);
-        const bool same_low = __all_sync(active, (u32)(key & 0xffffff) == (u32)(first_key & 0xffffff));
+        const bool same_key = __all_sync(active, key == first_key);
+        const bool same_top = __all_sync(active, key >> 8 * (PASSES - 1) == first_key >> 8 * (PASSES - 1));
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass) {
             const u32 digit = key >> 8 * pass & (DIGITS - 1);
-            const bool same = pass < 3 ? same_low : __all_sync(active, digit == (u32)(first_key >> 8 * pass & (DIGITS - 1)));
-            if (!same) atomicAdd(&count[pass * DIGITS + digit], 1);
+            if (!(pass == PASSES - 1 ? same_top : same_key)) atomicAdd(&count[pass * DIGITS + digit], 1);
             else if (leads) atomicAdd(&count[pass * DIGITS + digit], __popc(active));
         }
     }
@@ -141,19 +141,8 @@ __device__ u32 scan_digits(u32 x, u32 *warp_sums) {
     return before + scan - x;
 }
 
-// Lanes of the warp whose digit equals mine.
-__device__ __forceinline__ u32 same_digit(u32 digit) {
-    u32 same = FULL;
-#pragma unroll
-    for (int bit = 0; bit < 8; ++bit) {
-        const u32 set = __ballot_sync(FULL, digit >> bit & 1);
-        same &= digit >> bit & 1 ? set : ~set;
-    }
-    return same;
-}
-
-extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void radix_pass(
-    KEYS,
+extern "C" __global__ __launch_bounds__(THREADS) void radix_pass(
+    const u64 *__restrict__ keys,               // [N], read in pass 0, and where wide in pass 1
     const u64 *__restrict__ records_in,         // [N], unread in pass 0
     const u32 *__restrict__ histogram,          // [clouds, PASSES, DIGITS]
     const __grid_constant__ Clouds clouds,
@@ -166,99 +155,102 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void radix_pass(
     int *__restrict__ point_to_slot,            // [N], written in the last pass
     int *__restrict__ moved)                    // [] set to 0 in the last pass, or null
 {
-    __shared__ u64 record[TILE];
-    __shared__ unsigned char digit_of[TILE];
-    __shared__ unsigned short count[WARPS][DIGITS];         // a warp's count of a digit, then what stands before it
-    __shared__ u32 target[DIGITS];              // where the tile's first record of a digit goes, minus its place in the tile
+    extern __shared__ u64 record[];             // [TILE], then the two arrays below
+    unsigned short (*start)[DIGITS] = (unsigned short (*)[DIGITS])(record + TILE);      // [WARPS, DIGITS] places in the tile
+    unsigned char *digit_of = (unsigned char *)(start + WARPS);                         // [TILE], where the record lost it
+    __shared__ u32 target[DIGITS];              // records of a digit; then where the first goes, minus its place in the tile
     __shared__ u32 warp_sums[WARPS];
     __shared__ int drawn;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     // Tiles are drawn in order, so that every tile looked back at is running or done.
     if (threadIdx.x == 0) drawn = atomicAdd(&ticket[pass], 1);
     if (moved && pass == PASSES - 1 && blockIdx.x == 0 && threadIdx.x == 0) *moved = 0;
-    for (int i = threadIdx.x; i < WARPS * DIGITS; i += THREADS) count[0][i] = 0;
+    for (int i = threadIdx.x; i < WARPS * DIGITS; i += THREADS) record[i] = 0;
+    for (int i = threadIdx.x; i < DIGITS; i += THREADS) target[i] = 0;
     __syncthreads();
     const int tile = drawn;                     // ranges [0, tiles)
     const int b = cloud_of<&Cloud::tile>(clouds, tile);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int first = (tile - cloud.tile) * TILE;           // of the cloud's points
     const int n = min(TILE, next.point - cloud.point - first);
-    const int index_bits = wide ? 32 : 24;
-#if KEY != KEY_GIVEN
-    const u32 buckets = (next.slot - cloud.slot) / clouds.bucket_size;
-    const Frame frame = frames[b];
-#endif
+    const int index_bits = wide ? 32 : 24, digit_shift = index_bits + 8 * (pass - wide - 1);
 
     // Load. Warp w holds records [w, w + 1) * 32 * ITEMS of the tile, item k of lane l the 32 k + l-th of them.
+    const int mine_first = warp * ITEMS * 32 + lane, mine_left = n - mine_first;        // item k exists if 32 k < mine_left
+    const u64 *in = (pass == 0 ? keys : records_in) + cloud.point + first + mine_first;
     u64 mine[ITEMS];
     u32 seat[ITEMS];                            // place among equal digits of the warp << 8 | digit
 #pragma unroll
-    for (int k = 0; k < ITEMS; ++k) {
-        const int i = (warp * ITEMS + k) * 32 + lane;
-        mine[k] = 0;
-        if (i >= n) continue;
-        if (pass == 0) mine[k] = first + i;
-        else mine[k] = records_in[cloud.point + first + i];
-    }
-#pragma unroll
-    for (int k = 0; k < ITEMS; ++k) {
-        const int i = (warp * ITEMS + k) * 32 + lane;
-        seat[k] = DIGITS - 1;                              // the padding of the last tile ranks behind its records
-        if (i >= n) continue;
-        if (pass <= wide) {                                 // the record is the index in its cloud
-            const u64 key = KEY_OF(cloud.point + (int)mine[k]);
-            seat[k] = key >> 8 * pass & (DIGITS - 1);
-            if (pass == wide) mine[k] |= key >> 8 * (pass + 1) << index_bits;
-        } else {
-            seat[k] = mine[k] >> index_bits + 8 * (pass - wide - 1) & (DIGITS - 1);
-        }
-    }
-
-    // Where the cloud's digits begin; its loads and barriers overlap the records' loads.
+    for (int k = 0; k < ITEMS; ++k) mine[k] = 32 * k < mine_left ? in[32 * k] : 0;
+    // Where the cloud's digits begin: its loads and barriers overlap the records' loads.
     const int d = threadIdx.x;
     volatile u32 *board = published + (size_t)pass * rows_of(clouds)[clouds.count].tile * DIGITS;
     const u32 bin = scan_digits(d < DIGITS ? histogram[((size_t)b * PASSES + pass) * DIGITS + d] : 0, warp_sums);
-
-    // Rank inside the warp, in record order.
 #pragma unroll
     for (int k = 0; k < ITEMS; ++k) {
-        const u32 digit = seat[k], same = same_digit(digit), earlier = count[warp][digit];
-        __syncwarp();
-        if (lane == __ffs(same) - 1) count[warp][digit] = earlier + __popc(same);
-        __syncwarp();
-        seat[k] |= earlier + __popc(same & (1u << lane) - 1) << 8;
+        seat[k] = DIGITS - 1;                               // the padding of the last tile ranks behind its records
+        if (32 * k >= mine_left) continue;
+        if (pass <= wide) {                                 // pass 0, and 1 where wide
+            const int index = pass == 0 ? first + mine_first + 32 * k : (int)mine[k];   // in the cloud
+            const u64 key = pass == 0 ? mine[k] : keys[cloud.point + index];
+            seat[k] = key >> 8 * pass & (DIGITS - 1);
+            mine[k] = pass == wide ? key >> 8 * (pass + 1) << index_bits | index : index;
+        } else {
+            seat[k] = mine[k] >> digit_shift & (DIGITS - 1);
+        }
     }
-    __syncthreads();
 
-    // A thread a digit: sum over the warps, publish, scan over the digits, look back.
-    u32 own = 0, warp_count[WARPS];
-    if (d < DIGITS) {
+    // Count, publish, look back: before the ranking, so that the tiles after this one seldom wait. A thread a digit.
 #pragma unroll
-        for (int w = 0; w < WARPS; ++w) warp_count[w] = count[w][d];
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) own += warp_count[w];
-        if (d == DIGITS - 1) own -= TILE - n;               // the padding
-        board[(size_t)tile * DIGITS + d] = (tile == cloud.tile ? STATE_SUM : STATE_OWN) | own;
-    }
-    const u32 place = scan_digits(d < DIGITS ? own : 0, warp_sums);
-    if (d < DIGITS) {
-        u32 at = place;
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) { count[w][d] = at; at += warp_count[w]; }
-        u32 before = 0;
-        for (int t = tile - 1; t >= cloud.tile;) {
+    for (int k = 0; k < ITEMS; ++k)
+        if (32 * k < mine_left) atomicAdd(&target[seat[k]], 1);
+    __syncthreads();
+    const u32 own = d < DIGITS ? target[d] : 0;
+    if (d < DIGITS) board[(size_t)tile * DIGITS + d] = (tile == cloud.tile ? STATE_SUM : STATE_OWN) | own;
+    const u32 place = scan_digits(own, warp_sums);
+    u32 before = 0;
+    if (d < DIGITS && tile != cloud.tile) {
+        for (int t = tile - 1; t >= 0;) {
             u32 word[WINDOW];
 #pragma unroll
-            for (int k = 0; k < WINDOW; ++k) word[k] = t - k >= cloud.tile ? board[(size_t)(t - k) * DIGITS + d] : 0;
+            for (int k = 0; k < WINDOW; ++k) word[k] = board[(size_t)max(t - k, cloud.tile) * DIGITS + d];
 #pragma unroll
             for (int k = 0; k < WINDOW; ++k) {
                 if (!(word[k] >> COUNT_BITS)) break;        // not published yet: ask again
                 before += word[k] & COUNT;
                 --t;
-                if (word[k] & STATE_SUM) { t = -1; break; }
+                if (word[k] & STATE_SUM) { t = -1; break; } // the cloud's first tile is one
             }
         }
-        if (tile != cloud.tile) board[(size_t)tile * DIGITS + d] = STATE_SUM | (before + own);
+        board[(size_t)tile * DIGITS + d] = STATE_SUM | (before + own);
+    }
+
+    // Rank inside the warp, in record order. Lanes of one digit find each other through a word of shared memory: each sets
+    // its bit in the low half, the high half counts (the ballots over eight bits that do the same take three times the
+    // instructions). The words lie where the records come later.
+    u64 *words = record + warp * DIGITS;
+#pragma unroll
+    for (int k = 0; k < ITEMS; ++k) {
+        const u32 digit = seat[k];
+        atomicOr((u32 *)&words[digit], 1u << lane);
+        __syncwarp();
+        const u64 word = words[digit];
+        const u32 same = (u32)word, earlier = (u32)(word >> 32);
+        __syncwarp();
+        if (same >> lane == 1) words[digit] = (u64)(earlier + __popc(same)) << 32;      // the last lane, for the next item
+        __syncwarp();
+        seat[k] |= earlier + __popc(same & (1u << lane) - 1) << 8;
+    }
+    __syncthreads();
+    if (d < DIGITS) {
+        u32 at = place;
+        for (int w = 0; w < WARPS; w += 8) {                // eight loads in flight
+            u32 warp_count[8];
+#pragma unroll
+            for (int k = 0; k < 8; ++k) warp_count[k] = (u32)(record[(w + k) * DIGITS + d] >> 32);
+#pragma unroll
+            for (int k = 0; k < 8; ++k) { start[w + k][d] = at; at += warp_count[k]; }
+        }
         target[d] = bin + before - place;
     }
     __syncthreads();
@@ -266,18 +258,23 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void radix_pass(
     // Gather the tile's records by digit in shared memory, so that equal digits leave side by side.
 #pragma unroll
     for (int k = 0; k < ITEMS; ++k)
-        if ((warp * ITEMS + k) * 32 + lane < n) {
-            const u32 digit = seat[k] & (DIGITS - 1), place = (seat[k] >> 8) + count[warp][digit];
+        if (32 * k < mine_left) {
+            const u32 digit = seat[k] & (DIGITS - 1), place = (seat[k] >> 8) + start[warp][digit];
             record[place] = mine[k];
-            digit_of[place] = digit;
+            if (pass <= wide) digit_of[place] = digit;
         }
     __syncthreads();
-    for (int i = threadIdx.x; i < n; i += THREADS) {
-        const u32 at = i + target[digit_of[i]];             // ranges [0, points of the cloud)
+#pragma unroll
+    for (int k = 0; k < ITEMS; ++k) {
+        const int i = k * THREADS + threadIdx.x;
+        if (i >= n) continue;
+        const u64 moving = record[i];
+        const u32 digit = pass <= wide ? digit_of[i] : moving >> digit_shift & (DIGITS - 1);
+        const u32 at = i + target[digit];                   // ranges [0, points of the cloud)
         if (pass < PASSES - 1) {
-            records_out[cloud.point + at] = record[i];
+            records_out[cloud.point + at] = moving;
         } else {
-            const int p = cloud.point + (int)(record[i] & ((1ull << index_bits) - 1));
+            const int p = cloud.point + (int)(moving & ((1ull << index_bits) - 1));
             slot_to_point[cloud.slot + at] = p;
             point_to_slot[p] = cloud.slot + at;
         }

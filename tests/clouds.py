@@ -55,9 +55,7 @@ def spoiled(n=3000, seed=0):
 def real(folder: Path):
     """Every real scan of the data folder as (name, float points in metres or file units)."""
     for path in sorted(folder.glob("*/*.npz")):
-        if path.parent.name not in {
-            "lidar_pandaset", "lidar_av2", "lidar_raw", "lidar_rellis3d", "aerial", "indoor_s3dis", "indoor_3dmatch", "semantickitti",
-        }:  # fmt: skip
+        if not path.parent.name.startswith(("lidar", "aerial", "indoor", "semantickitti")):
             continue
         with np.load(path, allow_pickle=False) as z:
             if path.parent.name == "semantickitti":

@@ -9,11 +9,11 @@ import math
 import clouds
 import numpy as np
 import pytest
-from gpu3d.reference import buckets as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpu3d
+from gpu3d.reference import buckets as reference
 
 SIZES = (1, 2, 15, 16, 17, 31, 33, 255, 256, 257, 1000)
 
@@ -33,7 +33,7 @@ def assert_perfect(buckets, lengths):
     assert slot == buckets.num_slots == buckets.num_buckets * buckets.bucket_size
 
 
-# ---- an oracle in plain Python integers ------------------------------------------------------------------------------
+# ---- an oracle in plain Python integers ----------------------------------------------------------------------------
 
 
 def morton_by_bits(v):
@@ -76,7 +76,7 @@ def probe_by_definition(points, size, hash, seed=0):
     return sorted(range(len(points)), key=lambda i: (home[i], i)), away
 
 
-# ---- definitions -----------------------------------------------------------------------------------------------------
+# ---- definitions ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("hash", reference.HASHES)
@@ -156,7 +156,7 @@ def test_voxel_size(hash, voxel_size):
     assert buckets.slot_to_point[:400].tolist() == order_by_definition(points, 13, hash, voxel_size)
 
 
-# ---- laws ------------------------------------------------------------------------------------------------------------
+# ---- laws ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("balance", reference.BALANCES)
@@ -237,7 +237,7 @@ def test_real_sweeps_are_perfect_and_tight(data_dir):
     assert seen > 10
 
 
-# ---- scatter and gather ------------------------------------------------------------------------------------------------
+# ---- scatter and gather --------------------------------------------------------------------------------------------
 
 DTYPES = ["bool", "int8", "uint16", "int32", "int64", "float16", "bfloat16", "float32", "float64", "complex128"]
 
@@ -274,7 +274,7 @@ def test_scatter_checks_the_rows():
         buckets.scatter([1, 2])
 
 
-# ---- scopes ------------------------------------------------------------------------------------------------------------
+# ---- scopes --------------------------------------------------------------------------------------------------------
 
 
 def scopes_by_definition(counts, size, shift, stride):
@@ -343,7 +343,7 @@ def test_scopes_errors(arguments, error, message):
         gpu3d.scopes([0, 1])
 
 
-# ---- quality -----------------------------------------------------------------------------------------------------------
+# ---- quality -------------------------------------------------------------------------------------------------------
 
 
 def test_quality():
@@ -361,7 +361,7 @@ def test_quality():
         gpu3d.bucket_quality(points.reshape(2, 500, 3), buckets)
 
 
-# ---- bad input -----------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------------------------
 
 GOOD = clouds.uniform(100)
 
@@ -374,7 +374,7 @@ BAD = [
     ({"bucket_size": 24}, ValueError, "multiple of 16 from 16 to 16384, got 24"),
     ({"bucket_size": 32768}, ValueError, "got 32768"),
     ({"bucket_size": 512.0}, TypeError, "bucket_size must be an integer, got 512.0"),
-    ({"hash": "morton"}, ValueError, "hash must be one of 'xor_mod', 'xor_div', 'zorder_mod', 'zorder_div', got 'morton'"),
+    ({"hash": "morton"}, ValueError, "hash must be one of 'xor_mod', .*'zorder_div', got 'morton'"),
     ({"balance": "none"}, ValueError, "balance must be one of 'spill', 'probe', got 'none'"),
     ({"voxel_size": 0}, ValueError, "voxel_size must be a positive float32 number, got 0"),
     ({"voxel_size": -1.0}, ValueError, "voxel_size must be a positive"),

@@ -6,10 +6,11 @@ from __future__ import annotations
 import clouds
 import numpy as np
 import pytest
-from gpu3d.reference import buckets as reference
 from test_buckets import BAD, DTYPES, assert_perfect, features
 
 import gpu3d
+from gpu3d import buckets as buckets_module
+from gpu3d.reference import buckets as reference
 
 pytestmark = pytest.mark.gpu
 
@@ -58,6 +59,22 @@ def test_every_dtype_and_voxel_size(cp, hash, dtype, voxel_size):
     points = clouds.uniform(5000, dtype=ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     assert_same(cp, points, 64, hash=hash, voxel_size=voxel_size)
     assert_same(cp, points, 64, hash=hash, voxel_size=voxel_size, balance="probe")
+
+
+@pytest.mark.parametrize("balance", reference.BALANCES)
+@pytest.mark.parametrize("sort", ["merge", "radix"])
+def test_small_clouds_by_either_sort(cp, monkeypatch, sort, balance):
+    """What compute-sanitizer runs: both sorts, a batch that travels in the arguments and one that does not."""
+    if sort == "radix":
+        monkeypatch.setattr(buckets_module, "MERGE_MAX_TILES", 0)
+    for n in (1, 33, 1025, 9000, 20_000):
+        got = assert_same(cp, clouds.lidar_like(n), 64, balance=balance, hash="xor_div")
+        assert gpu3d.scopes(got, 4, stride=2).table.shape[1] == 4
+        x = cp.asarray(features(n, (5,), "float16"))
+        assert bool((got.gather(got.scatter(x)) == x).all())
+    points = clouds.uniform(3000, dtype=np.float64)
+    assert_same(cp, points, 16, balance=balance, lengths=[0, 2000, 37, 963])
+    assert_same(cp, points, 16, balance=balance, lengths=[150] * 20, hash="zorder_mod", voxel_size="per_axis")
 
 
 @pytest.mark.parametrize("n", LARGE)
@@ -147,7 +164,7 @@ def test_a_hundred_runs_give_the_same_bits(cp, n):
             assert bool((again.point_to_slot == first.point_to_slot).all())
 
 
-# ---- scatter, gather, scopes -------------------------------------------------------------------------------------------
+# ---- scatter, gather, scopes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("trailing", [(), (1,), (3,), (7,), (2, 5), (64,), (0,), (1000,), (4099,)])
@@ -191,7 +208,7 @@ def test_quality(cp):
         assert host == device
 
 
-# ---- errors, streams, graphs, devices ------------------------------------------------------------------------------------
+# ---- errors, streams, graphs, devices ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), BAD)

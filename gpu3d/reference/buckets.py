@@ -22,9 +22,11 @@ def voxelize(points: np.ndarray, voxel_size: float | str | None = None) -> np.nd
     """Voxels int64 [n, 3] of one cloud, each 0..65535; a non-finite coordinate is in voxel 65535."""
     if points.dtype in (np.float16, BFLOAT16):
         points = points.astype(np.float32)
+    points = np.ascontiguousarray(points.T)  # an axis a row: NumPy runs along it
     finite = np.isfinite(points)
-    low = np.where(finite, points, np.inf).min(axis=0, initial=np.inf)
-    high = np.where(finite, points, -np.inf).max(axis=0, initial=-np.inf)
+    bounded = True if finite.all() else finite
+    low = points.min(axis=1, initial=np.inf, where=bounded)
+    high = points.max(axis=1, initial=-np.inf, where=bounded)
     low, high = np.where(low <= high, (low, high), 0).astype(points.dtype)  # an axis with no finite coordinate: 0
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         extent = (high - low).astype(np.float32)
@@ -35,15 +37,16 @@ def voxelize(points: np.ndarray, voxel_size: float | str | None = None) -> np.nd
         else:
             cell = np.repeat(np.float32(voxel_size), 3)
         cell = np.where(cell < np.float32(2.0**-126), np.float32(0), cell)
-        steps = np.floor((points - low).astype(np.float32) / cell)
+        steps = np.floor((points - low[:, None]).astype(np.float32, copy=False) / cell[:, None])
         voxels = np.where(steps < 65535, steps, 65535)  # inf / inf too
-        voxels = np.where(cell == 0, 0, voxels)
-    return np.where(finite, voxels, 65535).astype(np.int64)
+    voxels[cell == 0] = 0
+    voxels[~finite] = 65535
+    return voxels.astype(np.int64).T
 
 
 def morton(voxels: np.ndarray) -> np.ndarray:
     """Morton codes uint64 of 48 bits: bit 3b + d is bit b of axis d."""
-    spread = voxels.astype(np.uint64)
+    spread = np.ascontiguousarray(voxels.T).view(np.uint64)
     for shift, mask in (
         (32, 0xFFFF00000000FFFF),
         (16, 0x00FF0000FF0000FF),
@@ -52,7 +55,7 @@ def morton(voxels: np.ndarray) -> np.ndarray:
         (2, 0x9249249249249249),
     ):
         spread = (spread | spread << np.uint64(shift)) & np.uint64(mask)
-    return spread[:, 0] | spread[:, 1] << np.uint64(1) | spread[:, 2] << np.uint64(2)
+    return spread[0] | spread[1] << np.uint64(1) | spread[2] << np.uint64(2)
 
 
 def hash_bucket(voxels: np.ndarray, hash: str, num_buckets: int) -> np.ndarray:
