@@ -226,11 +226,11 @@ MAX_SLOTS = 2**31 - 1
 MERGE_TILES = (1024, 2048, 4096)  # buckets_merge.cu: TILE; the smallest whose 128 tiles hold the largest cloud is used
 MERGE_MAX_TILES = 128
 MERGE_RANK_THREADS = 1024
-RADIX_TILE = 8192
+RADIX_TILES = (8192, 6144)  # buckets_radix.cu: TILE
 RADIX_THREADS = 1024
 RADIX_DIGITS = 256
 RADIX_PASSES = 6
-RADIX_SHARED = RADIX_TILE * 9 + RADIX_THREADS // 32 * RADIX_DIGITS * 2  # bytes: records, their digits, counts
+RADIX_GROUPS = 528  # blocks of a sum over the batch: four for each multiprocessor of an H100
 RADIX_MAX = 2**30 - 1  # counts of a cloud have 30 bits
 RADIX_NARROW = 2**24  # points of a cloud whose index fits the 24 bits of a narrow record
 PROBE_THREADS = 1024
@@ -252,7 +252,6 @@ _CLOUDS = np.dtype(
 _CLOUD_ROWS = np.dtype([("rows", _CLOUD, MOVE_CLOUDS_A_LAUNCH)])
 _CANDIDATES = np.dtype([("packed", np.uint16, 128)])
 _PATTERN = np.dtype([("bytes", np.uint8, 16)])
-
 
 # The parameters of each kernel: formats of the module struct, and c for struct Clouds.
 _SIGNATURES = {
@@ -285,7 +284,7 @@ def configurations() -> list[_cuda.Configuration]:
     modules = []
     for macros in [*((p, k) for p in coordinates for k in keys), tuple(given)]:
         modules += [_cuda.Configuration("buckets_merge", (*macros, ("TILE", tile))) for tile in MERGE_TILES]
-        modules += [_cuda.Configuration("buckets_radix", macros)]
+        modules += [_cuda.Configuration("buckets_radix", (*macros, ("TILE", tile))) for tile in RADIX_TILES]
         if macros[1][1] != KEY_GIVEN:
             modules += [_cuda.Configuration("buckets_probe", macros)]
     return [*modules, *(_cuda.Configuration("buckets_move", (("WORD", word),)) for word in (1, 2, 4, 8, 16))]
@@ -356,14 +355,23 @@ def _clouds(batch: _Batch, bucket_size: int) -> tuple[bytes, Any]:
     return clouds.tobytes(), table
 
 
-def _workspace(*sizes: int) -> tuple[Any, list[int]]:
-    """One allocation for several arrays of so many bytes: the memory, and their addresses."""
+def _ends(*sizes: int) -> tuple[int, ...]:
+    """Where arrays of so many bytes begin in one allocation, and where the last ends."""
+    return tuple(itertools.accumulate(((size + 15) // 16 * 16 for size in sizes), initial=0))
+
+
+def _allocate(ends: tuple[int, ...]) -> tuple[Any, list[int]]:
+    """One allocation for several arrays: the memory, and their addresses."""
     import cupy
 
-    ends = list(itertools.accumulate([(size + 15) & -16 for size in sizes], initial=0))
-    memory = cupy.cuda.alloc(ends.pop())
+    memory = cupy.cuda.alloc(ends[-1])
     address = memory.ptr
-    return memory, [address + end for end in ends]
+    return memory, [address + end for end in ends[:-1]]
+
+
+def _workspace(*sizes: int) -> tuple[Any, list[int]]:
+    """The same from the arrays' bytes."""
+    return _allocate(_ends(*sizes))
 
 
 # ---- CUDA: bucketize -----------------------------------------------------------------------------------------------
@@ -408,18 +416,21 @@ def _bucketize_cuda(
 
 
 class _MergePlan(NamedTuple):
-    """What buckets_merge.cu needs to know of a batch."""
+    """What buckets_merge.cu needs for a batch, worked out once: Python takes as long over a call as the launches."""
 
-    tile: int
     batch: _Batch
     tiles: int
     partitions: int
+    threads: int
     shared_mem: int
-    workspace: tuple[int, ...]  # bytes
+    ends: tuple[int, ...]  # where the arrays of the workspace begin, and where the last ends
+    bound: _cuda.Kernel | None  # None where the keys are given
+    kernels: tuple[_cuda.Kernel, ...]  # tiles, splitters, partitions
 
 
 @functools.lru_cache(maxsize=256)
-def _merge_plan(lengths: tuple[int, ...], bucket_size: int, bound_bytes: int) -> _MergePlan:
+def _merge_plan(device: int, lengths: tuple[int, ...], bucket_size: int, macros: _cuda.Macros) -> _MergePlan:
+    """For the current device, which is `device`."""
     largest = max(lengths)
     tile = next(t for t in MERGE_TILES if MERGE_MAX_TILES * t >= largest)
     span = tile // 64
@@ -430,33 +441,31 @@ def _merge_plan(lengths: tuple[int, ...], bucket_size: int, bound_bytes: int) ->
     samples = full * (tile // 32) + (n - full * tile + 31 - phase) // 32
     batch = _batch(lengths, bucket_size, full + 1, np.maximum(-(-samples // span), 1) * (n > 0))
     tiles, partitions = batch.tiles, batch.groups
+
+    (_, point), (_, key) = macros
+    bound_bytes = 8 if _arrays.FLOATS[point] == np.float64 else 4
     ranks = (8 * partitions, 4 * partitions, MERGE_MAX_TILES * partitions)
-    workspace = (6 * bound_bytes * tiles, 8 * tile * tiles, tile // 4 * tiles, *ranks)
-    return _MergePlan(tile, batch, tiles, partitions, 12 * capacity, workspace)
-
-
-@functools.lru_cache(maxsize=256)
-def _merge_kernels(device: int, macros: _cuda.Macros, shared_mem: int) -> tuple[_cuda.Kernel, ...]:
-    """The four kernels on the current device: looked up once, for the lookups would cost as much as a launch."""
-    given = macros[1][1] == KEY_GIVEN
-    return (
-        _kernel("merge_tiles" if given else "merge_bounds", macros, "QcQQ" if given else None),
+    ends = _ends(6 * bound_bytes * tiles, 8 * tile * tiles, tile // 4 * tiles, *ranks)
+    macros, shared_mem, given = (*macros, ("TILE", tile)), 12 * capacity, key == KEY_GIVEN
+    bound = None if given else _kernel("merge_bounds", macros)
+    kernels = (
         _kernel("merge_tiles", macros, "QcQQ" if given else None),
         _kernel("merge_splitters", macros),
         _kernel("merge_partitions", macros, shared_mem=shared_mem),
     )
+    return _MergePlan(batch, tiles, partitions, tile // 4, shared_mem, ends, bound, kernels)
 
 
 def _merge_sort(
     keys: Any, macros: _cuda.Macros, cell: float, bucket_size: int, lengths: tuple[int, ...], *results: int
 ) -> None:
     """Four launches of buckets_merge.cu: `keys` are points, or buckets where macros say KEY_GIVEN."""
-    tile, batch, tiles, partitions, shared_mem, sizes = _merge_plan(lengths, bucket_size, _bound_bytes(keys))
+    plan = _merge_plan(keys.device.id, lengths, bucket_size, macros)
+    batch, tiles, partitions, threads, shared_mem, ends, bound, (sort, rank, join) = plan
     clouds, table = _clouds(batch, bucket_size)
-    memory, (bounds, ordered, sampled, splitter, splitter_tile, below) = _workspace(*sizes)
-    threads, source = tile // 4, keys.data.ptr
-    bound, sort, rank, join = _merge_kernels(keys.device.id, (*macros, ("TILE", tile)), shared_mem)
-    if macros[1][1] == KEY_GIVEN:
+    memory, (bounds, ordered, sampled, splitter, splitter_tile, below) = _allocate(ends)
+    source = keys.data.ptr
+    if bound is None:
         _cuda.launch(sort, grid=tiles, block=threads, args=(source, clouds, ordered, sampled))
     else:
         _cuda.launch(bound, grid=tiles, block=threads, args=(source, clouds, bounds))
@@ -484,8 +493,17 @@ def _frames(
 
 
 def _radix_group(total: int) -> int:
-    """Points a block takes where a kernel sums over the whole batch: whole tiles, at most about 512 groups."""
-    return RADIX_TILE * max(1, -(-total // (512 * RADIX_TILE)))
+    """Points a block takes where a kernel sums over the whole batch."""
+    return max(4096, -(-total // (32 * RADIX_GROUPS)) * 32)
+
+
+def _radix_tile(lengths: tuple[int, ...], device: int) -> int:
+    """The tile of fewer points a multiprocessor, which holds one block of a pass: the larger, or a fuller last wave.
+
+    At 4M points on an H100, 489 tiles of 8192 are 3.7 waves, 652 tiles of 6144 are 4.9.
+    """
+    multiprocessors, _ = _cuda.device_limits(device)
+    return min(RADIX_TILES, key=lambda tile: -(-sum(-(-n // tile) for n in lengths) // multiprocessors) * tile)
 
 
 def _radix_sort(
@@ -493,7 +511,11 @@ def _radix_sort(
 ) -> None:
     """Nine launches of buckets_radix.cu: `keys` are points, or buckets where macros say KEY_GIVEN."""
     n, group = len(keys), _radix_group(len(keys))
-    batch = _tiled_batch(lengths, bucket_size, RADIX_TILE, group)
+    tile = _radix_tile(lengths, keys.device.id)
+    macros = (*macros, ("TILE", tile))
+    words = RADIX_THREADS // 32 * RADIX_DIGITS  # of the ranking
+    shared_mem = 8 * max(tile, words) + 2 * words + tile  # records, starts of the digits, digits
+    batch = _tiled_batch(lengths, bucket_size, tile, group)
     clouds, table = _clouds(batch, bucket_size)
     count_bytes = 4 * RADIX_PASSES * RADIX_DIGITS
     frame_bytes = FRAME_BYTES[_bound_bytes(keys)]
@@ -515,13 +537,13 @@ def _radix_sort(
         key = _kernel("radix_keys", macros)
         args = (keys.data.ptr, frames, clouds, group, records[0], histogram)
     _cuda.launch(key, grid=batch.groups, block=RADIX_THREADS, args=args)
-    sort = _kernel("radix_pass", macros, shared_mem=RADIX_SHARED)
+    sort = _kernel("radix_pass", macros, shared_mem=shared_mem)
     for number in range(RADIX_PASSES):
         before, after = records[number % 2], records[1 - number % 2]
         if wide and number > 0:
             before, after = records[2 - number % 2], records[1 + number % 2]
         args = (records[0], before, histogram, clouds, number, int(wide), ticket, published, after, *results)
-        _cuda.launch(sort, grid=batch.tiles, block=RADIX_THREADS, shared_mem=RADIX_SHARED, args=args)
+        _cuda.launch(sort, grid=batch.tiles, block=RADIX_THREADS, shared_mem=shared_mem, args=args)
     del memory, table
 
 
@@ -548,9 +570,9 @@ def _probe(
     memory, (arrived, totals, counts, end, rooms, cursors, left, voxels, proposal, frames) = _workspace(
         4, 12 * num_buckets, 3 * each, 0, each, each, 4 * blocks, 8 * n, 4 * n, frame_bytes * len(lengths)
     )
-    memory.memset_async(0, int(end) - memory.ptr)
+    memory.memset_async(0, end - memory.ptr)
     moved.data.memset_async(0, 4)
-    _frames(points, macros, cell, group, batch, clouds, frames)
+    _frames(points, (*macros, ("TILE", RADIX_TILES[0])), cell, group, batch, clouds, frames)
     packed = np.zeros((), _CANDIDATES)
     packed["packed"] = (reference.candidates(seed) + 4) @ (1, 16, 256)
     scratch = arrived, totals, counts, rooms, cursors, left, voxels, proposal

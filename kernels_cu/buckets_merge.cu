@@ -113,7 +113,7 @@ __device__ void sort_shared(u64 *data, int n) {
             x[g][k] = i < n ? data[i] : ~0ull;                      // only the last run is short: padding sorts behind n
         }
         sort_warp(x[g]);
-        // The warp alone reads and writes these 128 elements, and its shuffles have ordered the one before the other.
+        __syncwarp();                           // the warp alone reads and writes these 128 elements
 #pragma unroll
         for (int k = 0; k < 4; ++k)
             if (run + 4 * lane + k < n) data[run + 4 * lane + k] = x[g][k];

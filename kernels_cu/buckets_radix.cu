@@ -17,19 +17,19 @@
 // point_to_slot, all over it, at about 50 per ns.
 
 #ifndef TILE
-#define TILE 8192           // points a tile
+#define TILE 8192           // points a tile: 6144 or 8192
 #endif
-#define THREADS 1024        // mirrored by gpu3d/buckets.py, as is TILE
+#define THREADS 1024        // mirrored by gpu3d/buckets.py
 #define ITEMS (TILE / THREADS)
 #define WARPS (THREADS / 32)
 #define DIGITS 256
+#define RECORDS (TILE > WARPS * DIGITS ? TILE : WARPS * DIGITS)     // of shared memory: the ranking's words lie there first
 #define PASSES 6
 #define WINDOW 8            // tiles looked back at together: their loads overlap
 
 #include "buckets.cuh"
 
 static_assert(TILE % THREADS == 0 && THREADS >= DIGITS, "a thread a digit, and whole items a thread");
-static_assert(WARPS * DIGITS <= TILE, "the words of the ranking fit where the records come later");
 static_assert(WARPS % 8 == 0, "the counts of the warps are summed eight at a time");
 
 // What a tile says of each digit: nothing yet, its own count, or the count of its cloud up to and including itself.
@@ -155,8 +155,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_pass(
     int *__restrict__ point_to_slot,            // [N], written in the last pass
     int *__restrict__ moved)                    // [] set to 0 in the last pass, or null
 {
-    extern __shared__ u64 record[];             // [TILE], then the two arrays below
-    unsigned short (*start)[DIGITS] = (unsigned short (*)[DIGITS])(record + TILE);      // [WARPS, DIGITS] places in the tile
+    extern __shared__ u64 record[];             // [RECORDS], then the two arrays below
+    unsigned short (*start)[DIGITS] = (unsigned short (*)[DIGITS])(record + RECORDS);      // [WARPS, DIGITS] places in the tile
     unsigned char *digit_of = (unsigned char *)(start + WARPS);                         // [TILE], where the record lost it
     __shared__ u32 target[DIGITS];              // records of a digit; then where the first goes, minus its place in the tile
     __shared__ u32 warp_sums[WARPS];
