@@ -226,7 +226,7 @@ MAX_SLOTS = 2**31 - 1
 MERGE_TILES = (1024, 2048, 4096)  # buckets_merge.cu: TILE; the smallest whose 128 tiles hold the largest cloud is used
 MERGE_MAX_TILES = 128
 MERGE_RANK_THREADS = 1024
-RADIX_TILES = (8192, 6144)  # buckets_radix.cu: TILE
+RADIX_TILE = 8192
 RADIX_THREADS = 1024
 RADIX_DIGITS = 256
 RADIX_PASSES = 6
@@ -284,7 +284,7 @@ def configurations() -> list[_cuda.Configuration]:
     modules = []
     for macros in [*((p, k) for p in coordinates for k in keys), tuple(given)]:
         modules += [_cuda.Configuration("buckets_merge", (*macros, ("TILE", tile))) for tile in MERGE_TILES]
-        modules += [_cuda.Configuration("buckets_radix", (*macros, ("TILE", tile))) for tile in RADIX_TILES]
+        modules += [_cuda.Configuration("buckets_radix", macros)]
         if macros[1][1] != KEY_GIVEN:
             modules += [_cuda.Configuration("buckets_probe", macros)]
     return [*modules, *(_cuda.Configuration("buckets_move", (("WORD", word),)) for word in (1, 2, 4, 8, 16))]
@@ -497,25 +497,14 @@ def _radix_group(total: int) -> int:
     return max(4096, -(-total // (32 * RADIX_GROUPS)) * 32)
 
 
-def _radix_tile(lengths: tuple[int, ...], device: int) -> int:
-    """The tile of fewer points a multiprocessor, which holds one block of a pass: the larger, or a fuller last wave.
-
-    At 4M points on an H100, 489 tiles of 8192 are 3.7 waves, 652 tiles of 6144 are 4.9.
-    """
-    multiprocessors, _ = _cuda.device_limits(device)
-    return min(RADIX_TILES, key=lambda tile: -(-sum(-(-n // tile) for n in lengths) // multiprocessors) * tile)
-
-
 def _radix_sort(
     keys: Any, macros: _cuda.Macros, cell: float, bucket_size: int, lengths: tuple[int, ...], *results: int
 ) -> None:
     """Nine launches of buckets_radix.cu: `keys` are points, or buckets where macros say KEY_GIVEN."""
     n, group = len(keys), _radix_group(len(keys))
-    tile = _radix_tile(lengths, keys.device.id)
-    macros = (*macros, ("TILE", tile))
     words = RADIX_THREADS // 32 * RADIX_DIGITS  # of the ranking
-    shared_mem = 8 * max(tile, words) + 2 * words + tile  # records, starts of the digits, digits
-    batch = _tiled_batch(lengths, bucket_size, tile, group)
+    shared_mem = 9 * RADIX_TILE + 2 * words  # records and their digits, starts of the digits
+    batch = _tiled_batch(lengths, bucket_size, RADIX_TILE, group)
     clouds, table = _clouds(batch, bucket_size)
     count_bytes = 4 * RADIX_PASSES * RADIX_DIGITS
     frame_bytes = FRAME_BYTES[_bound_bytes(keys)]
@@ -572,7 +561,7 @@ def _probe(
     )
     memory.memset_async(0, end - memory.ptr)
     moved.data.memset_async(0, 4)
-    _frames(points, (*macros, ("TILE", RADIX_TILES[0])), cell, group, batch, clouds, frames)
+    _frames(points, macros, cell, group, batch, clouds, frames)
     packed = np.zeros((), _CANDIDATES)
     packed["packed"] = (reference.candidates(seed) + 4) @ (1, 16, 256)
     scratch = arrived, totals, counts, rooms, cursors, left, voxels, proposal
@@ -743,10 +732,17 @@ def _scope_table_cuda(buckets: Buckets, size: int, shift: int, stride: int) -> A
     return table
 
 
+def _download(x: Any, name: str) -> np.ndarray:
+    """A NumPy array; from a GPU on the stream that its library uses, so after the work that writes it."""
+    native, origin = _arrays.enter(x, name)
+    if origin.device is None:
+        return native
+    with _arrays.on(origin):
+        return native.get()  # synchronizes
+
+
 def _checked_table(table: Any, buckets: Buckets) -> np.ndarray:
-    native, origin = _arrays.enter(table, "table")
-    if origin.device is not None:
-        native = native.get()  # synchronizes
+    native = _download(table, "table")
     if native.ndim != 2 or native.dtype.kind not in "iu":
         raise ValueError(
             f"table must hold integers of shape [num_scopes, size], got {native.dtype} {list(native.shape)}."
@@ -822,8 +818,8 @@ def bucket_quality(points: Any, buckets: Buckets) -> BucketQuality:
         raise ValueError(
             f"points must be those of the layout, got lengths {list(lengths)} for {list(buckets.lengths)}."
         )
-    arrays = [native, *(_arrays.enter(x, "buckets")[0] for x in (buckets.slot_to_point, buckets.moved))]
-    host_points, slot_to_point, moved = (a if isinstance(a, np.ndarray) else a.get() for a in arrays)  # synchronizes
+    host_points = _download(points, "points").reshape(-1, 3)
+    slot_to_point, moved = (_download(x, "buckets") for x in (buckets.slot_to_point, buckets.moved))
     radii = reference.bucket_radii(host_points, slot_to_point, buckets.bucket_size)
     if not len(radii):
         return BucketQuality(math.nan, math.nan, int(moved) / max(1, len(host_points)))

@@ -12,24 +12,26 @@
 // and 24 of point index. A cloud of more than 2^24 points ("wide") carries its 32-bit index alone through pass 0 and
 // fetches the key once more in pass 1, which leaves 32 bits of key.
 //
-// What bounds it on an H100: blocks wait for each other (barriers and look-back are half of a pass's stalls), so tiles are
-// as large as a block can hold, and a tile publishes its counts before it ranks; in the last pass, the 4-byte stores of
-// point_to_slot, all over it, at about 50 per ns.
+// What bounds it on an H100: waiting, at barriers and for the look-back, so a tile publishes its counts before it ranks,
+// and is large. Tried at 4M points (422 us): tiles of 4096 and 512 threads, two blocks a multiprocessor, 437; 6144 of 1024
+// threads, whose last wave is fuller, 430. With 4096 and 512: ballots in place of the words of shared memory 537 against
+// 490; the look-back after the ranking 490 against 469; windows of 4 or 16 tiles the same. In the last pass it is the
+// 4-byte stores of point_to_slot, all over it, at 60 a ns (59 us at 4M); windows of it that stay in L2 did not help.
 
 #ifndef TILE
-#define TILE 8192           // points a tile: 6144 or 8192
+#define TILE 8192           // points a tile
 #endif
-#define THREADS 1024        // mirrored by gpu3d/buckets.py
+#define THREADS 1024        // mirrored by gpu3d/buckets.py, as is TILE
 #define ITEMS (TILE / THREADS)
 #define WARPS (THREADS / 32)
 #define DIGITS 256
-#define RECORDS (TILE > WARPS * DIGITS ? TILE : WARPS * DIGITS)     // of shared memory: the ranking's words lie there first
 #define PASSES 6
 #define WINDOW 8            // tiles looked back at together: their loads overlap
 
 #include "buckets.cuh"
 
 static_assert(TILE % THREADS == 0 && THREADS >= DIGITS, "a thread a digit, and whole items a thread");
+static_assert(WARPS * DIGITS <= TILE, "the words of the ranking fit where the records come later");
 static_assert(WARPS % 8 == 0, "the counts of the warps are summed eight at a time");
 
 // What a tile says of each digit: nothing yet, its own count, or the count of its cloud up to and including itself.
@@ -155,8 +157,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_pass(
     int *__restrict__ point_to_slot,            // [N], written in the last pass
     int *__restrict__ moved)                    // [] set to 0 in the last pass, or null
 {
-    extern __shared__ u64 record[];             // [RECORDS], then the two arrays below
-    unsigned short (*start)[DIGITS] = (unsigned short (*)[DIGITS])(record + RECORDS);      // [WARPS, DIGITS] places in the tile
+    extern __shared__ u64 record[];             // [TILE], then the two arrays below
+    unsigned short (*start)[DIGITS] = (unsigned short (*)[DIGITS])(record + TILE);      // [WARPS, DIGITS] places in the tile
     unsigned char *digit_of = (unsigned char *)(start + WARPS);                         // [TILE], where the record lost it
     __shared__ u32 target[DIGITS];              // records of a digit; then where the first goes, minus its place in the tile
     __shared__ u32 warp_sums[WARPS];
@@ -226,8 +228,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_pass(
     }
 
     // Rank inside the warp, in record order. Lanes of one digit find each other through a word of shared memory: each sets
-    // its bit in the low half, the high half counts (the ballots over eight bits that do the same take three times the
-    // instructions). The words lie where the records come later.
+    // its bit in the low half, the high half counts. The words lie where the records come later.
     u64 *words = record + warp * DIGITS;
 #pragma unroll
     for (int k = 0; k < ITEMS; ++k) {
