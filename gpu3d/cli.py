@@ -21,6 +21,7 @@ import gpu3d
 from gpu3d import _cuda
 from gpu3d.io import read_points
 from gpu3d.plot import plot_buckets
+from gpu3d.reference.buckets import bucket_radii
 
 __all__ = ["main"]
 
@@ -161,12 +162,9 @@ def _time_on_gpu(call: Callable[[], object], cupy: ModuleType, calls: int = 30) 
 
 
 def _random_order_radius(points: np.ndarray, bucket_size: int) -> float:
-    """Mean over full buckets of the largest distance from the bucket's mean, for shuffled points."""
-    full = len(points) // bucket_size
-    order = np.random.default_rng(0).permutation(len(points))[: full * bucket_size]
-    buckets = points[order].reshape(full, bucket_size, 3).astype(np.float64)
-    offsets = buckets - buckets.mean(axis=1, keepdims=True)
-    return float(np.linalg.norm(offsets, axis=2).max(axis=1).mean()) if full else float("nan")
+    """The mean radius of full buckets of shuffled points."""
+    order = np.random.default_rng(0).permutation(len(points))[: len(points) // bucket_size * bucket_size]
+    return float(bucket_radii(points, order, bucket_size).mean())
 
 
 def _info() -> int:
