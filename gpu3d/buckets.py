@@ -226,11 +226,12 @@ MAX_SLOTS = 2**31 - 1
 MERGE_TILES = (1024, 2048, 4096)  # buckets_merge.cu: TILE; the smallest whose 128 tiles hold the largest cloud is used
 MERGE_MAX_TILES = 128
 MERGE_RANK_THREADS = 1024
-RADIX_TILE = 8192
+RADIX_TILES = (8192, 10240)  # buckets_radix.cu: TILE; the one whose waves of blocks pass the batch sooner is used
 RADIX_THREADS = 1024
+RADIX_FRAME_THREADS = 512
 RADIX_DIGITS = 256
 RADIX_PASSES = 6
-RADIX_GROUPS = 528  # blocks of a sum over the batch: four for each multiprocessor of an H100
+RADIX_GROUPS = 264  # blocks of a sum over the batch: two for each multiprocessor of an H100
 RADIX_MAX = 2**30 - 1  # counts of a cloud have 30 bits
 RADIX_NARROW = 2**24  # points of a cloud whose index fits the 24 bits of a narrow record
 PROBE_THREADS = 1024
@@ -240,7 +241,7 @@ MOVE_CLOUDS_A_LAUNCH = 240
 INLINE_CLOUDS = 15
 
 KEY_GIVEN = 4
-FRAME_BYTES = {4: 24, 8: 40}  # struct Frame: three origins and three float cells, by the bytes of an origin
+FRAME_BYTES = {4: 36, 8: 48}  # struct Frame: three origins, then three cells and their inverses in float32
 
 _INT32 = np.dtype(np.int32)
 
@@ -259,8 +260,7 @@ _SIGNATURES = {
     "merge_tiles": "QQfcQQ",
     "merge_splitters": "QcQQQ",
     "merge_partitions": "QQQQcQQQ",
-    "radix_bounds": "QciQ",
-    "radix_frames": "QcfQ",
+    "radix_frames": "QcifQQQ",
     "radix_keys": "QQciQQ",
     "radix_pass": "QQQciiQQQQQQ",
     "probe_buckets": f"QQc{_CANDIDATES.itemsize}sQQQQQQQQQQ",
@@ -284,7 +284,7 @@ def configurations() -> list[_cuda.Configuration]:
     modules = []
     for macros in [*((p, k) for p in coordinates for k in keys), tuple(given)]:
         modules += [_cuda.Configuration("buckets_merge", (*macros, ("TILE", tile))) for tile in MERGE_TILES]
-        modules += [_cuda.Configuration("buckets_radix", macros)]
+        modules += [_cuda.Configuration("buckets_radix", (*macros, ("TILE", tile))) for tile in RADIX_TILES]
         if macros[1][1] != KEY_GIVEN:
             modules += [_cuda.Configuration("buckets_probe", macros)]
     return [*modules, *(_cuda.Configuration("buckets_move", (("WORD", word),)) for word in (1, 2, 4, 8, 16))]
@@ -459,7 +459,7 @@ def _merge_plan(device: int, lengths: tuple[int, ...], bucket_size: int, macros:
 def _merge_sort(
     keys: Any, macros: _cuda.Macros, cell: float, bucket_size: int, lengths: tuple[int, ...], *results: int
 ) -> None:
-    """Four launches of buckets_merge.cu: `keys` are points, or buckets where macros say KEY_GIVEN."""
+    """Four launches of buckets_merge.cu; three where macros say KEY_GIVEN: `keys` are buckets then, else points."""
     plan = _merge_plan(keys.device.id, lengths, bucket_size, macros)
     batch, tiles, partitions, threads, shared_mem, ends, bound, (sort, rank, join) = plan
     clouds, table = _clouds(batch, bucket_size)
@@ -482,13 +482,13 @@ def _bound_bytes(points: Any) -> int:
 
 
 def _frames(
-    points: Any, macros: _cuda.Macros, cell: float, group: int, batch: _Batch, clouds: bytes, frames: int
+    points: Any, macros: _cuda.Macros, cell: float, group: int, batch: _Batch, clouds: bytes, arrived: int, frames: int
 ) -> None:
-    """The voxel frame of every cloud, in two launches of buckets_radix.cu."""
+    """The voxel frame of every cloud, in one launch of buckets_radix.cu; `arrived` is zero, a word a cloud."""
     memory, (bounds,) = _workspace(6 * _bound_bytes(points) * batch.groups)
-    run = functools.partial(_cuda.launch, block=RADIX_THREADS)
-    run(_kernel("radix_bounds", macros), grid=batch.groups, args=(points.data.ptr, clouds, group, bounds))
-    run(_kernel("radix_frames", macros), grid=len(batch.rows) - 1, args=(bounds, clouds, cell, frames))
+    args = (points.data.ptr, clouds, group, cell, arrived, bounds, frames)
+    kernel = _kernel("radix_frames", (*macros, ("TILE", RADIX_TILES[0])))  # TILE plays no part in it
+    _cuda.launch(kernel, grid=batch.groups, block=RADIX_FRAME_THREADS, args=args)
     del memory
 
 
@@ -497,20 +497,35 @@ def _radix_group(total: int) -> int:
     return max(4096, -(-total // (32 * RADIX_GROUPS)) * 32)
 
 
+@functools.lru_cache(maxsize=256)
+def _radix_tile(device: int, lengths: tuple[int, ...]) -> tuple[int, int]:
+    """Points a tile of radix_pass, and the shared memory that it takes: records and their digits, starts of digits."""
+    multiprocessors, most_shared = _cuda.device_limits(device)
+    starts = 2 * RADIX_THREADS // 32 * RADIX_DIGITS
+
+    def points_a_multiprocessor(tile: int) -> tuple[int, int]:
+        tiles = sum(-(-n // tile) for n in lengths)
+        return -(-tiles // multiprocessors) * tile, -tile
+
+    fitting = [tile for tile in RADIX_TILES if 9 * tile + starts <= most_shared]
+    tile = min(fitting, key=points_a_multiprocessor)
+    return tile, 9 * tile + starts
+
+
 def _radix_sort(
     keys: Any, macros: _cuda.Macros, cell: float, bucket_size: int, lengths: tuple[int, ...], *results: int
 ) -> None:
-    """Nine launches of buckets_radix.cu: `keys` are points, or buckets where macros say KEY_GIVEN."""
+    """Eight launches of buckets_radix.cu; seven where macros say KEY_GIVEN: `keys` are buckets then, else points."""
     n, group = len(keys), _radix_group(len(keys))
-    words = RADIX_THREADS // 32 * RADIX_DIGITS  # of the ranking
-    shared_mem = 9 * RADIX_TILE + 2 * words  # records and their digits, starts of the digits
-    batch = _tiled_batch(lengths, bucket_size, RADIX_TILE, group)
+    tile, shared_mem = _radix_tile(keys.device.id, lengths)
+    batch = _tiled_batch(lengths, bucket_size, tile, group)
     clouds, table = _clouds(batch, bucket_size)
     count_bytes = 4 * RADIX_PASSES * RADIX_DIGITS
     frame_bytes = FRAME_BYTES[_bound_bytes(keys)]
     wide = max(lengths) > RADIX_NARROW  # then pass 1 reads the keys once more, and cannot write over them
-    memory, (ticket, histogram, published, end, frames, *records) = _workspace(
+    memory, (ticket, arrived, histogram, published, end, frames, *records) = _workspace(
         4 * RADIX_PASSES,
+        4 * len(lengths),
         count_bytes * len(lengths),
         count_bytes * batch.tiles,
         0,
@@ -519,14 +534,14 @@ def _radix_sort(
     )
     memory.memset_async(0, end - memory.ptr)
     if macros[1][1] == KEY_GIVEN:
-        key = _kernel("radix_keys", macros, "QciQQ")
+        key = _kernel("radix_keys", (*macros, ("TILE", tile)), "QciQQ")
         args: tuple[Any, ...] = (keys.data.ptr, clouds, group, records[0], histogram)
     else:
-        _frames(keys, macros, cell, group, batch, clouds, frames)
-        key = _kernel("radix_keys", macros)
+        _frames(keys, macros, cell, group, batch, clouds, arrived, frames)
+        key = _kernel("radix_keys", (*macros, ("TILE", tile)))
         args = (keys.data.ptr, frames, clouds, group, records[0], histogram)
     _cuda.launch(key, grid=batch.groups, block=RADIX_THREADS, args=args)
-    sort = _kernel("radix_pass", macros, shared_mem=shared_mem)
+    sort = _kernel("radix_pass", (*macros, ("TILE", tile)), shared_mem=shared_mem)
     for number in range(RADIX_PASSES):
         before, after = records[number % 2], records[1 - number % 2]
         if wide and number > 0:
@@ -554,14 +569,14 @@ def _probe(
     clouds, table = _clouds(batch, bucket_size)
     blocks = min(_cuda.device_limits(points.device.id)[0], -(-n // PROBE_THREADS))
     home = cupy.empty(n, np.int32)
-    frame_bytes = FRAME_BYTES[_bound_bytes(points)]
+    frame_bytes = FRAME_BYTES[_bound_bytes(points)] * len(lengths)
     each = 4 * num_buckets * blocks
-    memory, (arrived, totals, counts, end, rooms, cursors, left, voxels, proposal, frames) = _workspace(
-        4, 12 * num_buckets, 3 * each, 0, each, each, 4 * blocks, 8 * n, 4 * n, frame_bytes * len(lengths)
+    memory, (arrived, framed, totals, counts, end, rooms, cursors, left, voxels, proposal, frames) = _workspace(
+        4, 4 * len(lengths), 12 * num_buckets, 3 * each, 0, each, each, 4 * blocks, 8 * n, 4 * n, frame_bytes
     )
     memory.memset_async(0, end - memory.ptr)
     moved.data.memset_async(0, 4)
-    _frames(points, macros, cell, group, batch, clouds, frames)
+    _frames(points, macros, cell, group, batch, clouds, framed, frames)
     packed = np.zeros((), _CANDIDATES)
     packed["packed"] = (reference.candidates(seed) + 4) @ (1, 16, 256)
     scratch = arrived, totals, counts, rooms, cursors, left, voxels, proposal

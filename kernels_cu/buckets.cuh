@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the bucket kernels share: the batch's table of clouds, voxels, hash keys and one block-wide sort.
+// What the bucket kernels share: the batch's table of clouds, voxels, hash keys, bounds and frames.
 //
 // Definitions (Flash3D, section 4.1; hash and voxels as gpu3d.bucketize documents them):
 //   voxel    v_d = clamp(floor((x_d - min_d) / cell_d), 0, 65535), every operation rounded once
@@ -90,6 +90,7 @@ __device__ __forceinline__ bool is_finite(coord_t x) { return x - x == 0; }     
 struct Frame {
     coord_t origin[3];
     float cell[3];          // 0: the axis has no extent, every finite coordinate is in voxel 0
+    float inverse[3];       // 1 / cell, rounded; 0 where cell is 0; -1 where a quotient by it must be divided for
 };
 
 __device__ __forceinline__ float difference(coord_t a, coord_t b) {
@@ -113,15 +114,26 @@ __device__ Frame frame_from_bounds(const coord_t low[3], const coord_t high[3], 
     for (int d = 0; d < 3; ++d) {
         const float cell = voxel_size > 0 ? voxel_size : __fdiv_rn(voxel_size == 0 ? largest : extent[d], 65536.0f);
         frame.cell[d] = cell < 1.17549435e-38f ? 0.0f : cell;
+        const bool usual = 0x1p-100f < cell && cell < 0x1p100f;
+        frame.inverse[d] = frame.cell[d] == 0.0f ? 0.0f : usual ? __frcp_rn(cell) : -1.0f;
     }
     return frame;
 }
 
-__device__ __forceinline__ int voxel(coord_t x, coord_t origin, float cell) {
-    if (!is_finite(x)) return 65535;
-    if (cell == 0.0f) return 0;
-    const float q = floorf(__fdiv_rn(difference(x, origin), cell));
-    return q < 65535.0f ? (int)q : 65535;                   // NaN (inf / inf) goes to 65535 too
+// The correctly rounded quotient without a division: two corrections of t * (1 / cell). The first leaves less than one
+// unit in the last place, and the second then rounds as a division does (Markstein 1990). Where the cell is neither tiny nor
+// huge, the remainders are exact for every quotient whose floor can be seen; a non-finite t gives NaN.
+__device__ __forceinline__ float quotient(float t, float cell, float inverse) {
+    float q = __fmul_rn(t, inverse);
+    q = __fmaf_rn(__fmaf_rn(-q, cell, t), inverse, q);
+    return __fmaf_rn(__fmaf_rn(-q, cell, t), inverse, q);
+}
+
+__device__ __forceinline__ int voxel(coord_t x, const Frame &frame, int d) {
+    const float t = difference(x, frame.origin[d]);         // not negative where x is finite
+    const float q = frame.inverse[d] >= 0 ? quotient(t, frame.cell[d], frame.inverse[d])
+                    : is_finite(x) ? __fdiv_rn(t, frame.cell[d]) : INFINITE;
+    return (int)fminf(q, 65535.0f);                         // fminf(NaN, y) is y: NaN goes to 65535 too
 }
 
 // ---- voxels to keys ------------------------------------------------------------------------------------------------
@@ -172,9 +184,8 @@ __device__ __forceinline__ u32 bucket_of_voxel(int vx, int vy, int vz, u32 bucke
 
 __device__ __forceinline__ u64 key_of_point(const point_t *points, int i, const Frame &frame, u32 buckets) {
     const size_t at = 3 * (size_t)i;
-    return key_of_voxel(voxel(widen(points[at]), frame.origin[0], frame.cell[0]),
-                        voxel(widen(points[at + 1]), frame.origin[1], frame.cell[1]),
-                        voxel(widen(points[at + 2]), frame.origin[2], frame.cell[2]), buckets);
+    return key_of_voxel(voxel(widen(points[at]), frame, 0), voxel(widen(points[at + 1]), frame, 1),
+                        voxel(widen(points[at + 2]), frame, 2), buckets);
 }
 
 // ---- block-wide bounds and frame -----------------------------------------------------------------------------------
@@ -209,8 +220,8 @@ __device__ Frame frame_from_rows(const coord_t *bounds, int first, int last, flo
     coord_t high[3] = {(coord_t)-INFINITE, (coord_t)-INFINITE, (coord_t)-INFINITE};
     for (int row = first + threadIdx.x; row < last; row += blockDim.x)
         for (int d = 0; d < 3; ++d) {
-            low[d] = min(low[d], bounds[6 * (size_t)row + d]);
-            high[d] = max(high[d], bounds[6 * (size_t)row + 3 + d]);
+            low[d] = min(low[d], __ldcg(&bounds[6 * (size_t)row + d]));     // maybe written by a block of this launch
+            high[d] = max(high[d], __ldcg(&bounds[6 * (size_t)row + 3 + d]));
         }
     join_bounds(low, high);
     return frame_from_bounds(low, high, voxel_size);
@@ -220,12 +231,32 @@ __device__ Frame frame_from_rows(const coord_t *bounds, int first, int last, flo
 __device__ void write_bounds(const point_t *points, int first, int last, coord_t *row) {
     coord_t low[3] = {(coord_t)INFINITE, (coord_t)INFINITE, (coord_t)INFINITE};
     coord_t high[3] = {(coord_t)-INFINITE, (coord_t)-INFINITE, (coord_t)-INFINITE};
-#pragma unroll 4
-    for (int i = first + threadIdx.x; i < last; i += blockDim.x)
-        for (int d = 0; d < 3; ++d) {
-            const coord_t x = widen(points[3 * (size_t)i + d]);
-            if (is_finite(x)) { low[d] = min(low[d], x); high[d] = max(high[d], x); }
-        }
+    const auto join = [&](point_t word, int d) {
+        const coord_t x = widen(word);
+        if (is_finite(x)) { low[d] = min(low[d], x); high[d] = max(high[d], x); }
+    };
+    // VECTOR points are three 16-byte loads, from the first point on that begins at a multiple of 16 bytes: 3 is its own
+    // inverse modulo 2, 4 and 8, so the head of -3 * (place of the first coordinate) points always leads there.
+    constexpr int VECTOR = 16 / sizeof(point_t);
+    const point_t *start = points + 3 * (size_t)first;
+    const int n = last - first, head = min(n, (int)(VECTOR - 3 * ((size_t)start / sizeof(point_t) % VECTOR) & VECTOR - 1));
+    const int vectors = (n - head) / VECTOR, tail = head + VECTOR * vectors;
+    const uint4 *vector = (const uint4 *)(start + 3 * head);
+    union Part { uint4 loaded[3]; point_t coordinate[3 * VECTOR]; } part, next;
+    const auto load = [&](Part &into, int i) {
+#pragma unroll
+        for (int k = 0; k < 3; ++k) into.loaded[k] = vector[3 * (size_t)i + k];
+    };
+    if (threadIdx.x < vectors) load(part, threadIdx.x);
+    for (int i = threadIdx.x; i < vectors; i += blockDim.x) {           // the next part is on its way
+        if (i + (int)blockDim.x < vectors) load(next, i + blockDim.x);
+#pragma unroll
+        for (int k = 0; k < 3 * VECTOR; ++k) join(part.coordinate[k], k % 3);
+        part = next;
+    }
+    for (int i = threadIdx.x; i < head + n - tail; i += blockDim.x)     // the few points around the vectors
+#pragma unroll
+        for (int d = 0; d < 3; ++d) join(start[3 * (size_t)(i < head ? i : tail + i - head) + d], d);
     join_bounds(low, high);
     if (threadIdx.x == 0)
         for (int d = 0; d < 3; ++d) { row[d] = low[d]; row[3 + d] = high[d]; }

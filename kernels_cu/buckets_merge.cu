@@ -23,9 +23,7 @@
 #define THREADS (TILE / 4)  // four elements a thread; mirrored by gpu3d/buckets.py, as are the next three
 #define RANK_THREADS 1024   // of merge_splitters
 #define MAX_TILES 128       // of one cloud
-#ifndef SPAN
 #define SPAN (TILE / 64)    // samples a partition: half a tile of points on average
-#endif
 #define CAPACITY (32 * SPAN + 32 * MAX_TILES)           // points a partition at most
 #define SAMPLES (TILE / 32)                             // samples a tile
 #define PHASE(t) (((t) * 13 + 16) & 31)                 // of the t-th tile of a cloud: 13 visits all phases
@@ -97,8 +95,7 @@ __device__ __forceinline__ void merge_four(const u64 *a, int a_length, const u64
     }
 }
 
-// Sorts n <= 4 * GROUPS * THREADS distinct elements of shared memory: runs of
-// 128 in registers, then merges of neighbouring runs.
+// Sorts n <= 4 * GROUPS * THREADS distinct elements of shared memory: runs of 128 in registers, then merges of neighbours.
 template <int GROUPS>
 __device__ void sort_shared(u64 *data, int n) {
     u64 x[GROUPS][4];
@@ -216,7 +213,7 @@ __device__ __forceinline__ u64 bound_in_tile(u64 element, int owner, int tile) {
 extern "C" __global__ __launch_bounds__(RANK_THREADS) void merge_splitters(
     const u64 *__restrict__ samples,            // [tiles, SAMPLES]
     const __grid_constant__ Clouds clouds,
-    u64 *__restrict__ splitter,                 // [partitions] first element of each, but of a cloud's first: that has none
+    u64 *__restrict__ splitter,                 // [partitions] first element of each; a cloud's first is not read
     int *__restrict__ splitter_tile,            // [partitions] the tile it came from
     unsigned char *__restrict__ samples_below)  // [partitions, MAX_TILES] samples before the splitter in each tile
 {

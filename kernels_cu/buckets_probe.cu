@@ -119,8 +119,9 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
     for (int i = first + threadIdx.x; i < last; i += THREADS) {
         const Frame frame = frames[cloud_of<&Cloud::point>(clouds, i)];
         u64 packed = 0;
+#pragma unroll
         for (int d = 0; d < 3; ++d)
-            packed |= (u64)voxel(widen(points[3 * (size_t)i + d]), frame.origin[d], frame.cell[d]) << 16 * d;
+            packed |= (u64)voxel(widen(points[3 * (size_t)i + d]), frame, d) << 16 * d;
         voxels[i] = packed;
         home[i] = -1;
     }

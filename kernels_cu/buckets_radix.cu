@@ -3,34 +3,39 @@
 //
 // "Onesweep" (Adinets and Merrill 2022): each pass reads and writes every record once. A block ranks its tile by an 8-bit
 // digit and learns where its digits go from the tiles before it, by looking back at what they published.
-//   1 bounds      a block a group: partial bounds of its points
-//   2 frames      a block a cloud: origin and cell of its voxels
-//   3 keys        a block a group: key of each point, and how often each digit of each pass occurs
-//   4 pass 0..5   a block a tile: count, look back, rank, move; the last pass writes both permutations
+//   1 frames      a block a group: bounds of its points; the last block of a cloud joins them: origin and cell of its voxels
+//   2 keys        a block a group: key of each point, and how often each digit of each pass occurs
+//   3 pass 0..5   a block a tile: count, look back, rank, move; the last pass writes both permutations
 //
 // A record is 8 bytes, since a digit that has been sorted by is dropped: pass 0 reads the keys, and writes 40 bits of key
 // and 24 of point index. A cloud of more than 2^24 points ("wide") carries its 32-bit index alone through pass 0 and
 // fetches the key once more in pass 1, which leaves 32 bits of key.
 //
 // What bounds it on an H100: waiting, at barriers and for the look-back, so a tile publishes its counts before it ranks,
-// and is large. Tried at 4M points (422 us): tiles of 4096 and 512 threads, two blocks a multiprocessor, 437; 6144 of 1024
-// threads, whose last wave is fuller, 430. With 4096 and 512: ballots in place of the words of shared memory 537 against
-// 490; the look-back after the ranking 490 against 469; windows of 4 or 16 tiles the same. In the last pass it is the
-// 4-byte stores of point_to_slot, all over it, at 60 a ns (59 us at 4M); windows of it that stay in L2 did not help.
+// and is large; of two sizes the one whose waves of blocks pass the batch sooner is taken. At 4M points tiles of 8192 take
+// 417 us and of 10240, whose third and last wave is nearly full, 401; at 1M, which is one wave of either, 112 and 130.
+// Tried at 4M with 8192 (422 us then): tiles of 4096 and 512 threads, two blocks a multiprocessor, 437; 6144 of 1024
+// threads 430; 12288 432. With 4096 and 512: ballots in place of the words of shared memory 537 against 490; the look-back
+// after the ranking 490 against 469; windows of 4 or 16 tiles the same. Blocks that stay, and load their next tile while
+// they write one, gain 2 % in passes 0 to 4 and lose 7 % in the last. In that it is the 4-byte stores of point_to_slot, all
+// over it, at 60 a ns (59 us at 4M); windows of it that stay in L2 did not help.
 
 #ifndef TILE
-#define TILE 8192           // points a tile
+#define TILE 8192           // points a tile: 8192 or 10240; mirrored by gpu3d/buckets.py, as are the next two
 #endif
-#define THREADS 1024        // mirrored by gpu3d/buckets.py, as is TILE
+#define THREADS 1024
+#define FRAME_THREADS 512   // of radix_frames: joining the bounds of warps costs more than their loads
 #define ITEMS (TILE / THREADS)
 #define WARPS (THREADS / 32)
 #define DIGITS 256
 #define PASSES 6
+#define POSITION_BITS 16
 #define WINDOW 8            // tiles looked back at together: their loads overlap
 
 #include "buckets.cuh"
 
 static_assert(TILE % THREADS == 0 && THREADS >= DIGITS, "a thread a digit, and whole items a thread");
+static_assert(TILE <= 1 << POSITION_BITS, "pass 0 packs a place in the tile beside 48 bits of key");
 static_assert(WARPS * DIGITS <= TILE, "the words of the ranking fit where the records come later");
 static_assert(WARPS % 8 == 0, "the counts of the warps are summed eight at a time");
 
@@ -40,36 +45,35 @@ static_assert(WARPS % 8 == 0, "the counts of the warps are summed eight at a tim
 #define STATE_OWN (1u << COUNT_BITS)
 #define STATE_SUM (2u << COUNT_BITS)
 
-// ---- 1 bounds ------------------------------------------------------------------------------------------------------
+// ---- 1 frames ------------------------------------------------------------------------------------------------------
 
-extern "C" __global__ __launch_bounds__(THREADS) void radix_bounds(
+extern "C" __global__ __launch_bounds__(FRAME_THREADS) void radix_frames(
     const point_t *__restrict__ points,         // [N, 3]
     const __grid_constant__ Clouds clouds,
     int group_points,                           // points a group
-    coord_t *__restrict__ bounds)               // [groups, 6]
+    float voxel_size,
+    u32 *__restrict__ arrived,                  // [clouds], zero before: groups whose bounds are written
+    coord_t *bounds,                            // [groups, 6]
+    Frame *__restrict__ frames)                 // [clouds], unwritten where a cloud is empty
 {
+    __shared__ bool last;
     const int group = blockIdx.x;               // ranges [0, groups)
     const int b = cloud_of<&Cloud::group>(clouds, group);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int first = cloud.point + (group - cloud.group) * group_points;
     write_bounds(points, first, min(next.point - first, group_points) + first, bounds + 6 * (size_t)group);
-}
-
-// ---- 2 frames ------------------------------------------------------------------------------------------------------
-
-extern "C" __global__ __launch_bounds__(THREADS) void radix_frames(
-    const coord_t *__restrict__ bounds,         // [groups, 6]
-    const __grid_constant__ Clouds clouds,
-    float voxel_size,
-    Frame *__restrict__ frames)                 // [clouds]
-{
-    const int b = blockIdx.x;                   // ranges [0, clouds)
-    const Cloud *rows = rows_of(clouds);
-    const Frame frame = frame_from_rows(bounds, rows[b].group, rows[b + 1].group, voxel_size);
+    if (threadIdx.x == 0) {
+        __threadfence();                        // the row of bounds is seen before the arrival
+        last = atomicAdd(&arrived[b], 1) == next.group - cloud.group - 1;
+        __threadfence();
+    }
+    __syncthreads();
+    if (!last) return;
+    const Frame frame = frame_from_rows(bounds, cloud.group, next.group, voxel_size);
     if (threadIdx.x == 0) frames[b] = frame;
 }
 
-// ---- 3 keys --------------------------------------------------------------------------------------------------------
+// ---- 2 keys --------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ __launch_bounds__(THREADS) void radix_keys(
 #if KEY == KEY_GIVEN
@@ -124,7 +128,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_keys(
         if (count[i]) atomicAdd(&histogram[(size_t)b * PASSES * DIGITS + i], count[i]);     // integers: any order, one sum
 }
 
-// ---- 4 pass --------------------------------------------------------------------------------------------------------
+// ---- 3 pass --------------------------------------------------------------------------------------------------------
 
 // Exclusive scan over the first DIGITS threads; every thread of the block must call it.
 __device__ u32 scan_digits(u32 x, u32 *warp_sums) {
@@ -159,7 +163,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_pass(
 {
     extern __shared__ u64 record[];             // [TILE], then the two arrays below
     unsigned short (*start)[DIGITS] = (unsigned short (*)[DIGITS])(record + TILE);      // [WARPS, DIGITS] places in the tile
-    unsigned char *digit_of = (unsigned char *)(start + WARPS);                         // [TILE], where the record lost it
+    unsigned char *digit_of = (unsigned char *)(start + WARPS);                         // [TILE], where wide in pass 1: no room in the record
     __shared__ u32 target[DIGITS];              // records of a digit; then where the first goes, minus its place in the tile
     __shared__ u32 warp_sums[WARPS];
     __shared__ int drawn;
@@ -175,7 +179,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_pass(
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int first = (tile - cloud.tile) * TILE;           // of the cloud's points
     const int n = min(TILE, next.point - cloud.point - first);
-    const int index_bits = wide ? 32 : 24, digit_shift = index_bits + 8 * (pass - wide - 1);
+    const int index_bits = wide ? 32 : 24, digit_shift = index_bits + 8 * (pass - wide - 1);    // in pass 0 POSITION_BITS
 
     // Load. Warp w holds records [w, w + 1) * 32 * ITEMS of the tile, item k of lane l the 32 k + l-th of them.
     const int mine_first = warp * ITEMS * 32 + lane, mine_left = n - mine_first;        // item k exists if 32 k < mine_left
@@ -193,10 +197,9 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_pass(
         seat[k] = DIGITS - 1;                               // the padding of the last tile ranks behind its records
         if (32 * k >= mine_left) continue;
         if (pass <= wide) {                                 // pass 0, and 1 where wide
-            const int index = pass == 0 ? first + mine_first + 32 * k : (int)mine[k];   // in the cloud
-            const u64 key = pass == 0 ? mine[k] : keys[cloud.point + index];
+            const u64 key = pass == 0 ? mine[k] : keys[cloud.point + (int)mine[k]];
             seat[k] = key >> 8 * pass & (DIGITS - 1);
-            mine[k] = pass == wide ? key >> 8 * (pass + 1) << index_bits | index : index;
+            mine[k] = pass == 0 ? key << POSITION_BITS | mine_first + 32 * k : key >> 16 << 32 | mine[k];
         } else {
             seat[k] = mine[k] >> digit_shift & (DIGITS - 1);
         }
@@ -262,15 +265,19 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_pass(
         if (32 * k < mine_left) {
             const u32 digit = seat[k] & (DIGITS - 1), place = (seat[k] >> 8) + start[warp][digit];
             record[place] = mine[k];
-            if (pass <= wide) digit_of[place] = digit;
+            if (wide && pass == 1) digit_of[place] = digit;
         }
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < ITEMS; ++k) {
         const int i = k * THREADS + threadIdx.x;
         if (i >= n) continue;
-        const u64 moving = record[i];
-        const u32 digit = pass <= wide ? digit_of[i] : moving >> digit_shift & (DIGITS - 1);
+        u64 moving = record[i];
+        const u32 digit = wide && pass == 1 ? digit_of[i] : moving >> digit_shift & (DIGITS - 1);
+        if (pass == 0) {                                    // key and place become what the next pass reads
+            const int index = first + (int)(moving & ((1 << POSITION_BITS) - 1));           // in the cloud
+            moving = wide ? index : moving >> (POSITION_BITS + 8) << index_bits | index;
+        }
         const u32 at = i + target[digit];                   // ranges [0, points of the cloud)
         if (pass < PASSES - 1) {
             records_out[cloud.point + at] = moving;

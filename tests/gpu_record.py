@@ -18,12 +18,13 @@ RECORD = ROOT / "tests" / "gpu_record.json"
 
 def tree_hash() -> str:
     """Hash of the kernels and of the modules that launch them."""
-    files = sorted([*(ROOT / "kernels_cu").glob("*.cu*"), *(ROOT / "gpu3d").glob("*.py")])
+    folders = ROOT / "kernels_cu", ROOT / "gpu3d", ROOT / "gpu3d" / "reference"  # which gives kernels constants
+    files = sorted(file for folder in folders for file in folder.iterdir() if file.suffix in (".cu", ".cuh", ".py"))
     skipped = {"cli.py", "io.py", "plot.py"}  # they launch nothing
     digest = hashlib.sha256()
     for file in files:
         if file.name not in skipped:
-            digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+            digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

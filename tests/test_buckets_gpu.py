@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 
 # Around a warp, a tile and a block; then the first size of each tile of the merge sort, and of the radix sort.
 EDGES = (1, 2, 31, 32, 33, 1023, 1024, 1025, 2047, 4096, 4097, 30_000)
-LARGE = (131_072, 131_073, 262_144, 262_145, 524_288, 524_289, 700_001)
+LARGE = (131_072, 131_073, 262_144, 262_145, 524_288, 524_289, 700_001, 1_500_000)
 
 
 @pytest.fixture
@@ -62,11 +62,14 @@ def test_every_dtype_and_voxel_size(cp, hash, dtype, voxel_size):
 
 
 @pytest.mark.parametrize("balance", reference.BALANCES)
-@pytest.mark.parametrize("sort", ["merge", "radix"])
-def test_small_clouds_by_either_sort(cp, monkeypatch, sort, balance):
+@pytest.mark.parametrize("sort", ["merge", *buckets_module.RADIX_TILES])
+def test_small_clouds_by_either_sort(cp, monkeypatch, request, sort, balance):
     """What compute-sanitizer runs: both sorts, a batch that travels in the arguments and one that does not."""
-    if sort == "radix":
+    if sort != "merge":
         monkeypatch.setattr(buckets_module, "MERGE_MAX_TILES", 0)
+        monkeypatch.setattr(buckets_module, "RADIX_TILES", (sort,))
+        buckets_module._radix_tile.cache_clear()
+        request.addfinalizer(buckets_module._radix_tile.cache_clear)
     for n in (1, 33, 1025, 9000, 20_000):
         got = assert_same(cp, clouds.lidar_like(n), 64, balance=balance, hash="xor_div")
         assert gpu3d.scopes(got, 4, stride=2).table.shape[1] == 4
@@ -135,6 +138,38 @@ def assert_perfect_gpu(buckets, lengths):
         buckets.bucket_offsets,
     )
     assert_perfect(host, lengths)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_views(cp, dtype):
+    """Strided rows, and rows that begin at any coordinate; the bounds may come from the first or the last point."""
+    for n in (1, 7, 40, 3001, 530_000):
+        flat = clouds.uniform(n + 3, dtype=dtype).reshape(-1)
+        for offset in range(9):
+            points = flat[offset : offset + 3 * n].reshape(n, 3)
+            points[-1 if offset % 2 else 0] = 2
+            on_device = cp.asarray(flat)[offset : offset + 3 * n].reshape(n, 3)
+            got = gpu3d.bucketize(on_device, 64).slot_to_point
+            np.testing.assert_array_equal(got.get(), gpu3d.bucketize(points, 64).slot_to_point)
+            if n > 100_000:
+                break
+        wide = cp.asarray(np.repeat(points, 2, axis=1)[::-1])
+        got = gpu3d.bucketize(wide[::-1, ::2], 64).slot_to_point
+        np.testing.assert_array_equal(got.get(), gpu3d.bucketize(points, 64).slot_to_point)
+
+
+@pytest.mark.parametrize("cell", [0.1, 1 / 3, float(np.float32(2) - np.float32(2**-23)), 7e-6, 1e-33, 3e-38, 1e32])
+def test_voxels_at_their_edges(cp, cell):
+    """Coordinates a few units in the last place around whole cells: a quotient rounded otherwise changes the voxel."""
+    cell = np.float32(cell)
+    rng = np.random.default_rng(3)
+    points = np.zeros((20_000, 3), np.float32)
+    points[1:] = rng.integers(0, 65536, (len(points) - 1, 3)) * np.float64(cell)
+    points.view(np.int32)[1:] += rng.integers(-2, 3, (len(points) - 1, 3)).astype(np.int32)
+    points = np.maximum(np.nan_to_num(points), 0)
+    for hash in ("zorder_div", "xor_mod"):
+        assert_same(cp, points, 16, hash=hash, voxel_size=cell)
+    assert_same(cp, points, 16, balance="probe", voxel_size=cell)
 
 
 def test_non_finite_points(cp):
