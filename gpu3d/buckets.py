@@ -262,7 +262,9 @@ _SIGNATURES = {
     "merge_partitions": "QQQQcQQQ",
     "radix_frames": "QcifQQQ",
     "radix_keys": "QQciQQ",
-    "radix_pass": "QQQciiQQQQQQ",
+    "radix_first": "QQciQQQ",
+    "radix_pass": "QQQciiQQQ",
+    "radix_last": "QQciQQQQQ",
     "probe_buckets": f"QQc{_CANDIDATES.itemsize}sQQQQQQQQQQ",
     "move_rows": f"QQqqi{_PATTERN.itemsize}sQ",
     "move_scopes": "cqiqqQ",
@@ -518,6 +520,7 @@ def _radix_sort(
     """Eight launches of buckets_radix.cu; seven where macros say KEY_GIVEN: `keys` are buckets then, else points."""
     n, group = len(keys), _radix_group(len(keys))
     tile, shared_mem = _radix_tile(keys.device.id, lengths)
+    tiled = *macros, ("TILE", tile)
     batch = _tiled_batch(lengths, bucket_size, tile, group)
     clouds, table = _clouds(batch, bucket_size)
     count_bytes = 4 * RADIX_PASSES * RADIX_DIGITS
@@ -534,20 +537,23 @@ def _radix_sort(
     )
     memory.memset_async(0, end - memory.ptr)
     if macros[1][1] == KEY_GIVEN:
-        key = _kernel("radix_keys", (*macros, ("TILE", tile)), "QciQQ")
+        key = _kernel("radix_keys", tiled, "QciQQ")
         args: tuple[Any, ...] = (keys.data.ptr, clouds, group, records[0], histogram)
     else:
         _frames(keys, macros, cell, group, batch, clouds, arrived, frames)
-        key = _kernel("radix_keys", (*macros, ("TILE", tile)))
+        key = _kernel("radix_keys", tiled)
         args = (keys.data.ptr, frames, clouds, group, records[0], histogram)
     _cuda.launch(key, grid=batch.groups, block=RADIX_THREADS, args=args)
-    sort = _kernel("radix_pass", (*macros, ("TILE", tile)), shared_mem=shared_mem)
-    for number in range(RADIX_PASSES):
-        before, after = records[number % 2], records[1 - number % 2]
-        if wide and number > 0:
-            before, after = records[2 - number % 2], records[1 + number % 2]
-        args = (records[0], before, histogram, clouds, number, int(wide), ticket, published, after, *results)
-        _cuda.launch(sort, grid=batch.tiles, block=RADIX_THREADS, shared_mem=shared_mem, args=args)
+    first, move, last = (_kernel("radix_" + name, tiled, shared_mem=shared_mem) for name in ("first", "pass", "last"))
+    run = functools.partial(_cuda.launch, grid=batch.tiles, block=RADIX_THREADS, shared_mem=shared_mem)
+    rest = int(wide), ticket, published
+    # Records go from one array to the other; where wide, the first holds the keys until pass 1 has read them.
+    one, other = records[-1], records[-2]
+    run(first, args=(records[0], histogram, clouds, *rest, one))
+    for number in range(1, RADIX_PASSES - 1):
+        run(move, args=(records[0], one, histogram, clouds, number, *rest, other))
+        one, other = other, one
+    run(last, args=(one, histogram, clouds, *rest, *results))
     del memory, table
 
 

@@ -220,8 +220,8 @@ __device__ Frame frame_from_rows(const coord_t *bounds, int first, int last, flo
     coord_t high[3] = {(coord_t)-INFINITE, (coord_t)-INFINITE, (coord_t)-INFINITE};
     for (int row = first + threadIdx.x; row < last; row += blockDim.x)
         for (int d = 0; d < 3; ++d) {
-            low[d] = min(low[d], __ldcg(&bounds[6 * (size_t)row + d]));     // maybe written by a block of this launch
-            high[d] = max(high[d], __ldcg(&bounds[6 * (size_t)row + 3 + d]));
+            low[d] = min(low[d], bounds[6 * (size_t)row + d]);
+            high[d] = max(high[d], bounds[6 * (size_t)row + 3 + d]);
         }
     join_bounds(low, high);
     return frame_from_bounds(low, high, voxel_size);

@@ -5,16 +5,16 @@
 // digit and learns where its digits go from the tiles before it, by looking back at what they published.
 //   1 frames      a block a group: bounds of its points; the last block of a cloud joins them: origin and cell of its voxels
 //   2 keys        a block a group: key of each point, and how often each digit of each pass occurs
-//   3 pass 0..5   a block a tile: count, look back, rank, move; the last pass writes both permutations
+//   3 first, pass (four times), last: a block a tile: count, look back, rank, move; the last writes both permutations
 //
 // A record is 8 bytes, since a digit that has been sorted by is dropped: pass 0 reads the keys, and writes 40 bits of key
 // and 24 of point index. A cloud of more than 2^24 points ("wide") carries its 32-bit index alone through pass 0 and
 // fetches the key once more in pass 1, which leaves 32 bits of key.
 //
 // What bounds it on an H100: waiting, at barriers and for the look-back, so a tile publishes its counts before it ranks,
-// and is large; of two sizes the one whose waves of blocks pass the batch sooner is taken. At 4M points tiles of 8192 take
-// 417 us and of 10240, whose third and last wave is nearly full, 401; at 1M, which is one wave of either, 112 and 130.
-// Tried at 4M with 8192 (422 us then): tiles of 4096 and 512 threads, two blocks a multiprocessor, 437; 6144 of 1024
+// and is large; of two sizes the one whose waves of blocks pass the batch sooner is taken: at 4M points tiles of 10240, whose
+// third and last wave is nearly full, gain 4 %; at 1M, one wave of either, they would lose 16 %. A kernel for the first and
+// one for the last pass, in place of branches in one, gained 5 % (4M: 392 us). Tried at 4M with 8192 (422 us then): tiles of 4096 and 512 threads, two blocks a multiprocessor, 437; 6144 of 1024
 // threads 430; 12288 432. With 4096 and 512: ballots in place of the words of shared memory 537 against 490; the look-back
 // after the ranking 490 against 469; windows of 4 or 16 tiles the same. Blocks that stay, and load their next tile while
 // they write one, gain 2 % in passes 0 to 4 and lose 7 % in the last. In that it is the 4-byte stores of point_to_slot, all
@@ -128,7 +128,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_keys(
         if (count[i]) atomicAdd(&histogram[(size_t)b * PASSES * DIGITS + i], count[i]);     // integers: any order, one sum
 }
 
-// ---- 3 pass --------------------------------------------------------------------------------------------------------
+// ---- 3 first, pass, last --------------------------------------------------------------------------------------------
 
 // Exclusive scan over the first DIGITS threads; every thread of the block must call it.
 __device__ u32 scan_digits(u32 x, u32 *warp_sums) {
@@ -147,30 +147,24 @@ __device__ u32 scan_digits(u32 x, u32 *warp_sums) {
     return before + scan - x;
 }
 
-extern "C" __global__ __launch_bounds__(THREADS) void radix_pass(
-    const u64 *__restrict__ keys,               // [N], read in pass 0, and where wide in pass 1
-    const u64 *__restrict__ records_in,         // [N], unread in pass 0
-    const u32 *__restrict__ histogram,          // [clouds, PASSES, DIGITS]
-    const __grid_constant__ Clouds clouds,
-    int pass,                                   // ranges [0, PASSES)
-    int wide,                                   // 0: indices of 24 bits, 1: of 32
-    u32 *__restrict__ ticket,                   // [PASSES], zero before
-    u32 *__restrict__ published,                // [PASSES, tiles, DIGITS], zero before
-    u64 *__restrict__ records_out,              // [N], unwritten in the last pass
-    int *__restrict__ slot_to_point,            // [slots], written in the last pass
-    int *__restrict__ point_to_slot,            // [N], written in the last pass
-    int *__restrict__ moved)                    // [] set to 0 in the last pass, or null
+// One pass over the tile that the block draws. Parameters as the three kernels below have them.
+enum Role { FIRST, MIDDLE, LAST };
+
+template <Role ROLE>
+__device__ __forceinline__ void move_tile(
+    const u64 *__restrict__ keys, const u64 *__restrict__ records_in, const u32 *__restrict__ histogram, const Clouds &clouds,
+    int pass, int wide, u32 *__restrict__ ticket, u32 *__restrict__ published, u64 *__restrict__ records_out,
+    int *__restrict__ slot_to_point, int *__restrict__ point_to_slot)
 {
     extern __shared__ u64 record[];             // [TILE], then the two arrays below
     unsigned short (*start)[DIGITS] = (unsigned short (*)[DIGITS])(record + TILE);      // [WARPS, DIGITS] places in the tile
-    unsigned char *digit_of = (unsigned char *)(start + WARPS);                         // [TILE], where wide in pass 1: no room in the record
+    unsigned char *digit_of = (unsigned char *)(start + WARPS);                         // [TILE], unused but in pass 1 where wide
     __shared__ u32 target[DIGITS];              // records of a digit; then where the first goes, minus its place in the tile
     __shared__ u32 warp_sums[WARPS];
     __shared__ int drawn;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     // Tiles are drawn in order, so that every tile looked back at is running or done.
     if (threadIdx.x == 0) drawn = atomicAdd(&ticket[pass], 1);
-    if (moved && pass == PASSES - 1 && blockIdx.x == 0 && threadIdx.x == 0) *moved = 0;
     for (int i = threadIdx.x; i < WARPS * DIGITS; i += THREADS) record[i] = 0;
     for (int i = threadIdx.x; i < DIGITS; i += THREADS) target[i] = 0;
     __syncthreads();
@@ -180,10 +174,11 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_pass(
     const int first = (tile - cloud.tile) * TILE;           // of the cloud's points
     const int n = min(TILE, next.point - cloud.point - first);
     const int index_bits = wide ? 32 : 24, digit_shift = index_bits + 8 * (pass - wide - 1);    // in pass 0 POSITION_BITS
+    const bool refetch = ROLE == MIDDLE && wide && pass == 1;
 
     // Load. Warp w holds records [w, w + 1) * 32 * ITEMS of the tile, item k of lane l the 32 k + l-th of them.
     const int mine_first = warp * ITEMS * 32 + lane, mine_left = n - mine_first;        // item k exists if 32 k < mine_left
-    const u64 *in = (pass == 0 ? keys : records_in) + cloud.point + first + mine_first;
+    const u64 *in = (ROLE == FIRST ? keys : records_in) + cloud.point + first + mine_first;
     u64 mine[ITEMS];
     u32 seat[ITEMS];                            // place among equal digits of the warp << 8 | digit
 #pragma unroll
@@ -196,12 +191,12 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_pass(
     for (int k = 0; k < ITEMS; ++k) {
         seat[k] = DIGITS - 1;                               // the padding of the last tile ranks behind its records
         if (32 * k >= mine_left) continue;
-        if (pass <= wide) {                                 // pass 0, and 1 where wide
-            const u64 key = pass == 0 ? mine[k] : keys[cloud.point + (int)mine[k]];
-            seat[k] = key >> 8 * pass & (DIGITS - 1);
-            mine[k] = pass == 0 ? key << POSITION_BITS | mine_first + 32 * k : key >> 16 << 32 | mine[k];
-        } else {
-            seat[k] = mine[k] >> digit_shift & (DIGITS - 1);
+        if (ROLE == FIRST) mine[k] = mine[k] << POSITION_BITS | mine_first + 32 * k;
+        seat[k] = mine[k] >> digit_shift & (DIGITS - 1);
+        if (refetch) {
+            const u64 key = keys[cloud.point + (int)mine[k]];
+            seat[k] = key >> 8 & (DIGITS - 1);
+            mine[k] = key >> 16 << 32 | mine[k];
         }
     }
 
@@ -265,7 +260,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_pass(
         if (32 * k < mine_left) {
             const u32 digit = seat[k] & (DIGITS - 1), place = (seat[k] >> 8) + start[warp][digit];
             record[place] = mine[k];
-            if (wide && pass == 1) digit_of[place] = digit;
+            if (refetch) digit_of[place] = digit;
         }
     __syncthreads();
 #pragma unroll
@@ -273,13 +268,13 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_pass(
         const int i = k * THREADS + threadIdx.x;
         if (i >= n) continue;
         u64 moving = record[i];
-        const u32 digit = wide && pass == 1 ? digit_of[i] : moving >> digit_shift & (DIGITS - 1);
-        if (pass == 0) {                                    // key and place become what the next pass reads
+        const u32 digit = refetch ? digit_of[i] : moving >> digit_shift & (DIGITS - 1);
+        if (ROLE == FIRST) {                                // key and place become what the next pass reads
             const int index = first + (int)(moving & ((1 << POSITION_BITS) - 1));           // in the cloud
             moving = wide ? index : moving >> (POSITION_BITS + 8) << index_bits | index;
         }
         const u32 at = i + target[digit];                   // ranges [0, points of the cloud)
-        if (pass < PASSES - 1) {
+        if (ROLE != LAST) {
             records_out[cloud.point + at] = moving;
         } else {
             const int p = cloud.point + (int)(moving & ((1ull << index_bits) - 1));
@@ -287,7 +282,49 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_pass(
             point_to_slot[p] = cloud.slot + at;
         }
     }
-    if (pass == PASSES - 1 && tile == next.tile - 1)        // padding stands at the end of the cloud's last bucket
+    if (ROLE == LAST && tile == next.tile - 1)              // padding stands at the end of the cloud's last bucket
         for (int slot = cloud.slot + next.point - cloud.point + threadIdx.x; slot < next.slot; slot += THREADS)
             slot_to_point[slot] = -1;
+}
+
+extern "C" __global__ __launch_bounds__(THREADS) void radix_first(
+    const u64 *__restrict__ keys,               // [N]
+    const u32 *__restrict__ histogram,          // [clouds, PASSES, DIGITS]
+    const __grid_constant__ Clouds clouds,
+    int wide,                                   // 0: indices of 24 bits, 1: of 32
+    u32 *__restrict__ ticket,                   // [PASSES], zero before
+    u32 *__restrict__ published,                // [PASSES, tiles, DIGITS], zero before
+    u64 *__restrict__ records)                  // [N]
+{
+    move_tile<FIRST>(keys, nullptr, histogram, clouds, 0, wide, ticket, published, records, nullptr, nullptr);
+}
+
+extern "C" __global__ __launch_bounds__(THREADS) void radix_pass(
+    const u64 *__restrict__ keys,               // [N], read where wide in pass 1
+    const u64 *__restrict__ records_in,         // [N]
+    const u32 *__restrict__ histogram,          // [clouds, PASSES, DIGITS]
+    const __grid_constant__ Clouds clouds,
+    int pass,                                   // ranges [1, PASSES - 1)
+    int wide,
+    u32 *__restrict__ ticket,                   // [PASSES], zero before
+    u32 *__restrict__ published,                // [PASSES, tiles, DIGITS], zero before
+    u64 *__restrict__ records_out)              // [N]
+{
+    move_tile<MIDDLE>(keys, records_in, histogram, clouds, pass, wide, ticket, published, records_out, nullptr, nullptr);
+}
+
+extern "C" __global__ __launch_bounds__(THREADS) void radix_last(
+    const u64 *__restrict__ records,            // [N]
+    const u32 *__restrict__ histogram,          // [clouds, PASSES, DIGITS]
+    const __grid_constant__ Clouds clouds,
+    int wide,
+    u32 *__restrict__ ticket,                   // [PASSES], zero before
+    u32 *__restrict__ published,                // [PASSES, tiles, DIGITS], zero before
+    int *__restrict__ slot_to_point,            // [slots]
+    int *__restrict__ point_to_slot,            // [N]
+    int *__restrict__ moved)                    // [] set to 0, or null
+{
+    if (moved && blockIdx.x == 0 && threadIdx.x == 0) *moved = 0;
+    move_tile<LAST>(nullptr, records, histogram, clouds, PASSES - 1, wide, ticket, published, nullptr, slot_to_point,
+                    point_to_slot);
 }
