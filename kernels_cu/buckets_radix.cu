@@ -12,9 +12,10 @@
 // fetches the key once more in pass 1, which leaves 32 bits of key.
 //
 // What bounds it on an H100: waiting, at barriers and for the look-back, so a tile publishes its counts before it ranks,
-// and is large; of two sizes the one whose waves of blocks pass the batch sooner is taken: at 4M points tiles of 10240, whose
-// third and last wave is nearly full, gain 4 %; at 1M, one wave of either, they would lose 16 %. A kernel for the first and
-// one for the last pass, in place of branches in one, gained 5 % (4M: 392 us). Tried at 4M with 8192 (422 us then): tiles of 4096 and 512 threads, two blocks a multiprocessor, 437; 6144 of 1024
+// and is large; of two sizes the one whose waves of blocks pass the batch sooner is taken. At 4M points (392 us) tiles of
+// 10240, whose third and last wave is nearly full, gain 4 %; at 1M, one wave of either, they would lose 16 %. A kernel each
+// for the first and the last pass, in place of branches, gained 5 %.
+// Tried at 4M with 8192 (422 us then): tiles of 4096 and 512 threads, two blocks a multiprocessor, 437; 6144 of 1024
 // threads 430; 12288 432. With 4096 and 512: ballots in place of the words of shared memory 537 against 490; the look-back
 // after the ranking 490 against 469; windows of 4 or 16 tiles the same. Blocks that stay, and load their next tile while
 // they write one, gain 2 % in passes 0 to 4 and lose 7 % in the last. In that it is the 4-byte stores of point_to_slot, all
