@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import re
 import struct
@@ -268,6 +269,31 @@ def launch(
     with kernel.lock:
         kernel.arguments.pack_into(kernel.buffer, 0, *args)
         kernel.start(grid, 1, 1, block, 1, 1, shared_mem, stream, kernel.parameters, *kernel.extra)
+
+
+# ---- workspaces ------------------------------------------------------------------------------------------------------
+
+
+def ends(*sizes: int) -> tuple[int, ...]:
+    """Where arrays of so many bytes begin in one allocation, and where the last ends."""
+    return tuple(itertools.accumulate(((size + 15) // 16 * 16 for size in sizes), initial=0))
+
+
+def allocate(offsets: tuple[int, ...]) -> tuple[Any, list[int]]:
+    """One allocation for several arrays: the memory, and their addresses."""
+    import cupy
+
+    memory = cupy.cuda.alloc(offsets[-1])
+    address = memory.ptr
+    return memory, [address + end for end in offsets[:-1]]
+
+
+def workspace(*sizes: int) -> tuple[Any, list[int]]:
+    """The same from the arrays' bytes."""
+    return allocate(ends(*sizes))
+
+
+# ---- ahead of time ---------------------------------------------------------------------------------------------------
 
 
 def precompile(configurations: Iterable[Configuration], *, progress: bool = True) -> int:

@@ -8,7 +8,6 @@ Everything else in gpu3d runs over this layout. `bucketize` computes it, `Bucket
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpu3d import _arrays, _cuda
+from gpu3d import _arrays, _clouds, _cuda
 from gpu3d.reference import buckets as reference
 
 # ---- the layout ----------------------------------------------------------------------------------------------------
@@ -237,20 +236,13 @@ RADIX_NARROW = 2**24  # points of a cloud whose index fits the 24 bits of a narr
 PROBE_THREADS = 1024
 MOVE_THREADS = 256
 MOVE_ROWS_A_THREAD = 4
-MOVE_CLOUDS_A_LAUNCH = 240
-INLINE_CLOUDS = 15
 
 KEY_GIVEN = 4
 FRAME_BYTES = {4: 36, 8: 48}  # struct Frame: three origins, then three cells and their inverses in float32
 
 _INT32 = np.dtype(np.int32)
 
-# struct Cloud, struct Clouds and struct Candidates of the kernels.
-_CLOUD = np.dtype([("point", np.int32), ("tile", np.int32), ("group", np.int32), ("slot", np.int32)])
-_CLOUDS = np.dtype(
-    [("table", np.uint64), ("count", np.int32), ("bucket_size", np.int32), ("inlined", _CLOUD, INLINE_CLOUDS + 1)]
-)
-_CLOUD_ROWS = np.dtype([("rows", _CLOUD, MOVE_CLOUDS_A_LAUNCH)])
+# struct Candidates of buckets_probe.cu, and struct Pattern of buckets_move.cu.
 _CANDIDATES = np.dtype([("packed", np.uint16, 128)])
 _PATTERN = np.dtype([("bytes", np.uint8, 16)])
 
@@ -268,13 +260,12 @@ _SIGNATURES = {
     "probe_buckets": f"QQc{_CANDIDATES.itemsize}sQQQQQQQQQQ",
     "move_rows": f"QQqqi{_PATTERN.itemsize}sQ",
     "move_scopes": "cqiqqQ",
-    "move_clouds": f"{_CLOUD_ROWS.itemsize}siiQ",
 }
 
 
 def _kernel(function: str, macros: _cuda.Macros, signature: str | None = None, **options: Any) -> _cuda.Kernel:
     """A kernel of buckets_<prefix of its name>.cu."""
-    formats = (signature or _SIGNATURES[function]).replace("c", f"{_CLOUDS.itemsize}s")
+    formats = (signature or _SIGNATURES[function]).replace("c", _clouds.FORMAT)
     return _cuda.kernel("buckets_" + function.split("_")[0], function, formats, macros, **options)
 
 
@@ -290,90 +281,6 @@ def configurations() -> list[_cuda.Configuration]:
         if macros[1][1] != KEY_GIVEN:
             modules += [_cuda.Configuration("buckets_probe", macros)]
     return [*modules, *(_cuda.Configuration("buckets_move", (("WORD", word),)) for word in (1, 2, 4, 8, 16))]
-
-
-# ---- CUDA: the batch's table of clouds -----------------------------------------------------------------------------
-
-
-class _Batch(NamedTuple):
-    """Where each cloud's points, tiles, groups and slots begin."""
-
-    rows: np.ndarray  # _CLOUD [B + 1]
-    inlined: bytes | None  # struct Clouds where the batch is small enough to travel in a kernel's arguments
-
-    @property
-    def tiles(self) -> int:
-        return int(self.rows[-1]["tile"])
-
-    @property
-    def groups(self) -> int:
-        return int(self.rows[-1]["group"])
-
-
-def _batch(lengths: Sequence[int], bucket_size: int, tiles: np.ndarray, groups: np.ndarray) -> _Batch:
-    n = np.array(lengths, np.int64)
-    rows = np.zeros(len(n) + 1, _CLOUD)
-    for column, counts in (
-        ("point", n),
-        ("tile", tiles),
-        ("group", groups),
-        ("slot", -(-n // bucket_size) * bucket_size),
-    ):
-        rows[column][1:] = np.cumsum(counts)
-    if len(n) > INLINE_CLOUDS:
-        return _Batch(rows, None)
-    clouds = np.zeros((), _CLOUDS)
-    clouds["count"], clouds["bucket_size"] = len(n), bucket_size
-    clouds["inlined"][: len(rows)] = rows
-    return _Batch(rows, clouds.tobytes())
-
-
-@functools.lru_cache(maxsize=256)
-def _tiled_batch(lengths: tuple[int, ...], bucket_size: int, tile: int, group: int) -> _Batch:
-    """A batch in tiles of `tile` points and groups of `group` points, neither across clouds."""
-    n = np.array(lengths, np.int64)
-    return _batch(lengths, bucket_size, -(-n // tile), -(-n // group))
-
-
-def _clouds(batch: _Batch, bucket_size: int) -> tuple[bytes, Any]:
-    """The struct Clouds, and the device memory that must be held until the launches that read it are enqueued.
-
-    The table of a large batch travels inside the arguments of a kernel that stores it: no copy from host memory, so
-    nothing on the host has to stay alive and a CUDA graph can hold it.
-    """
-    if batch.inlined is not None:
-        return batch.inlined, None
-    import cupy
-
-    table = cupy.cuda.alloc(batch.rows.nbytes)
-    write = _kernel("move_clouds", (("WORD", 16),))
-    for first in range(0, len(batch.rows), MOVE_CLOUDS_A_LAUNCH):
-        part = np.zeros((), _CLOUD_ROWS)
-        n = min(MOVE_CLOUDS_A_LAUNCH, len(batch.rows) - first)
-        part["rows"][:n] = batch.rows[first : first + n]
-        _cuda.launch(write, grid=1, block=MOVE_THREADS, args=(part.tobytes(), first, n, table.ptr))
-    clouds = np.zeros((), _CLOUDS)
-    clouds["table"], clouds["count"], clouds["bucket_size"] = table.ptr, len(batch.rows) - 1, bucket_size
-    return clouds.tobytes(), table
-
-
-def _ends(*sizes: int) -> tuple[int, ...]:
-    """Where arrays of so many bytes begin in one allocation, and where the last ends."""
-    return tuple(itertools.accumulate(((size + 15) // 16 * 16 for size in sizes), initial=0))
-
-
-def _allocate(ends: tuple[int, ...]) -> tuple[Any, list[int]]:
-    """One allocation for several arrays: the memory, and their addresses."""
-    import cupy
-
-    memory = cupy.cuda.alloc(ends[-1])
-    address = memory.ptr
-    return memory, [address + end for end in ends[:-1]]
-
-
-def _workspace(*sizes: int) -> tuple[Any, list[int]]:
-    """The same from the arrays' bytes."""
-    return _allocate(_ends(*sizes))
 
 
 # ---- CUDA: bucketize -----------------------------------------------------------------------------------------------
@@ -420,7 +327,7 @@ def _bucketize_cuda(
 class _MergePlan(NamedTuple):
     """What buckets_merge.cu needs for a batch, worked out once: Python takes as long over a call as the launches."""
 
-    batch: _Batch
+    batch: _clouds.Batch
     tiles: int
     partitions: int
     threads: int
@@ -441,13 +348,13 @@ def _merge_plan(device: int, lengths: tuple[int, ...], bucket_size: int, macros:
     full = -(-n // tile) - 1  # tiles before a cloud's last
     phase = full * 13 + 16 & 31  # which of every 32 keys is a sample, in the last tile
     samples = full * (tile // 32) + (n - full * tile + 31 - phase) // 32
-    batch = _batch(lengths, bucket_size, full + 1, np.maximum(-(-samples // span), 1) * (n > 0))
+    batch = _clouds.batch(lengths, bucket_size, full + 1, np.maximum(-(-samples // span), 1) * (n > 0))
     tiles, partitions = batch.tiles, batch.groups
 
     (_, point), (_, key) = macros
     bound_bytes = 8 if _arrays.FLOATS[point] == np.float64 else 4
     ranks = (8 * partitions, 4 * partitions, MERGE_MAX_TILES * partitions)
-    ends = _ends(6 * bound_bytes * tiles, 8 * tile * tiles, tile // 4 * tiles, *ranks)
+    ends = _cuda.ends(6 * bound_bytes * tiles, 8 * tile * tiles, tile // 4 * tiles, *ranks)
     macros, shared_mem, given = (*macros, ("TILE", tile)), 12 * capacity, key == KEY_GIVEN
     bound = None if given else _kernel("merge_bounds", macros)
     kernels = (
@@ -464,8 +371,8 @@ def _merge_sort(
     """Four launches of buckets_merge.cu; three where macros say KEY_GIVEN: `keys` are buckets then, else points."""
     plan = _merge_plan(keys.device.id, lengths, bucket_size, macros)
     batch, tiles, partitions, threads, shared_mem, ends, bound, (sort, rank, join) = plan
-    clouds, table = _clouds(batch, bucket_size)
-    memory, (bounds, ordered, sampled, splitter, splitter_tile, below) = _allocate(ends)
+    clouds, table = _clouds.pack(batch, bucket_size)
+    memory, (bounds, ordered, sampled, splitter, splitter_tile, below) = _cuda.allocate(ends)
     source = keys.data.ptr
     if bound is None:
         _cuda.launch(sort, grid=tiles, block=threads, args=(source, clouds, ordered, sampled))
@@ -484,10 +391,17 @@ def _bound_bytes(points: Any) -> int:
 
 
 def _frames(
-    points: Any, macros: _cuda.Macros, cell: float, group: int, batch: _Batch, clouds: bytes, arrived: int, frames: int
+    points: Any,
+    macros: _cuda.Macros,
+    cell: float,
+    group: int,
+    batch: _clouds.Batch,
+    clouds: bytes,
+    arrived: int,
+    frames: int,
 ) -> None:
     """The voxel frame of every cloud, in one launch of buckets_radix.cu; `arrived` is zero, a word a cloud."""
-    memory, (bounds,) = _workspace(6 * _bound_bytes(points) * batch.groups)
+    memory, (bounds,) = _cuda.workspace(6 * _bound_bytes(points) * batch.groups)
     args = (points.data.ptr, clouds, group, cell, arrived, bounds, frames)
     kernel = _kernel("radix_frames", (*macros, ("TILE", RADIX_TILES[0])))  # TILE plays no part in it
     _cuda.launch(kernel, grid=batch.groups, block=RADIX_FRAME_THREADS, args=args)
@@ -521,12 +435,12 @@ def _radix_sort(
     n, group = len(keys), _radix_group(len(keys))
     tile, shared_mem = _radix_tile(keys.device.id, lengths)
     tiled = *macros, ("TILE", tile)
-    batch = _tiled_batch(lengths, bucket_size, tile, group)
-    clouds, table = _clouds(batch, bucket_size)
+    batch = _clouds.tiled(lengths, bucket_size, tile, group)
+    clouds, table = _clouds.pack(batch, bucket_size)
     count_bytes = 4 * RADIX_PASSES * RADIX_DIGITS
     frame_bytes = FRAME_BYTES[_bound_bytes(keys)]
     wide = max(lengths) > RADIX_NARROW  # then pass 1 reads the keys once more, and cannot write over them
-    memory, (ticket, arrived, histogram, published, end, frames, *records) = _workspace(
+    memory, (ticket, arrived, histogram, published, end, frames, *records) = _cuda.workspace(
         4 * RADIX_PASSES,
         4 * len(lengths),
         count_bytes * len(lengths),
@@ -571,13 +485,13 @@ def _probe(
     import cupy
 
     n, group = len(points), _radix_group(len(points))
-    batch = _tiled_batch(lengths, bucket_size, bucket_size, group)
-    clouds, table = _clouds(batch, bucket_size)
+    batch = _clouds.tiled(lengths, bucket_size, bucket_size, group)
+    clouds, table = _clouds.pack(batch, bucket_size)
     blocks = min(_cuda.device_limits(points.device.id)[0], -(-n // PROBE_THREADS))
     home = cupy.empty(n, np.int32)
     frame_bytes = FRAME_BYTES[_bound_bytes(points)] * len(lengths)
     each = 4 * num_buckets * blocks
-    memory, (arrived, framed, totals, counts, end, rooms, cursors, left, voxels, proposal, frames) = _workspace(
+    memory, (arrived, framed, totals, counts, end, rooms, cursors, left, voxels, proposal, frames) = _cuda.workspace(
         4, 4 * len(lengths), 12 * num_buckets, 3 * each, 0, each, each, 4 * blocks, 8 * n, 4 * n, frame_bytes
     )
     memory.memset_async(0, end - memory.ptr)
@@ -743,8 +657,8 @@ def _scope_table_cuda(buckets: Buckets, size: int, shift: int, stride: int) -> A
     count = np.diff(buckets.bucket_offsets)
     stride = min(stride, max(1, int(count.max(initial=0))))  # a longer stride gives the same scopes
     whole, rest = np.divmod(count, size * stride)
-    batch = _batch(buckets.lengths, buckets.bucket_size, 0 * count, whole * stride + np.minimum(rest, stride))
-    clouds, memory = _clouds(batch, buckets.bucket_size)
+    batch = _clouds.batch(buckets.lengths, buckets.bucket_size, 0 * count, whole * stride + np.minimum(rest, stride))
+    clouds, memory = _clouds.pack(batch, buckets.bucket_size)
     table = cupy.empty((batch.groups, size), np.int32)
     args = (clouds, table.size, size, shift, stride, table.data.ptr)
     kernel = _kernel("move_scopes", (("WORD", 16),))

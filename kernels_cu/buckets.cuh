@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the bucket kernels share: the batch's table of clouds, voxels, hash keys, bounds and frames.
+// What the bucket kernels share: voxels, hash keys, bounds and frames.
 //
 // Definitions (Flash3D, section 4.1; hash and voxels as gpu3d.bucketize documents them):
 //   voxel    v_d = clamp(floor((x_d - min_d) / cell_d), 0, 65535), every operation rounded once
@@ -17,46 +17,7 @@
 #define KEY 3               // 0 xor_mod, 1 xor_div, 2 zorder_mod, 3 zorder_div, 4 given: int32 keys instead of points
 #endif
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
 #define KEY_GIVEN 4
-#define INLINE_CLOUDS 15    // mirrored by gpu3d/buckets.py
-#define FULL 0xffffffffu
-
-// ---- the batch -----------------------------------------------------------------------------------------------------
-
-// Row b says where cloud b begins, row `count` where the batch ends.
-struct Cloud {
-    int point;              // first point
-    int tile;               // first tile of TILE points
-    int group;              // first group: an output partition (buckets_merge.cu) or a chunk of tiles (buckets_radix.cu)
-    int slot;               // first slot, a multiple of bucket_size
-};
-
-// Small batches travel inside the kernel's arguments: no copy to the device, nothing to keep alive, capturable.
-struct Clouds {
-    const Cloud *table;     // [count + 1] on the device, or null
-    int count;
-    int bucket_size;
-    Cloud inlined[INLINE_CLOUDS + 1];
-};
-
-__device__ __forceinline__ const Cloud *rows_of(const Clouds &clouds) {
-    return clouds.table ? clouds.table : clouds.inlined;
-}
-
-// The cloud whose range of tiles, groups or points holds `item`. Empty clouds hold nothing.
-template <int Cloud::*COLUMN>
-__device__ __forceinline__ int cloud_of(const Clouds &clouds, int item) {
-    const Cloud *rows = rows_of(clouds);
-    int low = 0, high = clouds.count;           // rows[low].column <= item < rows[high].column
-    while (high - low > 1) {
-        const int middle = (low + high) >> 1;
-        if (rows[middle].*COLUMN <= item) low = middle; else high = middle;
-    }
-    return low;
-}
 
 // ---- coordinates to voxels -----------------------------------------------------------------------------------------
 

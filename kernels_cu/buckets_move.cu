@@ -2,7 +2,6 @@
 // What moves along a bucket layout, and the small tables that describe one.
 //   move_rows      Buckets.scatter and .gather: out[r] = rows[index[r]], or the fill pattern where index[r] is -1
 //   move_scopes    scopes(): which buckets each attention scope reads
-//   move_clouds    the table of clouds of a batch too large to travel inside a kernel's arguments
 
 #ifndef WORD
 #define WORD 16             // bytes a load: the largest power of two up to 16 that divides a row and its addresses
@@ -10,6 +9,7 @@
 #define THREADS 256
 #define ROWS_A_THREAD 4     // independent loads in flight; mirrored by gpu3d/buckets.py
 
+#include "clouds.cuh"
 #include "buckets.cuh"
 
 #if WORD == 16
@@ -78,16 +78,4 @@ extern "C" __global__ __launch_bounds__(THREADS) void move_scopes(
     const long long position = chunk + (scope - cloud.group) % stride + place * stride;
     const bool inside = position < min(chunk + stride * size, buckets);
     table[entry] = inside ? (int)(begin + ((position + shift) % buckets + buckets) % buckets) : -1;
-}
-
-#define ROWS_A_LAUNCH 240                       // mirrored by gpu3d/buckets.py
-struct CloudRows { Cloud rows[ROWS_A_LAUNCH]; };
-
-extern "C" __global__ __launch_bounds__(THREADS) void move_clouds(
-    const __grid_constant__ CloudRows part,
-    int first,
-    int n,                                      // rows of this launch
-    Cloud *__restrict__ table)                  // [clouds + 1]
-{
-    if ((int)threadIdx.x < n) table[first + threadIdx.x] = part.rows[threadIdx.x];
 }

@@ -17,6 +17,7 @@
 #define THREADS 1024        // mirrored by gpu3d/buckets.py
 #define CANDIDATES 128
 
+#include "clouds.cuh"
 #include "buckets.cuh"
 
 // Offsets of the candidates in steps, one packed word each: (x + 4) | (y + 4) << 4 | (z + 4) << 8.

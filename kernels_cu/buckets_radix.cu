@@ -33,6 +33,7 @@
 #define POSITION_BITS 16
 #define WINDOW 8            // tiles looked back at together: their loads overlap
 
+#include "clouds.cuh"
 #include "buckets.cuh"
 
 static_assert(TILE % THREADS == 0 && THREADS >= DIGITS, "a thread a digit, and whole items a thread");

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The batch's table of clouds, as kernels read it: where each cloud's points, tiles, groups and slots begin.
+
+A small batch travels inside the kernels' arguments, a large one in device memory (kernels_cu/clouds.cuh).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpu3d import _cuda
+
+INLINE_CLOUDS = 15  # mirrored by clouds.cuh
+CLOUDS_A_LAUNCH = 240  # mirrored by clouds.cu, as is the next
+CLOUDS_THREADS = 256
+
+# struct Cloud, struct Clouds and struct CloudRows of the kernels.
+_CLOUD = np.dtype([("point", np.int32), ("tile", np.int32), ("group", np.int32), ("slot", np.int32)])
+_CLOUDS = np.dtype(
+    [("table", np.uint64), ("count", np.int32), ("bucket_size", np.int32), ("inlined", _CLOUD, INLINE_CLOUDS + 1)]
+)
+_ROWS = np.dtype([("rows", _CLOUD, CLOUDS_A_LAUNCH)])
+
+FORMAT = f"{_CLOUDS.itemsize}s"  # of struct Clouds in a kernel's signature
+
+
+def configurations() -> list[_cuda.Configuration]:
+    """Every module this file can ask for."""
+    return [_cuda.Configuration("clouds")]
+
+
+class Batch(NamedTuple):
+    """Where each cloud's points, tiles, groups and slots begin."""
+
+    rows: np.ndarray  # _CLOUD [B + 1]
+    inlined: bytes | None  # struct Clouds where the batch is small enough to travel in a kernel's arguments
+
+    @property
+    def tiles(self) -> int:
+        return int(self.rows[-1]["tile"])
+
+    @property
+    def groups(self) -> int:
+        return int(self.rows[-1]["group"])
+
+
+def batch(lengths: Sequence[int], bucket_size: int, tiles: np.ndarray, groups: np.ndarray) -> Batch:
+    n = np.array(lengths, np.int64)
+    rows = np.zeros(len(n) + 1, _CLOUD)
+    for column, counts in (
+        ("point", n),
+        ("tile", tiles),
+        ("group", groups),
+        ("slot", -(-n // bucket_size) * bucket_size),
+    ):
+        rows[column][1:] = np.cumsum(counts)
+    if len(n) > INLINE_CLOUDS:
+        return Batch(rows, None)
+    clouds = np.zeros((), _CLOUDS)
+    clouds["count"], clouds["bucket_size"] = len(n), bucket_size
+    clouds["inlined"][: len(rows)] = rows
+    return Batch(rows, clouds.tobytes())
+
+
+@functools.lru_cache(maxsize=256)
+def tiled(lengths: tuple[int, ...], bucket_size: int, tile: int, group: int) -> Batch:
+    """A batch in tiles of `tile` points and groups of `group` points, neither across clouds."""
+    n = np.array(lengths, np.int64)
+    return batch(lengths, bucket_size, -(-n // tile), -(-n // group))
+
+
+def pack(batch: Batch, bucket_size: int) -> tuple[bytes, Any]:
+    """The struct Clouds, and the device memory that must be held until the launches that read it are enqueued.
+
+    The table of a large batch travels inside the arguments of a kernel that stores it: no copy from host memory, so
+    nothing on the host has to stay alive and a CUDA graph can hold it.
+    """
+    if batch.inlined is not None:
+        return batch.inlined, None
+    import cupy
+
+    table = cupy.cuda.alloc(batch.rows.nbytes)
+    write = _cuda.kernel("clouds", "write_clouds", f"{_ROWS.itemsize}siiQ")
+    for first in range(0, len(batch.rows), CLOUDS_A_LAUNCH):
+        part = np.zeros((), _ROWS)
+        n = min(CLOUDS_A_LAUNCH, len(batch.rows) - first)
+        part["rows"][:n] = batch.rows[first : first + n]
+        _cuda.launch(write, grid=1, block=CLOUDS_THREADS, args=(part.tobytes(), first, n, table.ptr))
+    clouds = np.zeros((), _CLOUDS)
+    clouds["table"], clouds["count"], clouds["bucket_size"] = table.ptr, len(batch.rows) - 1, bucket_size
+    return clouds.tobytes(), table

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+// The batch's table of clouds, which every kernel over ragged batches reads.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define INLINE_CLOUDS 15    // mirrored by gpu3d/_clouds.py
+#define FULL 0xffffffffu
+
+// Row b says where cloud b begins, row `count` where the batch ends.
+struct Cloud {
+    int point;              // first point
+    int tile;               // first tile: a number of points or slots that a block takes at a time
+    int group;              // first group: what a group is, the kernel's file says
+    int slot;               // first slot, a multiple of bucket_size
+};
+
+// Small batches travel inside the kernel's arguments: no copy to the device, nothing to keep alive, capturable.
+struct Clouds {
+    const Cloud *table;     // [count + 1] on the device, or null
+    int count;
+    int bucket_size;
+    Cloud inlined[INLINE_CLOUDS + 1];
+};
+
+__device__ __forceinline__ const Cloud *rows_of(const Clouds &clouds) {
+    return clouds.table ? clouds.table : clouds.inlined;
+}
+
+// The cloud whose range of tiles, groups or points holds `item`. Empty clouds hold nothing.
+template <int Cloud::*COLUMN>
+__device__ __forceinline__ int cloud_of(const Clouds &clouds, int item) {
+    const Cloud *rows = rows_of(clouds);
+    int low = 0, high = clouds.count;           // rows[low].column <= item < rows[high].column
+    while (high - low > 1) {
+        const int middle = (low + high) >> 1;
+        if (rows[middle].*COLUMN <= item) low = middle; else high = middle;
+    }
+    return low;
+}
