@@ -17,14 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import buckets, data, table, timing
+from benchmarks import attention, buckets, data, table, timing
 
-SUITES: dict[str, Callable[[table.Setting], Iterator[table.Row]]] = {"buckets": buckets.run}
+SUITES: dict[str, Callable[[table.Setting], Iterator[table.Row]]] = {"buckets": buckets.run, "attention": attention.run}
 RESULTS = Path(__file__).resolve().parent / "results"
 
 LEGEND = """\
-medians of 30 (host 300, CPU 20). graph: 20 calls in one CUDA graph, divided; L2-warm: inputs under 50 MB.
-eager: device events around one call. host: the Python call alone. /must: ours / must. floor: see the suite's module."""
+medians of 30 (host 300, CPU 20, slow calls of attention 10). graph: 20 calls in one CUDA graph, divided;
+L2-warm: inputs under 50 MB. eager: device events around one call. host: the Python call alone. /must: ours / must.
+floor: see the suite's module."""
 
 
 def main(argv: list[str] | None = None) -> int:

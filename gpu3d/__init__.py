@@ -6,8 +6,19 @@ caller's device and stream, CPU arrays the NumPy reference.
 """
 
 from gpu3d._kernels import precompile
+from gpu3d.attention import bucket_attention, bucket_attention_backward
 from gpu3d.buckets import BucketQuality, Buckets, Scopes, bucket_quality, bucketize, scopes
 
 __version__ = "0.1.0"
 
-__all__ = ["BucketQuality", "Buckets", "Scopes", "bucket_quality", "bucketize", "precompile", "scopes"]
+__all__ = [
+    "BucketQuality",
+    "Buckets",
+    "Scopes",
+    "bucket_attention",
+    "bucket_attention_backward",
+    "bucket_quality",
+    "bucketize",
+    "precompile",
+    "scopes",
+]

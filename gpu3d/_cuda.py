@@ -32,6 +32,7 @@ class Configuration(NamedTuple):
 
     source: str
     macros: Macros = ()
+    only: str | None = None  # the one target it compiles for, if it uses what others lack
 
     def __str__(self) -> str:
         return " ".join([self.source, *(f"-D{name}={value}" for name, value in self.macros)])
@@ -302,7 +303,7 @@ def precompile(configurations: Iterable[Configuration], *, progress: bool = True
     from tqdm import tqdm
 
     arch = device_arch(cupy.cuda.runtime.getDevice())
-    todo = list(configurations)
+    todo = [configuration for configuration in configurations if configuration.only in (None, arch)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         done = pool.map(lambda c: cubin_path(c, arch), todo)
         for _ in tqdm(done, total=len(todo), desc=f"gpu3d kernels for {arch}", disable=not progress):

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from gpu3d import _clouds, _cuda, buckets
+from gpu3d import _clouds, _cuda, attention, buckets
 
 
 def configurations() -> list[_cuda.Configuration]:
     """Every module the ops can ask for; `make kernels` and the tests compile these."""
-    return [*_clouds.configurations(), *buckets.configurations()]
+    return [*_clouds.configurations(), *buckets.configurations(), *attention.configurations()]
 
 
 def precompile(*, progress: bool = True) -> int:

@@ -62,7 +62,8 @@ def jobs() -> Iterator[Job]:
     for configuration in _kernels.configurations():
         files.setdefault(configuration.source, []).append(configuration)
         yield Job(configuration, MAIN)
-    for configurations in files.values():
+    for everywhere in files.values():
+        configurations = [configuration for configuration in everywhere if configuration.only is None]
         for configuration in dict.fromkeys((configurations[0], configurations[-1])):
             yield from (Job(configuration, arch) for arch in OTHERS)
     for file in sorted(_cuda.source_dir().glob("*.cu")):

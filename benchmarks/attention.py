@@ -1,0 +1,574 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bucket_attention and its backward: time beside every torch SDPA backend, memory, error and determinism.
+
+bfloat16 rows of normal random numbers over the buckets of a real sweep: L = 122,880 points, buckets of 512. The peers
+attend inside ready-made contiguous windows [L / scope, H, scope, D] that hold the same rows. forward+backward is one
+call of each, for the peers one autograd forward and backward. A call of over 10 ms is timed 10 times instead of 30.
+
+TFLOP/s count 4 * L * scope * C forward and 3.5 times that for both: two products, and five more. The `must` of a row
+is the time of its fastest peer in this run, divided by how many times as fast we must be.
+
+Floors, of the forward and of the backward, and their sum for both: the largest of
+- FLOPs (two products; five) at the rate of cuBLAS on 8192^3, measured in the same run;
+- exps (one a score, and one more) at the rate of ex2.approx.ftz.f32, a constant of the H100;
+- bytes (each input read once, each output written once) at the copy bandwidth measured in the same run.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_dtypes import bfloat16
+
+import gpu3d
+from benchmarks import data, timing
+from benchmarks.buckets import _absent, _peer
+from benchmarks.table import Peer, Row, Setting, number
+
+SIZE = 122_880  # 240 full buckets
+BUCKET_SIZE = 512
+SCOPES = (1024, 4096, 8192)
+DIRECTIONS = ("forward", "forward+backward")  # by `both`
+REPEATS, SLOW_REPEATS, SLOW_MS = 30, 10, 10.0
+ROUNDS = 3  # of the comparisons within a few percent
+RUNS = 30
+
+
+class Shape(NamedTuple):
+    """Channels, heads and head dimension."""
+
+    c: int
+    h: int
+    d: int
+
+    def __str__(self) -> str:
+        return f"C {self.c}, H {self.h}, D {self.d}"
+
+
+SHAPES = (
+    Shape(64, 4, 16),
+    Shape(256, 16, 16),
+    Shape(512, 32, 16),
+    Shape(256, 8, 32),
+    Shape(512, 8, 64),
+    Shape(512, 4, 128),
+)
+SMALL, WIDE = SHAPES[0], SHAPES[4]
+
+# How many times as fast as the fastest peer, by (D, scope): (must, aim) forward, (must, aim) forward+backward.
+MUST_AND_AIM = {
+    (16, 4096): ((1.5, 2.0), (1.4, 1.6)),
+    (16, 1024): ((1.5, 2.0), (1.4, 1.6)),
+    (32, 4096): ((1.2, 1.5), (1.0, 1.2)),
+    (64, 4096): ((0.85, 1.1), (0.7, 1.0)),
+    (128, 4096): ((0.8, 1.0), (0.65, 0.95)),
+}
+BUFFERED_MUST = {64: 0.85, 128: 0.8}  # forward+backward, where the backward holds a float32 dq
+TABLE_MUST = 1.02  # a shifted or strided scope: times the unshifted one
+RAGGED_MUST = 1.10  # a ragged batch: times the dense one, a token
+FORWARD_HOST_MUST, BACKWARD_HOST_MUST = 40, 60  # us
+ERROR_MUST = 2.0  # times the error of the same maths done naively in bfloat16
+
+# ex2.approx.ftz.f32 on an H100, measured: 16 a clock and multiprocessor. The packed half forms are no faster an exp.
+EXPS_A_SECOND = 4.14e12
+
+# Determinism: torch says that the backwards of FLASH and EFFICIENT add in no fixed order (with atomics) unless
+# torch.use_deterministic_algorithms is on, and cuDNN may choose an algorithm that does. The suite's last rows count it.
+BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+MATH_BYTES = 4e9  # of float32 scores, which MATH keeps several of: larger ones are left out
+
+# Figures, in ms (forward, forward+backward), of an earlier run on an H100 80GB (driver 580, CUDA 13.0, torch 2.11,
+# 2026-11-22), marked as such wherever they stand. By (C, D, scope): Flash3D's public kernels, which no registry has,
+# then the first three backends. Flash3D's backward gave wrong gradients (dq and dk off by 5 times), so has no time.
+EARLIER = {
+    (64, 16, 4096): ((2.79,), (1.35, 4.91), (1.05, 3.77), (3.53, 13.9)),
+    (256, 16, 1024): ((2.63,), (1.50, 5.48), (1.10, 4.14), (3.56, 13.9)),
+    (512, 16, 4096): ((22.9,), (10.4, 37.9), (8.11, 29.2), (27.6, 109)),
+    (256, 32, 4096): ((9.13,), (2.34, 8.33), (2.07, 7.57), (6.98, 27.7)),
+    (512, 64, 4096): ((14.2,), (3.33, 13.4), (2.08, 8.39), (7.52, 30.5)),
+    (512, 128, 4096): ((19.3,), (3.07, 11.5), (1.54, 6.96), (5.74, 24.5)),
+    (512, 64, 1024): ((3.65,), (0.86, 3.60), (0.56, 2.47), (2.15, 7.84)),
+    (512, 128, 1024): ((4.66,), (0.75, 3.37), (0.42, 2.02), (1.78, 6.45)),
+}
+
+
+def run(setting: Setting) -> Iterator[Row]:
+    for part in (_dense, _tables, _ragged, _host, _memory, _errors, _determinism):
+        for row in part(setting):
+            yield row
+            _free()
+    _base_rows.cache_clear()
+    _layout.cache_clear()
+
+
+# ---- what is attended ----------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """One layout, its scopes, and q, k, v and dout [num_slots, H, D] bfloat16 in CuPy."""
+
+    shape: Shape
+    buckets: gpu3d.Buckets
+    scopes: gpu3d.Scopes
+    q: Any
+    k: Any
+    v: Any
+    dout: Any
+    scale: float | None = None
+
+    def forward(self, return_lse: bool = False) -> Any:
+        return gpu3d.bucket_attention(
+            self.q, self.k, self.v, self.buckets, self.scopes, scale=self.scale, return_lse=return_lse
+        )
+
+    def backward(self, out: Any, lse: Any) -> Any:
+        return gpu3d.bucket_attention_backward(
+            self.dout, self.q, self.k, self.v, out, lse, self.buckets, self.scopes, scale=self.scale
+        )
+
+    def both(self) -> Any:
+        return self.backward(*self.forward(return_lse=True))
+
+
+def _case(setting: Setting, shape: Shape, scope: int, **options: int) -> Case:
+    """A case of the timed sweep."""
+    return _case_of(_layout(setting.folder), shape, scope, **options)
+
+
+def _case_of(buckets: gpu3d.Buckets, shape: Shape, scope: int, **options: int) -> Case:
+    scopes = gpu3d.scopes(buckets, scope // BUCKET_SIZE, **options)
+    return Case(shape, buckets, scopes, *(_rows(which, buckets.num_slots, shape) for which in range(4)))
+
+
+@functools.cache
+def _layout(folder: Path | None) -> gpu3d.Buckets:
+    import cupy
+
+    return gpu3d.bucketize(cupy.asarray(data.sweep_cloud(SIZE, folder)), BUCKET_SIZE)
+
+
+def _rows(which: int, slots: int, shape: Shape) -> Any:
+    """q, k, v or dout: normal numbers, repeated beyond the first 2**24."""
+    import cupy
+
+    base = _base_rows()[which]
+    count = slots * shape.c
+    return cupy.tile(base, -(-count // base.size))[:count].view(bfloat16).reshape(slots, shape.h, shape.d)
+
+
+@functools.cache
+def _base_rows() -> Any:
+    """The bits of 2**24 numbers each."""
+    import cupy
+
+    rng = np.random.default_rng(0)
+    numbers = (rng.standard_normal(2**24, np.float32) for _ in range(4))
+    return [cupy.asarray(x.astype(bfloat16).view(np.int16)) for x in numbers]
+
+
+# ---- time beside the peers -----------------------------------------------------------------------------------------
+
+
+def _dense(setting: Setting) -> Iterator[Row]:
+    rates = Rates(_tensor_rate(), EXPS_A_SECOND, setting.ceilings.copy_tb_s * 1e12)
+    for scope in SCOPES:
+        for shape in SHAPES:
+            for both in (False, True):
+                if setting.quick and scope > 4096:
+                    yield Row(_name(shape, scope, both), "eager", "ms", None, note="skipped: --quick")
+                else:
+                    yield _dense_row(_case(setting, shape, scope), scope, both, rates)
+
+
+def _dense_row(case: Case, scope: int, both: bool, rates: Rates) -> Row:
+    ours = _time(case.both if both else case.forward)
+    peers = _torch_peers(case, scope, both)
+    ran = {peer.name: peer.value for peer in peers if peer.value is not None}
+    must = aim = None
+    teraflops = (3.5 if both else 1) * 4e-9 * SIZE * scope * case.shape.c / ours
+    remarks = [f"{teraflops:.0f} TFLOP/s"]
+    if ran:
+        fastest = min(ran, key=lambda name: ran[name])
+        remarks.append(f"{ran[fastest] / ours:.2f} x as fast as the fastest peer ({fastest})")
+        must_ratio, aim_ratio = _must_and_aim(case, scope, both)
+        if must_ratio:
+            must, aim = ran[fastest] / must_ratio, ran[fastest] / aim_ratio
+            remarks.append(f"must: {must_ratio} x, aim: {aim_ratio} x")
+    floor, binding = _floor(case.shape, scope, both, rates)
+    remarks.append(f"floor: {binding}")
+    if not both:
+        flash3d = EARLIER.get((case.shape.c, case.shape.d, scope), ((None,),))[0][0]
+        peers = (*peers, _absent("public Flash3D kernels", "eager", flash3d))
+    return Row(
+        _name(case.shape, scope, both),
+        "eager",
+        "ms",
+        ours,
+        must,
+        aim,
+        floor=floor,
+        peers=peers,
+        note="; ".join(remarks),
+    )
+
+
+def _name(shape: Shape, scope: int, both: bool) -> str:
+    return f"{shape}, scope {scope}: {DIRECTIONS[both]}"
+
+
+def _must_and_aim(case: Case, scope: int, both: bool) -> tuple[float, float]:
+    """How many times as fast as the fastest peer; (0, 0) where nothing is asked for."""
+    must, aim = MUST_AND_AIM.get((case.shape.d, scope), ((0, 0), (0, 0)))[both]
+    if both and case.shape.d in BUFFERED_MUST and must:
+        out, lse = case.forward(return_lse=True)
+        if _extra_bytes(lambda: case.backward(out, lse)) > _delta_bytes(case):
+            must = BUFFERED_MUST[case.shape.d]
+    return must, aim
+
+
+def _time(call: timing.Call) -> float:
+    """Eager. Events of CuPy's current stream time torch too: both run on the default stream."""
+    return timing.eager_time(call, REPEATS if timing.eager_time(call, 1) < SLOW_MS else SLOW_REPEATS)
+
+
+class Rates(NamedTuple):
+    """What the device can do in a second."""
+
+    flops: float
+    exps: float
+    bytes: float
+
+
+def _tensor_rate() -> float:
+    """FLOP/s of cuBLAS on bfloat16."""
+    import cupy
+
+    n = 8192
+    a, b = (cupy.tile(bits, n * n // bits.size).view(bfloat16).reshape(n, n) for bits in _base_rows()[:2])
+    return 2 * n**3 / (1e-3 * timing.eager_time(lambda: cupy.matmul(a, b)))
+
+
+def _floor(shape: Shape, scope: int, both: bool, rates: Rates) -> tuple[float, str]:
+    """Milliseconds, and what binds."""
+    scores, row_bytes, lse_bytes = SIZE * scope * shape.h, 2 * SIZE * shape.c, 4 * SIZE * shape.h
+    passes = [{"FLOPs": 4 * scores * shape.d, "exps": scores, "bytes": 4 * row_bytes + both * lse_bytes}]
+    if both:
+        passes.append({"FLOPs": 10 * scores * shape.d, "exps": scores, "bytes": 8 * row_bytes + lse_bytes})
+    floor, binding = 0.0, []
+    for work in passes:
+        times = {name: 1e3 * work[name] / rate for name, rate in zip(work, rates, strict=True)}
+        binding.append(max(times, key=lambda name: times[name]))
+        floor += times[binding[-1]]
+    return floor, ", then ".join(dict.fromkeys(binding))
+
+
+# ---- torch ---------------------------------------------------------------------------------------------------------
+
+
+def _torch_peers(case: Case, scope: int, both: bool) -> tuple[Peer, ...]:
+    earlier = EARLIER.get((case.shape.c, case.shape.d, scope))
+    peers = []
+    for place, backend in enumerate(BACKENDS, 1):
+        name = f"torch SDPA {backend.removesuffix('_ATTENTION')}"
+        scores = 4 * SIZE * scope * case.shape.h
+        if backend == "MATH" and scores > MATH_BYTES:
+            peers.append(Peer(name, "eager", None, f"its scores alone take {scores / 1e9:.0f} GB"))
+            continue
+        figure = earlier[place][both] if earlier and place < len(earlier) else None
+        peers.append(_peer(name, "eager", _torch_measure(case, scope, both, backend), figure))
+        _free()
+    return tuple(peers)
+
+
+def _torch_measure(case: Case, scope: int, both: bool, backend: str) -> Callable[[], float]:
+    def measure() -> float:
+        with _only(backend):
+            return _time(_torch_call([_windows(x, scope) for x in (case.q, case.k, case.v, case.dout)], both))
+
+    return measure
+
+
+def _only(backend: str) -> Any:
+    """A context in which torch attends with this backend or raises."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(getattr(SDPBackend, backend))
+
+
+def _torch_call(windows: Sequence[Any], both: bool, scale: float | None = None) -> timing.Call:
+    """Attention in torch: out, or the gradients of q, k and v."""
+    import torch
+
+    attend = torch.nn.functional.scaled_dot_product_attention
+    q, k, v, dout = windows
+    if not both:
+        return lambda: attend(q, k, v, scale=scale)
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    return lambda: torch.autograd.grad(attend(*inputs, scale=scale), inputs, dout)
+
+
+def _windows(x: Any, scope: int, chosen: Sequence[int] | None = None) -> Any:
+    """Rows [num_slots, H, ...] as a contiguous torch tensor [windows, H, scope, ...], of the chosen windows."""
+    rows = _to_torch(x)
+    rows = rows.view(-1, scope, *rows.shape[1:])
+    return (rows if chosen is None else rows[list(chosen)]).transpose(1, 2).contiguous()
+
+
+def _to_torch(x: Any) -> Any:
+    import torch
+
+    return torch.from_dlpack(x.view(np.int16)).view(torch.bfloat16) if x.dtype == bfloat16 else torch.from_dlpack(x)
+
+
+def _free() -> None:
+    """Gives the memory of CuPy's pool and torch's back: they do not share it."""
+    import cupy
+
+    cupy.get_default_memory_pool().free_all_blocks()
+    if "torch" in sys.modules:
+        sys.modules["torch"].cuda.empty_cache()
+
+
+# ---- other scopes, ragged batches ----------------------------------------------------------------------------------
+
+
+def _tables(setting: Setting) -> Iterator[Row]:
+    """Taken in turns: a percent is less than what a GPU's clocks drift by in a second."""
+    options: dict[str, dict[str, int]] = {"plain": {}, "shift=3": {"shift": 3}, "stride=2": {"stride": 2}}
+    for shape in (SMALL, WIDE):
+        cases = {name: _case(setting, shape, 4096, **given) for name, given in options.items()}
+        for both in (False, True):
+            calls = {name: case.both if both else case.forward for name, case in cases.items()}
+            times = {name: np.inf for name in calls}
+            for _ in range(ROUNDS):
+                for name, call in calls.items():
+                    times[name] = min(times[name], _time(call))
+            plain = times.pop("plain")
+            for name, ours in times.items():
+                yield Row(
+                    f"{name}, D {shape.d}, scope 4096: {DIRECTIONS[both]}",
+                    "eager",
+                    "ms",
+                    ours,
+                    TABLE_MUST * plain,
+                    plain,
+                    note=f"{ours / plain:.3f} x the plain scope ({number(plain)} ms); must: {TABLE_MUST} x",
+                )
+
+
+def _ragged(setting: Setting) -> Iterator[Row]:
+    """Time a token of four real sweeps, beside that of the timed sweep, whose scopes are all full."""
+    import cupy
+
+    sweeps = _four_sweeps(setting.folder)
+    if not sweeps:
+        yield Row("ragged batch", "eager", "ns", None, note="skipped: no real scans (--data names their folder)")
+        return
+    lengths = [len(points) for points in sweeps.values()]
+    points = cupy.asarray(np.concatenate([points.astype(np.float32) for points in sweeps.values()]))
+    buckets = gpu3d.bucketize(points, BUCKET_SIZE, lengths=lengths)
+    scope, tokens = 4096, sum(lengths)
+    pairs = sum(n // scope * scope**2 + (n % scope) ** 2 for n in lengths)
+    for shape in (SMALL, WIDE):
+        ragged, dense = _case_of(buckets, shape, scope), _case(setting, shape, scope)
+        for both in (False, True):
+            ours, full = _time(ragged.both if both else ragged.forward), _time(dense.both if both else dense.forward)
+            pair = 1e9 * ours / (pairs * shape.h), 1e9 * full / (SIZE * scope * shape.h)
+            yield Row(
+                f"ragged, D {shape.d}, scope {scope}: {DIRECTIONS[both]}",
+                "eager",
+                "ns",
+                1e6 * ours / tokens,
+                RAGGED_MUST * 1e6 * full / SIZE,
+                note=f"a token, of {tokens:,} in {len(lengths)} clouds ({', '.join(f'{n:,}' for n in lengths)}: "
+                f"{', '.join(sweeps)}); dense: {number(1e6 * full / SIZE)} ns, must: {RAGGED_MUST} x; "
+                f"a score {pair[0]:.4f} ps, dense {pair[1]:.4f} ps: {pair[0] / pair[1]:.3f} x",
+            )
+
+
+def _four_sweeps(folder: Path | None) -> dict[str, np.ndarray]:
+    """The first sweep of each of four sensors, by dataset."""
+    sweeps: dict[str, np.ndarray] = {}
+    for name, points in data.real_sweeps(folder) if folder else ():
+        sweeps.setdefault(name.split("/")[0].removeprefix("lidar_"), points)
+        if len(sweeps) == 4:
+            break
+    return sweeps
+
+
+# ---- host time and memory ------------------------------------------------------------------------------------------
+
+
+def _host(setting: Setting) -> Iterator[Row]:
+    case = _case(setting, SMALL, 1024)
+    out, lse = case.forward(return_lse=True)
+    for what, call, must in (
+        ("forward", case.forward, FORWARD_HOST_MUST),
+        ("backward", lambda: case.backward(out, lse), BACKWARD_HOST_MUST),
+    ):
+        yield Row(f"the Python call, {what}", "host", "us", 1e3 * timing.host_time(call), must)
+
+
+def _memory(setting: Setting) -> Iterator[Row]:
+    """Beyond inputs and results: delta, float32 [num_slots, H], and from D = 64 on one float32 dq, in the backward."""
+    for shape in (SMALL, WIDE, SHAPES[5]):
+        case = _case(setting, shape, 4096)
+        out, lse = case.forward(return_lse=True)
+        allowed = _delta_bytes(case) + (4 * case.q.size if shape.d >= 64 else 0)
+        for what, call, must in (
+            ("forward", case.forward, 0),
+            ("forward with lse", lambda case=case: case.forward(return_lse=True), 0),
+            ("backward", lambda case=case, out=out, lse=lse: case.backward(out, lse), allowed),
+        ):
+            yield Row(
+                f"extra memory, D {shape.d}, scope 4096: {what}", "check", "MB", _extra_bytes(call) / 1e6, must / 1e6
+            )
+
+
+def _delta_bytes(case: Case) -> int:
+    return 4 * case.buckets.num_slots * case.shape.h
+
+
+def _extra_bytes(call: timing.Call) -> int:
+    """The most bytes of CuPy's pool that a call holds at a time, its results left out."""
+    import cupy
+
+    class Used(cupy.cuda.MemoryHook):
+        name = "used bytes"
+
+        def __init__(self) -> None:
+            self.now = self.peak = 0
+
+        def malloc_postprocess(self, **event: int) -> None:
+            self.now += event["mem_size"]
+            self.peak = max(self.peak, self.now)
+
+        def free_postprocess(self, **event: int) -> None:
+            self.now -= event["mem_size"]
+
+    call()  # kernels are loaded, constants uploaded
+    used = Used()
+    with used:
+        results = call()
+    results = results if isinstance(results, tuple) else (results,)
+    return used.peak - sum(-(-x.nbytes // 512) * 512 for x in results)  # the pool's unit
+
+
+# ---- error and determinism -----------------------------------------------------------------------------------------
+
+RESULTS = ("out", "lse", "dq", "dk", "dv")
+
+
+def _errors(setting: Setting) -> Iterator[Row]:
+    """Of the first and the last window against float64; must: ERROR_MUST times the error of the naive maths."""
+    cases = [(shape, 1) for shape in (SMALL, SHAPES[3], WIDE, SHAPES[5])] + [(SMALL, 8), (WIDE, 8)]
+    why_not = _why_no_torch()
+    if why_not:
+        yield Row("error of out, lse, dq, dk and dv", "check", "1e-3", None, note=f"skipped: {why_not}")
+        return
+    for shape, std in cases:
+        what = f"error of {{}}, D {shape.d}" + (f", logits of std {std}" if std > 1 else "")
+        yield from _errors_of(_case(setting, shape, 4096), std, what)
+
+
+def _why_no_torch() -> str:
+    try:
+        import torch
+    except ImportError as error:
+        return str(error)
+    return "" if torch.cuda.is_available() else "this torch has no CUDA device"
+
+
+def _errors_of(case: Case, std: int, what: str) -> Iterator[Row]:
+    scale = std * case.shape.d**-0.5
+    case = case._replace(scale=scale)
+    out, lse = case.forward(return_lse=True)
+    ours = dict(zip(RESULTS, (out, lse, *case.backward(out, lse)), strict=True))
+    chosen = 0, SIZE // 4096 - 1
+    windows = [_windows(x, 4096, chosen) for x in (case.q, case.k, case.v, case.dout)]
+    exact = _attention(*(x.double() for x in windows), scale)
+    naive = _attention(*windows, scale)
+    cudnn, why_not = _cudnn_results(windows, scale)
+    for name in RESULTS:
+        unit, factor = ("1e-6", 1e6) if name == "lse" else ("1e-3", 1e3)  # float32, and rounded to bfloat16
+        naive_error = factor * _error(naive[name], exact[name])
+        theirs = factor * _error(cudnn[name], exact[name]) if name in cudnn else None
+        yield Row(
+            what.format(name),
+            "check",
+            unit,
+            factor * _error(_windows(ours[name], 4096, chosen), exact[name]),
+            ERROR_MUST * naive_error,
+            peers=(
+                Peer("the same maths, naively in bfloat16", "check", naive_error),
+                Peer("torch SDPA CUDNN", "check", theirs, why_not),
+            ),
+        )
+
+
+def _cudnn_results(windows: Sequence[Any], scale: float) -> tuple[dict[str, Any], str]:
+    """All but lse, and why one is missing."""
+    try:
+        with _only("CUDNN_ATTENTION"):
+            results = _torch_call(windows, False, scale)(), *_torch_call(windows, True, scale)()
+    except Exception as error:  # whatever a peer raises must not end our run
+        return {}, (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return dict(zip(("out", "dq", "dk", "dv"), results, strict=True)), "gives no lse"
+
+
+def _error(values: Any, exact: Any) -> float:
+    """Root mean square of the error over that of the exact values."""
+    return float((values.double() - exact).norm() / exact.norm())
+
+
+def _attention(q: Any, k: Any, v: Any, dout: Any, scale: float) -> dict[str, Any]:
+    """The definition, in the dtype of its arguments [windows, H, scope, D]."""
+    scores = scale * (q @ k.mT)
+    weights = scores.softmax(-1)
+    lse = scores.logsumexp(-1)
+    del scores
+    dweights = dout @ v.mT
+    dscores = scale * weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
+    return {"out": weights @ v, "lse": lse, "dq": dscores @ k, "dk": dscores.mT @ q, "dv": weights.mT @ dout}
+
+
+def _determinism(setting: Setting) -> Iterator[Row]:
+    for shape in (SMALL, WIDE):
+        case = _case(setting, shape, 4096)
+
+        def ours(case: Case = case) -> list[Any]:
+            out, lse = case.forward(return_lse=True)
+            bits = [x.view(np.int16) for x in (out, *case.backward(out, lse))]
+            return [*bits, lse.view(np.int32)]
+
+        def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+            return all(bool((x == y).all()) for x, y in zip(a, b, strict=True))
+
+        peers = []
+        for backend in BACKENDS[:3]:
+
+            def measure(case: Case = case, backend: str = backend) -> float:
+                with _only(backend):
+                    windows = [_windows(x, 4096) for x in (case.q, case.k, case.v, case.dout)]
+                    return _differing(_torch_call(windows, True), same)
+
+            peers.append(_peer(f"torch SDPA {backend.removesuffix('_ATTENTION')}", "check", measure))
+        yield Row(
+            f"runs of {RUNS} that differ: {shape}",
+            "check",
+            "runs",
+            _differing(ours, same),
+            0,
+            peers=tuple(peers),
+            note="out, lse, dq, dk and dv; of the peers dq, dk and dv",
+        )
+
+
+def _differing(call: timing.Call, same: Callable[[Any, Any], bool]) -> int:
+    first = call()
+    return sum(not same(first, call()) for _ in range(RUNS))

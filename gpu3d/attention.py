@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bucket attention: each point attends to the points of its scope, a list of buckets that may lie anywhere in memory.
+
+Forward and backward on tensor cores. Shifting or striding the scopes costs another table of bucket numbers: no row
+moves.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpu3d import _arrays, _clouds, _cuda
+from gpu3d.buckets import Buckets, Scopes
+from gpu3d.reference import attention as reference
+
+HEAD_DIMS = (16, 32, 64, 128)  # that kernels are compiled for; others are padded on load
+
+
+def bucket_attention(
+    q: Any, k: Any, v: Any, buckets: Buckets, scopes: Scopes, *, scale: float | None = None, return_lse: bool = False
+) -> Any:
+    """Softmax attention within scopes: ``softmax(scale * q k^T) v`` over the points of a scope's buckets, per head.
+
+    Parameters
+    ----------
+    q, k, v : array [num_slots, H, D]
+        Queries, keys and values in slot order (`Buckets.scatter`): float16, bfloat16 or float32, on the CPU float64
+        too. D is at most 128 and divisible by 8. Any strides: the three parts of a packed projection
+        [num_slots, 3, H, D] are read where they lie. Rows of padding slots may hold anything, NaN too.
+    buckets : Buckets
+        The layout of the slots.
+    scopes : Scopes
+        Which buckets attend to each other, made by `scopes` for this layout.
+    scale : float, optional
+        Factor of the scores. Default: 1 / sqrt(D).
+    return_lse : bool
+        Return ``(out, lse)``. The backward needs lse.
+
+    Returns
+    -------
+    out : array [num_slots, H, D]
+        Of q's library and dtype; 0 in padding slots. Sums are float32 (float64 for float64).
+    lse : array float32 [num_slots, H]
+        The natural logarithm of each row's sum of exponentials; -inf in padding slots. Only with return_lse; float64
+        for float64.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is not what is listed above; the message says what was received and the cure.
+
+    Notes
+    -----
+    Nothing is allocated but the results. No host sync; capturable in a CUDA graph after a first call; the same call
+    gives the same bits. A NaN in a point's q makes its own row NaN, one in k or v all rows of its scope.
+    On a GPU float32 operands are split into three bfloat16 planes each, whose products lose less than 2**-23 of
+    |q| |k|: float32 accuracy at a sixth of the speed of bfloat16.
+
+    References
+    ----------
+    Flash3D: Super-scaling Point Transformers through Joint Hardware-Geometry Locality, 2024, section 4.2.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> buckets = gpu3d.bucketize(rng.random((200, 3), dtype=np.float32), 64)
+    >>> scopes = gpu3d.scopes(buckets, 2)
+    >>> q, k, v = rng.standard_normal((3, buckets.num_slots, 4, 16), dtype=np.float32)
+    >>> gpu3d.bucket_attention(q, k, v, buckets, scopes).shape
+    (256, 4, 16)
+    """
+    arrays, origin, table = _checked_inputs({"q": q, "k": k, "v": v}, buckets, scopes)
+    scale = _checked_scale(scale, arrays[0].shape[2])
+    native_q, native_k, native_v = arrays
+    with _arrays.on(origin):
+        if origin.device is None:
+            layout = buckets.bucket_size, buckets.bucket_offsets, buckets.lengths
+            out, lse = reference.bucket_attention(native_q, native_k, native_v, table, *layout, scale)
+        else:
+            out, lse = _forward_cuda(native_q, native_k, native_v, table, buckets, scale, return_lse)
+        out = _arrays.leave(out, origin)
+        return (out, _arrays.leave(lse, origin)) if return_lse else out
+
+
+def bucket_attention_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    buckets: Buckets,
+    scopes: Scopes,
+    *,
+    scale: float | None = None,
+) -> tuple[Any, Any, Any]:
+    """The gradients of `bucket_attention`, from the gradient of its result and what the forward saved.
+
+    Parameters
+    ----------
+    dout : array [num_slots, H, D]
+        Gradient of a loss with respect to out, of q's dtype. Rows of padding slots may hold anything.
+    q, k, v : array [num_slots, H, D]
+        As given to the forward.
+    out, lse : array [num_slots, H, D], array float32 [num_slots, H]
+        What the forward returned.
+    buckets, scopes, scale
+        As given to the forward.
+
+    Returns
+    -------
+    dq, dk, dv : array [num_slots, H, D]
+        Of q's library and dtype; 0 in padding slots.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is not what is listed above; the message says what was received and the cure.
+
+    Notes
+    -----
+    Deterministic: each row of the three gradients is summed by one warp in a fixed order, with no atomics. Beyond the
+    results it allocates num_slots * H floats. No host sync; capturable in a CUDA graph after a first call.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> buckets = gpu3d.bucketize(rng.random((200, 3), dtype=np.float32), 64)
+    >>> scopes = gpu3d.scopes(buckets, 2, shift=1)
+    >>> dout, q, k, v = rng.standard_normal((4, buckets.num_slots, 4, 16), dtype=np.float32)
+    >>> out, lse = gpu3d.bucket_attention(q, k, v, buckets, scopes, return_lse=True)
+    >>> dq, dk, dv = gpu3d.bucket_attention_backward(dout, q, k, v, out, lse, buckets, scopes)
+    >>> dq.shape, dk.shape, dv.shape
+    ((256, 4, 16), (256, 4, 16), (256, 4, 16))
+    """
+    named = {"q": q, "k": k, "v": v, "dout": dout, "out": out}
+    arrays, origin, table = _checked_inputs(named, buckets, scopes)
+    scale = _checked_scale(scale, arrays[0].shape[2])
+    native_lse, lse_origin = _arrays.enter(lse, "lse")
+    if lse_origin.device != origin.device:
+        _arrays.check_same_device(q=origin, lse=lse_origin)
+    wide = np.dtype(np.float64 if arrays[0].dtype == np.float64 else np.float32)
+    if native_lse.shape != arrays[0].shape[:2] or native_lse.dtype != wide:
+        raise ValueError(
+            f"lse must be {wide} of shape {list(arrays[0].shape[:2])}, as bucket_attention(..., return_lse=True) "
+            f"returns it, got {native_lse.dtype} {list(native_lse.shape)}."
+        )
+    native_q, native_k, native_v, native_dout, native_out = arrays
+    saved = native_dout, native_q, native_k, native_v, native_out, native_lse
+    with _arrays.on(origin):
+        if origin.device is None:
+            layout = buckets.bucket_size, buckets.bucket_offsets, buckets.lengths
+            gradients = reference.bucket_attention_backward(*saved, table, *layout, scale)
+        else:
+            gradients = _backward_cuda(*saved, table, buckets, scale)
+        dq, dk, dv = (_arrays.leave(gradient, origin) for gradient in gradients)
+    return dq, dk, dv
+
+
+# ---- checks --------------------------------------------------------------------------------------------------------
+
+
+def _checked_inputs(named: dict[str, Any], buckets: Buckets, scopes: Scopes) -> tuple[list[Any], _arrays.Origin, Any]:
+    """The arrays as NumPy or CuPy, q's origin, and the scopes' table."""
+    if not isinstance(buckets, Buckets):
+        raise TypeError(f"buckets must be the Buckets that gpu3d.bucketize returns, got {type(buckets).__name__}.")
+    if not isinstance(scopes, Scopes):
+        raise TypeError(f"scopes must be the Scopes that gpu3d.scopes returns, got {type(scopes).__name__}.")
+    if (scopes.bucket_size, scopes.bucket_offsets) != (buckets.bucket_size, buckets.bucket_offsets):
+        raise ValueError(
+            f"scopes were made for another layout: {scopes.bucket_offsets[-1]} buckets of {scopes.bucket_size} slots, "
+            f"offsets {_brief(scopes.bucket_offsets)}; buckets has {buckets.num_buckets} of {buckets.bucket_size}, "
+            f"offsets {_brief(buckets.bucket_offsets)}. Make them by gpu3d.scopes(buckets)."
+        )
+    entered = {name: _arrays.enter(x, name) for name, x in named.items()}
+    first, origin = entered["q"]
+    table, table_origin = _arrays.enter(scopes.table, "scopes")
+    if any(other.device != origin.device for _, other in entered.values()) or table_origin.device != origin.device:
+        _arrays.check_same_device(**{name: other for name, (_, other) in entered.items()}, scopes=table_origin)
+    if first.ndim != 3:
+        raise ValueError(f"q must have shape [num_slots, H, D], got {list(first.shape)}.")
+    if first.dtype not in _arrays.FLOATS or (origin.device is not None and first.dtype == np.float64):
+        where = "" if origin.device is None else " on a GPU"
+        also = ", float32 or float64" if origin.device is None else " or float32"
+        raise TypeError(
+            f"q must be float16, bfloat16{also}{where}, got {first.dtype}: convert q, k and v by .astype('float32')."
+        )
+    slots, heads, dim = first.shape
+    if slots != buckets.num_slots:
+        raise ValueError(
+            f"q must have one row for each of the {buckets.num_slots} slots, got shape {list(first.shape)}: "
+            "bring points into slots by buckets.scatter(q)."
+        )
+    if dim > HEAD_DIMS[-1] or dim % 8 or dim == 0:
+        raise ValueError(
+            f"head dimension D must be at most {HEAD_DIMS[-1]} and divisible by 8, got {dim}: pad with zeros "
+            "and give scale, or use more heads."
+        )
+    if heads == 0:
+        raise ValueError(f"q must have at least one head, got shape {list(first.shape)}.")
+    for name, (array, _) in entered.items():
+        if array.shape != first.shape:
+            raise ValueError(f"{name} must have the shape of q, got {list(array.shape)} for {list(first.shape)}.")
+        if array.dtype != first.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of q, got {array.dtype} for {first.dtype}: "
+                f"convert by {name}.astype('{first.dtype}')."
+            )
+    return [array for array, _ in entered.values()], origin, table
+
+
+def _brief(offsets: tuple[int, ...]) -> str:
+    return str(list(offsets)) if len(offsets) <= 6 else f"{list(offsets[:5])}...".replace("]...", ", ...]")
+
+
+def _checked_scale(scale: Any, dim: int) -> float:
+    if scale is None:
+        return dim**-0.5
+    number = isinstance(scale, (int, float, np.integer, np.floating)) and not isinstance(scale, bool)
+    if not number or not math.isfinite(scale):
+        raise (ValueError if number else TypeError)(f"scale must be a finite number or None, got {scale!r}.")
+    return float(scale)
+
+
+# ---- CUDA ----------------------------------------------------------------------------------------------------------
+
+STAGES = 3  # of visiting rows in shared memory
+
+
+class _Tiling(NamedTuple):
+    """How a kernel cuts its work, for head dimensions up to `dim`: the macros of attention_*.cu."""
+
+    dim: int
+    wgmma: int  # 1: Hopper's warpgroup products, 0: mma.sync
+    warps: int  # of a block
+    own_tiles: int  # tiles of 16 rows that a warp owns
+    visit: int  # rows a stage
+    chunk: int  # rows at a time
+    blocks: int  # blocks a multiprocessor that registers are kept free for
+
+
+# Which kernel takes which cut on Hopper, with the time it took on an H100 and that of others: bfloat16, 122,880 slots
+# in scopes of 4096, 4, 8, 8, 4 heads of D = 16, 32, 64, 128, in ms. Registers decide: a chunk's scores, the owned
+# operands and the sums must fit, and the more warps fit beside each other, the better their products and exponentials
+# overlap. At D = 16 a product is too small for warpgroups.
+HOPPER = {
+    "forward": (
+        _Tiling(16, 0, 4, 2, 128, 32, 3),  # 0.79; wgmma 0.84
+        _Tiling(32, 1, 8, 1, 128, 32, 3),  # 1.84; 16 warps 1.92, chunks of 64 1.94, mma.sync 2.21
+        _Tiling(64, 1, 16, 1, 128, 64, 1),  # 2.17; chunks of 32 2.37, two blocks of 8 warps 2.53, mma.sync 3.7
+        _Tiling(128, 1, 12, 1, 96, 32, 1),  # 1.99; 8 warps 2.7, mma.sync 3.9
+    ),
+    "dq": (
+        _Tiling(16, 0, 4, 2, 128, 16, 4),  # 0.80; wgmma 0.90
+        _Tiling(32, 1, 16, 1, 128, 32, 1),  # 2.15; two blocks of 8 warps 2.24, mma.sync 2.6
+        _Tiling(64, 1, 12, 1, 96, 32, 1),  # 3.6; 8 warps 3.9, mma.sync 5.1
+        _Tiling(128, 1, 8, 1, 64, 32, 1),  # 3.5; 12 warps spill, mma.sync 5.6
+    ),
+    "dkdv": (
+        _Tiling(16, 0, 4, 2, 128, 32, 3),  # 0.95; wgmma 1.05
+        _Tiling(32, 1, 8, 1, 128, 32, 2),  # 2.5; 12 warps 2.9, mma.sync 3.4
+        _Tiling(64, 1, 8, 1, 128, 64, 1),  # 4.5; 12 warps 4.6, mma.sync 6.9
+        _Tiling(128, 1, 8, 1, 64, 16, 1),  # 4.6; chunks of 32 spill, mma.sync 7.2
+    ),
+}
+# From sm_80 on, in the 99 KB of shared memory that the smallest of them offer a block.
+MMA = {
+    "forward": (
+        _Tiling(16, 0, 4, 2, 128, 32, 3),
+        _Tiling(32, 0, 4, 2, 64, 32, 2),
+        _Tiling(64, 0, 4, 2, 64, 32, 2),
+        _Tiling(128, 0, 4, 2, 32, 16, 1),
+    ),
+    "dq": (
+        _Tiling(16, 0, 4, 2, 128, 16, 4),
+        _Tiling(32, 0, 4, 2, 64, 16, 3),
+        _Tiling(64, 0, 4, 2, 64, 16, 2),
+        _Tiling(128, 0, 4, 1, 32, 16, 1),
+    ),
+    "dkdv": (
+        _Tiling(16, 0, 4, 2, 128, 32, 3),
+        _Tiling(32, 0, 4, 2, 64, 16, 2),
+        _Tiling(64, 0, 4, 1, 64, 16, 2),
+        _Tiling(128, 0, 4, 1, 32, 16, 1),
+    ),
+}
+# float32 is three planes of bfloat16: three times the operands. D = 128 takes 157 KB of shared memory.
+SINGLE = (_Tiling(32, 0, 4, 1, 64, 16, 1), _Tiling(64, 0, 4, 1, 32, 16, 1), _Tiling(128, 0, 4, 1, 32, 16, 1))
+
+_VIEW = struct.Struct("<Qqqii")
+_SIGNATURES = {"forward": "vvvcQiiiffQQ", "dq": "vvvvvQcQiiifffQQ", "dkdv": "vvvvQQcQiiifffQQ"}  # v: a View, c: Clouds
+LOG2E = math.log2(math.e)
+_LSE = np.dtype(np.float32)
+
+
+def _tiling(arch: str, which: str, dtype: np.dtype, dim: int) -> _Tiling:
+    table = SINGLE if dtype == np.float32 else HOPPER[which] if arch == "sm_90a" else MMA[which]
+    return next(tiling for tiling in table if tiling.dim >= dim)
+
+
+def _macros(tiling: _Tiling, dtype: np.dtype, dim: int) -> _cuda.Macros:
+    return (
+        ("D", next(d for d in HEAD_DIMS if d >= dim)),
+        ("ELEMENT", _arrays.FLOATS.index(dtype)),
+        *((name.upper(), value) for name, value in zip(tiling._fields[1:], tiling[1:], strict=True)),
+    )
+
+
+def configurations() -> list[_cuda.Configuration]:
+    """Every module this file can ask for."""
+    found: dict[_cuda.Configuration, None] = {}
+    for arch in ("sm_80", "sm_90a"):
+        for which in MMA:
+            for dtype in (dtype for dtype in _arrays.FLOATS if dtype != np.float64):
+                for dim in HEAD_DIMS:
+                    tiling = _tiling(arch, which, dtype, dim)
+                    only = "sm_90a" if tiling.wgmma else None
+                    found[_cuda.Configuration(f"attention_{which}", _macros(tiling, dtype, dim), only)] = None
+    return list(found)
+
+
+class _Plan(NamedTuple):
+    """What a kernel needs for a layout, worked out once: Python takes as long over a call as the launches."""
+
+    kernel: _cuda.Kernel
+    batch: _clouds.Batch
+    tiles: int  # blocks a scope and head
+    grid: int
+    block: int
+    shared_mem: int
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(
+    device: int,
+    which: str,
+    dtype: np.dtype,
+    heads: int,
+    dim: int,
+    bucket_size: int,
+    bucket_offsets: tuple[int, ...],
+    lengths: tuple[int, ...],
+    table_shape: tuple[int, int],
+) -> _Plan:
+    """For the current device, which is `device`."""
+    tiling = _tiling(_cuda.device_arch(device), which, dtype, dim)
+    macros = _macros(tiling, dtype, dim)
+    planes, words = (3 if dtype == np.float32 else 1), dict(macros)["D"] + (0 if tiling.wgmma else 8)  # of a row
+    shared_mem = STAGES * 2 * planes * tiling.visit * words * 2
+    formats = _SIGNATURES[which].replace("v", f"{_VIEW.size}s").replace("c", _clouds.FORMAT)
+    kernel = _cuda.kernel(f"attention_{which}", f"attention_{which}", formats, macros, shared_mem=shared_mem)
+    buckets = np.diff(bucket_offsets)
+    batch = _clouds.batch(lengths, bucket_size, buckets, 0 * buckets)
+    longest = min(table_shape[1], int(buckets.max(initial=0)))  # buckets of a scope
+    tiles = -(-longest * bucket_size // (16 * tiling.warps * tiling.own_tiles))
+    return _Plan(kernel, batch, tiles, table_shape[0] * heads * tiles, 32 * tiling.warps, shared_mem)
+
+
+def _aligned(x: Any) -> Any:
+    """Rows that can be loaded 16 bytes at a time: x itself, or a copy where its layout does not allow that."""
+    import cupy
+
+    rows, heads, last = x.strides
+    if last == x.itemsize and not (rows | heads | x.data.ptr) % 16:
+        return x
+    return cupy.array(x, order="C")
+
+
+def _view(x: Any) -> bytes:
+    return _VIEW.pack(x.data.ptr, x.strides[0] // x.itemsize, x.strides[1] // x.itemsize, x.shape[2], 0)
+
+
+def _launch(
+    which: str,
+    views: tuple[Any, ...],
+    middle: tuple[int, ...],
+    table: Any,
+    buckets: Buckets,
+    scale: float,
+    results: tuple[int, ...],
+) -> None:
+    first = views[0]
+    layout = buckets.bucket_size, buckets.bucket_offsets, buckets.lengths
+    heads, dim = first.shape[1:]
+    plan = _plan(first.device.id, which, first.dtype, heads, dim, *layout, table.shape)
+    clouds, memory = _clouds.pack(plan.batch, buckets.bucket_size)
+    # A slope of 0 would make 0 * -inf of a masked key; the sign goes to one operand, so that a maximum stays one.
+    slope, sign = max(abs(scale) * LOG2E, 1e-30), math.copysign(1.0, scale)
+    numbers = (slope, sign) if which == "forward" else (slope, sign, scale)
+    args = (*map(_view, views), *middle, clouds, table.data.ptr, table.shape[1], heads, plan.tiles, *numbers, *results)
+    _cuda.launch(plan.kernel, grid=plan.grid, block=plan.block, shared_mem=plan.shared_mem, args=args)
+    del memory
+
+
+def _forward_cuda(
+    q: Any, k: Any, v: Any, table: Any, buckets: Buckets, scale: float, return_lse: bool
+) -> tuple[Any, Any]:
+    import cupy
+
+    out = cupy.empty(q.shape, q.dtype)
+    results = (out.data.ptr, 0)
+    lse = None
+    if return_lse:
+        lse = cupy.empty(q.shape[:2], _LSE)
+        results = (out.data.ptr, lse.data.ptr)
+    if q.size:
+        _launch("forward", (_aligned(q), _aligned(k), _aligned(v)), (), table, buckets, scale, results)
+    return out, lse
+
+
+def _backward_cuda(
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, table: Any, buckets: Buckets, scale: float
+) -> tuple[Any, Any, Any]:
+    import cupy
+
+    dq, dk, dv = (cupy.empty(q.shape, q.dtype) for _ in range(3))
+    if q.size:
+        if not lse.flags.c_contiguous:
+            lse = cupy.ascontiguousarray(lse)
+        views = tuple(_aligned(x) for x in (dout, q, k, v, out))
+        delta = cupy.cuda.alloc(lse.nbytes)
+        _launch("dq", views, (lse.data.ptr,), table, buckets, scale, (dq.data.ptr, delta.ptr))
+        _launch("dkdv", views[:4], (lse.data.ptr, delta.ptr), table, buckets, scale, (dk.data.ptr, dv.data.ptr))
+        del delta
+    return dq, dk, dv

@@ -1,0 +1,581 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the attention kernels share: scopes as lists of rows, tiles on their way to shared memory, products on tensor cores.
+//
+// Flash3D, section 4.2. A block owns OWN rows of one scope and head and keeps them in registers; the scope's rows visit it,
+// VISIT at a time, wherever their buckets lie. Who owns and who visits is each kernel's choice:
+//   forward  Q owns, K and V visit       dq  Q and dout own, K and V visit       dkdv  K and V own, Q and dout visit
+//
+// A position counts the slots of a scope: position p is slot p % bucket_size of the scope's bucket p / bucket_size. Only a
+// cloud's last bucket has padding, so a scope has one hole at most, wherever that bucket stands in it.
+//
+// Products are mma.sync m16n8k16 with float32 accumulation. float32 operands are split into three bfloat16 planes of 8 bits
+// each, x = x0 + x1 + x2 (exactly, but for the least bits of tiny x), and a product is the six pairs of planes i + j < 3:
+// what is left out is below 2^-23 of |a| |b|. So float32 runs through the same code at a sixth of the rate.
+//
+// In registers, row `lane / 4` (and that + 8) and columns 2 * (lane % 4) + {0, 1} of each 16 x 8 tile belong to a lane.
+
+#ifndef D
+#define D 64                // head dimension, padded with zeros on load: 16, 32, 64 or 128
+#endif
+#ifndef ELEMENT
+#define ELEMENT 3           // 0 float32, 2 float16, 3 bfloat16
+#endif
+#ifndef WGMMA
+#define WGMMA 0             // 1: Hopper's warpgroup products (sm_90a; not for float32), 0: mma.sync (sm_80 and up)
+#endif
+
+typedef unsigned short u16;
+
+#define THREADS (32 * WARPS)
+#define OWN (16 * WARPS * OWN_TILES)                    // rows a block owns
+#define PLANES (ELEMENT == 0 ? 3 : 1)
+#if WGMMA
+#define ROW (D < 64 ? D : 64)                           // 16-bit words a row in shared memory; D = 128 is two tiles of 64
+#define TENSOR (VISIT * D)                              // ... a tensor's tile
+#else
+#define ROW (D + 8)                                     // 8 rows hit different banks
+#define TENSOR (PLANES * VISIT * ROW)
+#endif
+#define PARTS (THREADS / VISIT)                         // threads that load one visiting row
+#define LOG2E 1.4426950408889634f
+#define LN2 0.6931471805599453f
+
+static_assert(D % 16 == 0, "a row is whole k-steps of the first product");
+static_assert(CHUNK % 16 == 0, "a chunk is whole k-steps of the second product");
+static_assert(VISIT % CHUNK == 0 && VISIT > CHUNK, "the copies of a tile have the time of a chunk to come");
+static_assert(THREADS % VISIT == 0 && (PARTS & PARTS - 1) == 0, "each thread loads a part of one row");
+
+// One of q, k, v, ...: [slots, heads, D] with any strides of the first two axes, in elements.
+struct View {
+    const void *data;       // 16-byte aligned, as is each row
+    long long row, head;
+    int dim;                // D before padding: a multiple of 8
+    int unused;
+};
+
+// ---- scopes --------------------------------------------------------------------------------------------------------
+
+struct Scope {
+    const int *buckets;     // its row of the table
+    int size;               // slots a bucket
+    int end;                // positions
+    int hole, hole_end;     // the positions among them that are padding
+};
+
+__device__ __forceinline__ Scope scope_at(const Clouds &clouds, const int *table, int width, int index) {
+    Scope scope = {table + (size_t)index * width, clouds.bucket_size, 0, 0, 0};
+    const Cloud *rows = rows_of(clouds);
+    const int b = cloud_of<&Cloud::tile>(clouds, scope.buckets[0]);     // Cloud::tile is the cloud's first bucket
+    const int last = rows[b + 1].tile - 1, lane = threadIdx.x & 31;
+    const int filled = rows[b + 1].point - rows[b].point - (last - rows[b].tile) * scope.size;
+    int count = 0;
+    for (int base = 0; base < width; base += 32) {
+        const int bucket = base + lane < width ? scope.buckets[base + lane] : -1;
+        const u32 listed = __ballot_sync(FULL, bucket >= 0), short_one = __ballot_sync(FULL, bucket == last);
+        count += __popc(listed);
+        if (short_one) {
+            scope.hole_end = (base + __ffs(short_one)) * scope.size;
+            scope.hole = scope.hole_end - scope.size + filled;
+        }
+        if (listed != FULL) break;
+    }
+    scope.end = count * scope.size;
+    return scope;
+}
+
+__device__ __forceinline__ bool holds_point(const Scope &scope, int position) {
+    return position < scope.end && (position < scope.hole || position >= scope.hole_end);
+}
+
+__device__ __forceinline__ int slot_at(const Scope &scope, int position) {
+    return scope.buckets[position / scope.size] * scope.size + position % scope.size;
+}
+
+// The visiting tile after `first`; one that is all padding is passed over.
+__device__ __forceinline__ int next_tile(const Scope &scope, int first) {
+    first += VISIT;
+    return first >= scope.hole && first + VISIT <= scope.hole_end ? scope.hole_end / VISIT * VISIT : first;
+}
+
+__device__ __forceinline__ int first_tile(const Scope &scope) { return next_tile(scope, -VISIT); }
+
+__device__ __forceinline__ bool whole_tile(const Scope &scope, int first) {
+    return first + VISIT <= scope.end && (first + VISIT <= scope.hole || first >= scope.hole_end);
+}
+
+// ---- numbers -------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Two floats, rounded, in one word: `low` in its low half.
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 word;
+#if ELEMENT == 2
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+#endif
+    return word;
+}
+
+// The planes of two floats; the first alone where PLANES is 1.
+__device__ __forceinline__ void split(float low, float high, u32 planes[PLANES]) {
+#pragma unroll
+    for (int i = 0; i < PLANES; ++i) {
+        planes[i] = pack(low, high);
+        low -= __uint_as_float(planes[i] << 16);            // exact; unused, and dropped, after the last plane
+        high -= __uint_as_float(planes[i] & 0xffff0000u);
+    }
+}
+
+__device__ __forceinline__ float2 unpack(u32 word) {
+#if ELEMENT == 2
+    float2 x;
+    asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(x.x), "=f"(x.y) : "r"(word));
+    return x;
+#else
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+#endif
+}
+
+// Columns `column` and the next of a row, as floats.
+__device__ __forceinline__ float2 load_pair(const View &view, int slot, int head, int column) {
+    const long long at = slot * view.row + head * view.head + column;
+#if ELEMENT == 0
+    return *(const float2 *)((const float *)view.data + at);
+#else
+    return unpack(*(const u32 *)((const u16 *)view.data + at));
+#endif
+}
+
+__device__ __forceinline__ void store_pair(void *data, long long at, float low, float high) {
+#if ELEMENT == 0
+    *(float2 *)((float *)data + at) = {low, high};
+#else
+    *(u32 *)((u16 *)data + at) = pack(low, high);
+#endif
+}
+
+// ---- tensor cores --------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void mma(float c[4], const u32 a[4], u32 b0, u32 b1) {
+#if ELEMENT == 2
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#else
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#endif
+    asm(MMA " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four 8 x 8 matrices of 16-bit words; `row` is the address of this lane's row.
+__device__ __forceinline__ void load_matrices(u32 b[4], const u16 *row) {
+    const u32 at = (u32)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(at));
+}
+
+__device__ __forceinline__ void load_matrices_transposed(u32 b[4], const u16 *row) {
+    const u32 at = (u32)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(at));
+}
+
+typedef u32 Rows[PLANES][OWN_TILES][D / 16][4];            // owned rows: left operand of `products`
+typedef float Tile[OWN_TILES][CHUNK / 8][4];                // owned rows by a chunk of visiting ones
+typedef u32 Weights[PLANES][OWN_TILES][CHUNK / 16][4];      // the same, as left operand of `accumulate`
+typedef float Sums[OWN_TILES][D / 8][4];                   // owned rows by columns
+
+#if !WGMMA
+
+// tile = own * visiting^T, for the chunk of visiting rows that begins at `visiting`. The planes of the keys are the outer
+// loop, whoever owns: then q k^T has the same bits in every kernel, and exp(q k^T - lse) no error of a difference of them.
+template <bool KEYS_VISIT>
+__device__ __forceinline__ void products(Tile tile, const Rows own, const u16 *visiting) {
+    const int lane = threadIdx.x & 31;
+    visiting += ((lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * 8;
+#pragma unroll
+    for (int m = 0; m < OWN_TILES; ++m)
+#pragma unroll
+        for (int n = 0; n < CHUNK / 8; ++n) tile[m][n][0] = tile[m][n][1] = tile[m][n][2] = tile[m][n][3] = 0;
+#pragma unroll
+    for (int n = 0; n < CHUNK / 16; ++n)
+#pragma unroll
+        for (int k = 0; k < D / 16; ++k)
+#pragma unroll
+            for (int outer = 0; outer < PLANES; ++outer)
+#pragma unroll
+                for (int inner = 0; inner < PLANES - outer; ++inner) {
+                    const int i = KEYS_VISIT ? inner : outer, j = KEYS_VISIT ? outer : inner;
+                    u32 b[4];
+                    load_matrices(b, visiting + j * VISIT * ROW + n * 16 * ROW + k * 16);
+#pragma unroll
+                    for (int m = 0; m < OWN_TILES; ++m) {
+                        mma(tile[m][2 * n], own[i][m][k], b[0], b[1]);
+                        mma(tile[m][2 * n + 1], own[i][m][k], b[2], b[3]);
+                    }
+                }
+}
+
+// sums += weights * visiting, for the chunk of visiting rows that begins at `visiting`.
+__device__ __forceinline__ void accumulate(Sums sums, const Weights weights, const u16 *visiting) {
+    const int lane = threadIdx.x & 31;
+    visiting += (lane & 15) * ROW + (lane >> 4) * 8;
+#pragma unroll
+    for (int k = 0; k < CHUNK / 16; ++k)
+#pragma unroll
+        for (int n = 0; n < D / 16; ++n)
+#pragma unroll
+            for (int j = 0; j < PLANES; ++j) {
+                u32 b[4];
+                load_matrices_transposed(b, visiting + j * VISIT * ROW + k * 16 * ROW + n * 16);
+#pragma unroll
+                for (int i = 0; i < PLANES - j; ++i)
+#pragma unroll
+                    for (int m = 0; m < OWN_TILES; ++m) {
+                        mma(sums[m][2 * n], weights[i][m][k], b[0], b[1]);
+                        mma(sums[m][2 * n + 1], weights[i][m][k], b[2], b[3]);
+                    }
+            }
+}
+
+__device__ __forceinline__ void begin_products() {}
+__device__ __forceinline__ void commit_products() {}
+__device__ __forceinline__ void wait_for_products() {}
+
+#else
+
+// Hopper: a warpgroup of four warps owns 64 rows, and both products take the visiting rows straight from shared memory, as
+// "K-major" (each row along D) or as "MN-major" (each row a step of the sum) operand of the same swizzled tile. They run
+// asynchronously, between begin_products and wait_for_products.
+static_assert(OWN_TILES == 1 && WARPS % 4 == 0 && PLANES == 1, "a warpgroup owns 64 rows");
+
+#if ELEMENT == 2
+#define WGMMA_OF(N) "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 "
+#else
+#define WGMMA_OF(N) "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 "
+#endif
+#define QUAD(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define QUADS_2 QUAD(0), QUAD(1)
+#define QUADS_4 QUADS_2, QUAD(2), QUAD(3)
+#define QUADS_8 QUADS_4, QUAD(4), QUAD(5), QUAD(6), QUAD(7)
+#define QUADS_16 QUADS_8, QUAD(8), QUAD(9), QUAD(10), QUAD(11), QUAD(12), QUAD(13), QUAD(14), QUAD(15)
+#define LIST_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define LIST_16 LIST_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define LIST_32 LIST_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define LIST_64 LIST_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// d = a * b, or d += a * b where `adds`: 64 x 16 times 16 x N. MN: b is MN-major.
+#define DEFINE_WGMMA(N, TILES, LIST, A0, A1, A2, A3, B, P, T)                                                              \
+    template <int MN>                                                                                                     \
+    __device__ __forceinline__ void wgmma(float (&d)[TILES][4], const u32 a[4], u64 b, int adds) {                        \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %" #P ", 0;\n"                                                        \
+                     WGMMA_OF(N) "{" LIST "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1, %" #T ";}"       \
+                     : QUADS_##TILES : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds), "n"(MN));           \
+    }
+DEFINE_WGMMA(16, 2, LIST_8, 8, 9, 10, 11, 12, 13, 14)
+DEFINE_WGMMA(32, 4, LIST_16, 16, 17, 18, 19, 20, 21, 22)
+DEFINE_WGMMA(64, 8, LIST_32, 32, 33, 34, 35, 36, 37, 38)
+DEFINE_WGMMA(128, 16, LIST_64, 64, 65, 66, 67, 68, 69, 70)
+
+// Describes an operand that begins at `start` in a tile of rows of ROW words, swizzled over their 2 * ROW bytes: groups of
+// eight rows follow each other; the second 64 columns of an MN-major operand lie a tile of VISIT rows further.
+__device__ __forceinline__ u64 operand(const u16 *start) {
+    const u64 at = (u32)__cvta_generic_to_shared(start);
+    const u64 columns = VISIT * ROW * 2, group = 8 * ROW * 2, swizzle = ROW == 64 ? 1 : ROW == 32 ? 2 : 3;
+    return at >> 4 | columns >> 4 << 16 | group >> 4 << 32 | swizzle << 62;
+}
+
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_products() {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+
+// tile = own * visiting^T, for the chunk of visiting rows that begins at `visiting`.
+template <bool KEYS_VISIT>
+__device__ __forceinline__ void products(Tile tile, const Rows own, const u16 *visiting) {
+    const u64 first = operand(visiting);        // an address in it counts 16 bytes: eight words
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k)
+        wgmma<0>(*(float (*)[CHUNK / 8][4])tile[0], own[0][0][k], first + (k / 4 * VISIT * ROW + k % 4 * 16) / 8, k > 0);
+}
+
+// sums += weights * visiting, for the chunk of visiting rows that begins at `visiting`.
+__device__ __forceinline__ void accumulate(Sums sums, const Weights weights, const u16 *visiting) {
+    const u64 first = operand(visiting);
+#pragma unroll
+    for (int k = 0; k < CHUNK / 16; ++k)
+        wgmma<1>(*(float (*)[D / 8][4])sums[0], weights[0][0][k], first + k * 16 * ROW / 8, 1);
+}
+
+#endif
+
+// What was produced asynchronously is read no earlier than here: the compiler does not know that it was not yet there.
+template <int TILES>
+__device__ __forceinline__ void settle(float (&tile)[OWN_TILES][TILES][4]) {
+#if WGMMA
+#pragma unroll
+    for (int n = 0; n < TILES; ++n)
+        asm volatile("" : "+f"(tile[0][n][0]), "+f"(tile[0][n][1]), "+f"(tile[0][n][2]), "+f"(tile[0][n][3])::"memory");
+#endif
+}
+
+// A tile of products is laid out as the left operand of the next product needs it: only rounded and packed, two columns at
+// a time, of row 8 * half + lane / 4 of tile m.
+__device__ __forceinline__ void set_weights(Weights weights, int m, int n, int half, float low, float high) {
+    u32 planes[PLANES];
+    split(low, high, planes);
+#pragma unroll
+    for (int i = 0; i < PLANES; ++i) weights[i][m][n / 2][n % 2 * 2 + half] = planes[i];
+}
+
+// -inf where the chunk's key at `position` or after holds no point.
+__device__ __forceinline__ void mask(Tile score, const Scope &scope, int position) {
+#pragma unroll
+    for (int n = 0; n < CHUNK / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+            if (!holds_point(scope, position + n * 8 + (threadIdx.x & 3) * 2 + e))
+#pragma unroll
+                for (int m = 0; m < OWN_TILES; ++m) score[m][n][e] = score[m][n][2 + e] = __int_as_float(0xff800000);
+}
+
+__device__ __forceinline__ void clear(Sums sums) {
+#pragma unroll
+    for (int m = 0; m < OWN_TILES; ++m)
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) sums[m][n][0] = sums[m][n][1] = sums[m][n][2] = sums[m][n][3] = 0;
+}
+
+// ---- owned rows ----------------------------------------------------------------------------------------------------
+
+// The position of this lane's owned row 8 * half + lane / 4 of tile m, for a block that owns positions from `first` on.
+__device__ __forceinline__ int owned_position(int first, int m, int half) {
+    return first + ((threadIdx.x >> 5) * OWN_TILES + m) * 16 + half * 8 + (threadIdx.x >> 2 & 7);
+}
+
+// Rows that hold no point are zeros. `sign` is 1 or -1.
+__device__ __forceinline__ void load_owned(Rows rows, const View &view, const Scope &scope, int first, int head, float sign) {
+#pragma unroll
+    for (int m = 0; m < OWN_TILES; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int position = owned_position(first, m, half);
+            const bool holds = holds_point(scope, position);
+            const int slot = holds ? slot_at(scope, position) : 0;
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) {
+                const int column = n * 8 + (threadIdx.x & 3) * 2;
+                const float2 x = holds && n * 8 < view.dim ? load_pair(view, slot, head, column) : float2{0, 0};
+                u32 planes[PLANES];
+                split(sign * x.x, sign * x.y, planes);
+#pragma unroll
+                for (int i = 0; i < PLANES; ++i) rows[i][m][n / 2][n % 2 * 2 + half] = planes[i];
+            }
+        }
+}
+
+// The dot product of each owned row of two tensors, in float32, whole on each of a row's four lanes.
+__device__ __forceinline__ void dot_owned(
+    float dot[OWN_TILES][2], const View &one, const View &other, const Scope &scope, int first, int head)
+{
+#pragma unroll
+    for (int m = 0; m < OWN_TILES; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int position = owned_position(first, m, half);
+            const bool holds = holds_point(scope, position);
+            const int slot = holds ? slot_at(scope, position) : 0;
+            float x = 0;
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n) {
+                if (!holds || n * 8 >= one.dim) break;
+                const float2 a = load_pair(one, slot, head, n * 8 + (threadIdx.x & 3) * 2);
+                const float2 b = load_pair(other, slot, head, n * 8 + (threadIdx.x & 3) * 2);
+                x += a.x * b.x + a.y * b.y;
+            }
+            x += __shfl_xor_sync(FULL, x, 1);
+            dot[m][half] = x + __shfl_xor_sync(FULL, x, 2);
+        }
+}
+
+// Writes factor[m][half] * sums for the owned rows that hold a point, and 0 for padding: every slot is owned once.
+__device__ __forceinline__ void store_owned(
+    void *out, const Sums sums, const float factor[OWN_TILES][2], const Scope &scope, int first, int head, int heads, int dim)
+{
+#pragma unroll
+    for (int m = 0; m < OWN_TILES; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int position = owned_position(first, m, half);
+            if (position >= scope.end) continue;
+            const bool holds = holds_point(scope, position);
+            const long long at = ((long long)slot_at(scope, position) * heads + head) * dim + (threadIdx.x & 3) * 2;
+#pragma unroll
+            for (int n = 0; n < D / 8; ++n)
+                if (n * 8 < dim)
+                    store_pair(out, at + n * 8, holds ? factor[m][half] * sums[m][n][2 * half] : 0,
+                               holds ? factor[m][half] * sums[m][n][2 * half + 1] : 0);
+        }
+}
+
+// ---- visiting rows -------------------------------------------------------------------------------------------------
+
+// Where this thread's row of the visiting tile lies: row threadIdx.x / PARTS of it.
+struct Visitor {
+    int position, bucket, offset;
+};
+
+__device__ __forceinline__ Visitor visitor_at(const Scope &scope, int first) {
+    const int position = first + threadIdx.x / PARTS;
+    return {position, position / scope.size, position % scope.size};
+}
+
+__device__ __forceinline__ void move_visitor(Visitor &visitor, const Scope &scope, int step) {
+    visitor.position += step;
+    visitor.offset += step;
+    while (visitor.offset >= scope.size) { visitor.offset -= scope.size; ++visitor.bucket; }
+}
+
+// The slot of the row, or -1 where it holds no point.
+__device__ __forceinline__ int visitor_slot(const Visitor &visitor, const Scope &scope) {
+    return holds_point(scope, visitor.position) ? scope.buckets[visitor.bucket] * scope.size + visitor.offset : -1;
+}
+
+// Starts the copy of this thread's part of row `slot` of both tensors into a stage [2, PLANES, VISIT, ROW] of shared memory;
+// zeros where slot is -1. Wait by `tiles_have_come` and a barrier.
+__device__ __forceinline__ void load_visiting(u16 *stage, const View &one, const View &other, int slot, int head) {
+    const int row = threadIdx.x / PARTS, first = threadIdx.x % PARTS * 8;
+#if WGMMA
+    const int swizzle = (ROW == 64 ? row & 7 : ROW == 32 ? row >> 1 & 3 : row >> 2 & 1) * 8;
+#else
+    const int swizzle = 0;
+#endif
+#pragma unroll
+    for (int tensor = 0; tensor < 2; ++tensor) {
+        const View &view = tensor ? other : one;
+        const long long from = slot >= 0 ? slot * view.row + head * view.head + first : 0;
+        u16 *to = stage + tensor * TENSOR + row * ROW;
+#pragma unroll
+        for (int c = 0; c < D; c += 8 * PARTS) {
+            if (8 * PARTS > D && first >= D) continue;
+            const bool loads = slot >= 0 && c + first < view.dim;
+            u16 *at = to + (WGMMA ? c / 64 * VISIT * ROW + (c % 64 ^ first ^ swizzle) : c + first);
+#if ELEMENT == 0
+            const float4 zero = {0, 0, 0, 0}, *x = (const float4 *)((const float *)view.data + from + c);
+            const float4 low = loads ? x[0] : zero, high = loads ? x[1] : zero;
+            u32 word[4][PLANES];
+            split(low.x, low.y, word[0]);
+            split(low.z, low.w, word[1]);
+            split(high.x, high.y, word[2]);
+            split(high.z, high.w, word[3]);
+#pragma unroll
+            for (int i = 0; i < PLANES; ++i)
+                *(uint4 *)(at + i * VISIT * ROW) = {word[0][i], word[1][i], word[2][i], word[3][i]};
+#else
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(at)),
+                         "l"((const u16 *)view.data + from + c), "r"(loads ? 16 : 0) : "memory");
+#endif
+        }
+    }
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// This thread's copies but those of the last LEFT commits have come, and warpgroup products may read them.
+template <int LEFT>
+__device__ __forceinline__ void copies_have_come() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+#if WGMMA
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// A barrier whose two halves lie apart: a thread arrives long before it waits, so that warps need not run in step.
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("{.reg .b64 t; mbarrier.arrive.shared.b64 t, [%0];}" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void wait(u32 barrier, int parity) {
+    asm volatile("{.reg .pred p; again: mbarrier.test_wait.parity.shared.b64 p, [%0], %1; @!p bra again;}"
+                 ::"r"(barrier), "r"(parity) : "memory");
+}
+
+// ---- the visit -----------------------------------------------------------------------------------------------------
+
+// Lets all rows of the scope visit, CHUNK at a time:
+//   begin(rows)            begins the products of the chunk whose rows of tensor `one` begin there, those of `other` TENSOR on
+//   weigh(position, whole, stage, chunk)   turns the products, which are there by then, into weights; `whole`: no padding
+//   sum(rows)              begins the sums with the weights of the chunk whose rows begin there
+//   fetch(slot) -> float2, put(stage, value)  what else a thread brings of a row: loaded with it, stored a tile later
+// Three stages: while a tile is worked through, the next has come, or is coming, and nobody is done with the one before.
+template <class Begin, class Weigh, class Sum, class Fetch, class Put>
+__device__ __forceinline__ void visit(
+    u16 *stages, const View &one, const View &other, const Scope &scope, int head,
+    Begin begin, Weigh weigh, Sum sum, Fetch fetch, Put put)
+{
+    __shared__ u64 come;                        // the next tile: a phase a tile
+    const u32 barrier = (u32)__cvta_generic_to_shared(&come);
+    if (threadIdx.x == 0) asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(THREADS) : "memory");
+    int tile = first_tile(scope), coming = next_tile(scope, tile);
+    Visitor visitor = visitor_at(scope, tile);
+    int slot = visitor_slot(visitor, scope);
+    load_visiting(stages, one, other, slot, head);
+    commit_copies();
+    put(0, fetch(slot));
+    move_visitor(visitor, scope, coming - tile);
+    slot = visitor_slot(visitor, scope);
+    load_visiting(stages + 2 * TENSOR, one, other, slot, head);
+    commit_copies();
+    float2 brought = fetch(slot);
+    int loading = next_tile(scope, coming);
+    move_visitor(visitor, scope, loading - coming);
+    slot = visitor_slot(visitor, scope);        // of the tile that is loaded next: read well before it is needed
+    copies_have_come<1>();
+    __syncthreads();                            // the first tile is there, and the barrier is made
+    begin_products();
+    begin(stages);
+    commit_products();
+    wait_for_products();
+
+    for (int stage = 0, parity = 0; tile < scope.end; parity ^= 1) {
+        const int next_stage = stage == 2 ? 0 : stage + 1, free_stage = 3 - stage - next_stage;
+        const u16 *rows = stages + stage * 2 * TENSOR;
+        const bool whole = whole_tile(scope, tile);
+#pragma unroll
+        for (int chunk = 0; chunk < VISIT; chunk += CHUNK) {
+            const bool last = chunk + CHUNK == VISIT;
+            if (last) {                         // arrive now, wait later
+                copies_have_come<0>();
+                put(next_stage, brought);
+                arrive(barrier);
+            }
+            weigh(tile + chunk, whole, stage, chunk);
+            if (last) wait(barrier, parity);    // all have the next tile, and are done with the one before this
+            begin_products();
+            sum(rows + chunk * ROW);
+            begin(last ? stages + next_stage * 2 * TENSOR : rows + (chunk + CHUNK) * ROW);  // at the very end unused
+            commit_products();
+            if (last) {                         // in the shadow of the products
+                load_visiting(stages + free_stage * 2 * TENSOR, one, other, slot, head);
+                commit_copies();
+                brought = fetch(slot);
+                const int next = next_tile(scope, loading);
+                move_visitor(visitor, scope, next - loading);
+                slot = visitor_slot(visitor, scope);
+                loading = next;
+            }
+            wait_for_products();
+        }
+        tile = coming;
+        coming = next_tile(scope, coming);
+        stage = next_stage;
+    }
+}

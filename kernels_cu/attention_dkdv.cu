@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+// Bucket attention, backward to keys and values, after attention_dq.cu.
+//
+//   P = exp(scale q k^T - lse)    dv = P^T dout    dS = P * (dout v^T - delta)    dk = scale * dS^T q
+//
+// A block owns OWN key rows of one scope and head, with their values; queries and dout visit, with their lse and delta. It
+// works on transposes, P^T and dS^T, so that the owned rows stay the left operands and each row of dk and dv is summed by
+// one warp in the order of the scope: nothing is shared, so nothing is atomic. Visiting padding is zeros (q, dout, lse,
+// delta): its P is 1 and adds P * 0.
+
+#ifndef WARPS
+#define WARPS 4             // chosen by gpu3d/attention.py, as are the others
+#endif
+#ifndef OWN_TILES
+#define OWN_TILES 1         // tiles of 16 key rows a warp
+#endif
+#ifndef VISIT
+#define VISIT 64            // queries a stage
+#endif
+#ifndef CHUNK
+#define CHUNK 16            // queries at a time
+#endif
+#ifndef BLOCKS
+#define BLOCKS 1            // blocks a multiprocessor that registers are kept free for
+#endif
+
+#include "clouds.cuh"
+#include "attention.cuh"
+
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
+    const __grid_constant__ View dout,          // [slots, heads, D]
+    const __grid_constant__ View q,             // [slots, heads, D]
+    const __grid_constant__ View k,             // [slots, heads, D]
+    const __grid_constant__ View v,             // [slots, heads, D]
+    const float *__restrict__ lse,              // [slots, heads]
+    const float *__restrict__ delta,            // [slots, heads]
+    const __grid_constant__ Clouds clouds,      // Cloud::tile is the cloud's first bucket
+    const int *__restrict__ table,              // [scopes, width]
+    int width,
+    int heads,
+    int tiles,                                  // blocks a scope and head
+    float slope,                                // |scale| * log2(e), positive
+    float sign,                                 // of scale
+    float scale,
+    void *__restrict__ dk,                      // [slots, heads, D]
+    void *__restrict__ dv)                      // [slots, heads, D]
+{
+    extern __shared__ __align__(1024) u16 stages[];          // [3, 2, PLANES, VISIT, ROW]
+    __shared__ float stats[3][2][VISIT];        // of each stage: lse * log2(e), and delta
+    const int item = blockIdx.x / tiles, head = item % heads;
+    const int first = blockIdx.x % tiles * OWN; // ranges [0, tiles * OWN); past the end of a short scope
+    const Scope scope = scope_at(clouds, table, width, item / heads);
+    if (first >= scope.end) return;             // the whole block
+
+    Rows key, value;
+    load_owned(key, k, scope, first, head, sign);
+    load_owned(value, v, scope, first, head, 1);
+    Tile weight, dweight;
+    Weights weights, dscores;
+    Sums dkey, dvalue;
+    clear(dkey);
+    clear(dvalue);
+
+    const auto begin = [&](const u16 *queries) {
+        products<false>(weight, key, queries);
+        products<false>(dweight, value, queries + TENSOR);
+    };
+    const auto sum = [&](const u16 *queries) {
+        accumulate(dvalue, weights, queries + TENSOR);
+        accumulate(dkey, dscores, queries);
+    };
+    const auto weigh = [&](int, bool, int stage, int chunk) {
+        settle(weight);
+        settle(dweight);
+#pragma unroll
+        for (int n = 0; n < CHUNK / 8; ++n) {
+            const int column = chunk + n * 8 + (threadIdx.x & 3) * 2;
+            const float2 its_lse = *(const float2 *)&stats[stage][0][column];
+            const float2 its_delta = *(const float2 *)&stats[stage][1][column];
+#pragma unroll
+            for (int m = 0; m < OWN_TILES; ++m)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const float one = exp2_fast(fmaf(weight[m][n][2 * half], slope, -its_lse.x));
+                    const float other = exp2_fast(fmaf(weight[m][n][2 * half + 1], slope, -its_lse.y));
+                    set_weights(weights, m, n, half, one, other);
+                    set_weights(dscores, m, n, half, one * (dweight[m][n][2 * half] - its_delta.x),
+                                other * (dweight[m][n][2 * half + 1] - its_delta.y));
+                }
+        }
+    };
+    // The first thread of a row brings its lse and delta.
+    const bool brings = threadIdx.x % PARTS == 0;
+    const auto fetch = [&](int slot) {
+        const long long at = (long long)slot * heads + head;
+        return brings && slot >= 0 ? float2{lse[at], delta[at]} : float2{0, 0};
+    };
+    const auto put = [&](int stage, float2 value) {
+        if (!brings) return;
+        stats[stage][0][threadIdx.x / PARTS] = value.x * LOG2E;
+        stats[stage][1][threadIdx.x / PARTS] = value.y;
+    };
+    visit(stages, q, dout, scope, head, begin, weigh, sum, fetch, put);
+    settle(dkey);
+    settle(dvalue);
+
+    float one[OWN_TILES][2], factor[OWN_TILES][2];
+#pragma unroll
+    for (int m = 0; m < OWN_TILES; ++m) {
+        one[m][0] = one[m][1] = 1;
+        factor[m][0] = factor[m][1] = scale;
+    }
+    store_owned(dk, dkey, factor, scope, first, head, heads, q.dim);
+    store_owned(dv, dvalue, one, scope, first, head, heads, q.dim);
+}

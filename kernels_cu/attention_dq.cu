@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+// Bucket attention, backward to the queries, and the row sums that attention_dkdv.cu needs.
+//
+//   delta = sum(dout * out)    P = exp(scale q k^T - lse)    dS = P * (dout v^T - delta)    dq = scale * dS k
+//
+// A block owns OWN query rows of one scope and head, with their dout, as in attention_forward.cu; keys and values visit.
+// Each row of dq is summed by one warp in the order of the scope: nothing is shared, so nothing is atomic.
+
+#ifndef WARPS
+#define WARPS 4             // chosen by gpu3d/attention.py, as are the others
+#endif
+#ifndef OWN_TILES
+#define OWN_TILES 2         // tiles of 16 query rows a warp
+#endif
+#ifndef VISIT
+#define VISIT 64            // keys a stage
+#endif
+#ifndef CHUNK
+#define CHUNK 16            // keys at a time
+#endif
+#ifndef BLOCKS
+#define BLOCKS 1            // blocks a multiprocessor that registers are kept free for
+#endif
+
+#include "clouds.cuh"
+#include "attention.cuh"
+
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
+    const __grid_constant__ View dout,          // [slots, heads, D]
+    const __grid_constant__ View q,             // [slots, heads, D]
+    const __grid_constant__ View k,             // [slots, heads, D]
+    const __grid_constant__ View v,             // [slots, heads, D]
+    const __grid_constant__ View out,           // [slots, heads, D]
+    const float *__restrict__ lse,              // [slots, heads]
+    const __grid_constant__ Clouds clouds,      // Cloud::tile is the cloud's first bucket
+    const int *__restrict__ table,              // [scopes, width]
+    int width,
+    int heads,
+    int tiles,                                  // blocks a scope and head
+    float slope,                                // |scale| * log2(e), positive
+    float sign,                                 // of scale
+    float scale,
+    void *__restrict__ dq,                      // [slots, heads, D]
+    float *__restrict__ delta)                  // [slots, heads]
+{
+    extern __shared__ __align__(1024) u16 stages[];          // [3, 2, PLANES, VISIT, ROW]
+    const int item = blockIdx.x / tiles, head = item % heads;
+    const int first = blockIdx.x % tiles * OWN; // ranges [0, tiles * OWN); past the end of a short scope
+    const Scope scope = scope_at(clouds, table, width, item / heads);
+    if (first >= scope.end) return;             // the whole block
+
+    Rows query, dout_rows;
+    load_owned(query, q, scope, first, head, sign);
+    load_owned(dout_rows, dout, scope, first, head, 1);
+    float own_delta[OWN_TILES][2], own_lse[OWN_TILES][2], factor[OWN_TILES][2];
+    dot_owned(own_delta, dout, out, scope, first, head);
+#pragma unroll
+    for (int m = 0; m < OWN_TILES; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int position = owned_position(first, m, half);
+            const bool inside = position < scope.end;
+            const long long at = inside ? (long long)slot_at(scope, position) * heads + head : 0;
+            own_lse[m][half] = lse[at] * LOG2E;
+            factor[m][half] = scale;
+            if (inside && (threadIdx.x & 3) == 0) delta[at] = own_delta[m][half];
+        }
+    Tile score, dweight;
+    Weights dscores;
+    Sums sums;
+    clear(sums);
+
+    const auto begin = [&](const u16 *keys) {
+        products<true>(score, query, keys);
+        products<true>(dweight, dout_rows, keys + TENSOR);
+    };
+    const auto sum = [&](const u16 *keys) { accumulate(sums, dscores, keys); };
+    const auto weigh = [&](int position, bool whole, int, int) {
+        settle(score);
+        settle(dweight);
+        if (!whole) mask(score, scope, position);
+#pragma unroll
+        for (int m = 0; m < OWN_TILES; ++m)
+#pragma unroll
+            for (int n = 0; n < CHUNK / 8; ++n)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    float dscore[2];
+#pragma unroll
+                    for (int e = 0; e < 2; ++e)
+                        dscore[e] = exp2_fast(fmaf(score[m][n][2 * half + e], slope, -own_lse[m][half]))
+                                    * (dweight[m][n][2 * half + e] - own_delta[m][half]);
+                    set_weights(dscores, m, n, half, dscore[0], dscore[1]);
+                }
+    };
+    visit(stages, k, v, scope, head, begin, weigh, sum, [](int) { return float2{}; }, [](int, float2) {});
+    settle(sums);
+    store_owned(dq, sums, factor, scope, first, head, heads, q.dim);
+}

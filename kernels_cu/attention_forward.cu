@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+// Bucket attention, forward: out = softmax(scale * q k^T) v within each scope and head, and lse (Flash3D, section 4.2).
+//
+// One pass with an online softmax. A block owns OWN query rows of one scope and head, a warp 16 * OWN_TILES of them; keys and
+// values visit, CHUNK at a time: scores, exponentials, out += weights * v.
+//
+// `top` is what the exponent of a row is taken relative to. Weights need no maximum to be right, only to be in range: so a
+// chunk is worked through with the top of the chunks before, and only if a row's sum has outgrown LIMIT (the first chunk's
+// always has) once more, after raising the top to the maximum and rescaling what was summed. Most chunks then cost no
+// comparison a score, and no lane waits for another's maximum.
+
+#ifndef WARPS
+#define WARPS 4             // chosen by gpu3d/attention.py, as are the others
+#endif
+#ifndef OWN_TILES
+#define OWN_TILES 2         // tiles of 16 query rows a warp
+#endif
+#ifndef VISIT
+#define VISIT 64            // keys a stage
+#endif
+#ifndef CHUNK
+#define CHUNK 32            // keys at a time
+#endif
+#ifndef BLOCKS
+#define BLOCKS 1            // blocks a multiprocessor that registers are kept free for
+#endif
+#define LIMIT (ELEMENT == 2 ? 32768.0f : 0x1p60f)       // float16 holds 65504; a row has less than 2^31 weights
+
+#include "clouds.cuh"
+#include "attention.cuh"
+
+// Who adds up a row's weights: one more product, by a column of ones, or the lanes. Beside warpgroup products, which keep
+// the tensor cores busy for long, a small product would wait.
+#define SUM_BY_MMA (!WGMMA)
+
+// Raises the top of a row to its maximum in the chunk; the factor that brings older weights to the new top.
+__device__ __forceinline__ float raise_top(float &top, const float score[CHUNK / 8][4], int half, float slope) {
+    float x = __int_as_float(0xff800000);
+#pragma unroll
+    for (int n = 0; n < CHUNK / 8; ++n) x = fmaxf(fmaxf(x, score[n][2 * half]), score[n][2 * half + 1]);
+    x = fmaxf(x, __shfl_xor_sync(FULL, x, 1));
+    x = fmaxf(x, __shfl_xor_sync(FULL, x, 2));
+    x = fmaxf(x * slope, top);
+    const float shrink = exp2_fast(top - x);
+    top = x;
+    return shrink;
+}
+
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
+    const __grid_constant__ View q,             // [slots, heads, D]
+    const __grid_constant__ View k,             // [slots, heads, D]
+    const __grid_constant__ View v,             // [slots, heads, D]
+    const __grid_constant__ Clouds clouds,      // Cloud::tile is the cloud's first bucket
+    const int *__restrict__ table,              // [scopes, width]
+    int width,
+    int heads,
+    int tiles,                                  // blocks a scope and head
+    float slope,                                // |scale| * log2(e), positive
+    float sign,                                 // of scale
+    void *__restrict__ out,                     // [slots, heads, D]
+    float *__restrict__ lse)                    // [slots, heads] natural logarithm, or null
+{
+    extern __shared__ __align__(1024) u16 stages[];          // [3, 2, PLANES, VISIT, ROW]
+    const int item = blockIdx.x / tiles, head = item % heads;
+    const int first = blockIdx.x % tiles * OWN; // ranges [0, tiles * OWN); past the end of a short scope
+    const Scope scope = scope_at(clouds, table, width, item / heads);
+    if (first >= scope.end) return;             // the whole block
+
+    Rows query;
+    load_owned(query, q, scope, first, head, sign);
+    Tile score;
+    Weights weights;
+    Sums sums;
+    clear(sums);
+    const u32 ones = pack(1, 1);
+    float total[OWN_TILES][2], top[OWN_TILES][2];
+#pragma unroll
+    for (int m = 0; m < OWN_TILES; ++m) {
+        total[m][0] = total[m][1] = 0;
+        top[m][0] = top[m][1] = -1e30f;         // finite: -inf of a masked key minus it is -inf
+    }
+
+    const auto begin = [&](const u16 *keys) { products<true>(score, query, keys); };
+    const auto sum = [&](const u16 *keys) { accumulate(sums, weights, keys + TENSOR); };
+    const auto weigh = [&](int position, bool whole, int, int) {
+        settle(score);
+        settle(sums);
+        if (!whole) mask(score, scope, position);
+        for (bool raise = false;; raise = true) {
+            float row[OWN_TILES][4];            // elements 0 and 2: this chunk's weights of both rows
+            bool outgrown = false;
+#pragma unroll
+            for (int m = 0; m < OWN_TILES; ++m) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    if (raise) {
+                        const float shrink = raise_top(top[m][half], score[m], half, slope);
+                        total[m][half] *= shrink;
+#pragma unroll
+                        for (int n = 0; n < D / 8; ++n) {
+                            sums[m][n][2 * half] *= shrink;
+                            sums[m][n][2 * half + 1] *= shrink;
+                        }
+                    }
+                    row[m][2 * half] = 0;
+#pragma unroll
+                    for (int n = 0; n < CHUNK / 8; ++n) {
+                        const float one = exp2_fast(fmaf(score[m][n][2 * half], slope, -top[m][half]));
+                        const float other = exp2_fast(fmaf(score[m][n][2 * half + 1], slope, -top[m][half]));
+                        if (!SUM_BY_MMA) row[m][2 * half] += one + other;
+                        set_weights(weights, m, n, half, one, other);
+                    }
+                }
+                if (SUM_BY_MMA) {
+                    row[m][1] = row[m][3] = 0;
+#pragma unroll
+                    for (int k = 0; k < CHUNK / 16; ++k)
+#pragma unroll
+                        for (int i = 0; i < PLANES; ++i) mma(row[m], weights[i][m][k], ones, ones);
+                }
+                outgrown |= row[m][0] > LIMIT || row[m][2] > LIMIT;
+            }
+            if (!raise && __any_sync(FULL, outgrown)) continue;
+#pragma unroll
+            for (int m = 0; m < OWN_TILES; ++m) {
+                total[m][0] += row[m][0];
+                total[m][1] += row[m][2];
+            }
+            break;
+        }
+    };
+    visit(stages, k, v, scope, head, begin, weigh, sum, [](int) { return float2{}; }, [](int, float2) {});
+    settle(sums);
+
+    float inverse[OWN_TILES][2];
+#pragma unroll
+    for (int m = 0; m < OWN_TILES; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float x = total[m][half];
+            if (!SUM_BY_MMA) {                  // a lane's share
+                x += __shfl_xor_sync(FULL, x, 1);
+                x += __shfl_xor_sync(FULL, x, 2);
+            }
+            inverse[m][half] = 1 / x;
+            const int position = owned_position(first, m, half);
+            if (lse && (threadIdx.x & 3) == 0 && position < scope.end)
+                lse[(long long)slot_at(scope, position) * heads + head] =
+                    holds_point(scope, position) ? fmaf(top[m][half], LN2, log2f(x) * LN2) : __int_as_float(0xff800000);
+        }
+    store_owned(out, sums, inverse, scope, first, head, heads, q.dim);
+}

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The examples run as a newcomer runs them: in a process of their own, in an empty folder, on the CPU."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from clouds import lidar_like
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def run(name, folder, *arguments):
+    command = [sys.executable, "-W", "error", str(EXAMPLES / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+
+
+def clouds():
+    """A sweep of several scopes, one point, and points that coincide, are far from the origin or not finite."""
+    spoiled = lidar_like(1300)
+    spoiled[[3, 700], 1] = np.nan, np.inf
+    return {
+        "sweep": lidar_like(20_000),
+        "point": lidar_like(1),
+        "equal": np.full((600, 3), 3.5, np.float32),
+        "far": lidar_like(1300).astype(np.float64) + [4e5, 5e6, 100],
+        "spoiled": spoiled,
+    }
+
+
+@pytest.mark.parametrize("name", clouds())
+def test_bucket_attention(name, tmp_path):
+    points = clouds()[name]
+    np.save(tmp_path / f"{name}.npy", points)
+    done = run("bucket_attention.py", tmp_path, f"{name}.npy", "--out", "picture.png", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    finite = int(np.isfinite(points).all(axis=1).sum())
+    assert f"{finite:,} points in {-(-finite // 512):,} buckets of 512" in done.stdout
+    rows = re.findall(
+        r"^(plain|shift 4|stride 4) +\d+ of 8 buckets +[\d.]+ ms +([\d.]+) +([\d.]+) +([\d,]+)$", done.stdout, re.M
+    )
+    assert [row[0] for row in rows] == ["plain", "shift 4", "stride 4"]
+    for _, total, reach, count in rows:
+        assert float(total) == pytest.approx(1, abs=1e-5)
+        assert (float(reach) > 0) == (name not in ("point", "equal"))
+        assert 1 <= int(count.replace(",", "")) <= min(finite, 8 * 512)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.npy", "picture.png"}
+    image = matplotlib.image.imread(tmp_path / "picture.png")[..., :3]
+    if name == "sweep":  # each panel shows weights, in colour
+        for panel in np.array_split(image[100:600], 3, axis=1):
+            assert (np.ptp(panel, axis=-1) > 0.25).sum() > 1000
+
+
+def test_bucket_attention_of_no_scan(tmp_path):
+    np.save(tmp_path / "nan.npy", np.full((7, 3), np.nan))
+    for arguments, why in ((["absent.npy"], "absent.npy"), (["nan.npy"], "nan.npy holds no finite points")):
+        done = run("bucket_attention.py", tmp_path, *arguments, "--device", "cpu")
+        assert done.returncode == 1
+        assert why in done.stderr
+        assert "Traceback" not in done.stderr
