@@ -343,7 +343,6 @@ def _plan(
     heads: int,
     dim: int,
     bucket_size: int,
-    bucket_offsets: tuple[int, ...],
     lengths: tuple[int, ...],
     table_shape: tuple[int, int],
 ) -> _Plan:
@@ -354,45 +353,43 @@ def _plan(
     shared_mem = STAGES * 2 * planes * tiling.visit * words * 2
     formats = _SIGNATURES[which].replace("v", f"{_VIEW.size}s").replace("c", _clouds.FORMAT)
     kernel = _cuda.kernel(f"attention_{which}", f"attention_{which}", formats, macros, shared_mem=shared_mem)
-    buckets = np.diff(bucket_offsets)
+    buckets = -(-np.array(lengths, np.int64) // bucket_size)
     batch = _clouds.batch(lengths, bucket_size, buckets, 0 * buckets)
     longest = min(table_shape[1], int(buckets.max(initial=0)))  # buckets of a scope
     tiles = -(-longest * bucket_size // (16 * tiling.warps * tiling.own_tiles))
     return _Plan(kernel, batch, tiles, table_shape[0] * heads * tiles, 32 * tiling.warps, shared_mem)
 
 
-def _aligned(x: Any) -> Any:
-    """Rows that can be loaded 16 bytes at a time: x itself, or a copy where its layout does not allow that."""
-    import cupy
-
+def _aligned(x: Any) -> tuple[Any, bytes]:
+    """Rows that can be loaded 16 bytes at a time: x, or a copy where its layout does not allow that; and their View."""
     rows, heads, last = x.strides
-    if last == x.itemsize and not (rows | heads | x.data.ptr) % 16:
-        return x
-    return cupy.array(x, order="C")
+    address, size = x.data.ptr, x.itemsize
+    if last != size or (rows | heads | address) % 16:
+        import cupy
 
-
-def _view(x: Any) -> bytes:
-    return _VIEW.pack(x.data.ptr, x.strides[0] // x.itemsize, x.strides[1] // x.itemsize, x.shape[2], 0)
+        x = cupy.array(x, order="C")
+        (rows, heads, last), address = x.strides, x.data.ptr
+    return x, _VIEW.pack(address, rows // size, heads // size, x.shape[2], 0)
 
 
 def _launch(
     which: str,
-    views: tuple[Any, ...],
-    middle: tuple[int, ...],
+    like: Any,
+    views: tuple[bytes, ...],
+    saved: tuple[int, ...],
     table: Any,
     buckets: Buckets,
     scale: float,
     results: tuple[int, ...],
 ) -> None:
-    first = views[0]
-    layout = buckets.bucket_size, buckets.bucket_offsets, buckets.lengths
-    heads, dim = first.shape[1:]
-    plan = _plan(first.device.id, which, first.dtype, heads, dim, *layout, table.shape)
+    _, heads, dim = like.shape
+    key = like.device.id, which, like.dtype, heads, dim, buckets.bucket_size, buckets.lengths, table.shape
+    plan = _plan(*key)
     clouds, memory = _clouds.pack(plan.batch, buckets.bucket_size)
     # A slope of 0 would make 0 * -inf of a masked key; the sign goes to one operand, so that a maximum stays one.
     slope, sign = max(abs(scale) * LOG2E, 1e-30), math.copysign(1.0, scale)
     numbers = (slope, sign) if which == "forward" else (slope, sign, scale)
-    args = (*map(_view, views), *middle, clouds, table.data.ptr, table.shape[1], heads, plan.tiles, *numbers, *results)
+    args = (*views, *saved, clouds, table.data.ptr, table.shape[1], heads, plan.tiles, *numbers, *results)
     _cuda.launch(plan.kernel, grid=plan.grid, block=plan.block, shared_mem=plan.shared_mem, args=args)
     del memory
 
@@ -409,22 +406,28 @@ def _forward_cuda(
         lse = cupy.empty(q.shape[:2], _LSE)
         results = (out.data.ptr, lse.data.ptr)
     if q.size:
-        _launch("forward", (_aligned(q), _aligned(k), _aligned(v)), (), table, buckets, scale, results)
+        kept, views = zip(*map(_aligned, (q, k, v)), strict=True)
+        _launch("forward", q, views, (), table, buckets, scale, results)
+        del kept  # held until here; the pool hands them on in stream order
     return out, lse
 
 
 def _backward_cuda(
     dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, table: Any, buckets: Buckets, scale: float
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, ...]:
     import cupy
 
-    dq, dk, dv = (cupy.empty(q.shape, q.dtype) for _ in range(3))
-    if q.size:
+    shape, dtype, size = q.shape, q.dtype, q.nbytes
+    memory = cupy.cuda.alloc(3 * size)  # the three results in one allocation
+    gradients = tuple(cupy.ndarray(shape, dtype, memory + part * size) for part in range(3))
+    if size:
         if not lse.flags.c_contiguous:
             lse = cupy.ascontiguousarray(lse)
-        views = tuple(_aligned(x) for x in (dout, q, k, v, out))
+        kept, views = zip(*map(_aligned, (dout, q, k, v, out)), strict=True)
         delta = cupy.cuda.alloc(lse.nbytes)
-        _launch("dq", views, (lse.data.ptr,), table, buckets, scale, (dq.data.ptr, delta.ptr))
-        _launch("dkdv", views[:4], (lse.data.ptr, delta.ptr), table, buckets, scale, (dk.data.ptr, dv.data.ptr))
-        del delta
-    return dq, dk, dv
+        saved, address = lse.data.ptr, memory.ptr
+        _launch("dq", q, views, (saved,), table, buckets, scale, (address, delta.ptr))
+        results = address + size, address + 2 * size
+        _launch("dkdv", q, views[:4], (saved, delta.ptr), table, buckets, scale, results)
+        del kept, delta
+    return gradients

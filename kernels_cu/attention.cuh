@@ -450,7 +450,7 @@ __device__ __forceinline__ int visitor_slot(const Visitor &visitor, const Scope 
 }
 
 // Starts the copy of this thread's part of row `slot` of both tensors into a stage [2, PLANES, VISIT, ROW] of shared memory;
-// zeros where slot is -1. Wait by `tiles_have_come` and a barrier.
+// zeros where slot is -1.
 __device__ __forceinline__ void load_visiting(u16 *stage, const View &one, const View &other, int slot, int head) {
     const int row = threadIdx.x / PARTS, first = threadIdx.x % PARTS * 8;
 #if WGMMA
@@ -511,15 +511,16 @@ __device__ __forceinline__ void wait(u32 barrier, int parity) {
 // ---- the visit -----------------------------------------------------------------------------------------------------
 
 // Lets all rows of the scope visit, CHUNK at a time:
+//   prepare()              what is to be done before the first: it runs while the first tiles come
 //   begin(rows)            begins the products of the chunk whose rows of tensor `one` begin there, those of `other` TENSOR on
 //   weigh(position, whole, stage, chunk)   turns the products, which are there by then, into weights; `whole`: no padding
 //   sum(rows)              begins the sums with the weights of the chunk whose rows begin there
 //   fetch(slot) -> float2, put(stage, value)  what else a thread brings of a row: loaded with it, stored a tile later
 // Three stages: while a tile is worked through, the next has come, or is coming, and nobody is done with the one before.
-template <class Begin, class Weigh, class Sum, class Fetch, class Put>
+template <class Prepare, class Begin, class Weigh, class Sum, class Fetch, class Put>
 __device__ __forceinline__ void visit(
     u16 *stages, const View &one, const View &other, const Scope &scope, int head,
-    Begin begin, Weigh weigh, Sum sum, Fetch fetch, Put put)
+    Prepare prepare, Begin begin, Weigh weigh, Sum sum, Fetch fetch, Put put)
 {
     __shared__ u64 come;                        // the next tile: a phase a tile
     const u32 barrier = (u32)__cvta_generic_to_shared(&come);
@@ -538,6 +539,7 @@ __device__ __forceinline__ void visit(
     int loading = next_tile(scope, coming);
     move_visitor(visitor, scope, loading - coming);
     slot = visitor_slot(visitor, scope);        // of the tile that is loaded next: read well before it is needed
+    prepare();
     copies_have_come<1>();
     __syncthreads();                            // the first tile is there, and the barrier is made
     begin_products();

@@ -53,14 +53,16 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
     if (first >= scope.end) return;             // the whole block
 
     Rows key, value;
-    load_owned(key, k, scope, first, head, sign);
-    load_owned(value, v, scope, first, head, 1);
     Tile weight, dweight;
     Weights weights, dscores;
     Sums dkey, dvalue;
     clear(dkey);
     clear(dvalue);
 
+    const auto prepare = [&] {
+        load_owned(key, k, scope, first, head, sign);
+        load_owned(value, v, scope, first, head, 1);
+    };
     const auto begin = [&](const u16 *queries) {
         products<false>(weight, key, queries);
         products<false>(dweight, value, queries + TENSOR);
@@ -100,7 +102,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
         stats[stage][0][threadIdx.x / PARTS] = value.x * LOG2E;
         stats[stage][1][threadIdx.x / PARTS] = value.y;
     };
-    visit(stages, q, dout, scope, head, begin, weigh, sum, fetch, put);
+    visit(stages, q, dout, scope, head, prepare, begin, weigh, sum, fetch, put);
     settle(dkey);
     settle(dvalue);
 

@@ -50,26 +50,28 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
     if (first >= scope.end) return;             // the whole block
 
     Rows query, dout_rows;
-    load_owned(query, q, scope, first, head, sign);
-    load_owned(dout_rows, dout, scope, first, head, 1);
     float own_delta[OWN_TILES][2], own_lse[OWN_TILES][2], factor[OWN_TILES][2];
-    dot_owned(own_delta, dout, out, scope, first, head);
-#pragma unroll
-    for (int m = 0; m < OWN_TILES; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int position = owned_position(first, m, half);
-            const bool inside = position < scope.end;
-            const long long at = inside ? (long long)slot_at(scope, position) * heads + head : 0;
-            own_lse[m][half] = lse[at] * LOG2E;
-            factor[m][half] = scale;
-            if (inside && (threadIdx.x & 3) == 0) delta[at] = own_delta[m][half];
-        }
     Tile score, dweight;
     Weights dscores;
     Sums sums;
     clear(sums);
 
+    const auto prepare = [&] {
+        load_owned(query, q, scope, first, head, sign);
+        load_owned(dout_rows, dout, scope, first, head, 1);
+        dot_owned(own_delta, dout, out, scope, first, head);
+#pragma unroll
+        for (int m = 0; m < OWN_TILES; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int position = owned_position(first, m, half);
+                const bool inside = position < scope.end;
+                const long long at = inside ? (long long)slot_at(scope, position) * heads + head : 0;
+                own_lse[m][half] = lse[at] * LOG2E;
+                factor[m][half] = scale;
+                if (inside && (threadIdx.x & 3) == 0) delta[at] = own_delta[m][half];
+            }
+    };
     const auto begin = [&](const u16 *keys) {
         products<true>(score, query, keys);
         products<true>(dweight, dout_rows, keys + TENSOR);
@@ -93,7 +95,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
                     set_weights(dscores, m, n, half, dscore[0], dscore[1]);
                 }
     };
-    visit(stages, k, v, scope, head, begin, weigh, sum, [](int) { return float2{}; }, [](int, float2) {});
+    visit(stages, k, v, scope, head, prepare, begin, weigh, sum, [](int) { return float2{}; }, [](int, float2) {});
     settle(sums);
     store_owned(dq, sums, factor, scope, first, head, heads, q.dim);
 }

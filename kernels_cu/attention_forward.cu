@@ -67,7 +67,6 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
     if (first >= scope.end) return;             // the whole block
 
     Rows query;
-    load_owned(query, q, scope, first, head, sign);
     Tile score;
     Weights weights;
     Sums sums;
@@ -80,6 +79,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
         top[m][0] = top[m][1] = -1e30f;         // finite: -inf of a masked key minus it is -inf
     }
 
+    const auto prepare = [&] { load_owned(query, q, scope, first, head, sign); };
     const auto begin = [&](const u16 *keys) { products<true>(score, query, keys); };
     const auto sum = [&](const u16 *keys) { accumulate(sums, weights, keys + TENSOR); };
     const auto weigh = [&](int position, bool whole, int, int) {
@@ -118,7 +118,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
 #pragma unroll
                         for (int i = 0; i < PLANES; ++i) mma(row[m], weights[i][m][k], ones, ones);
                 }
-                outgrown |= row[m][0] > LIMIT || row[m][2] > LIMIT;
+                outgrown |= !(row[m][0] <= LIMIT && row[m][2] <= LIMIT);   // or NaN: inf in planes is inf - inf
             }
             if (!raise && __any_sync(FULL, outgrown)) continue;
 #pragma unroll
@@ -129,7 +129,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
             break;
         }
     };
-    visit(stages, k, v, scope, head, begin, weigh, sum, [](int) { return float2{}; }, [](int, float2) {});
+    visit(stages, k, v, scope, head, prepare, begin, weigh, sum, [](int) { return float2{}; }, [](int, float2) {});
     settle(sums);
 
     float inverse[OWN_TILES][2];
