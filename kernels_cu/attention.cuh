@@ -193,8 +193,30 @@ typedef float Sums[OWN_TILES][D / 8][4];                   // owned rows by colu
 
 #if !WGMMA
 
-// tile = own * visiting^T, for the chunk of visiting rows that begins at `visiting`. The planes of the keys are the outer
-// loop, whoever owns: then q k^T has the same bits in every kernel, and exp(q k^T - lse) no error of a difference of them.
+// sum += a * b of all planes. Tensor cores cut off what they add, always towards zero: a sum of six products a step, over all
+// keys, would drift. So with planes each step starts from zero, the small planes apart, and is added as floats are.
+// The planes of the keys are the outer loop, whoever owns: then q k^T has the same bits in every kernel, and the backward's
+// exp(q k^T - lse) no error of a difference of them.
+template <bool KEYS_VISIT>
+__device__ __forceinline__ void mma_planes(float sum[4], const u32 (*a)[4], int stride, const u32 b[PLANES][2]) {
+#if PLANES == 1
+    mma(sum, a[0], b[0][0], b[0][1]);
+#else
+    float high[4] = {0, 0, 0, 0}, low[4] = {0, 0, 0, 0};
+    mma(high, a[0], b[0][0], b[0][1]);
+#pragma unroll
+    for (int outer = 0; outer < PLANES; ++outer)
+#pragma unroll
+        for (int inner = 0; inner < PLANES - outer; ++inner) {
+            const int i = KEYS_VISIT ? inner : outer, j = KEYS_VISIT ? outer : inner;
+            if (i + j) mma(low, a[i * stride], b[j][0], b[j][1]);
+        }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum[e] += high[e] + low[e];
+#endif
+}
+
+// tile = own * visiting^T, for the chunk of visiting rows that begins at `visiting`.
 template <bool KEYS_VISIT>
 __device__ __forceinline__ void products(Tile tile, const Rows own, const u16 *visiting) {
     const int lane = threadIdx.x & 31;
@@ -206,20 +228,20 @@ __device__ __forceinline__ void products(Tile tile, const Rows own, const u16 *v
 #pragma unroll
     for (int n = 0; n < CHUNK / 16; ++n)
 #pragma unroll
-        for (int k = 0; k < D / 16; ++k)
+        for (int k = 0; k < D / 16; ++k) {
+            u32 first[PLANES][2], second[PLANES][2];        // of two tiles of eight visiting rows
 #pragma unroll
-            for (int outer = 0; outer < PLANES; ++outer)
+            for (int j = 0; j < PLANES; ++j) {
+                u32 b[4];
+                load_matrices(b, visiting + j * VISIT * ROW + n * 16 * ROW + k * 16);
+                first[j][0] = b[0]; first[j][1] = b[1]; second[j][0] = b[2]; second[j][1] = b[3];
+            }
 #pragma unroll
-                for (int inner = 0; inner < PLANES - outer; ++inner) {
-                    const int i = KEYS_VISIT ? inner : outer, j = KEYS_VISIT ? outer : inner;
-                    u32 b[4];
-                    load_matrices(b, visiting + j * VISIT * ROW + n * 16 * ROW + k * 16);
-#pragma unroll
-                    for (int m = 0; m < OWN_TILES; ++m) {
-                        mma(tile[m][2 * n], own[i][m][k], b[0], b[1]);
-                        mma(tile[m][2 * n + 1], own[i][m][k], b[2], b[3]);
-                    }
-                }
+            for (int m = 0; m < OWN_TILES; ++m) {
+                mma_planes<KEYS_VISIT>(tile[m][2 * n], &own[0][m][k], OWN_TILES * (D / 16), first);
+                mma_planes<KEYS_VISIT>(tile[m][2 * n + 1], &own[0][m][k], OWN_TILES * (D / 16), second);
+            }
+        }
 }
 
 // sums += weights * visiting, for the chunk of visiting rows that begins at `visiting`.
@@ -229,19 +251,20 @@ __device__ __forceinline__ void accumulate(Sums sums, const Weights weights, con
 #pragma unroll
     for (int k = 0; k < CHUNK / 16; ++k)
 #pragma unroll
-        for (int n = 0; n < D / 16; ++n)
+        for (int n = 0; n < D / 16; ++n) {
+            u32 first[PLANES][2], second[PLANES][2];        // of two tiles of eight columns
 #pragma unroll
             for (int j = 0; j < PLANES; ++j) {
                 u32 b[4];
                 load_matrices_transposed(b, visiting + j * VISIT * ROW + k * 16 * ROW + n * 16);
-#pragma unroll
-                for (int i = 0; i < PLANES - j; ++i)
-#pragma unroll
-                    for (int m = 0; m < OWN_TILES; ++m) {
-                        mma(sums[m][2 * n], weights[i][m][k], b[0], b[1]);
-                        mma(sums[m][2 * n + 1], weights[i][m][k], b[2], b[3]);
-                    }
+                first[j][0] = b[0]; first[j][1] = b[1]; second[j][0] = b[2]; second[j][1] = b[3];
             }
+#pragma unroll
+            for (int m = 0; m < OWN_TILES; ++m) {
+                mma_planes<true>(sums[m][2 * n], &weights[0][m][k], OWN_TILES * (CHUNK / 16), first);
+                mma_planes<true>(sums[m][2 * n + 1], &weights[0][m][k], OWN_TILES * (CHUNK / 16), second);
+            }
+        }
 }
 
 __device__ __forceinline__ void begin_products() {}
