@@ -247,7 +247,8 @@ class _Tiling(NamedTuple):
 # Which kernel takes which cut on Hopper, with the time it took on an H100 and that of others: bfloat16, 122,880 slots
 # in scopes of 4096, 4, 8, 8, 4 heads of D = 16, 32, 64, 128, in ms. Registers decide: a chunk's scores, the owned
 # operands and the sums must fit, and the more warps fit beside each other, the better their products and exponentials
-# overlap. At D = 16 a product is too small for warpgroups.
+# overlap. At D = 16 a product is too small for warpgroups. Run the GPU suite after any change: for dq of D = 64 in
+# chunks of 64 rows ptxas 13.0 let go of an owned operand's registers while the loop needed them, and said nothing.
 HOPPER = {
     "forward": (
         _Tiling(16, 0, 4, 2, 128, 32, 3),  # 0.79; wgmma 0.84
@@ -387,7 +388,8 @@ def _launch(
     plan = _plan(*key)
     clouds, memory = _clouds.pack(plan.batch, buckets.bucket_size)
     # A slope of 0 would make 0 * -inf of a masked key; the sign goes to one operand, so that a maximum stays one.
-    slope, sign = max(abs(scale) * LOG2E, 1e-30), math.copysign(1.0, scale)
+    unit = 1.0 if like.dtype == np.float32 else LOG2E  # of exponents, as attention.cuh has it
+    slope, sign = max(abs(scale) * unit, 1e-30), math.copysign(1.0, scale)
     numbers = (slope, sign) if which == "forward" else (slope, sign, scale)
     args = (*views, *saved, clouds, table.data.ptr, table.shape[1], heads, plan.tiles, *numbers, *results)
     _cuda.launch(plan.kernel, grid=plan.grid, block=plan.block, shared_mem=plan.shared_mem, args=args)

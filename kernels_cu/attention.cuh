@@ -8,9 +8,17 @@
 // A position counts the slots of a scope: position p is slot p % bucket_size of the scope's bucket p / bucket_size. Only a
 // cloud's last bucket has padding, so a scope has one hole at most, wherever that bucket stands in it.
 //
-// Products are mma.sync m16n8k16 with float32 accumulation. float32 operands are split into three bfloat16 planes of 8 bits
+// Products are mma.sync m16n8k16 with float32 accumulation, or on Hopper warpgroup products, which lay their results out
+// alike: only this file knows which. float32 operands are split into three bfloat16 planes of 8 bits
 // each, x = x0 + x1 + x2 (exactly, but for the least bits of tiny x), and a product is the six pairs of planes i + j < 3:
 // what is left out is below 2^-23 of |a| |b|. So float32 runs through the same code at a sixth of the rate.
+//
+// What bounds it on an H100, by the profiler: neither tensor cores (45 % busy at D = 64, backward) nor exponentials (60 to
+// 70 % at D = 16), but latency; so warps beside each other count for more than rows a warp, and operands that come early.
+// Gained at D = 64, forward (3.7 ms at first, 2.2 now): warpgroup products 0.9; no maximum a chunk 0.1; loading the next
+// tile in the shadow of the products, its slots read a tile ahead, 0.1; 16 warps that share a tile, not 8 twice, 0.4.
+// Tried and not better: scores of the next chunk begun before the weights of this one (more registers, fewer warps),
+// warpgroups taking turns at the tensor cores, chunks of 128.
 //
 // In registers, row `lane / 4` (and that + 8) and columns 2 * (lane % 4) + {0, 1} of each 16 x 8 tile belong to a lane.
 
@@ -111,6 +119,14 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+// exp(score * scale - shift). The exponent is kept in powers of two, so that one fused operation makes it; for float32 in
+// powers of e, for a shift converted to powers of two would be rounded once more, at the size of the largest scores.
+#define UNIT (PLANES == 1 ? LOG2E : 1.0f)               // of slope = |scale| * UNIT and of shift
+__device__ __forceinline__ float exponential(float score, float slope, float shift) {
+    const float x = fmaf(score, slope, -shift);
+    return exp2_fast(PLANES == 1 ? x : x * LOG2E);
+}
+
 // Two floats, rounded, in one word: `low` in its low half.
 __device__ __forceinline__ u32 pack(float low, float high) {
     u32 word;
@@ -186,10 +202,10 @@ __device__ __forceinline__ void load_matrices_transposed(u32 b[4], const u16 *ro
                  : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(at));
 }
 
-typedef u32 Rows[PLANES][OWN_TILES][D / 16][4];            // owned rows: left operand of `products`
+typedef u32 Rows[PLANES][OWN_TILES][D / 16][4];             // owned rows: left operand of `products`
 typedef float Tile[OWN_TILES][CHUNK / 8][4];                // owned rows by a chunk of visiting ones
 typedef u32 Weights[PLANES][OWN_TILES][CHUNK / 16][4];      // the same, as left operand of `accumulate`
-typedef float Sums[OWN_TILES][D / 8][4];                   // owned rows by columns
+typedef float Sums[OWN_TILES][D / 8][4];                    // owned rows by columns
 
 #if !WGMMA
 

@@ -39,14 +39,14 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
     int width,
     int heads,
     int tiles,                                  // blocks a scope and head
-    float slope,                                // |scale| * log2(e), positive
+    float slope,                                // |scale| * UNIT, positive
     float sign,                                 // of scale
     float scale,
     void *__restrict__ dk,                      // [slots, heads, D]
     void *__restrict__ dv)                      // [slots, heads, D]
 {
     extern __shared__ __align__(1024) u16 stages[];          // [3, 2, PLANES, VISIT, ROW]
-    __shared__ float stats[3][2][VISIT];        // of each stage: lse * log2(e), and delta
+    __shared__ float stats[3][2][VISIT];        // of each stage: lse * UNIT, and delta
     const int item = blockIdx.x / tiles, head = item % heads;
     const int first = blockIdx.x % tiles * OWN; // ranges [0, tiles * OWN); past the end of a short scope
     const Scope scope = scope_at(clouds, table, width, item / heads);
@@ -83,8 +83,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
             for (int m = 0; m < OWN_TILES; ++m)
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const float one = exp2_fast(fmaf(weight[m][n][2 * half], slope, -its_lse.x));
-                    const float other = exp2_fast(fmaf(weight[m][n][2 * half + 1], slope, -its_lse.y));
+                    const float one = exponential(weight[m][n][2 * half], slope, its_lse.x);
+                    const float other = exponential(weight[m][n][2 * half + 1], slope, its_lse.y);
                     set_weights(weights, m, n, half, one, other);
                     set_weights(dscores, m, n, half, one * (dweight[m][n][2 * half] - its_delta.x),
                                 other * (dweight[m][n][2 * half + 1] - its_delta.y));
@@ -99,7 +99,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
     };
     const auto put = [&](int stage, float2 value) {
         if (!brings) return;
-        stats[stage][0][threadIdx.x / PARTS] = value.x * LOG2E;
+        stats[stage][0][threadIdx.x / PARTS] = value.x * UNIT;
         stats[stage][1][threadIdx.x / PARTS] = value.y;
     };
     visit(stages, q, dout, scope, head, prepare, begin, weigh, sum, fetch, put);

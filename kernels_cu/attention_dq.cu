@@ -37,7 +37,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
     int width,
     int heads,
     int tiles,                                  // blocks a scope and head
-    float slope,                                // |scale| * log2(e), positive
+    float slope,                                // |scale| * UNIT, positive
     float sign,                                 // of scale
     float scale,
     void *__restrict__ dq,                      // [slots, heads, D]
@@ -67,7 +67,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
                 const int position = owned_position(first, m, half);
                 const bool inside = position < scope.end;
                 const long long at = inside ? (long long)slot_at(scope, position) * heads + head : 0;
-                own_lse[m][half] = lse[at] * LOG2E;
+                own_lse[m][half] = lse[at] * UNIT;
                 factor[m][half] = scale;
                 if (inside && (threadIdx.x & 3) == 0) delta[at] = own_delta[m][half];
             }
@@ -90,7 +90,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
                     float dscore[2];
 #pragma unroll
                     for (int e = 0; e < 2; ++e)
-                        dscore[e] = exp2_fast(fmaf(score[m][n][2 * half + e], slope, -own_lse[m][half]))
+                        dscore[e] = exponential(score[m][n][2 * half + e], slope, own_lse[m][half])
                                     * (dweight[m][n][2 * half + e] - own_delta[m][half]);
                     set_weights(dscores, m, n, half, dscore[0], dscore[1]);
                 }

@@ -41,7 +41,7 @@ __device__ __forceinline__ float raise_top(float &top, const float score[CHUNK /
     x = fmaxf(x, __shfl_xor_sync(FULL, x, 1));
     x = fmaxf(x, __shfl_xor_sync(FULL, x, 2));
     x = fmaxf(x * slope, top);
-    const float shrink = exp2_fast(top - x);
+    const float shrink = exponential(top, 1, x);
     top = x;
     return shrink;
 }
@@ -55,7 +55,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
     int width,
     int heads,
     int tiles,                                  // blocks a scope and head
-    float slope,                                // |scale| * log2(e), positive
+    float slope,                                // |scale| * UNIT, positive
     float sign,                                 // of scale
     void *__restrict__ out,                     // [slots, heads, D]
     float *__restrict__ lse)                    // [slots, heads] natural logarithm, or null
@@ -105,8 +105,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
                     row[m][2 * half] = 0;
 #pragma unroll
                     for (int n = 0; n < CHUNK / 8; ++n) {
-                        const float one = exp2_fast(fmaf(score[m][n][2 * half], slope, -top[m][half]));
-                        const float other = exp2_fast(fmaf(score[m][n][2 * half + 1], slope, -top[m][half]));
+                        const float one = exponential(score[m][n][2 * half], slope, top[m][half]);
+                        const float other = exponential(score[m][n][2 * half + 1], slope, top[m][half]);
                         if (!SUM_BY_MMA) row[m][2 * half] += one + other;
                         set_weights(weights, m, n, half, one, other);
                     }
@@ -146,7 +146,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
             const int position = owned_position(first, m, half);
             if (lse && (threadIdx.x & 3) == 0 && position < scope.end)
                 lse[(long long)slot_at(scope, position) * heads + head] =
-                    holds_point(scope, position) ? fmaf(top[m][half], LN2, log2f(x) * LN2) : __int_as_float(0xff800000);
+                    holds_point(scope, position) ? fmaf(top[m][half], 1 / UNIT, log2f(x) * LN2) : __int_as_float(0xff800000);
         }
     store_owned(out, sums, inverse, scope, first, head, heads, q.dim);
 }
