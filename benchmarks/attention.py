@@ -27,8 +27,7 @@ from ml_dtypes import bfloat16
 
 import gpu3d
 from benchmarks import data, timing
-from benchmarks.buckets import _absent, _peer
-from benchmarks.table import Peer, Row, Setting, number
+from benchmarks.table import Peer, Row, Setting, absent_peer, measured_peer, number
 
 SIZE = 122_880  # 240 full buckets
 BUCKET_SIZE = 512
@@ -203,7 +202,7 @@ def _dense_row(case: Case, scope: int, both: bool, rates: Rates) -> Row:
     remarks.append(f"floor: {binding}")
     if not both:
         flash3d = EARLIER.get((case.shape.c, case.shape.d, scope), ((None,),))[0][0]
-        peers = (*peers, _absent("public Flash3D kernels", "eager", flash3d))
+        peers = (*peers, absent_peer("public Flash3D kernels", "eager", flash3d))
     return Row(
         _name(case.shape, scope, both),
         "eager",
@@ -280,7 +279,7 @@ def _torch_peers(case: Case, scope: int, both: bool) -> tuple[Peer, ...]:
             peers.append(Peer(name, "eager", None, f"its scores alone take {scores / 1e9:.0f} GB"))
             continue
         figure = earlier[place][both] if earlier and place < len(earlier) else None
-        peers.append(_peer(name, "eager", _torch_measure(case, scope, both, backend), figure))
+        peers.append(measured_peer(name, "eager", _torch_measure(case, scope, both, backend), figure))
         _free()
     return tuple(peers)
 
@@ -557,7 +556,7 @@ def _determinism(setting: Setting) -> Iterator[Row]:
                     windows = [_windows(x, 4096) for x in (case.q, case.k, case.v, case.dout)]
                     return _differing(_torch_call(windows, True), same)
 
-            peers.append(_peer(f"torch SDPA {backend.removesuffix('_ATTENTION')}", "check", measure))
+            peers.append(measured_peer(f"torch SDPA {backend.removesuffix('_ATTENTION')}", "check", measure))
         yield Row(
             f"runs of {RUNS} that differ: {shape}",
             "check",

@@ -21,7 +21,7 @@ from ml_dtypes import bfloat16
 
 import gpu3d
 from benchmarks import data, timing
-from benchmarks.table import Peer, Row, Setting
+from benchmarks.table import Peer, Row, Setting, absent_peer, measured_peer
 from gpu3d.reference.buckets import HASHES
 
 SIZE = 122_880  # "120k": 240 buckets of 512
@@ -38,7 +38,6 @@ CHANNELS = 64
 
 # Peers that no registry has cannot run here. Their figures, in ms, are of an earlier run on an H100 80GB (driver 580,
 # CUDA 13.0, torch 2.11, 2026-11-22; a nuScenes sweep repeated), and are marked as such wherever they stand.
-NOT_INSTALLABLE = "in no registry"
 FLASH3D_EARLIER = {
     ("zorder_div", SIZE): 0.382,
     ("xor_div", SIZE): 0.204,
@@ -98,10 +97,14 @@ def _sort_peers(codes: np.ndarray, n: int) -> tuple[Peer, ...]:
     codes = codes.astype(np.int64)
     ready = _upload(codes)
     return (
-        _peer("torch.sort of the int64 codes alone", _graph(codes), _torch_sort(codes), TORCH_SORT_EARLIER.get(n)),
-        _peer("cupy.argsort of the int64 codes alone", "eager", lambda: timing.eager_time(_cupy_argsort(ready))),
+        measured_peer(
+            "torch.sort of the int64 codes alone", _graph(codes), _torch_sort(codes), TORCH_SORT_EARLIER.get(n)
+        ),
+        measured_peer(
+            "cupy.argsort of the int64 codes alone", "eager", lambda: timing.eager_time(_cupy_argsort(ready))
+        ),
         _flash3d("zorder_div", n),
-        _absent("PTv3 serialization, one z order", "graph", PTV3_EARLIER.get(n)),
+        absent_peer("PTv3 serialization, one z order", "graph", PTV3_EARLIER.get(n)),
     )
 
 
@@ -222,8 +225,10 @@ def _moves(setting: Setting) -> Iterator[Row]:
             floor=setting.ceilings.copy_tb_s,
             peers=(
                 Peer("ours, one output for all calls", "graph, L2-warm", rate(timing.graph_time(call, keep=False))),
-                _peer("torch.index_select", _graph(rows), _torch_select(source, index, rate, keep=True)),
-                _peer("... one output for all calls", "graph, L2-warm", _torch_select(source, index, rate, keep=False)),
+                measured_peer("torch.index_select", _graph(rows), _torch_select(source, index, rate, keep=True)),
+                measured_peer(
+                    "... one output for all calls", "graph, L2-warm", _torch_select(source, index, rate, keep=False)
+                ),
             ),
             checks={"= CPU result": _same_bits(call(), expected)},
         )
@@ -257,7 +262,7 @@ def _host(setting: Setting) -> Iterator[Row]:
         1e3 * timing.host_time(lambda: gpu3d.bucketize(points)),
         60,
         40,
-        peers=(_absent("public Flash3D kernels", "host", FLASH3D_HOST_EARLIER),),
+        peers=(absent_peer("public Flash3D kernels", "host", FLASH3D_HOST_EARLIER),),
     )
     yield Row(
         f"NumPy arrays, {SIZE:,} points",
@@ -266,7 +271,7 @@ def _host(setting: Setting) -> Iterator[Row]:
         timing.cpu_time(lambda: gpu3d.bucketize(host)),
         25,
         peers=(
-            _peer(
+            measured_peer(
                 "numpy.argsort of the int64 codes alone",
                 "CPU",
                 lambda: timing.cpu_time(lambda: np.argsort(codes, kind="stable")),
@@ -289,8 +294,8 @@ def _sweeps(setting: Setting) -> Iterator[Row]:
         "m",
         _mean_distance(cloud, gpu3d.bucketize(_upload(cloud))),
         peers=(
-            _absent("public Flash3D kernels, zorder_div", "check", 6.86),
-            _absent("a full z-order sort", "check", 2.61),
+            absent_peer("public Flash3D kernels, zorder_div", "check", 6.86),
+            absent_peer("a full z-order sort", "check", 2.61),
         ),
         note="Earlier figures, of a nuScenes sweep repeated: 2.61, there called mean radius, is this mean distance.",
     )
@@ -359,7 +364,7 @@ def _summary(rows: Sequence[Row]) -> Iterator[Row]:
         for name, good in row.checks.items():
             results[name].append(good)
     for name, good in results.items():
-        peers = (_absent("public Flash3D kernels, buckets over capacity", "check", 28, "of 256, at 120k"),)
+        peers = (absent_peer("public Flash3D kernels, buckets over capacity", "check", 28, "of 256, at 120k"),)
         yield Row(
             f"failing of {len(good)}: {name}",
             "check",
@@ -439,19 +444,7 @@ def _floor(n: int, setting: Setting) -> float:
     return BYTES_A_POINT * n / setting.ceilings.copy_tb_s / 1e9
 
 
-def _peer(name: str, timed: str, measure: Callable[[], float], earlier: float | None = None) -> Peer:
-    """A peer of this run, or why it could not run."""
-    try:
-        return Peer(name, timed, measure(), earlier=earlier)
-    except Exception as error:  # whatever a peer raises must not end our run
-        why = str(error).strip().splitlines() or [type(error).__name__]
-        return Peer(name, timed, None, why[0][:200], earlier)
-
-
-def _absent(name: str, timed: str, earlier: float | None, note: str = "") -> Peer:
-    """A peer that cannot run here, and its earlier figure."""
-    return Peer(name, timed, None, NOT_INSTALLABLE, earlier, note)
-
-
 def _flash3d(hash: str, n: int) -> Peer:
-    return _absent(f"public Flash3D kernels, {hash}", "graph", FLASH3D_EARLIER.get((hash, n)), FLASH3D_NOTES.get(n, ""))
+    return absent_peer(
+        f"public Flash3D kernels, {hash}", "graph", FLASH3D_EARLIER.get((hash, n)), FLASH3D_NOTES.get(n, "")
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,23 @@ class Peer(NamedTuple):
     why_skipped: str = ""
     earlier: float | None = None  # published or of another run: never to be mixed up with this one
     earlier_note: str = ""
+
+
+NOT_INSTALLABLE = "in no registry"
+
+
+def measured_peer(name: str, timed: str, measure: Callable[[], float], earlier: float | None = None) -> Peer:
+    """A peer of this run, or why it could not run."""
+    try:
+        return Peer(name, timed, measure(), earlier=earlier)
+    except Exception as error:  # whatever a peer raises must not end our run
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        return Peer(name, timed, None, why[0][:200], earlier)
+
+
+def absent_peer(name: str, timed: str, earlier: float | None, note: str = "") -> Peer:
+    """A peer that cannot run here, and its earlier figure."""
+    return Peer(name, timed, None, NOT_INSTALLABLE, earlier, note)
 
 
 class Row(NamedTuple):

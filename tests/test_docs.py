@@ -55,5 +55,5 @@ def test_every_function_has_an_example(name):
 def test_readme():
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     assert blocks
-    for block in blocks:
-        run(doctest.DocTestParser().get_doctest(block, {}, "README.md", str(README), 0))
+    session = "\n".join(blocks)  # read from top to bottom: what one block makes, the next may use
+    run(doctest.DocTestParser().get_doctest(session, {}, "README.md", str(README), 0))
