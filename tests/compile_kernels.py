@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every CUDA kernel with NVRTC, on any machine, and prints the registers and spills that ptxas reports.
 
-For sm_90a every configuration that gpu3d can ask for; for the other architectures the first and the last of each file,
-its smallest and its largest; and every file alone, as it is written. Exits with 1 if anything does not compile or a
-kernel has more static shared memory than CUDA allows. What has not changed is taken from .cache/kernels.json.
+For sm_90a every configuration that gpu3d can ask for; for the other architectures the first and the last of each file
+that are meant for them, its smallest and its largest; and every file alone, as it is written. Exits with 1 if anything
+does not compile or a kernel has more static shared memory than CUDA allows. What has not changed is taken from
+.cache/kernels.json.
 """
 
 from __future__ import annotations
