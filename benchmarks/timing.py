@@ -130,26 +130,30 @@ def _warm(replay: Call, synchronize: Call) -> None:
 # ---- the other clocks ----------------------------------------------------------------------------------------------
 
 
-def eager_time(call: Call, repeats: int = 30) -> float:
-    """Time of one CuPy `call` between two device events on the current stream."""
+def eager_time(call: Call, repeats: int = 30, calls: int = 1) -> float:
+    """Time of one CuPy `call` between two device events on the current stream.
+
+    Of one call, the host's time until its launch counts; of several in a row, the device is busy meanwhile.
+    """
     import cupy
 
     for _ in range(2):
         call()
     cupy.cuda.Device().synchronize()
-    return statistics.median(_between_events(call) for _ in range(repeats))
+    return statistics.median(_between_events(call, calls) for _ in range(repeats)) / calls
 
 
-def _between_events(call: Call) -> float:
-    """Device time of what `call` enqueues on the current stream."""
+def _between_events(call: Call, calls: int = 1) -> float:
+    """Device time of what `calls` calls enqueue on the current stream."""
     import cupy
 
     start, end = cupy.cuda.Event(), cupy.cuda.Event()
     start.record()
-    result = call()
+    for _ in range(calls):
+        result = call()
+        del result
     end.record()
     end.synchronize()
-    del result
     return cupy.cuda.get_elapsed_time(start, end)
 
 

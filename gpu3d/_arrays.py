@@ -8,6 +8,7 @@ hands in its array has imported it already. `on` makes the array's device and it
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -37,6 +38,7 @@ class Origin(NamedTuple):
 
 
 _NUMPY = Origin("numpy", None)
+_cupy_origin = functools.cache(functools.partial(Origin, "cupy"))
 
 
 # ---- in ------------------------------------------------------------------------------------------------------------
@@ -48,7 +50,7 @@ def enter(x: Any, name: str) -> tuple[Any, Origin]:
         return x, _NUMPY
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(x, cupy.ndarray):
-        return x, Origin("cupy", x.device.id)
+        return x, _cupy_origin(x.data.device_id)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
         return _enter_torch(x, name, torch)
@@ -153,18 +155,21 @@ class _TorchStream:
         return 0, self.pointer
 
 
+_NOTHING = nullcontext()
+
+
 def on(origin: Origin) -> AbstractContextManager[Any]:
     """Makes the origin's device, and the stream its framework uses there, current for CuPy; no-op on the host."""
     if origin.device is None:
-        return nullcontext()
+        return _NOTHING
     import cupy
 
     torch_stream = None
     if origin.library == "torch":
         torch_stream = sys.modules["torch"].cuda.current_stream(origin.device).cuda_stream
     same_device = cupy.cuda.runtime.getDevice() == origin.device
-    if same_device and torch_stream in (None, cupy.cuda.get_current_stream().ptr):
-        return nullcontext()
+    if same_device and (torch_stream is None or torch_stream == cupy.cuda.get_current_stream().ptr):
+        return _NOTHING
     stack = ExitStack()
     stack.enter_context(cupy.cuda.Device(origin.device))
     if torch_stream is not None:

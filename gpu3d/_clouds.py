@@ -49,6 +49,7 @@ class Batch(NamedTuple):
 
 
 def batch(lengths: Sequence[int], bucket_size: int, tiles: np.ndarray, groups: np.ndarray) -> Batch:
+    """A batch whose clouds have these numbers of tiles and groups."""
     n = np.array(lengths, np.int64)
     rows = np.zeros(len(n) + 1, _CLOUD)
     for column, counts in (

@@ -59,7 +59,8 @@ def bucket_attention(
     Nothing is allocated but the results. No host sync; capturable in a CUDA graph after a first call; the same call
     gives the same bits. A NaN in a point's q makes its own row NaN, one in k or v all rows of its scope.
     On a GPU float32 operands are split into three bfloat16 planes each, whose products lose less than 2**-23 of
-    |q| |k|: float32 accuracy at a sixth of the speed of bfloat16.
+    |q| |k|: float32 accuracy for six times the products of bfloat16. With D over 64 that takes 157 KB of shared memory
+    a block, which sm_80, sm_90 and sm_100 have and sm_86, sm_89 and sm_120 do not: an error there.
 
     References
     ----------
@@ -177,11 +178,13 @@ def _checked_inputs(named: dict[str, Any], buckets: Buckets, scopes: Scopes) -> 
             f"offsets {_brief(scopes.bucket_offsets)}; buckets has {buckets.num_buckets} of {buckets.bucket_size}, "
             f"offsets {_brief(buckets.bucket_offsets)}. Make them by gpu3d.scopes(buckets)."
         )
-    entered = {name: _arrays.enter(x, name) for name, x in named.items()}
-    first, origin = entered["q"]
+    entered = [_arrays.enter(x, name) for name, x in named.items()]
+    first, origin = entered[0]
     table, table_origin = _arrays.enter(scopes.table, "scopes")
-    if any(other.device != origin.device for _, other in entered.values()) or table_origin.device != origin.device:
-        _arrays.check_same_device(**{name: other for name, (_, other) in entered.items()}, scopes=table_origin)
+    devices = {other.device for _, other in entered}
+    if devices != {table_origin.device}:
+        origins = dict(zip(named, (other for _, other in entered), strict=True))
+        _arrays.check_same_device(**origins, scopes=table_origin)
     if first.ndim != 3:
         raise ValueError(f"q must have shape [num_slots, H, D], got {list(first.shape)}.")
     if first.dtype not in _arrays.FLOATS or (origin.device is not None and first.dtype == np.float64):
@@ -203,7 +206,8 @@ def _checked_inputs(named: dict[str, Any], buckets: Buckets, scopes: Scopes) -> 
         )
     if heads == 0:
         raise ValueError(f"q must have at least one head, got shape {list(first.shape)}.")
-    for name, (array, _) in entered.items():
+    arrays = [array for array, _ in entered]
+    for name, array in zip(named, arrays, strict=True):
         if array.shape != first.shape:
             raise ValueError(f"{name} must have the shape of q, got {list(array.shape)} for {list(first.shape)}.")
         if array.dtype != first.dtype:
@@ -211,11 +215,11 @@ def _checked_inputs(named: dict[str, Any], buckets: Buckets, scopes: Scopes) -> 
                 f"{name} must have the dtype of q, got {array.dtype} for {first.dtype}: "
                 f"convert by {name}.astype('{first.dtype}')."
             )
-    return [array for array, _ in entered.values()], origin, table
+    return arrays, origin, table
 
 
 def _brief(offsets: tuple[int, ...]) -> str:
-    return str(list(offsets)) if len(offsets) <= 6 else f"{list(offsets[:5])}...".replace("]...", ", ...]")
+    return str(list(offsets)) if len(offsets) <= 6 else f"[{', '.join(map(str, offsets[:5]))}, ...]"
 
 
 def _checked_scale(scale: Any, dim: int) -> float:
@@ -233,7 +237,7 @@ STAGES = 3  # of visiting rows in shared memory
 
 
 class _Tiling(NamedTuple):
-    """How a kernel cuts its work, for head dimensions up to `dim`: the macros of attention_*.cu."""
+    """How a kernel cuts its work, for head dimensions up to `dim`: the macros of attention.cuh."""
 
     dim: int
     wgmma: int  # 1: Hopper's warpgroup products, 0: mma.sync
@@ -242,38 +246,40 @@ class _Tiling(NamedTuple):
     visit: int  # rows a stage
     chunk: int  # rows at a time
     blocks: int  # blocks a multiprocessor that registers are kept free for
+    own_shared: int = 0  # 1: owned rows lie in shared memory, not in registers
+    lazy: int = 0  # 1: a chunk's sums are still under way while the next one's weights are worked out
 
 
 # Which kernel takes which cut on Hopper, with the time it took on an H100 and that of others: bfloat16, 122,880 slots
-# in scopes of 4096, 4, 8, 8, 4 heads of D = 16, 32, 64, 128, in ms. Registers decide: a chunk's scores, the owned
+# in scopes of 4096, 16, 8, 8, 4 heads of D = 16, 32, 64, 128, in ms. Registers decide: a chunk's scores, the owned
 # operands and the sums must fit, and the more warps fit beside each other, the better their products and exponentials
 # overlap. At D = 16 a product is too small for warpgroups. Run the GPU suite after any change: for dq of D = 64 in
 # chunks of 64 rows ptxas 13.0 let go of an owned operand's registers while the loop needed them, and said nothing.
 HOPPER = {
     "forward": (
-        _Tiling(16, 0, 4, 2, 128, 32, 3),  # 0.79; wgmma 0.84
-        _Tiling(32, 1, 8, 1, 128, 32, 3),  # 1.84; 16 warps 1.92, chunks of 64 1.94, mma.sync 2.21
-        _Tiling(64, 1, 16, 1, 128, 64, 1),  # 2.17; chunks of 32 2.37, two blocks of 8 warps 2.53, mma.sync 3.7
-        _Tiling(128, 1, 12, 1, 96, 32, 1),  # 1.99; 8 warps 2.7, mma.sync 3.9
+        _Tiling(16, 0, 8, 2, 256, 32, 2),  # 2.66; tiles of 128 2.73, three blocks that own half 2.88, wgmma 3.0
+        _Tiling(32, 1, 16, 1, 256, 64, 1, lazy=1),  # 1.65; not lazy 1.69, tiles of 128 1.74, mma.sync 1.82
+        _Tiling(64, 1, 16, 1, 128, 64, 1),  # 2.15; lazy 2.39, tiles of 256 2.25, chunks of 32 2.32
+        _Tiling(128, 1, 12, 1, 96, 48, 1, own_shared=1, lazy=1),  # 1.85; not lazy 2.04, chunks of 32 1.95, 8 warps 2.6
     ),
     "dq": (
-        _Tiling(16, 0, 4, 2, 128, 16, 4),  # 0.80; wgmma 0.90
-        _Tiling(32, 1, 16, 1, 128, 32, 1),  # 2.15; two blocks of 8 warps 2.24, mma.sync 2.6
-        _Tiling(64, 1, 12, 1, 96, 32, 1),  # 3.6; 8 warps 3.9, mma.sync 5.1
-        _Tiling(128, 1, 8, 1, 64, 32, 1),  # 3.5; 12 warps spill, mma.sync 5.6
+        _Tiling(16, 0, 8, 2, 128, 16, 2),  # 3.10; tiles of 256 3.14, four blocks of 4 warps 3.18
+        _Tiling(32, 1, 16, 1, 256, 32, 1, lazy=1),  # 2.09; not lazy 2.13, tiles of 128 2.15
+        _Tiling(64, 1, 16, 1, 128, 32, 1, own_shared=1),  # 3.29; lazy 3.40, 12 warps 3.5
+        _Tiling(128, 1, 8, 1, 64, 32, 1, lazy=1),  # 3.3; not lazy 3.45, 12 warps 3.5
     ),
     "dkdv": (
-        _Tiling(16, 0, 4, 2, 128, 32, 3),  # 0.95; wgmma 1.05
-        _Tiling(32, 1, 8, 1, 128, 32, 2),  # 2.5; 12 warps 2.9, mma.sync 3.4
-        _Tiling(64, 1, 8, 1, 128, 64, 1),  # 4.5; 12 warps 4.6, mma.sync 6.9
-        _Tiling(128, 1, 8, 1, 64, 16, 1),  # 4.6; chunks of 32 spill, mma.sync 7.2
+        _Tiling(16, 0, 8, 2, 256, 16, 2),  # 3.62; tiles of 128 3.70, chunks of 32 3.9
+        _Tiling(32, 1, 16, 1, 256, 32, 1),  # 2.45; two blocks of 8 warps 2.55
+        _Tiling(64, 1, 8, 1, 128, 64, 1, lazy=1),  # 4.56; not lazy 4.75, 12 warps 4.7
+        _Tiling(128, 1, 8, 1, 64, 32, 1, own_shared=1),  # 4.22; lazy 4.36, owned rows in registers 4.6
     ),
 }
 # From sm_80 on, in the 99 KB of shared memory that the smallest of them offer a block.
 MMA = {
     "forward": (
-        _Tiling(16, 0, 4, 2, 128, 32, 3),
-        _Tiling(32, 0, 4, 2, 64, 32, 2),
+        _Tiling(16, 0, 4, 2, 128, 32, 4),
+        _Tiling(32, 0, 8, 2, 64, 32, 2),
         _Tiling(64, 0, 4, 2, 64, 32, 2),
         _Tiling(128, 0, 4, 2, 32, 16, 1),
     ),
@@ -284,7 +290,7 @@ MMA = {
         _Tiling(128, 0, 4, 1, 32, 16, 1),
     ),
     "dkdv": (
-        _Tiling(16, 0, 4, 2, 128, 32, 3),
+        _Tiling(16, 0, 4, 2, 128, 16, 4),
         _Tiling(32, 0, 4, 2, 64, 16, 2),
         _Tiling(64, 0, 4, 1, 64, 16, 2),
         _Tiling(128, 0, 4, 1, 32, 16, 1),
@@ -293,7 +299,7 @@ MMA = {
 # float32 is three planes of bfloat16: three times the operands. D = 128 takes 157 KB of shared memory.
 SINGLE = (_Tiling(32, 0, 4, 1, 64, 16, 1), _Tiling(64, 0, 4, 1, 32, 16, 1), _Tiling(128, 0, 4, 1, 32, 16, 1))
 
-_VIEW = struct.Struct("<Qqqii")
+_VIEW = struct.Struct("<Qqqi4x")
 _SIGNATURES = {"forward": "vvvcQiiiffQQ", "dq": "vvvvvQcQiiifffQQ", "dkdv": "vvvvQQcQiiifffQQ"}  # v: a View, c: Clouds
 LOG2E = math.log2(math.e)
 _LSE = np.dtype(np.float32)
@@ -329,7 +335,6 @@ class _Plan(NamedTuple):
     """What a kernel needs for a layout, worked out once: Python takes as long over a call as the launches."""
 
     kernel: _cuda.Kernel
-    batch: _clouds.Batch
     tiles: int  # blocks a scope and head
     grid: int
     block: int
@@ -337,28 +342,32 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(
+def _plans(
     device: int,
-    which: str,
+    kernels: tuple[str, ...],
     dtype: np.dtype,
     heads: int,
     dim: int,
     bucket_size: int,
     lengths: tuple[int, ...],
     table_shape: tuple[int, int],
-) -> _Plan:
-    """For the current device, which is `device`."""
-    tiling = _tiling(_cuda.device_arch(device), which, dtype, dim)
-    macros = _macros(tiling, dtype, dim)
-    planes, words = (3 if dtype == np.float32 else 1), dict(macros)["D"] + (0 if tiling.wgmma else 8)  # of a row
-    shared_mem = STAGES * 2 * planes * tiling.visit * words * 2
-    formats = _SIGNATURES[which].replace("v", f"{_VIEW.size}s").replace("c", _clouds.FORMAT)
-    kernel = _cuda.kernel(f"attention_{which}", f"attention_{which}", formats, macros, shared_mem=shared_mem)
+) -> tuple[_clouds.Batch, list[_Plan]]:
+    """The clouds, and a plan for each of `kernels`, for the current device, which is `device`."""
     buckets = -(-np.array(lengths, np.int64) // bucket_size)
-    batch = _clouds.batch(lengths, bucket_size, buckets, 0 * buckets)
     longest = min(table_shape[1], int(buckets.max(initial=0)))  # buckets of a scope
-    tiles = -(-longest * bucket_size // (16 * tiling.warps * tiling.own_tiles))
-    return _Plan(kernel, batch, tiles, table_shape[0] * heads * tiles, 32 * tiling.warps, shared_mem)
+    plans = []
+    for which in kernels:
+        tiling = _tiling(_cuda.device_arch(device), which, dtype, dim)
+        macros = _macros(tiling, dtype, dim)
+        planes, words = (3 if dtype == np.float32 else 1), dict(macros)["D"] + (0 if tiling.wgmma else 8)  # of a row
+        own = 16 * tiling.warps * tiling.own_tiles
+        owned = own * (1 if which == "forward" else 2) if tiling.own_shared else 0
+        shared_mem = (STAGES * 2 * planes * tiling.visit + owned) * words * 2
+        formats = _SIGNATURES[which].replace("v", f"{_VIEW.size}s").replace("c", _clouds.FORMAT)
+        kernel = _cuda.kernel(f"attention_{which}", f"attention_{which}", formats, macros, shared_mem=shared_mem)
+        tiles = -(-longest * bucket_size // own)
+        plans.append(_Plan(kernel, tiles, table_shape[0] * heads * tiles, 32 * tiling.warps, shared_mem))
+    return _clouds.batch(lengths, bucket_size, buckets, 0 * buckets), plans
 
 
 def _aligned(x: Any) -> tuple[Any, bytes]:
@@ -370,30 +379,20 @@ def _aligned(x: Any) -> tuple[Any, bytes]:
 
         x = cupy.array(x, order="C")
         (rows, heads, last), address = x.strides, x.data.ptr
-    return x, _VIEW.pack(address, rows // size, heads // size, x.shape[2], 0)
+    return x, _VIEW.pack(address, rows // size, heads // size, x.shape[2])
 
 
-def _launch(
-    which: str,
-    like: Any,
-    views: tuple[bytes, ...],
-    saved: tuple[int, ...],
-    table: Any,
-    buckets: Buckets,
-    scale: float,
-    results: tuple[int, ...],
-) -> None:
-    _, heads, dim = like.shape
-    key = like.device.id, which, like.dtype, heads, dim, buckets.bucket_size, buckets.lengths, table.shape
-    plan = _plan(*key)
-    clouds, memory = _clouds.pack(plan.batch, buckets.bucket_size)
-    # A slope of 0 would make 0 * -inf of a masked key; the sign goes to one operand, so that a maximum stays one.
-    unit = 1.0 if like.dtype == np.float32 else LOG2E  # of exponents, as attention.cuh has it
-    slope, sign = max(abs(scale) * unit, 1e-30), math.copysign(1.0, scale)
-    numbers = (slope, sign) if which == "forward" else (slope, sign, scale)
-    args = (*views, *saved, clouds, table.data.ptr, table.shape[1], heads, plan.tiles, *numbers, *results)
+def _exponent(scale: float, dtype: np.dtype) -> tuple[float, float]:
+    """The slope and sign that the kernels take.
+
+    A slope of 0 would make 0 * -inf of a masked key; the sign goes to one operand, so that a maximum stays one.
+    """
+    unit = 1.0 if dtype == np.float32 else LOG2E  # as attention.cuh has it
+    return max(abs(scale) * unit, 1e-30), math.copysign(1.0, scale)
+
+
+def _launch(plan: _Plan, *args: int | float | bytes) -> None:
     _cuda.launch(plan.kernel, grid=plan.grid, block=plan.block, shared_mem=plan.shared_mem, args=args)
-    del memory
 
 
 def _forward_cuda(
@@ -401,16 +400,20 @@ def _forward_cuda(
 ) -> tuple[Any, Any]:
     import cupy
 
-    out = cupy.empty(q.shape, q.dtype)
-    results = (out.data.ptr, 0)
-    lse = None
+    shape, dtype = q.shape, q.dtype
+    out = cupy.ndarray(shape, dtype)
+    lse, lse_address = None, 0
     if return_lse:
-        lse = cupy.empty(q.shape[:2], _LSE)
-        results = (out.data.ptr, lse.data.ptr)
+        lse = cupy.ndarray(shape[:2], _LSE)
+        lse_address = lse.data.ptr
     if q.size:
+        key = dtype, shape[1], shape[2], buckets.bucket_size, buckets.lengths, table.shape
+        batch, (forward,) = _plans(q.data.device_id, ("forward",), *key)
+        clouds, memory = _clouds.pack(batch, buckets.bucket_size)
         kept, views = zip(*map(_aligned, (q, k, v)), strict=True)
-        _launch("forward", q, views, (), table, buckets, scale, results)
-        del kept  # held until here; the pool hands them on in stream order
+        scope = clouds, table.data.ptr, table.shape[1], shape[1], forward.tiles, *_exponent(scale, dtype)
+        _launch(forward, *views, *scope, out.data.ptr, lse_address)
+        del kept, memory  # held until here: the pool hands them on in stream order
     return out, lse
 
 
@@ -421,15 +424,19 @@ def _backward_cuda(
 
     shape, dtype, size = q.shape, q.dtype, q.nbytes
     memory = cupy.cuda.alloc(3 * size)  # the three results in one allocation
-    gradients = tuple(cupy.ndarray(shape, dtype, memory + part * size) for part in range(3))
+    gradients = tuple([cupy.ndarray(shape, dtype, memory + part * size) for part in range(3)])
     if size:
+        key = dtype, shape[1], shape[2], buckets.bucket_size, buckets.lengths, table.shape
+        batch, (dq, dkdv) = _plans(q.data.device_id, ("dq", "dkdv"), *key)
+        clouds, held = _clouds.pack(batch, buckets.bucket_size)
         if not lse.flags.c_contiguous:
             lse = cupy.ascontiguousarray(lse)
         kept, views = zip(*map(_aligned, (dout, q, k, v, out)), strict=True)
         delta = cupy.cuda.alloc(lse.nbytes)
-        saved, address = lse.data.ptr, memory.ptr
-        _launch("dq", q, views, (saved,), table, buckets, scale, (address, delta.ptr))
-        results = address + size, address + 2 * size
-        _launch("dkdv", q, views[:4], (saved, delta.ptr), table, buckets, scale, results)
-        del kept, delta
+        scope = clouds, table.data.ptr, table.shape[1], shape[1]
+        numbers = *_exponent(scale, dtype), scale
+        first, saved = memory.ptr, lse.data.ptr
+        _launch(dq, *views, saved, *scope, dq.tiles, *numbers, first, delta.ptr)
+        _launch(dkdv, *views[:4], saved, delta.ptr, *scope, dkdv.tiles, *numbers, first + size, first + 2 * size)
+        del kept, held, delta  # held until here: the pool hands them on in stream order
     return gradients

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the attention kernels share: scopes as lists of rows, tiles on their way to shared memory, products on tensor cores.
 //
-// Flash3D, section 4.2. A block owns OWN rows of one scope and head and keeps them in registers; the scope's rows visit it,
+// Flash3D, section 4.2. A block owns OWN rows of one scope and head and keeps them on chip; the scope's rows visit it,
 // VISIT at a time, wherever their buckets lie. Who owns and who visits is each kernel's choice:
 //   forward  Q owns, K and V visit       dq  Q and dout own, K and V visit       dkdv  K and V own, Q and dout visit
 //
@@ -13,23 +13,34 @@
 // each, x = x0 + x1 + x2 (exactly, but for the least bits of tiny x), and a product is the six pairs of planes i + j < 3:
 // what is left out is below 2^-23 of |a| |b|. So float32 runs through the same code at a sixth of the rate.
 //
-// What bounds it on an H100, by the profiler: neither tensor cores (45 % busy at D = 64, backward) nor exponentials (60 to
-// 70 % at D = 16), but latency; so warps beside each other count for more than rows a warp, and operands that come early.
-// Gained at D = 64, forward (3.7 ms at first, 2.2 now): warpgroup products 0.9; no maximum a chunk 0.1; loading the next
-// tile in the shadow of the products, its slots read a tile ahead, 0.1; 16 warps that share a tile, not 8 twice, 0.4.
-// Tried and not better: scores of the next chunk begun before the weights of this one (more registers, fewer warps),
-// warpgroups taking turns at the tensor cores, chunks of 128.
+// What bounds it on an H100, by the profiler: at D = 16 exponentials (78 % busy in scopes of 4096, 68 % in scopes of 1024),
+// at D = 128 tensor cores (61 %); the rest is latency, so warps beside each other count for more than rows a warp.
+// What was gained, forward, D = 16 | 64 | 128 (3.16 | 3.7 | 3.9 ms at first, 2.66 | 2.15 | 1.85 now):
+//   warpgroup products                               -   | 0.9 | 1.1
+//   16 and 12 warps that share a tile               -    | 0.4 | 0.7
+//   no maximum a chunk                                   | 0.1 |
+//   a chunk's weights without a branch between them 0.3  |  -  |  -
+//   tiles of 256 rows                               0.08 |  -  |  -
+//   a tile loaded two tiles ahead, two barriers      -   |  -  | 0.1
+//   sums under way beside the next weights (LAZY)    -   |  -  | 0.2
+// Tried and not better: 2^x by a cubic on the FMA units for 1/8, 2/8, 3/8 of the weights (D = 16: 2.71 ms became 2.80, 3.0,
+// 3.2; its error is 7.5e-5 of a weight); ex2 on pairs of halves, which runs no faster; the next chunk's products begun
+// before this one's weights; two stages; warpgroups taking turns at the tensor cores; chunks of 128.
 //
 // In registers, row `lane / 4` (and that + 8) and columns 2 * (lane % 4) + {0, 1} of each 16 x 8 tile belong to a lane.
 
+// Chosen by gpu3d/attention.py; these stand for a compiler by hand.
 #ifndef D
 #define D 64                // head dimension, padded with zeros on load: 16, 32, 64 or 128
-#endif
-#ifndef ELEMENT
 #define ELEMENT 3           // 0 float32, 2 float16, 3 bfloat16
-#endif
-#ifndef WGMMA
 #define WGMMA 0             // 1: Hopper's warpgroup products (sm_90a; not for float32), 0: mma.sync (sm_80 and up)
+#define WARPS 4             // of a block
+#define OWN_TILES 2         // tiles of 16 rows a warp owns
+#define VISIT 64            // rows a stage
+#define CHUNK 16            // rows at a time
+#define BLOCKS 1            // blocks a multiprocessor that registers are kept free for
+#define OWN_SHARED 0        // 1: owned rows lie in shared memory, which leaves registers for more warps (WGMMA, D >= 64)
+#define LAZY 0              // 1: a chunk's sums are still under way while the next one's weights are worked out (WGMMA)
 #endif
 
 typedef unsigned short u16;
@@ -48,9 +59,11 @@ typedef unsigned short u16;
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 
+static_assert(!OWN_SHARED || (WGMMA && D >= 64), "rows of 64 words");
 static_assert(D % 16 == 0, "a row is whole k-steps of the first product");
 static_assert(CHUNK % 16 == 0, "a chunk is whole k-steps of the second product");
 static_assert(VISIT % CHUNK == 0 && VISIT > CHUNK, "the copies of a tile have the time of a chunk to come");
+static_assert(!LAZY || VISIT / CHUNK % 2 == 0, "chunks take turns at two sets of weights");
 static_assert(THREADS % VISIT == 0 && (PARTS & PARTS - 1) == 0, "each thread loads a part of one row");
 
 // One of q, k, v, ...: [slots, heads, D] with any strides of the first two axes, in elements.
@@ -58,7 +71,6 @@ struct View {
     const void *data;       // 16-byte aligned, as is each row
     long long row, head;
     int dim;                // D before padding: a multiple of 8
-    int unused;
 };
 
 // ---- scopes --------------------------------------------------------------------------------------------------------
@@ -73,12 +85,15 @@ struct Scope {
 __device__ __forceinline__ Scope scope_at(const Clouds &clouds, const int *table, int width, int index) {
     Scope scope = {table + (size_t)index * width, clouds.bucket_size, 0, 0, 0};
     const Cloud *rows = rows_of(clouds);
-    const int b = cloud_of<&Cloud::tile>(clouds, scope.buckets[0]);     // Cloud::tile is the cloud's first bucket
-    const int last = rows[b + 1].tile - 1, lane = threadIdx.x & 31;
-    const int filled = rows[b + 1].point - rows[b].point - (last - rows[b].tile) * scope.size;
-    int count = 0;
+    const int lane = threadIdx.x & 31;
+    int count = 0, last = 0, filled = 0;        // the last bucket of the scope's cloud, and its points
     for (int base = 0; base < width; base += 32) {
         const int bucket = base + lane < width ? scope.buckets[base + lane] : -1;
+        if (base == 0) {
+            const int b = cloud_of<&Cloud::tile>(clouds, __shfl_sync(FULL, bucket, 0));     // tiles are buckets here
+            last = rows[b + 1].tile - 1;
+            filled = rows[b + 1].point - rows[b].point - (last - rows[b].tile) * scope.size;
+        }
         const u32 listed = __ballot_sync(FULL, bucket >= 0), short_one = __ballot_sync(FULL, bucket == last);
         count += __popc(listed);
         if (short_one) {
@@ -91,8 +106,25 @@ __device__ __forceinline__ Scope scope_at(const Clouds &clouds, const int *table
     return scope;
 }
 
+// The scope, the head and the position of the first row that this block owns; false past the end of a short scope.
+__device__ __forceinline__ bool block_owns(
+    Scope &scope, int &head, int &first, const Clouds &clouds, const int *table, int width, int heads, int tiles)
+{
+    const int item = blockIdx.x / tiles;        // tiles: blocks a scope and head
+    head = item % heads;
+    first = blockIdx.x % tiles * OWN;
+    scope = scope_at(clouds, table, width, item / heads);
+    return first < scope.end;
+}
+
 __device__ __forceinline__ bool holds_point(const Scope &scope, int position) {
     return position < scope.end && (position < scope.hole || position >= scope.hole_end);
+}
+
+// Bit i: whether position + i does, for i < 32.
+__device__ __forceinline__ u32 points_from(const Scope &scope, int position) {
+    const auto below = [](int count) { return count <= 0 ? 0 : FULL >> (32 - min(count, 32)); };
+    return below(scope.end - position) & ~(below(scope.hole_end - position) & ~below(scope.hole - position));
 }
 
 __device__ __forceinline__ int slot_at(const Scope &scope, int position) {
@@ -202,7 +234,13 @@ __device__ __forceinline__ void load_matrices_transposed(u32 b[4], const u16 *ro
                  : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(at));
 }
 
-typedef u32 Rows[PLANES][OWN_TILES][D / 16][4];             // owned rows: left operand of `products`
+#if OWN_SHARED                                              // owned rows: left operand of `products`
+typedef u16 *Rows;                                          // tile `i` behind the stages, laid out as a visiting tensor's
+#define OWNED_ROWS(name, i) const Rows name = stages + 6 * TENSOR + (i) * OWN * D
+#else
+typedef u32 Rows[PLANES][OWN_TILES][D / 16][4];
+#define OWNED_ROWS(name, i) Rows name
+#endif
 typedef float Tile[OWN_TILES][CHUNK / 8][4];                // owned rows by a chunk of visiting ones
 typedef u32 Weights[PLANES][OWN_TILES][CHUNK / 16][4];      // the same, as left operand of `accumulate`
 typedef float Sums[OWN_TILES][D / 8][4];                    // owned rows by columns
@@ -232,6 +270,17 @@ __device__ __forceinline__ void mma_planes(float sum[4], const u32 (*a)[4], int 
 #endif
 }
 
+// The right operands of two neighbouring tiles, in all planes; `at` is where this lane's row of the first plane begins.
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_planes(u32 one[PLANES][2], u32 other[PLANES][2], const u16 *at) {
+#pragma unroll
+    for (int j = 0; j < PLANES; ++j) {
+        u32 b[4];
+        if (TRANSPOSED) load_matrices_transposed(b, at + j * VISIT * ROW); else load_matrices(b, at + j * VISIT * ROW);
+        one[j][0] = b[0]; one[j][1] = b[1]; other[j][0] = b[2]; other[j][1] = b[3];
+    }
+}
+
 // tile = own * visiting^T, for the chunk of visiting rows that begins at `visiting`.
 template <bool KEYS_VISIT>
 __device__ __forceinline__ void products(Tile tile, const Rows own, const u16 *visiting) {
@@ -245,17 +294,12 @@ __device__ __forceinline__ void products(Tile tile, const Rows own, const u16 *v
     for (int n = 0; n < CHUNK / 16; ++n)
 #pragma unroll
         for (int k = 0; k < D / 16; ++k) {
-            u32 first[PLANES][2], second[PLANES][2];        // of two tiles of eight visiting rows
-#pragma unroll
-            for (int j = 0; j < PLANES; ++j) {
-                u32 b[4];
-                load_matrices(b, visiting + j * VISIT * ROW + n * 16 * ROW + k * 16);
-                first[j][0] = b[0]; first[j][1] = b[1]; second[j][0] = b[2]; second[j][1] = b[3];
-            }
+            u32 one[PLANES][2], other[PLANES][2];           // eight visiting rows each
+            load_planes<false>(one, other, visiting + n * 16 * ROW + k * 16);
 #pragma unroll
             for (int m = 0; m < OWN_TILES; ++m) {
-                mma_planes<KEYS_VISIT>(tile[m][2 * n], &own[0][m][k], OWN_TILES * (D / 16), first);
-                mma_planes<KEYS_VISIT>(tile[m][2 * n + 1], &own[0][m][k], OWN_TILES * (D / 16), second);
+                mma_planes<KEYS_VISIT>(tile[m][2 * n], &own[0][m][k], OWN_TILES * (D / 16), one);
+                mma_planes<KEYS_VISIT>(tile[m][2 * n + 1], &own[0][m][k], OWN_TILES * (D / 16), other);
             }
         }
 }
@@ -268,23 +312,19 @@ __device__ __forceinline__ void accumulate(Sums sums, const Weights weights, con
     for (int k = 0; k < CHUNK / 16; ++k)
 #pragma unroll
         for (int n = 0; n < D / 16; ++n) {
-            u32 first[PLANES][2], second[PLANES][2];        // of two tiles of eight columns
-#pragma unroll
-            for (int j = 0; j < PLANES; ++j) {
-                u32 b[4];
-                load_matrices_transposed(b, visiting + j * VISIT * ROW + k * 16 * ROW + n * 16);
-                first[j][0] = b[0]; first[j][1] = b[1]; second[j][0] = b[2]; second[j][1] = b[3];
-            }
+            u32 one[PLANES][2], other[PLANES][2];           // eight columns each
+            load_planes<true>(one, other, visiting + k * 16 * ROW + n * 16);
 #pragma unroll
             for (int m = 0; m < OWN_TILES; ++m) {
-                mma_planes<true>(sums[m][2 * n], &weights[0][m][k], OWN_TILES * (CHUNK / 16), first);
-                mma_planes<true>(sums[m][2 * n + 1], &weights[0][m][k], OWN_TILES * (CHUNK / 16), second);
+                mma_planes<true>(sums[m][2 * n], &weights[0][m][k], OWN_TILES * (CHUNK / 16), one);
+                mma_planes<true>(sums[m][2 * n + 1], &weights[0][m][k], OWN_TILES * (CHUNK / 16), other);
             }
         }
 }
 
 __device__ __forceinline__ void begin_products() {}
 __device__ __forceinline__ void commit_products() {}
+template <int LEFT>
 __device__ __forceinline__ void wait_for_products() {}
 
 #else
@@ -302,24 +342,33 @@ static_assert(OWN_TILES == 1 && WARPS % 4 == 0 && PLANES == 1, "a warpgroup owns
 #define QUAD(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define QUADS_2 QUAD(0), QUAD(1)
 #define QUADS_4 QUADS_2, QUAD(2), QUAD(3)
-#define QUADS_8 QUADS_4, QUAD(4), QUAD(5), QUAD(6), QUAD(7)
+#define QUADS_6 QUADS_4, QUAD(4), QUAD(5)
+#define QUADS_8 QUADS_6, QUAD(6), QUAD(7)
 #define QUADS_16 QUADS_8, QUAD(8), QUAD(9), QUAD(10), QUAD(11), QUAD(12), QUAD(13), QUAD(14), QUAD(15)
 #define LIST_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define LIST_16 LIST_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define LIST_32 LIST_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define LIST_24 LIST_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define LIST_32 LIST_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define LIST_64 LIST_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// d = a * b, or d += a * b where `adds`: 64 x 16 times 16 x N. MN: b is MN-major.
+// d = a * b, or d += a * b where `adds`: 64 x 16 times 16 x N, with a in registers or in shared memory. MN: b is MN-major.
 #define DEFINE_WGMMA(N, TILES, LIST, A0, A1, A2, A3, B, P, T)                                                              \
     template <int MN>                                                                                                     \
     __device__ __forceinline__ void wgmma(float (&d)[TILES][4], const u32 a[4], u64 b, int adds) {                        \
         asm volatile("{.reg .pred p; setp.ne.b32 p, %" #P ", 0;\n"                                                        \
                      WGMMA_OF(N) "{" LIST "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1, %" #T ";}"       \
                      : QUADS_##TILES : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds), "n"(MN));           \
+    }                                                                                                                     \
+    template <int MN>                                                                                                     \
+    __device__ __forceinline__ void wgmma(float (&d)[TILES][4], u64 a, u64 b, int adds) {                                 \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %" #A2 ", 0;\n"                                                       \
+                     WGMMA_OF(N) "{" LIST "}, %" #A0 ", %" #A1 ", p, 1, 1, 0, %" #A3 ";}"                                   \
+                     : QUADS_##TILES : "l"(a), "l"(b), "r"(adds), "n"(MN));                                               \
     }
 DEFINE_WGMMA(16, 2, LIST_8, 8, 9, 10, 11, 12, 13, 14)
 DEFINE_WGMMA(32, 4, LIST_16, 16, 17, 18, 19, 20, 21, 22)
+DEFINE_WGMMA(48, 6, LIST_24, 24, 25, 26, 27, 28, 29, 30)
 DEFINE_WGMMA(64, 8, LIST_32, 32, 33, 34, 35, 36, 37, 38)
 DEFINE_WGMMA(128, 16, LIST_64, 64, 65, 66, 67, 68, 69, 70)
 
@@ -333,8 +382,9 @@ __device__ __forceinline__ u64 operand(const u16 *start) {
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT>
 __device__ __forceinline__ void wait_for_products() {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
 // tile = own * visiting^T, for the chunk of visiting rows that begins at `visiting`.
@@ -342,8 +392,14 @@ template <bool KEYS_VISIT>
 __device__ __forceinline__ void products(Tile tile, const Rows own, const u16 *visiting) {
     const u64 first = operand(visiting);        // an address in it counts 16 bytes: eight words
 #pragma unroll
-    for (int k = 0; k < D / 16; ++k)
-        wgmma<0>(*(float (*)[CHUNK / 8][4])tile[0], own[0][0][k], first + (k / 4 * VISIT * ROW + k % 4 * 16) / 8, k > 0);
+    for (int k = 0; k < D / 16; ++k) {
+#if OWN_SHARED
+        const u64 left = operand(own + threadIdx.x / 128 * 64 * ROW) + (k / 4 * OWN * ROW + k % 4 * 16) / 8;
+#else
+        const u32 (&left)[4] = own[0][0][k];
+#endif
+        wgmma<0>(*(float (*)[CHUNK / 8][4])tile[0], left, first + (k / 4 * VISIT * ROW + k % 4 * 16) / 8, k > 0);
+    }
 }
 
 // sums += weights * visiting, for the chunk of visiting rows that begins at `visiting`.
@@ -378,12 +434,17 @@ __device__ __forceinline__ void set_weights(Weights weights, int m, int n, int h
 // -inf where the chunk's key at `position` or after holds no point.
 __device__ __forceinline__ void mask(Tile score, const Scope &scope, int position) {
 #pragma unroll
-    for (int n = 0; n < CHUNK / 8; ++n)
+    for (int first = 0; first < CHUNK / 8; first += 4) {
+        const u32 holds = points_from(scope, position + first * 8) >> (threadIdx.x & 3) * 2;
 #pragma unroll
-        for (int e = 0; e < 2; ++e)
-            if (!holds_point(scope, position + n * 8 + (threadIdx.x & 3) * 2 + e))
+        for (int n = first; n < first + 4 && n < CHUNK / 8; ++n)
 #pragma unroll
-                for (int m = 0; m < OWN_TILES; ++m) score[m][n][e] = score[m][n][2 + e] = __int_as_float(0xff800000);
+            for (int e = 0; e < 2; ++e)
+#pragma unroll
+                for (int m = 0; m < OWN_TILES; ++m)
+                    if (!(holds >> (n - first) * 8 + e & 1))
+                        score[m][n][e] = score[m][n][2 + e] = __int_as_float(0xff800000);
+    }
 }
 
 __device__ __forceinline__ void clear(Sums sums) {
@@ -395,30 +456,43 @@ __device__ __forceinline__ void clear(Sums sums) {
 
 // ---- owned rows ----------------------------------------------------------------------------------------------------
 
-// The position of this lane's owned row 8 * half + lane / 4 of tile m, for a block that owns positions from `first` on.
-__device__ __forceinline__ int owned_position(int first, int m, int half) {
-    return first + ((threadIdx.x >> 5) * OWN_TILES + m) * 16 + half * 8 + (threadIdx.x >> 2 & 7);
+// This lane's first owned row in tile m, of a block that owns positions from `first` on: the other lies 8 positions further,
+// and 8 slots, for they share a bucket: its size and `first` are multiples of 16.
+__device__ __forceinline__ int owned_position(int first, int m) {
+    return first + ((threadIdx.x >> 5) * OWN_TILES + m) * 16 + (threadIdx.x >> 2 & 7);
+}
+
+__device__ __forceinline__ int owned_slot(const Scope &scope, int position) {
+    return position < scope.end ? slot_at(scope, position) : 0;
 }
 
 // Rows that hold no point are zeros. `sign` is 1 or -1.
-__device__ __forceinline__ void load_owned(Rows rows, const View &view, const Scope &scope, int first, int head, float sign) {
+__device__ __forceinline__ void load_owned(
+    Rows rows, const View &view, const Scope &scope, int first, int head, float sign)
+{
 #pragma unroll
-    for (int m = 0; m < OWN_TILES; ++m)
+    for (int m = 0; m < OWN_TILES; ++m) {
+        const int position = owned_position(first, m), slot = owned_slot(scope, position);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int position = owned_position(first, m, half);
-            const bool holds = holds_point(scope, position);
-            const int slot = holds ? slot_at(scope, position) : 0;
+            const bool holds = holds_point(scope, position + 8 * half);
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) {
                 const int column = n * 8 + (threadIdx.x & 3) * 2;
-                const float2 x = holds && n * 8 < view.dim ? load_pair(view, slot, head, column) : float2{0, 0};
+                const float2 x =
+                    holds && n * 8 < view.dim ? load_pair(view, slot + 8 * half, head, column) : float2{0, 0};
                 u32 planes[PLANES];
                 split(sign * x.x, sign * x.y, planes);
+#if OWN_SHARED
+                const int row = owned_position(0, m) + 8 * half;
+                *(u32 *)(rows + n / 8 * OWN * ROW + row * ROW + (n % 8 ^ row % 8) * 8 + (threadIdx.x & 3) * 2) = planes[0];
+#else
 #pragma unroll
                 for (int i = 0; i < PLANES; ++i) rows[i][m][n / 2][n % 2 * 2 + half] = planes[i];
+#endif
             }
         }
+    }
 }
 
 // The dot product of each owned row of two tensors, in float32, whole on each of a row's four lanes.
@@ -426,43 +500,46 @@ __device__ __forceinline__ void dot_owned(
     float dot[OWN_TILES][2], const View &one, const View &other, const Scope &scope, int first, int head)
 {
 #pragma unroll
-    for (int m = 0; m < OWN_TILES; ++m)
+    for (int m = 0; m < OWN_TILES; ++m) {
+        const int position = owned_position(first, m), slot = owned_slot(scope, position);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int position = owned_position(first, m, half);
-            const bool holds = holds_point(scope, position);
-            const int slot = holds ? slot_at(scope, position) : 0;
+            const bool holds = holds_point(scope, position + 8 * half);
             float x = 0;
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) {
                 if (!holds || n * 8 >= one.dim) break;
-                const float2 a = load_pair(one, slot, head, n * 8 + (threadIdx.x & 3) * 2);
-                const float2 b = load_pair(other, slot, head, n * 8 + (threadIdx.x & 3) * 2);
+                const float2 a = load_pair(one, slot + 8 * half, head, n * 8 + (threadIdx.x & 3) * 2);
+                const float2 b = load_pair(other, slot + 8 * half, head, n * 8 + (threadIdx.x & 3) * 2);
                 x += a.x * b.x + a.y * b.y;
             }
             x += __shfl_xor_sync(FULL, x, 1);
             dot[m][half] = x + __shfl_xor_sync(FULL, x, 2);
         }
+    }
 }
 
-// Writes factor[m][half] * sums for the owned rows that hold a point, and 0 for padding: every slot is owned once.
+// Writes the owned rows: factor(m, half, inside the scope, holds a point, slot) * sums, and 0 for padding. Every slot of a
+// layout is owned once.
+template <class Factor>
 __device__ __forceinline__ void store_owned(
-    void *out, const Sums sums, const float factor[OWN_TILES][2], const Scope &scope, int first, int head, int heads, int dim)
+    void *out, const Sums sums, Factor factor, const Scope &scope, int first, int head, int heads, int dim)
 {
 #pragma unroll
-    for (int m = 0; m < OWN_TILES; ++m)
+    for (int m = 0; m < OWN_TILES; ++m) {
+        const int position = owned_position(first, m), slot = owned_slot(scope, position);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int position = owned_position(first, m, half);
-            if (position >= scope.end) continue;
-            const bool holds = holds_point(scope, position);
-            const long long at = ((long long)slot_at(scope, position) * heads + head) * dim + (threadIdx.x & 3) * 2;
+            const bool inside = position + 8 * half < scope.end, holds = holds_point(scope, position + 8 * half);
+            const float x = factor(m, half, inside, holds, slot + 8 * half);
+            const long long at = ((long long)(slot + 8 * half) * heads + head) * dim + (threadIdx.x & 3) * 2;
 #pragma unroll
             for (int n = 0; n < D / 8; ++n)
-                if (n * 8 < dim)
-                    store_pair(out, at + n * 8, holds ? factor[m][half] * sums[m][n][2 * half] : 0,
-                               holds ? factor[m][half] * sums[m][n][2 * half + 1] : 0);
+                if (inside && n * 8 < dim)
+                    store_pair(out, at + n * 8, holds ? x * sums[m][n][2 * half] : 0,
+                               holds ? x * sums[m][n][2 * half + 1] : 0);
         }
+    }
 }
 
 // ---- visiting rows -------------------------------------------------------------------------------------------------
@@ -551,72 +628,74 @@ __device__ __forceinline__ void wait(u32 barrier, int parity) {
 
 // Lets all rows of the scope visit, CHUNK at a time:
 //   prepare()              what is to be done before the first: it runs while the first tiles come
-//   begin(rows)            begins the products of the chunk whose rows of tensor `one` begin there, those of `other` TENSOR on
-//   weigh(position, whole, stage, chunk)   turns the products, which are there by then, into weights; `whole`: no padding
-//   sum(rows)              begins the sums with the weights of the chunk whose rows begin there
+//   begin(rows)            begins the products of a chunk, whose rows of tensor `one` begin there, those of `other` TENSOR on
+//   weigh(position, whole, stage, chunk, now)   turns the products, which are there by then, into weights, set `now` of them
+//                          (LAZY takes turns at two); `whole`: no padding among the rows
+//   sum(rows, now)         begins the sums with the weights of the chunk whose rows begin there
 //   fetch(slot) -> float2, put(stage, value)  what else a thread brings of a row: loaded with it, stored a tile later
-// Three stages: while a tile is worked through, the next has come, or is coming, and nobody is done with the one before.
+// Three stages: while a tile is worked through, the next has come, and the one after it is on its way to where the one before
+// was, as soon as all warps are done with that.
 template <class Prepare, class Begin, class Weigh, class Sum, class Fetch, class Put>
 __device__ __forceinline__ void visit(
     u16 *stages, const View &one, const View &other, const Scope &scope, int head,
     Prepare prepare, Begin begin, Weigh weigh, Sum sum, Fetch fetch, Put put)
 {
-    __shared__ u64 come;                        // the next tile: a phase a tile
-    const u32 barrier = (u32)__cvta_generic_to_shared(&come);
-    if (threadIdx.x == 0) asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(THREADS) : "memory");
-    int tile = first_tile(scope), coming = next_tile(scope, tile);
+    __shared__ u64 barriers[2];                 // a phase a tile of each: the next has come; all are done with the last
+    const u32 come = (u32)__cvta_generic_to_shared(barriers), done = come + 8;
+    if (threadIdx.x == 0)
+        for (int i = 0; i < 2; ++i)
+            asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(come + 8 * i), "r"(THREADS) : "memory");
+    int tile = first_tile(scope), loading = tile;
     Visitor visitor = visitor_at(scope, tile);
     int slot = visitor_slot(visitor, scope);
-    load_visiting(stages, one, other, slot, head);
-    commit_copies();
-    put(0, fetch(slot));
-    move_visitor(visitor, scope, coming - tile);
-    slot = visitor_slot(visitor, scope);
-    load_visiting(stages + 2 * TENSOR, one, other, slot, head);
-    commit_copies();
-    float2 brought = fetch(slot);
-    int loading = next_tile(scope, coming);
-    move_visitor(visitor, scope, loading - coming);
-    slot = visitor_slot(visitor, scope);        // of the tile that is loaded next: read well before it is needed
+    float2 brought;
+    const auto load = [&](int stage) {          // the tile `loading`, whose slot was read well before
+        load_visiting(stages + stage * 2 * TENSOR, one, other, slot, head);
+        commit_copies();
+        brought = fetch(slot);
+        const int next = next_tile(scope, loading);
+        move_visitor(visitor, scope, next - loading);
+        slot = visitor_slot(visitor, scope);
+        loading = next;
+    };
+    load(0);
+    put(0, brought);
+    load(1);
     prepare();
     copies_have_come<1>();
-    __syncthreads();                            // the first tile is there, and the barrier is made
+    __syncthreads();                            // the first tile is there, and the barriers are made
     begin_products();
     begin(stages);
     commit_products();
-    wait_for_products();
+    wait_for_products<0>();
 
     for (int stage = 0, parity = 0; tile < scope.end; parity ^= 1) {
-        const int next_stage = stage == 2 ? 0 : stage + 1, free_stage = 3 - stage - next_stage;
+        const int next_stage = stage == 2 ? 0 : stage + 1, free_stage = stage == 0 ? 2 : stage - 1;
         const u16 *rows = stages + stage * 2 * TENSOR;
         const bool whole = whole_tile(scope, tile);
 #pragma unroll
         for (int chunk = 0; chunk < VISIT; chunk += CHUNK) {
-            const bool last = chunk + CHUNK == VISIT;
+            const bool second = chunk == CHUNK, last = chunk + CHUNK == VISIT;
+            const int now = LAZY ? chunk / CHUNK % 2 : 0;
+            if (second) put(next_stage, brought);
             if (last) {                         // arrive now, wait later
-                copies_have_come<0>();
-                put(next_stage, brought);
-                arrive(barrier);
+                copies_have_come<(VISIT > 2 * CHUNK)>();   // the next tile's; those of the one after it are under way
+                arrive(come);
             }
-            weigh(tile + chunk, whole, stage, chunk);
-            if (last) wait(barrier, parity);    // all have the next tile, and are done with the one before this
+            weigh(tile + chunk, whole, stage, chunk, now);
+            if (second) wait(done, parity);
+            if (last) wait(come, parity);
             begin_products();
-            sum(rows + chunk * ROW);
             begin(last ? stages + next_stage * 2 * TENSOR : rows + (chunk + CHUNK) * ROW);  // at the very end unused
+            if (LAZY) commit_products();
+            sum(rows + chunk * ROW, now);
             commit_products();
-            if (last) {                         // in the shadow of the products
-                load_visiting(stages + free_stage * 2 * TENSOR, one, other, slot, head);
-                commit_copies();
-                brought = fetch(slot);
-                const int next = next_tile(scope, loading);
-                move_visitor(visitor, scope, next - loading);
-                slot = visitor_slot(visitor, scope);
-                loading = next;
-            }
-            wait_for_products();
+            if (second) load(free_stage);           // in the shadow of the products
+            wait_for_products<LAZY>();
+            if (chunk == 0) arrive(done);           // with the tile before
         }
-        tile = coming;
-        coming = next_tile(scope, coming);
+        tile = next_tile(scope, tile);
         stage = next_stage;
     }
+    wait_for_products<0>();
 }

@@ -8,22 +8,6 @@
 // one warp in the order of the scope: nothing is shared, so nothing is atomic. Visiting padding is zeros (q, dout, lse,
 // delta): its P is 1 and adds P * 0.
 
-#ifndef WARPS
-#define WARPS 4             // chosen by gpu3d/attention.py, as are the others
-#endif
-#ifndef OWN_TILES
-#define OWN_TILES 1         // tiles of 16 key rows a warp
-#endif
-#ifndef VISIT
-#define VISIT 64            // queries a stage
-#endif
-#ifndef CHUNK
-#define CHUNK 16            // queries at a time
-#endif
-#ifndef BLOCKS
-#define BLOCKS 1            // blocks a multiprocessor that registers are kept free for
-#endif
-
 #include "clouds.cuh"
 #include "attention.cuh"
 
@@ -34,7 +18,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
     const __grid_constant__ View v,             // [slots, heads, D]
     const float *__restrict__ lse,              // [slots, heads]
     const float *__restrict__ delta,            // [slots, heads]
-    const __grid_constant__ Clouds clouds,      // Cloud::tile is the cloud's first bucket
+    const __grid_constant__ Clouds clouds,      // tiles are buckets
     const int *__restrict__ table,              // [scopes, width]
     int width,
     int heads,
@@ -47,14 +31,14 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
 {
     extern __shared__ __align__(1024) u16 stages[];          // [3, 2, PLANES, VISIT, ROW]
     __shared__ float stats[3][2][VISIT];        // of each stage: lse * UNIT, and delta
-    const int item = blockIdx.x / tiles, head = item % heads;
-    const int first = blockIdx.x % tiles * OWN; // ranges [0, tiles * OWN); past the end of a short scope
-    const Scope scope = scope_at(clouds, table, width, item / heads);
-    if (first >= scope.end) return;             // the whole block
+    Scope scope;
+    int head, first;
+    if (!block_owns(scope, head, first, clouds, table, width, heads, tiles)) return;
 
-    Rows key, value;
+    OWNED_ROWS(key, 0);
+    OWNED_ROWS(value, 1);
     Tile weight, dweight;
-    Weights weights, dscores;
+    Weights weights[1 + LAZY], dscores[1 + LAZY];
     Sums dkey, dvalue;
     clear(dkey);
     clear(dvalue);
@@ -67,11 +51,11 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
         products<false>(weight, key, queries);
         products<false>(dweight, value, queries + TENSOR);
     };
-    const auto sum = [&](const u16 *queries) {
-        accumulate(dvalue, weights, queries + TENSOR);
-        accumulate(dkey, dscores, queries);
+    const auto sum = [&](const u16 *queries, int now) {
+        accumulate(dvalue, weights[now], queries + TENSOR);
+        accumulate(dkey, dscores[now], queries);
     };
-    const auto weigh = [&](int, bool, int stage, int chunk) {
+    const auto weigh = [&](int, bool, int stage, int chunk, int now) {
         settle(weight);
         settle(dweight);
 #pragma unroll
@@ -85,8 +69,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
                 for (int half = 0; half < 2; ++half) {
                     const float one = exponential(weight[m][n][2 * half], slope, its_lse.x);
                     const float other = exponential(weight[m][n][2 * half + 1], slope, its_lse.y);
-                    set_weights(weights, m, n, half, one, other);
-                    set_weights(dscores, m, n, half, one * (dweight[m][n][2 * half] - its_delta.x),
+                    set_weights(weights[now], m, n, half, one, other);
+                    set_weights(dscores[now], m, n, half, one * (dweight[m][n][2 * half] - its_delta.x),
                                 other * (dweight[m][n][2 * half + 1] - its_delta.y));
                 }
         }
@@ -106,12 +90,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
     settle(dkey);
     settle(dvalue);
 
-    float one[OWN_TILES][2], factor[OWN_TILES][2];
-#pragma unroll
-    for (int m = 0; m < OWN_TILES; ++m) {
-        one[m][0] = one[m][1] = 1;
-        factor[m][0] = factor[m][1] = scale;
-    }
-    store_owned(dk, dkey, factor, scope, first, head, heads, q.dim);
-    store_owned(dv, dvalue, one, scope, first, head, heads, q.dim);
+    const auto scaled = [=](int, int, bool, bool, int) { return scale; };
+    const auto as_is = [](int, int, bool, bool, int) { return 1.0f; };
+    store_owned(dk, dkey, scaled, scope, first, head, heads, q.dim);
+    store_owned(dv, dvalue, as_is, scope, first, head, heads, q.dim);
 }

@@ -6,22 +6,6 @@
 // A block owns OWN query rows of one scope and head, with their dout, as in attention_forward.cu; keys and values visit.
 // Each row of dq is summed by one warp in the order of the scope: nothing is shared, so nothing is atomic.
 
-#ifndef WARPS
-#define WARPS 4             // chosen by gpu3d/attention.py, as are the others
-#endif
-#ifndef OWN_TILES
-#define OWN_TILES 2         // tiles of 16 query rows a warp
-#endif
-#ifndef VISIT
-#define VISIT 64            // keys a stage
-#endif
-#ifndef CHUNK
-#define CHUNK 16            // keys at a time
-#endif
-#ifndef BLOCKS
-#define BLOCKS 1            // blocks a multiprocessor that registers are kept free for
-#endif
-
 #include "clouds.cuh"
 #include "attention.cuh"
 
@@ -32,7 +16,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
     const __grid_constant__ View v,             // [slots, heads, D]
     const __grid_constant__ View out,           // [slots, heads, D]
     const float *__restrict__ lse,              // [slots, heads]
-    const __grid_constant__ Clouds clouds,      // Cloud::tile is the cloud's first bucket
+    const __grid_constant__ Clouds clouds,      // tiles are buckets
     const int *__restrict__ table,              // [scopes, width]
     int width,
     int heads,
@@ -44,15 +28,15 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
     float *__restrict__ delta)                  // [slots, heads]
 {
     extern __shared__ __align__(1024) u16 stages[];          // [3, 2, PLANES, VISIT, ROW]
-    const int item = blockIdx.x / tiles, head = item % heads;
-    const int first = blockIdx.x % tiles * OWN; // ranges [0, tiles * OWN); past the end of a short scope
-    const Scope scope = scope_at(clouds, table, width, item / heads);
-    if (first >= scope.end) return;             // the whole block
+    Scope scope;
+    int head, first;
+    if (!block_owns(scope, head, first, clouds, table, width, heads, tiles)) return;
 
-    Rows query, dout_rows;
-    float own_delta[OWN_TILES][2], own_lse[OWN_TILES][2], factor[OWN_TILES][2];
+    OWNED_ROWS(query, 0);
+    OWNED_ROWS(dout_rows, 1);
+    float own_delta[OWN_TILES][2], own_lse[OWN_TILES][2];
     Tile score, dweight;
-    Weights dscores;
+    Weights dscores[1 + LAZY];
     Sums sums;
     clear(sums);
 
@@ -61,23 +45,23 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
         load_owned(dout_rows, dout, scope, first, head, 1);
         dot_owned(own_delta, dout, out, scope, first, head);
 #pragma unroll
-        for (int m = 0; m < OWN_TILES; ++m)
+        for (int m = 0; m < OWN_TILES; ++m) {
+            const int position = owned_position(first, m), slot = owned_slot(scope, position);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int position = owned_position(first, m, half);
-                const bool inside = position < scope.end;
-                const long long at = inside ? (long long)slot_at(scope, position) * heads + head : 0;
+                const bool inside = position + 8 * half < scope.end;
+                const long long at = inside ? (long long)(slot + 8 * half) * heads + head : 0;
                 own_lse[m][half] = lse[at] * UNIT;
-                factor[m][half] = scale;
                 if (inside && (threadIdx.x & 3) == 0) delta[at] = own_delta[m][half];
             }
+        }
     };
     const auto begin = [&](const u16 *keys) {
         products<true>(score, query, keys);
         products<true>(dweight, dout_rows, keys + TENSOR);
     };
-    const auto sum = [&](const u16 *keys) { accumulate(sums, dscores, keys); };
-    const auto weigh = [&](int position, bool whole, int, int) {
+    const auto sum = [&](const u16 *keys, int now) { accumulate(sums, dscores[now], keys); };
+    const auto weigh = [&](int position, bool whole, int, int, int now) {
         settle(score);
         settle(dweight);
         if (!whole) mask(score, scope, position);
@@ -92,10 +76,11 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
                     for (int e = 0; e < 2; ++e)
                         dscore[e] = exponential(score[m][n][2 * half + e], slope, own_lse[m][half])
                                     * (dweight[m][n][2 * half + e] - own_delta[m][half]);
-                    set_weights(dscores, m, n, half, dscore[0], dscore[1]);
+                    set_weights(dscores[now], m, n, half, dscore[0], dscore[1]);
                 }
     };
     visit(stages, k, v, scope, head, prepare, begin, weigh, sum, [](int) { return float2{}; }, [](int, float2) {});
     settle(sums);
-    store_owned(dq, sums, factor, scope, first, head, heads, q.dim);
+    const auto scaled = [=](int, int, bool, bool, int) { return scale; };
+    store_owned(dq, sums, scaled, scope, first, head, heads, q.dim);
 }

@@ -5,25 +5,10 @@
 // values visit, CHUNK at a time: scores, exponentials, out += weights * v.
 //
 // `top` is what the exponent of a row is taken relative to. Weights need no maximum to be right, only to be in range: so a
-// chunk is worked through with the top of the chunks before, and only if a row's sum has outgrown LIMIT (the first chunk's
-// always has) once more, after raising the top to the maximum and rescaling what was summed. Most chunks then cost no
-// comparison a score, and no lane waits for another's maximum.
+// chunk is worked through with the top of the chunks before, and only if a row's sum has outgrown LIMIT once more, after
+// raising the top to the maximum and rescaling what was summed. Most chunks then cost no comparison a score, no lane waits
+// for another's maximum, and nothing branches between a chunk's exponentials.
 
-#ifndef WARPS
-#define WARPS 4             // chosen by gpu3d/attention.py, as are the others
-#endif
-#ifndef OWN_TILES
-#define OWN_TILES 2         // tiles of 16 query rows a warp
-#endif
-#ifndef VISIT
-#define VISIT 64            // keys a stage
-#endif
-#ifndef CHUNK
-#define CHUNK 32            // keys at a time
-#endif
-#ifndef BLOCKS
-#define BLOCKS 1            // blocks a multiprocessor that registers are kept free for
-#endif
 #define LIMIT (ELEMENT == 2 ? 32768.0f : 0x1p60f)       // float16 holds 65504; a row has less than 2^31 weights
 
 #include "clouds.cuh"
@@ -50,7 +35,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
     const __grid_constant__ View q,             // [slots, heads, D]
     const __grid_constant__ View k,             // [slots, heads, D]
     const __grid_constant__ View v,             // [slots, heads, D]
-    const __grid_constant__ Clouds clouds,      // Cloud::tile is the cloud's first bucket
+    const __grid_constant__ Clouds clouds,      // tiles are buckets
     const int *__restrict__ table,              // [scopes, width]
     int width,
     int heads,
@@ -61,17 +46,18 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
     float *__restrict__ lse)                    // [slots, heads] natural logarithm, or null
 {
     extern __shared__ __align__(1024) u16 stages[];          // [3, 2, PLANES, VISIT, ROW]
-    const int item = blockIdx.x / tiles, head = item % heads;
-    const int first = blockIdx.x % tiles * OWN; // ranges [0, tiles * OWN); past the end of a short scope
-    const Scope scope = scope_at(clouds, table, width, item / heads);
-    if (first >= scope.end) return;             // the whole block
+    Scope scope;
+    int head, first;
+    if (!block_owns(scope, head, first, clouds, table, width, heads, tiles)) return;
 
-    Rows query;
+    OWNED_ROWS(query, 0);
     Tile score;
-    Weights weights;
+    Weights weights[1 + LAZY];
     Sums sums;
     clear(sums);
-    const u32 ones = pack(1, 1);
+    u32 ones[2] = {pack(1, 1), pack(1, 1)};
+    asm("" : "+r"(ones[1]));                    // not known to be alike: they stay a pair of registers
+    bool fresh = true;                          // before the first chunk: no top is known
     float total[OWN_TILES][2], top[OWN_TILES][2];
 #pragma unroll
     for (int m = 0; m < OWN_TILES; ++m) {
@@ -79,74 +65,76 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
         top[m][0] = top[m][1] = -1e30f;         // finite: -inf of a masked key minus it is -inf
     }
 
-    const auto prepare = [&] { load_owned(query, q, scope, first, head, sign); };
-    const auto begin = [&](const u16 *keys) { products<true>(score, query, keys); };
-    const auto sum = [&](const u16 *keys) { accumulate(sums, weights, keys + TENSOR); };
-    const auto weigh = [&](int position, bool whole, int, int) {
-        settle(score);
-        settle(sums);
-        if (!whole) mask(score, scope, position);
-        for (bool raise = false;; raise = true) {
-            float row[OWN_TILES][4];            // elements 0 and 2: this chunk's weights of both rows
-            bool outgrown = false;
+    // The chunk's weights by the tops as they stand, and their sums; whether one has outgrown LIMIT.
+    const auto weigh_chunk = [&](Weights weights, float row[OWN_TILES][4]) {
+        bool outgrown = false;
 #pragma unroll
-            for (int m = 0; m < OWN_TILES; ++m) {
+        for (int m = 0; m < OWN_TILES; ++m) {
+            row[m][0] = row[m][1] = row[m][2] = row[m][3] = 0;
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    if (raise) {
-                        const float shrink = raise_top(top[m][half], score[m], half, slope);
-                        total[m][half] *= shrink;
+            for (int k = 0; k < CHUNK / 16; ++k) {
 #pragma unroll
-                        for (int n = 0; n < D / 8; ++n) {
-                            sums[m][n][2 * half] *= shrink;
-                            sums[m][n][2 * half + 1] *= shrink;
-                        }
-                    }
-                    row[m][2 * half] = 0;
+                for (int n = 2 * k; n < 2 * k + 2; ++n)
 #pragma unroll
-                    for (int n = 0; n < CHUNK / 8; ++n) {
+                    for (int half = 0; half < 2; ++half) {
                         const float one = exponential(score[m][n][2 * half], slope, top[m][half]);
                         const float other = exponential(score[m][n][2 * half + 1], slope, top[m][half]);
                         if (!SUM_BY_MMA) row[m][2 * half] += one + other;
                         set_weights(weights, m, n, half, one, other);
                     }
-                }
-                if (SUM_BY_MMA) {
-                    row[m][1] = row[m][3] = 0;
 #pragma unroll
-                    for (int k = 0; k < CHUNK / 16; ++k)
-#pragma unroll
-                        for (int i = 0; i < PLANES; ++i) mma(row[m], weights[i][m][k], ones, ones);
-                }
-                outgrown |= !(row[m][0] <= LIMIT && row[m][2] <= LIMIT);   // or NaN: inf in planes is inf - inf
+                for (int i = 0; i < PLANES; ++i)
+                    if (SUM_BY_MMA) mma(row[m], weights[i][m][k], ones[0], ones[1]);
             }
-            if (!raise && __any_sync(FULL, outgrown)) continue;
+            outgrown |= !(row[m][0] <= LIMIT && row[m][2] <= LIMIT);   // or NaN: inf in planes is inf - inf
+        }
+        return __builtin_expect(__any_sync(FULL, outgrown), 0);
+    };
+    const auto raise_tops = [&] {
+        wait_for_products<0>();                 // of sums
+        settle(sums);
 #pragma unroll
-            for (int m = 0; m < OWN_TILES; ++m) {
-                total[m][0] += row[m][0];
-                total[m][1] += row[m][2];
+        for (int m = 0; m < OWN_TILES; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float shrink = raise_top(top[m][half], score[m], half, slope);
+                total[m][half] *= shrink;
+#pragma unroll
+                for (int n = 0; n < D / 8; ++n) {
+                    sums[m][n][2 * half] *= shrink;
+                    sums[m][n][2 * half + 1] *= shrink;
+                }
             }
-            break;
+    };
+    const auto prepare = [&] { load_owned(query, q, scope, first, head, sign); };
+    const auto begin = [&](const u16 *keys) { products<true>(score, query, keys); };
+    const auto sum = [&](const u16 *keys, int now) { accumulate(sums, weights[now], keys + TENSOR); };
+    const auto weigh = [&](int position, bool whole, int, int chunk, int now) {
+        settle(score);
+        if (__builtin_expect(!whole, 0)) mask(score, scope, position);
+        float row[OWN_TILES][4];                // elements 0 and 2: this chunk's weights of both rows
+        if (chunk == 0 && fresh) raise_tops();
+        fresh = false;
+        for (bool raised = false; weigh_chunk(weights[now], row) && !raised; raised = true) raise_tops();
+#pragma unroll
+        for (int m = 0; m < OWN_TILES; ++m) {
+            total[m][0] += row[m][0];
+            total[m][1] += row[m][2];
         }
     };
     visit(stages, k, v, scope, head, prepare, begin, weigh, sum, [](int) { return float2{}; }, [](int, float2) {});
     settle(sums);
 
-    float inverse[OWN_TILES][2];
-#pragma unroll
-    for (int m = 0; m < OWN_TILES; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float x = total[m][half];
-            if (!SUM_BY_MMA) {                  // a lane's share
-                x += __shfl_xor_sync(FULL, x, 1);
-                x += __shfl_xor_sync(FULL, x, 2);
-            }
-            inverse[m][half] = 1 / x;
-            const int position = owned_position(first, m, half);
-            if (lse && (threadIdx.x & 3) == 0 && position < scope.end)
-                lse[(long long)slot_at(scope, position) * heads + head] =
-                    holds_point(scope, position) ? fmaf(top[m][half], 1 / UNIT, log2f(x) * LN2) : __int_as_float(0xff800000);
+    const auto finish = [&](int m, int half, bool inside, bool holds, int slot) {
+        float x = total[m][half];
+        if (!SUM_BY_MMA) {                      // a lane's share
+            x += __shfl_xor_sync(FULL, x, 1);
+            x += __shfl_xor_sync(FULL, x, 2);
         }
-    store_owned(out, sums, inverse, scope, first, head, heads, q.dim);
+        if (lse && inside && (threadIdx.x & 3) == 0)
+            lse[(long long)slot * heads + head] =
+                holds ? fmaf(top[m][half], 1 / UNIT, log2f(x) * LN2) : __int_as_float(0xff800000);
+        return __fdividef(1, x);
+    };
+    store_owned(out, sums, finish, scope, first, head, heads, q.dim);
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the bucket kernels share: voxels, hash keys, bounds and frames.
+// What the bucket kernels share: voxels, hash keys, bounds and frames. Include clouds.cuh first.
 //
 // Definitions (Flash3D, section 4.1; hash and voxels as gpu3d.bucketize documents them):
 //   voxel    v_d = clamp(floor((x_d - min_d) / cell_d), 0, 65535), every operation rounded once

@@ -10,7 +10,6 @@
 #define ROWS_A_THREAD 4     // independent loads in flight; mirrored by gpu3d/buckets.py
 
 #include "clouds.cuh"
-#include "buckets.cuh"
 
 #if WORD == 16
 typedef uint4 word_t;

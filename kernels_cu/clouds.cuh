@@ -10,8 +10,8 @@ typedef unsigned long long u64;
 // Row b says where cloud b begins, row `count` where the batch ends.
 struct Cloud {
     int point;              // first point
-    int tile;               // first tile: a number of points or slots that a block takes at a time
-    int group;              // first group: what a group is, the kernel's file says
+    int tile;               // first tile: what a tile is, the kernel's file says
+    int group;              // first group: likewise
     int slot;               // first slot, a multiple of bucket_size
 };
 

@@ -47,9 +47,9 @@ def either_path(cp, request, monkeypatch):
     """The tilings that an H100 takes by itself, and those of every other GPU."""
     if request.param == "mma":
         monkeypatch.setattr(attention_module, "HOPPER", attention_module.MMA)
-    attention_module._plan.cache_clear()
+    attention_module._plans.cache_clear()
     yield
-    attention_module._plan.cache_clear()
+    attention_module._plans.cache_clear()
 
 
 def on_device(cp, lengths, bucket_size, size, shift=0, stride=1):
