@@ -18,8 +18,8 @@ HASHES = ("xor_mod", "xor_div", "zorder_mod", "zorder_div")
 BALANCES = ("spill", "probe")
 
 
-def voxelize(points: np.ndarray, voxel_size: float | str | None = None) -> np.ndarray:
-    """Voxels int64 [n, 3] of one cloud, each 0..65535; a non-finite coordinate is in voxel 65535."""
+def voxelize(points: np.ndarray, voxel_size: float | str | None = None, count: int = 65536) -> np.ndarray:
+    """Voxels int64 [n, 3] of one cloud, each 0..count - 1; a non-finite coordinate is in the last."""
     if points.dtype in (np.float16, BFLOAT16):
         points = points.astype(np.float32)
     points = np.ascontiguousarray(points.T)  # an axis a row: NumPy runs along it
@@ -31,16 +31,16 @@ def voxelize(points: np.ndarray, voxel_size: float | str | None = None) -> np.nd
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         extent = (high - low).astype(np.float32)
         if voxel_size is None:
-            cell = np.repeat(extent.max() / np.float32(65536), 3)
+            cell = np.repeat(extent.max() / np.float32(count), 3)
         elif voxel_size == "per_axis":
-            cell = extent / np.float32(65536)
+            cell = extent / np.float32(count)
         else:
             cell = np.repeat(np.float32(voxel_size), 3)
         cell = np.where(cell < np.float32(2.0**-126), np.float32(0), cell)
         steps = np.floor((points - low[:, None]).astype(np.float32, copy=False) / cell[:, None])
-        voxels = np.where(steps < 65535, steps, 65535)  # inf / inf too
+        voxels = np.where(steps < count - 1, steps, count - 1)  # inf / inf too
     voxels[cell == 0] = 0
-    voxels[~finite] = 65535
+    voxels[~finite] = count - 1
     return voxels.astype(np.int64).T
 
 
