@@ -8,16 +8,22 @@ caller's device and stream, CPU arrays the NumPy reference.
 from gpu3d._kernels import precompile
 from gpu3d.attention import bucket_attention, bucket_attention_backward
 from gpu3d.buckets import BucketQuality, Buckets, Scopes, bucket_quality, bucketize, scopes
+from gpu3d.pooling import Pooling, bucket_pool, bucket_pool_backward, bucket_unpool, bucket_unpool_backward
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BucketQuality",
     "Buckets",
+    "Pooling",
     "Scopes",
     "bucket_attention",
     "bucket_attention_backward",
+    "bucket_pool",
+    "bucket_pool_backward",
     "bucket_quality",
+    "bucket_unpool",
+    "bucket_unpool_backward",
     "bucketize",
     "precompile",
     "scopes",
