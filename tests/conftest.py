@@ -36,6 +36,22 @@ def data_dir() -> Path:
     return folder
 
 
+def poison(cupy) -> None:
+    """Fills the free memory of CuPy's pool, which is one gigabyte then: an output that is not written shows."""
+    cupy.get_default_memory_pool().free_all_blocks()
+    block = cupy.full(1 << 30, 0xCD, "u1")  # no index, no member and hardly ever a number of the tests
+    del block
+
+
+@pytest.fixture
+def cp():
+    """CuPy, its free memory poisoned."""
+    import cupy
+
+    poison(cupy)
+    return cupy
+
+
 def pytest_collection_modifyitems(items):
     if NO_GPU:
         skip = pytest.mark.skip(reason=f"needs an NVIDIA GPU: {NO_GPU}")
