@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from gpu3d import _clouds, _cuda, attention, buckets
+from gpu3d import _clouds, _cuda, attention, buckets, pooling
 
 
 def configurations() -> list[_cuda.Configuration]:
     """Every module the ops can ask for; `make kernels` and the tests compile these."""
-    return [*_clouds.configurations(), *buckets.configurations(), *attention.configurations()]
+    return [
+        configuration for module in (_clouds, buckets, attention, pooling) for configuration in module.configurations()
+    ]
 
 
 def precompile(*, progress: bool = True) -> int:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpu3d import _arrays
+from gpu3d import _arrays, _clouds, _cuda
 from gpu3d.buckets import Buckets, _bucket_offsets
 from gpu3d.reference import pooling as reference
 
@@ -383,12 +383,149 @@ def _check_dtype(native: Any, name: str, like: Any, other: str) -> None:
 
 # ---- CUDA ----------------------------------------------------------------------------------------------------------
 
+THREADS = 256  # of pooling_rows.cu
+LOADS = 8  # words that a thread of it has in flight: children a thread times the ratio
+
+_INT32, _UINT8 = np.dtype(np.int32), np.dtype(np.uint8)
+
+# The parameters of each kernel: formats of the module struct, and c for struct Clouds.
+_SIGNATURES = {
+    "pool_groups": "QcciQQQQQ",
+    "pool_sums": "QqQqqiiQ",
+    "pool_extremes": "QqQqqiiQQ",
+    "spread_child": "QqQQqqcqiiQ",
+    "unpool_rows": "QqQqQqqcqiQ",
+    "unpool_sums": "QqQqqcqiQQ",
+}
+
+
+def configurations() -> list[_cuda.Configuration]:
+    """Every module this file can ask for."""
+    groups = [_cuda.Configuration("pooling_group", (("POINT", p),)) for p in range(len(_arrays.FLOATS))]
+    rows = []
+    for element, dtype in enumerate(_arrays.FLOATS):
+        if dtype != np.float64:
+            for word in (16, 8, 4, 2):
+                if word >= dtype.itemsize:
+                    rows += [_cuda.Configuration("pooling_rows", _macros(element, word, r)) for r in reference.RATIOS]
+    return groups + rows
+
+
+def _macros(element: int, word: int, ratio: int) -> _cuda.Macros:
+    return ("ELEMENT", element), ("WORD", word), ("RATIO", ratio)
+
+
+def _kernel(module: str, function: str, macros: _cuda.Macros) -> _cuda.Kernel:
+    return _cuda.kernel(module, function, _SIGNATURES[function].replace("c", _clouds.FORMAT), macros)
+
+
+class _Layout(NamedTuple):
+    """What the kernels need to know of a parent and its children, worked out once."""
+
+    parents: _clouds.Batch  # in tiles; a group is a row of padding
+    children: _clouds.Batch
+    padding: int  # slots of the parent that hold no point
+    slots: int  # of the children
+    points: int  # children
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(lengths: tuple[int, ...], bucket_size: int, ratio: int) -> _Layout:
+    n = np.array(lengths, np.int64)
+    padding = -n % bucket_size
+    children, offsets = _child_layout(lengths, bucket_size, ratio)
+    parents = _clouds.batch(lengths, bucket_size, -(-n // reference.TILE), padding)
+    batch = _clouds.batch(children, bucket_size, 0 * n, 0 * n)
+    return _Layout(parents, batch, int(padding.sum()), offsets[-1] * bucket_size, sum(children))
+
+
+class _Rows(NamedTuple):
+    """How a kernel of pooling_rows.cu walks along rows: its module, the words of a row, who shares one, the grid."""
+
+    macros: _cuda.Macros
+    words: int
+    strides: list[int]  # of each array's rows, in words
+    lane_bits: int
+    grid: int
+
+
+def _rows(arrays: list[Any], ratio: int, rows: int) -> _Rows:
+    """For `rows` children and rows of padding, and arrays [.., C] whose columns are contiguous."""
+    first = arrays[0]
+    size = first.dtype.itemsize
+    row_bytes = first.shape[1] * size
+    common = row_bytes | 16
+    strides = [array.strides[0] for array in arrays]
+    for array, stride in zip(arrays, strides, strict=True):
+        common |= array.data.ptr | stride
+    word = common & -common  # the largest power of two that divides them all
+    words = row_bytes // word
+    lane_bits = min(8, (words - 1).bit_length())
+    rows_a_block = (THREADS >> lane_bits) * (LOADS // ratio)
+    macros = _macros(_arrays.FLOATS.index(first.dtype), word, ratio)
+    return _Rows(macros, words, [stride // word for stride in strides], lane_bits, -(-rows // rows_a_block))
+
+
+def _columns(x: Any) -> Any:
+    """The rows x, or a copy where a row is not contiguous."""
+    import cupy
+
+    return x if x.strides[1] == x.itemsize else cupy.array(x, order="C")
+
+
+def _packed(x: Any) -> Any:
+    """What pooling saved, or a copy where the caller handed in another view of it."""
+    import cupy
+
+    return x if x.flags.c_contiguous and x.data.ptr % 16 == 0 else cupy.array(x, order="C")
+
+
+def _launch_rows(function: str, rows: _Rows, *args: int | float | bytes) -> None:
+    _cuda.launch(_kernel("pooling_rows", function, rows.macros), grid=rows.grid, block=THREADS, args=args)
+
 
 def _pool_cuda(
     features: Any, points: Any, buckets: Buckets, ratio: int, reduce: str
 ) -> tuple[Any, Any, Any, Any, Any, Any, Any]:
     """Child features and points, members, argmember or None, slot_to_point, point_to_slot, moved."""
-    raise NotImplementedError
+    import cupy
+
+    layout = _layout(buckets.lengths, buckets.bucket_size, ratio)
+    slots, columns = layout.slots, features.shape[1]
+    extremes = reduce in ("min", "max")
+    dtype, point_dtype = features.dtype, points.dtype
+    # Two allocations: what is as wide as the features, and what is as long as the children.
+    ends = _cuda.ends(slots * columns * dtype.itemsize, slots * columns * extremes)
+    wide, (pooled_at, argmember_at) = _cuda.allocate(ends)
+    pooled = cupy.ndarray((slots, columns), dtype, wide)
+    argmember = cupy.ndarray((slots, columns), _UINT8, wide + ends[1]) if extremes else None
+    ends = _cuda.ends(slots * ratio * 4, slots * 3 * point_dtype.itemsize, slots * 4, layout.points * 4, 4)
+    long, addresses = _cuda.allocate(ends)
+    members = cupy.ndarray((slots, ratio), _INT32, long)
+    pooled_points = cupy.ndarray((slots, 3), point_dtype, long + ends[1])
+    slot_to_point = cupy.ndarray((slots,), _INT32, long + ends[2])
+    point_to_slot = cupy.ndarray((layout.points,), _INT32, long + ends[3])
+    moved = cupy.ndarray((), _INT32, long + ends[4])
+    results = pooled, pooled_points, members, argmember, slot_to_point, point_to_slot, moved
+    if not slots:
+        moved.fill(0)
+        return results
+    points = cupy.ascontiguousarray(points)
+    parents, held = _clouds.pack(layout.parents, buckets.bucket_size)
+    children, held_too = _clouds.pack(layout.children, buckets.bucket_size)
+    kernel = _kernel("pooling_group", "pool_groups", (("POINT", _arrays.FLOATS.index(point_dtype)),))
+    args = points.data.ptr, parents, children, ratio, *addresses
+    _cuda.launch(kernel, grid=layout.parents.tiles, block=reference.TILE, args=args)
+    if columns:
+        features = _columns(features)
+        rows = _rows([features], ratio, slots)
+        shared = features.data.ptr, *rows.strides, addresses[0], slots, rows.words, rows.lane_bits
+        if extremes:
+            _launch_rows("pool_extremes", rows, *shared, reduce == "max", pooled_at, argmember_at)
+        else:
+            _launch_rows("pool_sums", rows, *shared, reduce == "mean", pooled_at)
+    del held, held_too  # held until here, as are copies: the pool hands them on in stream order
+    return results
 
 
 def _pool_backward_cuda(
@@ -401,18 +538,60 @@ def _pool_backward_cuda(
     reduce: str,
 ) -> Any:
     """The gradient of the parent's features."""
-    raise NotImplementedError
+    import cupy
+
+    dfeatures = cupy.ndarray((parent_buckets.num_slots, dchild.shape[1]), dchild.dtype)
+    if dfeatures.size:
+        layout = _layout(parent_buckets.lengths, parent_buckets.bucket_size, ratio)
+        parents, held = _clouds.pack(layout.parents, parent_buckets.bucket_size)
+        dchild, members = _columns(dchild), _packed(members)
+        argmember = argmember if argmember is None else _packed(argmember)
+        rows = _rows([dchild], ratio, layout.slots + layout.padding)
+        choice = argmember.data.ptr if argmember is not None else 0
+        sizes = layout.slots, layout.padding, parents, rows.words, rows.lane_bits, reduce == "mean"
+        args = dchild.data.ptr, *rows.strides, choice, members.data.ptr, *sizes, dfeatures.data.ptr
+        _launch_rows("spread_child", rows, *args)
+        del held
+    return dfeatures
 
 
 def _unpool_cuda(
     child: Any, members: Any, skip: Any, parent_buckets: Buckets, child_buckets: Buckets, ratio: int
 ) -> Any:
     """The rows of the children in the slots of their members, and skip added unless it is None."""
-    raise NotImplementedError
+    import cupy
+
+    out = cupy.ndarray((parent_buckets.num_slots, child.shape[1]), child.dtype)
+    if out.size:
+        layout = _layout(parent_buckets.lengths, parent_buckets.bucket_size, ratio)
+        parents, held = _clouds.pack(layout.parents, parent_buckets.bucket_size)
+        child, members = _columns(child), _packed(members)
+        arrays = [child] if skip is None else [child, _columns(skip)]
+        rows = _rows(arrays, ratio, layout.slots + layout.padding)
+        skipped = (arrays[1].data.ptr, rows.strides[1]) if skip is not None else (0, 0)
+        sizes = layout.slots, layout.padding, parents, rows.words, rows.lane_bits
+        args = child.data.ptr, rows.strides[0], *skipped, members.data.ptr, *sizes, out.data.ptr
+        _launch_rows("unpool_rows", rows, *args)
+        del held
+    return out
 
 
 def _unpool_backward_cuda(
     dout: Any, members: Any, parent_buckets: Buckets, child_buckets: Buckets, ratio: int
 ) -> tuple[Any, Any]:
     """The gradients of the child's rows and of skip."""
-    raise NotImplementedError
+    import cupy
+
+    columns, dtype = dout.shape[1], dout.dtype
+    dchild = cupy.ndarray((child_buckets.num_slots, columns), dtype)
+    dskip = cupy.ndarray((parent_buckets.num_slots, columns), dtype)
+    if dskip.size:
+        layout = _layout(parent_buckets.lengths, parent_buckets.bucket_size, ratio)
+        parents, held = _clouds.pack(layout.parents, parent_buckets.bucket_size)
+        dout, members = _columns(dout), _packed(members)
+        rows = _rows([dout], ratio, layout.slots + layout.padding)
+        sizes = layout.slots, layout.padding, parents, rows.words, rows.lane_bits
+        args = dout.data.ptr, *rows.strides, members.data.ptr, *sizes, dchild.data.ptr, dskip.data.ptr
+        _launch_rows("unpool_sums", rows, *args)
+        del held
+    return dchild, dskip

@@ -31,6 +31,7 @@
 #define POSITION ((1ull << POSITION_BITS) - 1)
 
 #include "clouds.cuh"
+#include "voxels.cuh"
 #include "buckets.cuh"
 
 static_assert(TILE == 1024 || TILE == 2048 || TILE == 4096, "THREADS is a block of 256 to 1024 threads");

@@ -18,6 +18,7 @@
 #define CANDIDATES 128
 
 #include "clouds.cuh"
+#include "voxels.cuh"
 #include "buckets.cuh"
 
 // Offsets of the candidates in steps, one packed word each: (x + 4) | (y + 4) << 4 | (z + 4) << 8.

@@ -34,6 +34,7 @@
 #define WINDOW 8            // tiles looked back at together: their loads overlap
 
 #include "clouds.cuh"
+#include "voxels.cuh"
 #include "buckets.cuh"
 
 static_assert(TILE % THREADS == 0 && THREADS >= DIGITS, "a thread a digit, and whole items a thread");

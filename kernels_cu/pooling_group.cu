@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+// In-bucket pooling, first half: which points become a child (Flash3D, sections 4.2 and 9.4).
+//
+// A block takes a tile: TILE consecutive slots, counted from the cloud's first. It orders their points by Morton code, ties by
+// slot, and cuts the order into groups: each is a child, and only a cloud's last may be short. It writes what the layout of
+// the children needs and the means of their points; pooling_rows.cu then moves features along `members`.
+//
+// The order, on chip: each warp sorts 32 by a bitonic network in registers, then runs are merged pairwise, each thread finding
+// its item's place in the other run by bisection. Items hold their slot, so no two are equal and ties need no care.
+
+#define TILE 1024           // slots; mirrored by gpu3d/reference/pooling.py
+#define VOXELS 1024         // an axis of a tile
+
+#include "clouds.cuh"
+#include "voxels.cuh"
+
+// Ascending over the block's TILE threads: thread t gets the item of rank t.
+__device__ __forceinline__ u64 sorted(u64 item, u64 *before, u64 *after) {
+    const int t = threadIdx.x;
+#pragma unroll
+    for (int size = 2; size <= 32; size *= 2)
+#pragma unroll
+        for (int step = size / 2; step; step /= 2) {
+            const u64 other = __shfl_xor_sync(FULL, item, step);
+            const bool smaller = (t & step) == 0, ascends = (t & size & 31) == 0;
+            item = smaller == ascends ? min(item, other) : max(item, other);
+        }
+    for (int run = 32; run < TILE; run *= 2) {
+        before[t] = item;
+        __syncthreads();
+        const u64 *other = before + ((t ^ run) & -run);
+        int rank = 0;                           // items of the other run that are smaller
+        for (int step = run / 2; step; step /= 2)
+            if (other[rank + step - 1] < item) rank += step;
+        if (other[rank] < item) ++rank;
+        after[(t & -2 * run) + (t & run - 1) + rank] = item;
+        __syncthreads();
+        item = after[t];
+    }
+    return item;
+}
+
+__device__ __forceinline__ point_t mean(coord_t sum, int count) {
+#if POINT == 1
+    return __ddiv_rn(sum, count);
+#else
+    const float x = __fdiv_rn(sum, count);
+#if POINT == 0
+    return x;
+#else
+    point_t y;
+#if POINT == 2
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+#else
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+#endif
+    return y;
+#endif
+#endif
+}
+
+extern "C" __global__ __launch_bounds__(TILE) void pool_groups(
+    const point_t *__restrict__ points,         // [parent slots, 3]
+    const __grid_constant__ Clouds parents,
+    const __grid_constant__ Clouds children,    // points are children
+    int ratio,                                  // 2, 4 or 8
+    int *__restrict__ members,                  // [child slots, ratio] parent slots; -1 where there is none
+    point_t *__restrict__ child_points,         // [child slots, 3]
+    int *__restrict__ slot_to_point,            // [child slots]
+    int *__restrict__ point_to_slot,            // [children]
+    int *__restrict__ moved)                    // []
+{
+    __shared__ u64 before[TILE], after[TILE];
+    __shared__ coord_t coordinates[3][TILE];
+    const int t = threadIdx.x, b = cloud_of<&Cloud::tile>(parents, blockIdx.x);
+    const Cloud parent = rows_of(parents)[b], next_parent = rows_of(parents)[b + 1];
+    const Cloud child = rows_of(children)[b], next_child = rows_of(children)[b + 1];
+    const int first = (blockIdx.x - parent.tile) * TILE;                // of the cloud's points, and so of its slots
+    const int left = next_parent.point - parent.point - first, count = min(left, TILE);
+    const bool holds = t < count;
+
+    coord_t x[3], low[3], high[3];
+#pragma unroll
+    for (int d = 0; d < 3; ++d) {
+        x[d] = holds ? widen(points[3 * ((size_t)parent.slot + first + t) + d]) : (coord_t)INFINITE;
+        coordinates[d][t] = x[d];
+        low[d] = is_finite(x[d]) ? x[d] : (coord_t)INFINITE;
+        high[d] = is_finite(x[d]) ? x[d] : (coord_t)-INFINITE;
+    }
+    join_bounds(low, high);
+    const Frame frame = frame_from_bounds(low, high, 0);
+    const u32 vx = voxel(x[0], frame, 0), vy = voxel(x[1], frame, 1), vz = voxel(x[2], frame, 2);
+    const u32 code = morton_of_bytes(vx >> 8, vy >> 8, vz >> 8) << 24 | morton_of_bytes(vx, vy, vz);
+    const int slot = sorted((u64)(holds ? code : 1u << 30) << 10 | t, before, after) & TILE - 1;     // of rank t in the tile
+
+    int *its_members = members + (size_t)child.slot * ratio + first;
+    if (holds) its_members[t] = parent.slot + first + slot;
+    int *order = (int *)before;                 // nobody reads it any more
+    order[t] = slot;
+    __syncthreads();
+
+    const int first_child = first / ratio;
+    if (t * ratio < count) {
+        const int group = min(ratio, count - t * ratio);
+        const size_t at = (size_t)child.slot + first_child + t;
+#pragma unroll
+        for (int d = 0; d < 3; ++d) {
+            coord_t sum = coordinates[d][order[t * ratio]];
+            for (int m = 1; m < group; ++m) sum += coordinates[d][order[t * ratio + m]];
+            child_points[3 * at + d] = mean(sum, group);
+        }
+        slot_to_point[at] = child.point + first_child + t;
+        point_to_slot[child.point + first_child + t] = at;
+    }
+    if (blockIdx.x == 0 && t == 0) *moved = 0;
+    if (left > TILE) return;
+    // The cloud's last tile: its padding.
+    const int end = next_child.slot - child.slot, children_here = next_child.point - child.point;
+    for (long long i = (long long)first + count + t; i < (long long)end * ratio; i += TILE)
+        members[(size_t)child.slot * ratio + i] = -1;
+    for (int i = children_here + t; i < end; i += TILE) {
+        const size_t at = (size_t)child.slot + i;
+        slot_to_point[at] = -1;
+        for (int d = 0; d < 3; ++d) child_points[3 * at + d] = 0;
+    }
+}
