@@ -125,9 +125,9 @@ def bucket_pool(features: Any, points: Any, buckets: Buckets, *, ratio: int = 2,
             arrays = reference.bucket_pool(native, native_points, *layout, ratio, reduce)
         else:
             arrays = _pool_cuda(native, native_points, buckets, ratio, reduce)
-        pooled, pooled_points, members, argmember, slot_to_point, point_to_slot, moved = (
+        pooled, pooled_points, members, argmember, slot_to_point, point_to_slot, moved = [
             None if array is None else _arrays.leave(array, origin) for array in arrays
-        )
+        ]
     lengths, bucket_offsets = _child_layout(buckets.lengths, buckets.bucket_size, ratio)
     child = Buckets(slot_to_point, point_to_slot, moved, buckets.bucket_size, lengths, bucket_offsets)
     return Pooling(pooled, pooled_points, child, members, ratio, reduce, argmember, buckets)
@@ -393,7 +393,8 @@ _SIGNATURES = {
     "pool_groups": "QcciQQQQQ",
     "pool_sums": "QqQqqiiQ",
     "pool_extremes": "QqQqqiiQQ",
-    "spread_child": "QqQQqqcqiiQ",
+    "spread_sums": "QqQqqcqiiQ",
+    "spread_extremes": "QqQQqqcqiQ",
     "unpool_rows": "QqQqQqqcqiQ",
     "unpool_sums": "QqQqqcqiQQ",
 }
@@ -413,10 +414,6 @@ def configurations() -> list[_cuda.Configuration]:
 
 def _macros(element: int, word: int, ratio: int) -> _cuda.Macros:
     return ("ELEMENT", element), ("WORD", word), ("RATIO", ratio)
-
-
-def _kernel(module: str, function: str, macros: _cuda.Macros) -> _cuda.Kernel:
-    return _cuda.kernel(module, function, _SIGNATURES[function].replace("c", _clouds.FORMAT), macros)
 
 
 class _Layout(NamedTuple):
@@ -439,31 +436,56 @@ def _layout(lengths: tuple[int, ...], bucket_size: int, ratio: int) -> _Layout:
     return _Layout(parents, batch, int(padding.sum()), offsets[-1] * bucket_size, sum(children))
 
 
-class _Rows(NamedTuple):
-    """How a kernel of pooling_rows.cu walks along rows: its module, the words of a row, who shares one, the grid."""
+@functools.lru_cache(maxsize=256)
+def _results(
+    slots: int, points: int, columns: int, dtype: np.dtype, point_dtype: np.dtype, ratio: int, extremes: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where results begin in two allocations: what is as wide as the features, and what is as long as the children."""
+    wide = _cuda.ends(slots * columns * dtype.itemsize, slots * columns * extremes)
+    return wide, _cuda.ends(slots * ratio * 4, slots * 3 * point_dtype.itemsize, slots * 4, points * 4, 4)
 
-    macros: _cuda.Macros
+
+@functools.lru_cache(maxsize=256)
+def _kernel(device: int, module: str, function: str, macros: _cuda.Macros) -> _cuda.Kernel:
+    """For the current device, which is `device`."""
+    return _cuda.kernel(module, function, _SIGNATURES[function].replace("c", _clouds.FORMAT), macros)
+
+
+class _Walk(NamedTuple):
+    """How a kernel of pooling_rows.cu goes through rows, `words` words each: 1 << lane_bits threads share one."""
+
+    kernel: _cuda.Kernel
+    word: int  # bytes
     words: int
-    strides: list[int]  # of each array's rows, in words
     lane_bits: int
     grid: int
 
 
-def _rows(arrays: list[Any], ratio: int, rows: int) -> _Rows:
-    """For `rows` children and rows of padding, and arrays [.., C] whose columns are contiguous."""
-    first = arrays[0]
-    size = first.dtype.itemsize
-    row_bytes = first.shape[1] * size
-    common = row_bytes | 16
-    strides = [array.strides[0] for array in arrays]
-    for array, stride in zip(arrays, strides, strict=True):
-        common |= array.data.ptr | stride
-    word = common & -common  # the largest power of two that divides them all
-    words = row_bytes // word
+@functools.lru_cache(maxsize=256)
+def _walk(device: int, function: str, dtype: np.dtype, columns: int, ratio: int, rows: int, word: int) -> _Walk:
+    """For the current device, which is `device`."""
+    kernel = _kernel(device, "pooling_rows", function, _macros(_arrays.FLOATS.index(dtype), word, ratio))
+    words = columns * dtype.itemsize // word
     lane_bits = min(8, (words - 1).bit_length())
-    rows_a_block = (THREADS >> lane_bits) * (LOADS // ratio)
-    macros = _macros(_arrays.FLOATS.index(first.dtype), word, ratio)
-    return _Rows(macros, words, [stride // word for stride in strides], lane_bits, -(-rows // rows_a_block))
+    return _Walk(kernel, word, words, lane_bits, -(-rows // ((THREADS >> lane_bits) * (LOADS // ratio))))
+
+
+def _rows(function: str, arrays: tuple[Any, ...], ratio: int, rows: int) -> tuple[_Walk, list[int]]:
+    """The walk along `rows` children and rows of padding, and for each of `arrays` its address and stride in words."""
+    first = arrays[0]
+    dtype, columns = first.dtype, first.shape[1]
+    common = columns * dtype.itemsize | 16
+    places = []
+    for array in arrays:
+        places += [array.data.ptr, array.strides[0]]
+        common |= places[-2] | places[-1]
+    walk = _walk(first.data.device_id, function, dtype, columns, ratio, rows, common & -common)
+    places[1::2] = [stride // walk.word for stride in places[1::2]]
+    return walk, places
+
+
+def _launch(walk: _Walk, *args: int | float | bytes) -> None:
+    _cuda.launch(walk.kernel, grid=walk.grid, block=THREADS, args=args)
 
 
 def _columns(x: Any) -> Any:
@@ -474,14 +496,10 @@ def _columns(x: Any) -> Any:
 
 
 def _packed(x: Any) -> Any:
-    """What pooling saved, or a copy where the caller handed in another view of it."""
+    """x, or a copy where it is not contiguous from an address on that any load can take."""
     import cupy
 
     return x if x.flags.c_contiguous and x.data.ptr % 16 == 0 else cupy.array(x, order="C")
-
-
-def _launch_rows(function: str, rows: _Rows, *args: int | float | bytes) -> None:
-    _cuda.launch(_kernel("pooling_rows", function, rows.macros), grid=rows.grid, block=THREADS, args=args)
 
 
 def _pool_cuda(
@@ -494,36 +512,33 @@ def _pool_cuda(
     slots, columns = layout.slots, features.shape[1]
     extremes = reduce in ("min", "max")
     dtype, point_dtype = features.dtype, points.dtype
-    # Two allocations: what is as wide as the features, and what is as long as the children.
-    ends = _cuda.ends(slots * columns * dtype.itemsize, slots * columns * extremes)
-    wide, (pooled_at, argmember_at) = _cuda.allocate(ends)
+    wide_ends, long_ends = _results(slots, layout.points, columns, dtype, point_dtype, ratio, extremes)
+    wide, long = cupy.cuda.alloc(wide_ends[-1]), cupy.cuda.alloc(long_ends[-1])
     pooled = cupy.ndarray((slots, columns), dtype, wide)
-    argmember = cupy.ndarray((slots, columns), _UINT8, wide + ends[1]) if extremes else None
-    ends = _cuda.ends(slots * ratio * 4, slots * 3 * point_dtype.itemsize, slots * 4, layout.points * 4, 4)
-    long, addresses = _cuda.allocate(ends)
+    argmember = cupy.ndarray((slots, columns), _UINT8, wide + wide_ends[1]) if extremes else None
     members = cupy.ndarray((slots, ratio), _INT32, long)
-    pooled_points = cupy.ndarray((slots, 3), point_dtype, long + ends[1])
-    slot_to_point = cupy.ndarray((slots,), _INT32, long + ends[2])
-    point_to_slot = cupy.ndarray((layout.points,), _INT32, long + ends[3])
-    moved = cupy.ndarray((), _INT32, long + ends[4])
+    pooled_points = cupy.ndarray((slots, 3), point_dtype, long + long_ends[1])
+    slot_to_point = cupy.ndarray((slots,), _INT32, long + long_ends[2])
+    point_to_slot = cupy.ndarray((layout.points,), _INT32, long + long_ends[3])
+    moved = cupy.ndarray((), _INT32, long + long_ends[4])
     results = pooled, pooled_points, members, argmember, slot_to_point, point_to_slot, moved
     if not slots:
         moved.fill(0)
         return results
-    points = cupy.ascontiguousarray(points)
+    points = _packed(points)
     parents, held = _clouds.pack(layout.parents, buckets.bucket_size)
     children, held_too = _clouds.pack(layout.children, buckets.bucket_size)
-    kernel = _kernel("pooling_group", "pool_groups", (("POINT", _arrays.FLOATS.index(point_dtype)),))
-    args = points.data.ptr, parents, children, ratio, *addresses
+    macros = (("POINT", _arrays.FLOATS.index(point_dtype)),)
+    kernel = _kernel(points.data.device_id, "pooling_group", "pool_groups", macros)
+    at = long.ptr
+    args = points.data.ptr, parents, children, ratio, *[at + end for end in long_ends[:-1]]
     _cuda.launch(kernel, grid=layout.parents.tiles, block=reference.TILE, args=args)
     if columns:
         features = _columns(features)
-        rows = _rows([features], ratio, slots)
-        shared = features.data.ptr, *rows.strides, addresses[0], slots, rows.words, rows.lane_bits
-        if extremes:
-            _launch_rows("pool_extremes", rows, *shared, reduce == "max", pooled_at, argmember_at)
-        else:
-            _launch_rows("pool_sums", rows, *shared, reduce == "mean", pooled_at)
+        function, flag = ("pool_extremes", reduce == "max") if extremes else ("pool_sums", reduce == "mean")
+        walk, places = _rows(function, (features,), ratio, slots)
+        out = (wide.ptr, wide.ptr + wide_ends[1]) if extremes else (wide.ptr,)
+        _launch(walk, *places, at, slots, walk.words, walk.lane_bits, flag, *out)
     del held, held_too  # held until here, as are copies: the pool hands them on in stream order
     return results
 
@@ -545,12 +560,15 @@ def _pool_backward_cuda(
         layout = _layout(parent_buckets.lengths, parent_buckets.bucket_size, ratio)
         parents, held = _clouds.pack(layout.parents, parent_buckets.bucket_size)
         dchild, members = _columns(dchild), _packed(members)
-        argmember = argmember if argmember is None else _packed(argmember)
-        rows = _rows([dchild], ratio, layout.slots + layout.padding)
-        choice = argmember.data.ptr if argmember is not None else 0
-        sizes = layout.slots, layout.padding, parents, rows.words, rows.lane_bits, reduce == "mean"
-        args = dchild.data.ptr, *rows.strides, choice, members.data.ptr, *sizes, dfeatures.data.ptr
-        _launch_rows("spread_child", rows, *args)
+        extremes = argmember is not None
+        function = "spread_extremes" if extremes else "spread_sums"
+        walk, places = _rows(function, (dchild,), ratio, layout.slots + layout.padding)
+        sizes = layout.slots, layout.padding, parents, walk.words, walk.lane_bits
+        if extremes:
+            argmember = _packed(argmember)
+            _launch(walk, *places, argmember.data.ptr, members.data.ptr, *sizes, dfeatures.data.ptr)
+        else:
+            _launch(walk, *places, members.data.ptr, *sizes, reduce == "mean", dfeatures.data.ptr)
         del held
     return dfeatures
 
@@ -566,12 +584,12 @@ def _unpool_cuda(
         layout = _layout(parent_buckets.lengths, parent_buckets.bucket_size, ratio)
         parents, held = _clouds.pack(layout.parents, parent_buckets.bucket_size)
         child, members = _columns(child), _packed(members)
-        arrays = [child] if skip is None else [child, _columns(skip)]
-        rows = _rows(arrays, ratio, layout.slots + layout.padding)
-        skipped = (arrays[1].data.ptr, rows.strides[1]) if skip is not None else (0, 0)
-        sizes = layout.slots, layout.padding, parents, rows.words, rows.lane_bits
-        args = child.data.ptr, rows.strides[0], *skipped, members.data.ptr, *sizes, out.data.ptr
-        _launch_rows("unpool_rows", rows, *args)
+        arrays = (child,) if skip is None else (child, _columns(skip))
+        walk, places = _rows("unpool_rows", arrays, ratio, layout.slots + layout.padding)
+        if skip is None:
+            places += [0, 0]
+        sizes = layout.slots, layout.padding, parents, walk.words, walk.lane_bits
+        _launch(walk, *places, members.data.ptr, *sizes, out.data.ptr)
         del held
     return out
 
@@ -589,9 +607,8 @@ def _unpool_backward_cuda(
         layout = _layout(parent_buckets.lengths, parent_buckets.bucket_size, ratio)
         parents, held = _clouds.pack(layout.parents, parent_buckets.bucket_size)
         dout, members = _columns(dout), _packed(members)
-        rows = _rows([dout], ratio, layout.slots + layout.padding)
-        sizes = layout.slots, layout.padding, parents, rows.words, rows.lane_bits
-        args = dout.data.ptr, *rows.strides, members.data.ptr, *sizes, dchild.data.ptr, dskip.data.ptr
-        _launch_rows("unpool_sums", rows, *args)
+        walk, places = _rows("unpool_sums", (dout,), ratio, layout.slots + layout.padding)
+        sizes = layout.slots, layout.padding, parents, walk.words, walk.lane_bits
+        _launch(walk, *places, members.data.ptr, *sizes, dchild.data.ptr, dskip.data.ptr)
         del held
     return dchild, dskip

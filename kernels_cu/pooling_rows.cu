@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // In-bucket pooling, second half: rows of features along `members`, which pooling_group.cu wrote.
 //   pool_sums, pool_extremes     child = sum, mean | min, max of its members     (bucket_pool)
-//   spread_child                 members = child, its share | where it came from (bucket_pool_backward)
+//   spread_sums, spread_extremes members = child or its share | where it came from (bucket_pool_backward)
 //   unpool_rows                  members = child + skip                          (bucket_unpool)
 //   unpool_sums                  child = sum of its members, skip = member       (bucket_unpool_backward)
 //
@@ -70,12 +70,16 @@ __device__ __forceinline__ Word narrow(const Floats &values) {
     return out;
 }
 
-// x / count, rounded as a division is; a power of two needs none.
+// x / count, rounded as a division is; for a power of two, which all but a cloud's last group have, a product is that.
 __device__ __forceinline__ void divide(Floats &values, int count) {
-    const bool exact = (count & count - 1) == 0;
-    const float share = 1.0f / count;
+    if ((count & count - 1) == 0) {
+        const float share = 1.0f / count;
 #pragma unroll
-    for (int e = 0; e < PER; ++e) values.x[e] = exact ? values.x[e] * share : __fdiv_rn(values.x[e], count);
+        for (int e = 0; e < PER; ++e) values.x[e] *= share;
+    } else {
+#pragma unroll
+        for (int e = 0; e < PER; ++e) values.x[e] = __fdiv_rn(values.x[e], count);
+    }
 }
 
 // ---- who does what -------------------------------------------------------------------------------------------------
@@ -122,6 +126,16 @@ __device__ __forceinline__ void load_words(
 #pragma unroll
         for (int m = 0; m < RATIO; ++m)
             if (its[k].slot[m] >= 0) words[k][m] = rows[its[k].slot[m] * stride + c];
+}
+
+// The children's own words of column c.
+template <class T>
+__device__ __forceinline__ void load_children(
+    T words[ROWS], const Members its[ROWS], const Part &part, const T *rows, long long stride, long long c)
+{
+#pragma unroll
+    for (int k = 0; k < ROWS; ++k)
+        if (its[k].slot[0] >= 0) words[k] = rows[(part.row + k * part.step) * stride + c];
 }
 
 // The sum of a child's words, 0 where it has none.
@@ -222,10 +236,9 @@ extern "C" __global__ __launch_bounds__(THREADS) void pool_extremes(
     }
 }
 
-extern "C" __global__ __launch_bounds__(THREADS) void spread_child(
+extern "C" __global__ __launch_bounds__(THREADS) void spread_sums(
     const Word *__restrict__ dchild,            // [children, words], rows `stride` words apart
     long long stride,
-    const Places *__restrict__ argmember,       // [children, words] of min and max, else null
     const Members *__restrict__ members,        // [children], children counting padding slots
     long long children,
     long long padding,                          // rows of the parent that hold no point
@@ -239,33 +252,54 @@ extern "C" __global__ __launch_bounds__(THREADS) void spread_child(
     Members its[ROWS];
     load_members(its, part, members, children);
     for (long long c = part.column; c < words; c += part.columns) {
-        Word loaded[ROWS];
-        Places place[ROWS];
-#pragma unroll
-        for (int k = 0; k < ROWS; ++k)
-            if (its[k].slot[0] >= 0) {
-                const long long row = part.row + k * part.step;
-                loaded[k] = dchild[row * stride + c];
-                if (argmember) place[k] = argmember[row * words + c];
-            }
+        Word rows[ROWS];
+        load_children(rows, its, part, dchild, stride, c);
 #pragma unroll
         for (int k = 0; k < ROWS; ++k) {
             if (its[k].slot[0] < 0) continue;
             if (mean) {
-                Floats x = widen(loaded[k]);
-                divide(x, its[k].count());
-                loaded[k] = narrow(x);
+                Floats share = widen(rows[k]);
+                divide(share, its[k].count());
+                rows[k] = narrow(share);
             }
+#pragma unroll
+            for (int m = 0; m < RATIO; ++m)
+                if (its[k].slot[m] >= 0) dfeatures[its[k].slot[m] * words + c] = rows[k];
+        }
+    }
+    if (padding) clear_padding(part, parents, children, padding, dfeatures, words);
+}
+
+extern "C" __global__ __launch_bounds__(THREADS) void spread_extremes(
+    const Word *__restrict__ dchild,            // [children, words], rows `stride` words apart
+    long long stride,
+    const Places *__restrict__ argmember,       // [children, words]
+    const Members *__restrict__ members,        // [children], children counting padding slots
+    long long children,
+    long long padding,                          // rows of the parent that hold no point
+    const __grid_constant__ Clouds parents,     // read where there is padding
+    long long words,
+    int lane_bits,
+    Word *__restrict__ dfeatures)               // [parent slots, words]
+{
+    const Part part = part_of_thread(lane_bits);
+    Members its[ROWS];
+    load_members(its, part, members, children);
+    for (long long c = part.column; c < words; c += part.columns) {
+        Word rows[ROWS];
+        Places place[ROWS];
+        load_children(rows, its, part, dchild, stride, c);
+        load_children(place, its, part, argmember, words, c);
+#pragma unroll
+        for (int k = 0; k < ROWS; ++k)
 #pragma unroll
             for (int m = 0; m < RATIO; ++m) {
                 if (its[k].slot[m] < 0) continue;
-                Word out = loaded[k];
-                if (argmember)
+                Word out;
 #pragma unroll
-                    for (int e = 0; e < PER; ++e) if (place[k].x[e] != m) out.x[e] = 0;
+                for (int e = 0; e < PER; ++e) out.x[e] = place[k].x[e] == m ? rows[k].x[e] : (element_t)0;
                 dfeatures[its[k].slot[m] * words + c] = out;
             }
-        }
     }
     if (padding) clear_padding(part, parents, children, padding, dfeatures, words);
 }
@@ -289,9 +323,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void unpool_rows(
     for (long long c = part.column; c < words; c += part.columns) {
         Word rows[ROWS], skipped[ROWS][RATIO];
         if (skip) load_words(skipped, its, skip, skip_stride, c);
-#pragma unroll
-        for (int k = 0; k < ROWS; ++k)
-            if (its[k].slot[0] >= 0) rows[k] = child[(part.row + k * part.step) * child_stride + c];
+        load_children(rows, its, part, child, child_stride, c);
 #pragma unroll
         for (int k = 0; k < ROWS; ++k)
 #pragma unroll
