@@ -10,6 +10,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from clouds import lidar_like
+from scipy.spatial import KDTree
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -62,3 +63,43 @@ def test_bucket_attention_of_no_scan(tmp_path):
         assert done.returncode == 1
         assert why in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name, ratio", [*((name, 4) for name in clouds()), ("sweep", 2), ("sweep", 8)])
+def test_pooling_levels(name, ratio, tmp_path):
+    points = clouds()[name]
+    np.save(tmp_path / f"{name}.npy", points)
+    options = "--ratio", str(ratio), "--out", "picture.png", "--device", "cpu"
+    done = run("pooling_levels.py", tmp_path, f"{name}.npy", *options)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(scan|\d) +([\d,]+) +([\d.]+|-)(?: +([\d.]+|-) +([\d.]+ x|-) +[\d.]+ ms)?$", done.stdout, re.M)
+    assert [row[0] for row in rows] == ["scan", "1", "2", "3"]
+    points = points[np.isfinite(points).all(axis=1)].astype(np.float64)
+    n = len(points)
+    for _, count, spacing, _, _ in rows:
+        assert int(count.replace(",", "")) == n
+        assert (spacing == "-") == (n == 1)
+        n = -(-n // ratio)
+    for _, _, spacing, apart, times in rows[:3]:
+        if name in ("point", "equal"):
+            assert (apart, times) == ("-" if name == "point" else "0.000", "-")
+        else:
+            assert float(apart) > float(spacing) > 0
+            assert float(times.removesuffix(" x")) == pytest.approx(float(apart) / float(spacing), abs=0.06)
+    assert rows[3][3] == ""  # nothing is pooled after the last level
+    if name != "point":
+        assert float(rows[0][2]) == pytest.approx(KDTree(points).query(points, k=2)[0][:, 1].mean(), abs=6e-4)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.npy", "picture.png"}
+    if name == "sweep":  # each panel shows points and each close-up groups, in colour
+        image = matplotlib.image.imread(tmp_path / "picture.png")[..., :3]
+        for row in (image[115:600], image[650:1130]):
+            for panel in np.array_split(row, 3, axis=1):
+                assert (np.ptp(panel, axis=-1) > 0.25).sum() > 1000
+
+
+def test_pooling_levels_of_no_scan(tmp_path):
+    np.save(tmp_path / "nan.npy", np.full((7, 3), np.nan))
+    done = run("pooling_levels.py", tmp_path, "nan.npy", "--device", "cpu")
+    assert done.returncode == 1
+    assert "nan.npy holds no finite points" in done.stderr
+    assert "Traceback" not in done.stderr
