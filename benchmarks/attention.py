@@ -313,15 +313,9 @@ def _torch_call(windows: Sequence[Any], both: bool, scale: float | None = None) 
 
 def _windows(x: Any, scope: int, chosen: Sequence[int] | None = None) -> Any:
     """Rows [num_slots, H, ...] as a contiguous torch tensor [windows, H, scope, ...], of the chosen windows."""
-    rows = _to_torch(x)
+    rows = data.to_torch(x)
     rows = rows.view(-1, scope, *rows.shape[1:])
     return (rows if chosen is None else rows[list(chosen)]).transpose(1, 2).contiguous()
-
-
-def _to_torch(x: Any) -> Any:
-    import torch
-
-    return torch.from_dlpack(x.view(np.int16)).view(torch.bfloat16) if x.dtype == bfloat16 else torch.from_dlpack(x)
 
 
 def _free() -> None:
@@ -364,7 +358,7 @@ def _ragged(setting: Setting) -> Iterator[Row]:
     """Time a token of four real sweeps, beside that of the timed sweep, whose scopes are all full."""
     import cupy
 
-    sweeps = _four_sweeps(setting.folder)
+    sweeps = data.four_sweeps(setting.folder)
     if not sweeps:
         yield Row("ragged batch", "eager", "ns", None, note="skipped: no real scans (--data names their folder)")
         return
@@ -388,16 +382,6 @@ def _ragged(setting: Setting) -> Iterator[Row]:
                 f"{', '.join(sweeps)}); dense: {number(1e6 * full / SIZE)} ns, must: {RAGGED_MUST} x; "
                 f"a score {pair[0]:.4f} ps, dense {pair[1]:.4f} ps: {pair[0] / pair[1]:.3f} x",
             )
-
-
-def _four_sweeps(folder: Path | None) -> dict[str, np.ndarray]:
-    """The first sweep of each of four sensors, by dataset."""
-    sweeps: dict[str, np.ndarray] = {}
-    for name, points in data.real_sweeps(folder) if folder else ():
-        sweeps.setdefault(name.split("/")[0].removeprefix("lidar_"), points)
-        if len(sweeps) == 4:
-            break
-    return sweeps
 
 
 # ---- host time and memory ------------------------------------------------------------------------------------------

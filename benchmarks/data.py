@@ -11,8 +11,10 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from ml_dtypes import bfloat16
 
 import gpu3d
 from gpu3d.reference import buckets as reference
@@ -70,6 +72,23 @@ def real_sweeps(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
             yield name, points
 
 
+def four_sweeps(folder: Path | None) -> dict[str, np.ndarray]:
+    """The first sweep of each of four sensors, by dataset; none without the folder."""
+    sweeps: dict[str, np.ndarray] = {}
+    for name, points in real_sweeps(folder) if folder else ():
+        sweeps.setdefault(name.split("/")[0].removeprefix("lidar_"), points)
+        if len(sweeps) == 4:
+            break
+    return sweeps
+
+
 def codes(points: np.ndarray) -> np.ndarray:
     """Morton codes uint64 [n] of 48 bits, by the reference."""
     return reference.morton(reference.voxelize(points))
+
+
+def to_torch(x: Any) -> Any:
+    """A CuPy array as a tensor over the same memory."""
+    import torch
+
+    return torch.from_dlpack(x.view(np.int16)).view(torch.bfloat16) if x.dtype == bfloat16 else torch.from_dlpack(x)
