@@ -383,8 +383,9 @@ def _check_dtype(native: Any, name: str, like: Any, other: str) -> None:
 
 # ---- CUDA ----------------------------------------------------------------------------------------------------------
 
-THREADS = 256  # of pooling_rows.cu
-LOADS = 8  # words that a thread of it has in flight: children a thread times the ratio
+GROUP_TILE, GROUP_VOXELS = reference.TILE, reference.VOXELS
+ROWS_THREADS = 256
+ROWS_LOADS = 8  # words that a thread has in flight: children a thread times the ratio
 
 _INT32, _UINT8 = np.dtype(np.int32), np.dtype(np.uint8)
 
@@ -431,7 +432,7 @@ def _layout(lengths: tuple[int, ...], bucket_size: int, ratio: int) -> _Layout:
     n = np.array(lengths, np.int64)
     padding = -n % bucket_size
     children, offsets = _child_layout(lengths, bucket_size, ratio)
-    parents = _clouds.batch(lengths, bucket_size, -(-n // reference.TILE), padding)
+    parents = _clouds.batch(lengths, bucket_size, -(-n // GROUP_TILE), padding)
     batch = _clouds.batch(children, bucket_size, 0 * n, 0 * n)
     return _Layout(parents, batch, int(padding.sum()), offsets[-1] * bucket_size, sum(children))
 
@@ -467,7 +468,7 @@ def _walk(device: int, function: str, dtype: np.dtype, columns: int, ratio: int,
     kernel = _kernel(device, "pooling_rows", function, _macros(_arrays.FLOATS.index(dtype), word, ratio))
     words = columns * dtype.itemsize // word
     lane_bits = min(8, (words - 1).bit_length())
-    return _Walk(kernel, word, words, lane_bits, -(-rows // ((THREADS >> lane_bits) * (LOADS // ratio))))
+    return _Walk(kernel, word, words, lane_bits, -(-rows // ((ROWS_THREADS >> lane_bits) * (ROWS_LOADS // ratio))))
 
 
 def _rows(function: str, arrays: tuple[Any, ...], ratio: int, rows: int) -> tuple[_Walk, list[int]]:
@@ -485,7 +486,7 @@ def _rows(function: str, arrays: tuple[Any, ...], ratio: int, rows: int) -> tupl
 
 
 def _launch(walk: _Walk, *args: int | float | bytes) -> None:
-    _cuda.launch(walk.kernel, grid=walk.grid, block=THREADS, args=args)
+    _cuda.launch(walk.kernel, grid=walk.grid, block=ROWS_THREADS, args=args)
 
 
 def _columns(x: Any) -> Any:
@@ -532,7 +533,7 @@ def _pool_cuda(
     kernel = _kernel(points.data.device_id, "pooling_group", "pool_groups", macros)
     at = long.ptr
     args = points.data.ptr, parents, children, ratio, *[at + end for end in long_ends[:-1]]
-    _cuda.launch(kernel, grid=layout.parents.tiles, block=reference.TILE, args=args)
+    _cuda.launch(kernel, grid=layout.parents.tiles, block=GROUP_TILE, args=args)
     if columns:
         features = _columns(features)
         function, flag = ("pool_extremes", reduce == "max") if extremes else ("pool_sums", reduce == "mean")

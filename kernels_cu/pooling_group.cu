@@ -8,7 +8,7 @@
 // The order, on chip: each warp sorts 32 by a bitonic network in registers, then runs are merged pairwise, each thread finding
 // its item's place in the other run by bisection. Items hold their slot, so no two are equal and ties need no care.
 
-#define TILE 1024           // slots; mirrored by gpu3d/reference/pooling.py
+#define TILE 1024           // slots; mirrored by gpu3d/pooling.py, as is the next
 #define VOXELS 1024         // an axis of a tile
 
 #include "clouds.cuh"
