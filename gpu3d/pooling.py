@@ -184,8 +184,7 @@ def bucket_pool_backward(dchild_features: Any, pooled: Pooling) -> Any:
                 native, members, argmember, pooled.parent.num_slots, pooled.reduce
             )
         else:
-            layouts = pooled.parent, pooled.buckets
-            dfeatures = _pool_backward_cuda(native, members, argmember, *layouts, pooled.ratio, pooled.reduce)
+            dfeatures = _pool_backward_cuda(native, members, argmember, pooled.parent, pooled.ratio, pooled.reduce)
         return _arrays.leave(dfeatures, origin)
 
 
@@ -243,7 +242,7 @@ def bucket_unpool(child_features: Any, pooled: Pooling, skip: Any = None) -> Any
         if origin.device is None:
             out = reference.bucket_unpool(native, members, native_skip, pooled.parent.num_slots)
         else:
-            out = _unpool_cuda(native, members, native_skip, pooled.parent, pooled.buckets, pooled.ratio)
+            out = _unpool_cuda(native, members, native_skip, pooled.parent, pooled.ratio)
         return _arrays.leave(out, origin)
 
 
@@ -292,7 +291,7 @@ def bucket_unpool_backward(dout: Any, pooled: Pooling) -> tuple[Any, Any]:
         if origin.device is None:
             gradients = reference.bucket_unpool_backward(native, members)
         else:
-            gradients = _unpool_backward_cuda(native, members, pooled.parent, pooled.buckets, pooled.ratio)
+            gradients = _unpool_backward_cuda(native, members, pooled.parent, pooled.ratio)
         dchild, dskip = (_arrays.leave(gradient, origin) for gradient in gradients)
     return dchild, dskip
 
@@ -544,22 +543,14 @@ def _pool_cuda(
     return results
 
 
-def _pool_backward_cuda(
-    dchild: Any,
-    members: Any,
-    argmember: Any,
-    parent_buckets: Buckets,
-    child_buckets: Buckets,
-    ratio: int,
-    reduce: str,
-) -> Any:
+def _pool_backward_cuda(dchild: Any, members: Any, argmember: Any, parent: Buckets, ratio: int, reduce: str) -> Any:
     """The gradient of the parent's features."""
     import cupy
 
-    dfeatures = cupy.ndarray((parent_buckets.num_slots, dchild.shape[1]), dchild.dtype)
+    dfeatures = cupy.ndarray((parent.num_slots, dchild.shape[1]), dchild.dtype)
     if dfeatures.size:
-        layout = _layout(parent_buckets.lengths, parent_buckets.bucket_size, ratio)
-        parents, held = _clouds.pack(layout.parents, parent_buckets.bucket_size)
+        layout = _layout(parent.lengths, parent.bucket_size, ratio)
+        parents, held = _clouds.pack(layout.parents, parent.bucket_size)
         dchild, members = _columns(dchild), _packed(members)
         extremes = argmember is not None
         function = "spread_extremes" if extremes else "spread_sums"
@@ -574,16 +565,14 @@ def _pool_backward_cuda(
     return dfeatures
 
 
-def _unpool_cuda(
-    child: Any, members: Any, skip: Any, parent_buckets: Buckets, child_buckets: Buckets, ratio: int
-) -> Any:
+def _unpool_cuda(child: Any, members: Any, skip: Any, parent: Buckets, ratio: int) -> Any:
     """The rows of the children in the slots of their members, and skip added unless it is None."""
     import cupy
 
-    out = cupy.ndarray((parent_buckets.num_slots, child.shape[1]), child.dtype)
+    out = cupy.ndarray((parent.num_slots, child.shape[1]), child.dtype)
     if out.size:
-        layout = _layout(parent_buckets.lengths, parent_buckets.bucket_size, ratio)
-        parents, held = _clouds.pack(layout.parents, parent_buckets.bucket_size)
+        layout = _layout(parent.lengths, parent.bucket_size, ratio)
+        parents, held = _clouds.pack(layout.parents, parent.bucket_size)
         child, members = _columns(child), _packed(members)
         arrays = (child,) if skip is None else (child, _columns(skip))
         walk, places = _rows("unpool_rows", arrays, ratio, layout.slots + layout.padding)
@@ -595,18 +584,16 @@ def _unpool_cuda(
     return out
 
 
-def _unpool_backward_cuda(
-    dout: Any, members: Any, parent_buckets: Buckets, child_buckets: Buckets, ratio: int
-) -> tuple[Any, Any]:
+def _unpool_backward_cuda(dout: Any, members: Any, parent: Buckets, ratio: int) -> tuple[Any, Any]:
     """The gradients of the child's rows and of skip."""
     import cupy
 
     columns, dtype = dout.shape[1], dout.dtype
-    dchild = cupy.ndarray((child_buckets.num_slots, columns), dtype)
-    dskip = cupy.ndarray((parent_buckets.num_slots, columns), dtype)
+    layout = _layout(parent.lengths, parent.bucket_size, ratio)
+    dchild = cupy.ndarray((layout.slots, columns), dtype)
+    dskip = cupy.ndarray((parent.num_slots, columns), dtype)
     if dskip.size:
-        layout = _layout(parent_buckets.lengths, parent_buckets.bucket_size, ratio)
-        parents, held = _clouds.pack(layout.parents, parent_buckets.bucket_size)
+        parents, held = _clouds.pack(layout.parents, parent.bucket_size)
         dout, members = _columns(dout), _packed(members)
         walk, places = _rows("unpool_sums", (dout,), ratio, layout.slots + layout.padding)
         sizes = layout.slots, layout.padding, parents, walk.words, walk.lane_bits

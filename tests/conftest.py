@@ -36,10 +36,10 @@ def data_dir() -> Path:
     return folder
 
 
-def poison(cupy) -> None:
-    """Fills the free memory of CuPy's pool, which is one gigabyte then: an output that is not written shows."""
+def poison(cupy, size: int = 1 << 26) -> None:
+    """Fills the free memory of CuPy's pool, which is `size` bytes then: an output that is not written shows."""
     cupy.get_default_memory_pool().free_all_blocks()
-    block = cupy.full(1 << 30, 0xCD, "u1")  # no index, no member and hardly ever a number of the tests
+    block = cupy.full(size, 0xCD, "u1")  # no index, no member and hardly ever a number of the tests
     del block
 
 

@@ -56,7 +56,7 @@ def to_host(results):
 def check_on(cp, x, host, ratio, reduce, note=""):
     """GPU and CPU agree bit for bit in every result; memory is poisoned before each call."""
     device, buckets = to_device(cp, x), on_device(cp, host)
-    poison(cp)
+    poison(cp, max(1 << 26, 16 * x.features.nbytes))
     got = to_host(run(device, buckets, ratio, reduce))
     note = f"{note} {x.features.shape} {x.features.dtype} {x.points.dtype} ratio {ratio} {reduce}"
     assert_same_bits(got, run(x, host, ratio, reduce), note)
