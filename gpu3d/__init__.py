@@ -8,6 +8,17 @@ caller's device and stream, CPU arrays the NumPy reference.
 from gpu3d._kernels import precompile
 from gpu3d.attention import bucket_attention, bucket_attention_backward
 from gpu3d.buckets import BucketQuality, Buckets, Scopes, bucket_quality, bucketize, scopes
+from gpu3d.neighbors import (
+    ChamferGradients,
+    NeighborIndex,
+    Neighbors,
+    RadiusNeighbors,
+    chamfer,
+    chamfer_value_and_grad,
+    knn,
+    neighbor_index,
+    radius_search,
+)
 from gpu3d.pooling import Pooling, bucket_pool, bucket_pool_backward, bucket_unpool, bucket_unpool_backward
 
 __version__ = "0.1.0"
@@ -15,7 +26,11 @@ __version__ = "0.1.0"
 __all__ = [
     "BucketQuality",
     "Buckets",
+    "ChamferGradients",
+    "NeighborIndex",
+    "Neighbors",
     "Pooling",
+    "RadiusNeighbors",
     "Scopes",
     "bucket_attention",
     "bucket_attention_backward",
@@ -25,6 +40,11 @@ __all__ = [
     "bucket_unpool",
     "bucket_unpool_backward",
     "bucketize",
+    "chamfer",
+    "chamfer_value_and_grad",
+    "knn",
+    "neighbor_index",
     "precompile",
+    "radius_search",
     "scopes",
 ]

@@ -199,18 +199,24 @@ def check_integer(value: Any, name: str) -> int:
     return int(value)
 
 
-def check_points(points: Any, lengths: Any, name: str = "points") -> tuple[Any, tuple[int, ...]]:
-    """Points as [N, 3], and the cloud lengths as a tuple of ints that sum to N.
+def check_points(
+    points: Any,
+    lengths: Any,
+    name: str = "points",
+    lengths_name: str = "lengths",
+    dimensions: tuple[int, ...] = (3,),
+) -> tuple[Any, tuple[int, ...]]:
+    """Points as [N, 3], and the cloud lengths as a tuple of ints that sum to N; or [N, d], d one of `dimensions`.
 
     [B, n, 3] becomes [B * n, 3] with B equal lengths. A float dtype is asked for: integer coordinates have lost their
     scale, and which voxel they fall into would depend on it.
     """
     if points.ndim not in (2, 3):
         raise ValueError(f"{name} must have shape [N, 3] (or [B, n, 3]), got {list(points.shape)}.")
-    if points.shape[-1] != 3:
+    if points.shape[-1] not in dimensions:
         raise ValueError(
-            f"{name} must have 3 coordinates in its last dimension, got shape {list(points.shape)}: "
-            f"take {name}[..., :3]."
+            f"{name} must have {' or '.join(map(str, dimensions))} coordinates in its last dimension, got shape "
+            f"{list(points.shape)}: take {name}[..., :3]."
         )
     if points.dtype not in FLOATS:
         raise TypeError(
@@ -221,33 +227,40 @@ def check_points(points: Any, lengths: Any, name: str = "points") -> tuple[Any, 
         if lengths is not None:
             raise ValueError(
                 f"{name} of shape {list(points.shape)} already says its lengths (B clouds of n points): "
-                "leave lengths out, or pack the points as [N, 3]."
+                f"leave {lengths_name} out, or pack the points as [N, 3]."
             )
-        clouds, each = points.shape[:2]
-        return points.reshape(clouds * each, 3), (each,) * clouds
-    return points, check_lengths(lengths, points.shape[0], name)
+        clouds, each, coordinates = points.shape
+        return points.reshape(clouds * each, coordinates), (each,) * clouds
+    return points, check_lengths(lengths, points.shape[0], name, lengths_name)
 
 
-def check_lengths(lengths: Any, total: int, name: str) -> tuple[int, ...]:
+def check_lengths(lengths: Any, total: int, name: str, lengths_name: str = "lengths") -> tuple[int, ...]:
     """Host integers >= 0 that sum to `total`; None means one cloud."""
     if lengths is None:
         return (total,)
     if not isinstance(lengths, (list, tuple, np.ndarray)):
         cure = "pass a list."
         if hasattr(lengths, "__dlpack__"):
-            cure = "output shapes follow from them without a device sync. Convert by lengths.tolist()."
-        raise TypeError(f"lengths must be host integers, e.g. lengths=[{total}], got {type(lengths).__name__}: {cure}")
+            cure = f"output shapes follow from them without a device sync. Convert by {lengths_name}.tolist()."
+        raise TypeError(
+            f"{lengths_name} must be host integers, e.g. {lengths_name}=[{total}], got {type(lengths).__name__}: {cure}"
+        )
     if isinstance(lengths, np.ndarray) and lengths.ndim != 1:
-        raise ValueError(f"lengths must be one-dimensional, got shape {list(lengths.shape)}.")
+        raise ValueError(f"{lengths_name} must be one-dimensional, got shape {list(lengths.shape)}.")
     out = []
     for b, length in enumerate(lengths):
         if isinstance(length, (bool, np.bool_)) or not isinstance(length, (int, np.integer)):
-            raise TypeError(f"lengths must be integers, got lengths[{b}] = {length!r} of type {type(length).__name__}.")
+            raise TypeError(
+                f"{lengths_name} must be integers, got {lengths_name}[{b}] = {length!r} of type "
+                f"{type(length).__name__}."
+            )
         if length < 0:
-            raise ValueError(f"lengths must not be negative, got lengths[{b}] = {length}.")
+            raise ValueError(f"{lengths_name} must not be negative, got {lengths_name}[{b}] = {length}.")
         out.append(int(length))
     if sum(out) != total:
-        raise ValueError(f"lengths must sum to the number of {name}, got a sum of {sum(out)} for {total} {name}.")
+        raise ValueError(
+            f"{lengths_name} must sum to the number of {name}, got a sum of {sum(out)} for {total} {name}."
+        )
     return tuple(out)
 
 

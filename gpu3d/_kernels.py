@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from gpu3d import _clouds, _cuda, attention, buckets, pooling
+from gpu3d import _clouds, _cuda, attention, buckets, neighbors, pooling
 
 
 def configurations() -> list[_cuda.Configuration]:
     """Every module the ops can ask for; `make kernels` and the tests compile these."""
     return [
-        configuration for module in (_clouds, buckets, attention, pooling) for configuration in module.configurations()
+        configuration
+        for module in (_clouds, buckets, attention, pooling, neighbors)
+        for configuration in module.configurations()
     ]
 
 

@@ -44,18 +44,7 @@ __device__ __forceinline__ point_t mean(coord_t sum, int count) {
 #if POINT == 1
     return __ddiv_rn(sum, count);
 #else
-    const float x = __fdiv_rn(sum, count);
-#if POINT == 0
-    return x;
-#else
-    point_t y;
-#if POINT == 2
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-#else
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-#endif
-    return y;
-#endif
+    return narrow(__fdiv_rn(sum, count));
 #endif
 }
 

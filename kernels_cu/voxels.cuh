@@ -15,10 +15,12 @@
 typedef float point_t;
 typedef float coord_t;
 __device__ __forceinline__ coord_t widen(point_t x) { return x; }
+__device__ __forceinline__ point_t narrow(coord_t x) { return x; }
 #elif POINT == 1
 typedef double point_t;
 typedef double coord_t;
 __device__ __forceinline__ coord_t widen(point_t x) { return x; }
+__device__ __forceinline__ point_t narrow(coord_t x) { return x; }
 #elif POINT == 2
 typedef unsigned short point_t;
 typedef float coord_t;
@@ -27,10 +29,20 @@ __device__ __forceinline__ coord_t widen(point_t x) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
     return y;
 }
+__device__ __forceinline__ point_t narrow(coord_t x) {
+    point_t y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
 #else
 typedef unsigned short point_t;
 typedef float coord_t;
 __device__ __forceinline__ coord_t widen(point_t x) { return __uint_as_float((u32)x << 16); }
+__device__ __forceinline__ point_t narrow(coord_t x) {
+    point_t y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
 #endif
 
 #define INFINITE __int_as_float(0x7f800000)

@@ -1,0 +1,751 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact neighbours: the k nearest points, all within a radius, and the Chamfer distance with its gradients.
+
+Nothing is approximated: distances and indices are those of brute force, to the bit, on CPU and GPU alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpu3d import _arrays, _clouds, _cuda
+from gpu3d.buckets import _bucket_offsets, _bucketize_cuda
+from gpu3d.reference import neighbors as reference
+
+MAX_POINTS = 2**31 - 1  # indices are int32
+
+
+class Neighbors(NamedTuple):
+    """The nearest points of each query, in order of (distance, index); the result of `knn`."""
+
+    distances: Any  # float32 [N, k]; NaN where there is no neighbour
+    indices: Any  # int32 [N, k], into the packed points; -1 where there is no neighbour
+
+
+class RadiusNeighbors(NamedTuple):
+    """The points within a radius, in order of (query, index); the result of `radius_search`.
+
+    Those of query i are entries ``offsets[i]`` to ``offsets[i + 1]``. A search with max_entries that finds more is
+    flagged, never cut: every offset is minus the number found, every index -1 and every distance NaN.
+    """
+
+    offsets: Any  # int64 [N + 1]; JAX makes them int32 unless jax_enable_x64 is set
+    indices: Any  # int32 [entries], into the packed points
+    distances: Any  # float32 [entries]
+
+
+class ChamferGradients(NamedTuple):
+    """The result of `chamfer_value_and_grad`."""
+
+    loss: Any  # float32 [] or [B]
+    gradients: tuple[Any, Any]  # of x and of y, in their shapes and dtypes
+
+
+@dataclass(frozen=True, eq=False)
+class NeighborIndex:
+    """Clouds made ready to be searched many times, by `neighbor_index`. Stands in for `points`, and for x and y.
+
+    Attributes
+    ----------
+    points : array [N, 2 or 3]
+        The points, packed, as NumPy or CuPy array. A view of what was given, where that is possible: while the index is
+        in use they must not change.
+    lengths : tuple of int
+        Points of each cloud.
+    shape : tuple of int
+        Of the array that was given.
+    origin : Origin
+        The library and device of that array.
+    search : object
+        What the search keeps: trees on the CPU, buckets and boxes on a GPU.
+    """
+
+    points: Any
+    lengths: tuple[int, ...]
+    shape: tuple[int, ...]
+    origin: _arrays.Origin
+    search: Any
+
+
+def neighbor_index(points: Any, *, lengths: Sequence[int] | None = None) -> NeighborIndex:
+    """Make clouds ready to be searched, once for any number of searches.
+
+    Parameters
+    ----------
+    points : array [N, 3], [N, 2], [B, n, 3] or [B, n, 2]
+        Coordinates: float32, float64, float16 or bfloat16; NumPy, CuPy, torch, JAX or anything with ``__dlpack__``.
+    lengths : sequence of int, optional
+        Points of each cloud, host integers that sum to N. Default: one cloud.
+
+    Returns
+    -------
+    NeighborIndex
+        To be given to `knn`, `radius_search` and `chamfer` in place of the points and their lengths.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is not what is listed above; the message says what was received and the cure.
+
+    Notes
+    -----
+    No host sync; capturable in a CUDA graph after a first call.
+
+    Examples
+    --------
+    >>> points = np.random.default_rng(0).random((1000, 3), dtype=np.float32)
+    >>> index = gpu3d.neighbor_index(points)
+    >>> for radius in (0.1, 0.2):
+    ...     print(len(gpu3d.radius_search(points[:10], index, radius).indices))
+    42
+    217
+    """
+    return _index(points, _entered(points, lengths, "points", "lengths"))
+
+
+def knn(
+    query: Any,
+    points: Any,
+    k: int,
+    *,
+    query_lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
+) -> Neighbors:
+    """The k nearest points of each query, in its own cloud.
+
+    Parameters
+    ----------
+    query : array [N, 3], [N, 2], [B, n, 3] or [B, n, 2]
+        Coordinates: float32, float64, float16 or bfloat16; NumPy, CuPy, torch, JAX or anything with ``__dlpack__``.
+        Not differentiated. Queries of cloud b search cloud b of `points`.
+    points : array [M, 3], [M, 2], [B, m, 3], [B, m, 2] or NeighborIndex
+        Where to search: as many coordinates, on the same device. The dtypes may differ.
+    k : int
+        1 to 64, and no larger than a cloud that is searched.
+    query_lengths, lengths : sequence of int, optional
+        Queries and points of each cloud, host integers. Default: one cloud. With a NeighborIndex, `lengths` is left
+        out.
+
+    Returns
+    -------
+    Neighbors
+        ``distances`` float32 [N, k] and ``indices`` int32 [N, k] into the packed points: ``points[indices[i, j]]`` is
+        the j-th nearest of ``query[i]``. Of the kind of `query`. The same call gives the same bits, on CPU and GPU.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is not what is listed above; the message says what was received and the cure.
+
+    Notes
+    -----
+    Distances are the square root of d2 = (dx*dx + dy*dy) + dz*dz of float32 differences, each operation rounded once;
+    the order is that of (d2, index). A query that is one of the points finds it. Coordinates enter as float32; where
+    `points` are float64, the minimum of the query's cloud there is subtracted from both in float64 first, so that map
+    coordinates keep their millimetres.
+
+    A point with NaN or inf (in float32) is nobody's neighbour. A query with NaN or inf, and one whose cloud has fewer
+    than k finite points, gets index -1 and distance NaN where there is no neighbour.
+
+    No host sync; capturable in a CUDA graph after a first call.
+
+    Examples
+    --------
+    >>> points = np.array([[0, 0, 0], [1, 0, 0], [5, 0, 0]], np.float32)
+    >>> distances, indices = gpu3d.knn(np.array([[2, 0, 0]], np.float32), points, k=2)
+    >>> distances, indices
+    (array([[1., 2.]], dtype=float32), array([[1, 0]], dtype=int32))
+    """
+    searched = _entered(points, lengths, "points", "lengths")
+    query, query_lengths, origin = _entered_query(query, query_lengths, searched)
+    k = _arrays.check_integer(k, "k")
+    if not 1 <= k <= reference.MAX_K:
+        raise ValueError(f"k must be from 1 to {reference.MAX_K}, got {k}.")
+    for b, (queries, n) in enumerate(zip(query_lengths, searched.lengths, strict=True)):
+        if k > n and queries:
+            raise ValueError(f"k must be no larger than a cloud, got k = {k} for the {n} points of cloud {b}.")
+    with _arrays.on(origin):
+        index = _index(points, searched)
+        if origin.device is None:
+            distances, indices = reference.knn(query, query_lengths, index.search, k)
+        else:
+            distances, indices = _knn_cuda(query, query_lengths, index, k)
+        return Neighbors(_arrays.leave(distances, origin), _arrays.leave(indices, origin))
+
+
+def radius_search(
+    query: Any,
+    points: Any,
+    radius: float,
+    *,
+    query_lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
+    max_entries: int | None = None,
+) -> RadiusNeighbors:
+    """All points within a radius of each query, in its own cloud.
+
+    Parameters
+    ----------
+    query : array [N, 3], [N, 2], [B, n, 3] or [B, n, 2]
+        As in `knn`.
+    points : array [M, 3], [M, 2], [B, m, 3], [B, m, 2] or NeighborIndex
+        As in `knn`.
+    radius : float
+        Not negative; inf finds all finite points.
+    query_lengths, lengths : sequence of int, optional
+        As in `knn`.
+    max_entries : int, optional
+        Room for the neighbours of all queries together. Default: exactly as many as there are.
+
+    Returns
+    -------
+    RadiusNeighbors
+        ``offsets`` int64 [N + 1], ``indices`` int32 and ``distances`` float32 [entries], in order of (query, index):
+        the neighbours of ``query[i]`` are ``indices[offsets[i]:offsets[i + 1]]``. Of the kind of `query`. With
+        max_entries, ``indices`` and ``distances`` have that length and end in -1 and NaN; if there is not room for all,
+        every index is -1, every distance NaN, and every offset minus the number of neighbours.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is not what is listed above; the message says what was received and the cure. Without max_entries,
+        also more than 64 * (N + M) neighbours: the message names the query that has most.
+
+    Notes
+    -----
+    A point is kept if d2 <= r*r, where d2 is that of `knn`, r is the radius rounded to float32, and r*r rounds to
+    float32 once more (inf, if it is too large for float32). What is said there of float64 and of NaN holds here too.
+
+    Without max_entries the number of neighbours is read by the host: it synchronizes. With max_entries it does not, and
+    can be captured in a CUDA graph after a first call.
+
+    Examples
+    --------
+    >>> points = np.array([[0, 0, 0], [1, 0, 0], [5, 0, 0]], np.float32)
+    >>> offsets, indices, distances = gpu3d.radius_search(points, points, 1.0)
+    >>> offsets, indices
+    (array([0, 2, 4, 5]), array([0, 1, 0, 1, 2], dtype=int32))
+    >>> gpu3d.radius_search(points, points, 1.0, max_entries=4).offsets
+    array([-5, -5, -5, -5])
+    """
+    searched = _entered(points, lengths, "points", "lengths")
+    query, query_lengths, origin = _entered_query(query, query_lengths, searched)
+    radius = _checked_radius(radius)
+    if max_entries is not None and (max_entries := _arrays.check_integer(max_entries, "max_entries")) < 0:
+        raise ValueError(f"max_entries must not be negative, got {max_entries}.")
+    with _arrays.on(origin):
+        index = _index(points, searched)
+        if origin.device is None:
+            arrays = reference.radius_search(query, query_lengths, index.search, radius, max_entries)
+        else:
+            arrays = _radius_search_cuda(query, query_lengths, index, radius, max_entries)
+        return RadiusNeighbors(*(_arrays.leave(array, origin) for array in arrays))
+
+
+def chamfer(
+    x: Any,
+    y: Any,
+    *,
+    x_lengths: Sequence[int] | None = None,
+    y_lengths: Sequence[int] | None = None,
+    squared: bool = False,
+    reduction: str = "mean",
+) -> Any:
+    """The Chamfer distance: mean distance from x to its nearest in y, plus mean distance from y to its nearest in x.
+
+    Parameters
+    ----------
+    x, y : array [N, 3], [N, 2], [B, n, 3] or [B, n, 2], or NeighborIndex
+        Coordinates: float32, float64, float16 or bfloat16, on one device. As many clouds in both, none of them empty.
+    x_lengths, y_lengths : sequence of int, optional
+        Points of each cloud, host integers. Default: one cloud. Left out with a NeighborIndex.
+    squared : bool
+        Squared distances instead of distances.
+    reduction : {"mean", "sum", "none"}
+        Over the clouds.
+
+    Returns
+    -------
+    array float32 [], or [B] for reduction "none"
+        Of the kind of x. The same call gives the same bits, on CPU and GPU alike.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is not what is listed above; the message says what was received and the cure.
+
+    Notes
+    -----
+    Distances are those of `knn`, summed in float64 in a fixed order. A point with NaN or inf makes the loss NaN. The
+    mean over no clouds is NaN. No host sync; capturable in a CUDA graph after a first call.
+
+    Examples
+    --------
+    >>> x = np.array([[0, 0, 0], [1, 0, 0]], np.float32)
+    >>> y = np.array([[0, 0, 2]], np.float32)
+    >>> gpu3d.chamfer(x, y, squared=True)
+    array(8.5, dtype=float32)
+    """
+    (loss,) = _chamfer(x, y, x_lengths, y_lengths, squared, reduction, with_grad=False)
+    return loss
+
+
+def chamfer_value_and_grad(
+    x: Any,
+    y: Any,
+    *,
+    x_lengths: Sequence[int] | None = None,
+    y_lengths: Sequence[int] | None = None,
+    squared: bool = False,
+    reduction: str = "mean",
+) -> ChamferGradients:
+    """The Chamfer distance, and its gradients with respect to x and y.
+
+    Parameters
+    ----------
+    x, y : array [N, 3], [N, 2], [B, n, 3] or [B, n, 2], or NeighborIndex
+        As in `chamfer`.
+    x_lengths, y_lengths : sequence of int, optional
+        As in `chamfer`.
+    squared : bool
+        As in `chamfer`.
+    reduction : {"mean", "sum", "none"}
+        Over the clouds. With "none" each cloud's gradient is that of its own loss.
+
+    Returns
+    -------
+    ChamferGradients
+        ``loss`` as of `chamfer`, and ``gradients``: that of x and that of y, each in the shape, dtype and kind of its
+        array.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is not what is listed above; the message says what was received and the cure.
+
+    Notes
+    -----
+    Of several nearest points, the one of the lowest index takes the gradient; at distance 0 it is 0. A point with NaN
+    or inf has gradient NaN and changes nobody else's. Deterministic: the pulls on a point are added as integers of 2
+    raised to a fixed power, which gives one result in any order. No host sync; capturable in a CUDA graph after a first
+    call.
+
+    Examples
+    --------
+    >>> x = np.array([[0, 0, 0], [1, 0, 0]], np.float32)
+    >>> y = np.array([[0, 0, 2]], np.float32)
+    >>> loss, (dx, dy) = gpu3d.chamfer_value_and_grad(x, y, squared=True)
+    >>> dx
+    array([[ 0.,  0., -6.],
+           [ 1.,  0., -2.]], dtype=float32)
+    >>> dy
+    array([[-1.,  0.,  8.]], dtype=float32)
+    """
+    loss, dx, dy = _chamfer(x, y, x_lengths, y_lengths, squared, reduction, with_grad=True)
+    return ChamferGradients(loss, (dx, dy))
+
+
+def _chamfer(
+    x: Any, y: Any, x_lengths: Any, y_lengths: Any, squared: Any, reduction: Any, with_grad: bool
+) -> tuple[Any, ...]:
+    """The loss, and with_grad the gradients of x and y behind it."""
+    entered_x, entered_y = _entered(x, x_lengths, "x", "x_lengths"), _entered(y, y_lengths, "y", "y_lengths")
+    _check_pair(entered_x, "x", entered_y, "y")
+    if not isinstance(squared, (bool, np.bool_)):
+        raise TypeError(f"squared must be True or False, got {squared!r}.")
+    _arrays.check_choice(reduction, reference.REDUCTIONS, "reduction")
+    for name, entered in (("x", entered_x), ("y", entered_y)):
+        if 0 in entered.lengths:
+            raise ValueError(
+                f"clouds must not be empty, for then there is no nearest point: got cloud {entered.lengths.index(0)} "
+                f"of {name} with no point. Leave it out."
+            )
+    origin = entered_x.origin
+    with _arrays.on(origin):
+        x_index, y_index = _index(x, entered_x), _index(y, entered_y)
+        options = bool(squared), reduction, with_grad
+        if origin.device is None:
+            loss, *gradients = reference.chamfer(
+                x_index.points, x_index.search, y_index.points, y_index.search, *options
+            )
+        else:
+            loss, *gradients = _chamfer_cuda(x_index, y_index, *options)
+        sides = (entered_x, entered_y)[: len(gradients)]
+        left = [
+            _arrays.leave(gradient.reshape(entered.shape), entered.origin)
+            for gradient, entered in zip(gradients, sides, strict=True)
+        ]
+        return _arrays.leave(loss, origin), *left
+
+
+# ---- checks --------------------------------------------------------------------------------------------------------
+
+
+class _Entered(NamedTuple):
+    """Checked clouds, not yet made ready to be searched."""
+
+    points: Any
+    lengths: tuple[int, ...]
+    shape: tuple[int, ...]
+    origin: _arrays.Origin
+
+
+def _entered(points: Any, lengths: Any, name: str, lengths_name: str) -> _Entered:
+    if isinstance(points, NeighborIndex):
+        if lengths is not None:
+            raise ValueError(f"{name} is a NeighborIndex, which knows its lengths: leave {lengths_name} out.")
+        return _Entered(points.points, points.lengths, points.shape, points.origin)
+    native, origin = _arrays.enter(points, name)
+    shape = tuple(native.shape)
+    native, lengths = _arrays.check_points(native, lengths, name, lengths_name, dimensions=(2, 3))
+    if native.shape[0] > MAX_POINTS:
+        raise ValueError(
+            f"{name} must be at most 2**31 - 1, for indices are int32, got {native.shape[0]}: cut them up."
+        )
+    return _Entered(native, lengths, shape, origin)
+
+
+def _entered_query(query: Any, lengths: Any, searched: _Entered) -> tuple[Any, tuple[int, ...], _arrays.Origin]:
+    if isinstance(query, NeighborIndex):
+        raise TypeError("query must be an array, got NeighborIndex: an index stands in for points only.")
+    entered = _entered(query, lengths, "query", "query_lengths")
+    _check_pair(entered, "query", searched, "points")
+    return entered.points, entered.lengths, entered.origin
+
+
+def _check_pair(a: _Entered, a_name: str, b: _Entered, b_name: str) -> None:
+    """The same device, number of coordinates and number of clouds."""
+    if a.origin.device != b.origin.device:
+        _arrays.check_same_device(**{a_name: a.origin, b_name: b.origin})
+    if a.points.shape[1] != b.points.shape[1]:
+        raise ValueError(
+            f"{a_name} and {b_name} must have as many coordinates, got {a.points.shape[1]} and {b.points.shape[1]}."
+        )
+    if len(a.lengths) != len(b.lengths):
+        raise ValueError(
+            f"{a_name} and {b_name} must have as many clouds, got {len(a.lengths)} and {len(b.lengths)}: "
+            "cloud b of one belongs to cloud b of the other."
+        )
+
+
+def _checked_radius(radius: Any) -> float:
+    if isinstance(radius, (bool, np.bool_)) or not isinstance(radius, (int, float, np.integer, np.floating)):
+        raise TypeError(f"radius must be a number, got {radius!r} of type {type(radius).__name__}.")
+    if math.isnan(radius) or radius < 0:
+        raise ValueError(f"radius must not be negative or NaN, got {radius}.")
+    return float(radius)
+
+
+def _index(points: Any, entered: _Entered) -> NeighborIndex:
+    """The index that `points` is, or that of what was entered."""
+    if isinstance(points, NeighborIndex):
+        return points
+    with _arrays.on(entered.origin):
+        build = _index_cuda if entered.origin.device is not None else reference.index
+        return NeighborIndex(*entered, build(entered.points, entered.lengths))
+
+
+# ---- CUDA ----------------------------------------------------------------------------------------------------------
+
+TILE = 32  # points; and tiles of a node, nodes of a branch
+INDEX_THREADS = KNN_THREADS = RADIUS_THREADS = 128
+CHAMFER_THREADS = 256
+CHAMFER_SUM_TILE = reference.SUM_TILE
+
+_FLOAT, _INT32, _INT64 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.int64)
+_INDEX = struct.Struct("<QQQQ")  # struct Index of neighbors.cuh
+_ROW_BYTES, _BOX_BYTES = 16, 32
+
+# The parameters of each kernel: formats of the module struct, c for struct Clouds and x for struct Index.
+_SIGNATURES = {
+    "index_rows": "QQicQQQ",
+    "index_boxes": "QciiQ",
+    "knn": "QcixciiQQ",
+    "radius_count": "QcixcfQ",
+    "radius_fill": "QcixcfQiqQ",
+    "radius_sort": "QiqQQQQ",
+    "chamfer_tiles": "QciQQ",
+    "chamfer_losses": "QQccQQ",
+    "chamfer_loss": "QiiQ",
+    "chamfer_give": "QciQQQQQiQ",
+    "chamfer_gradient": "QciQcQQQQQiiQ",
+}
+
+
+def configurations() -> list[_cuda.Configuration]:
+    """Every module this file can ask for."""
+    found = [_cuda.Configuration("neighbors_knn", (("LISTS", lists),)) for lists in range(3)]
+    found += [_cuda.Configuration("neighbors_radius")]
+    for module in ("neighbors_index", "neighbors_chamfer"):
+        found += [_cuda.Configuration(module, (("POINT", p),)) for p in range(len(_arrays.FLOATS))]
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _kernel(device: int, function: str, macros: _cuda.Macros) -> _cuda.Kernel:
+    """A kernel of neighbors_<prefix of its name>.cu, for the current device, which is `device`."""
+    signature = _SIGNATURES[function].replace("c", _clouds.FORMAT).replace("x", f"{_INDEX.size}s")
+    return _cuda.kernel("neighbors_" + function.split("_")[0], function, signature, macros)
+
+
+def _launch(
+    function: str,
+    device: int,
+    grid: int,
+    *args: int | float | bytes,
+    block: int = INDEX_THREADS,
+    macros: _cuda.Macros = (),
+) -> None:
+    _cuda.launch(_kernel(device, function, macros), grid=grid, block=block, args=args)
+
+
+class _Layout(NamedTuple):
+    """Where clouds lie in tiles, nodes and branches."""
+
+    batch: _clouds.Batch
+    slots: int
+    nodes: int
+    branches: int
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(lengths: tuple[int, ...]) -> _Layout:
+    tiles = -(-np.array(lengths, np.int64) // TILE)
+    nodes = -(-tiles // TILE)
+    batch = _clouds.batch(lengths, TILE, nodes, -(-nodes // TILE))
+    return _Layout(batch, int(tiles.sum()) * TILE, batch.tiles, batch.groups)
+
+
+class _Search(NamedTuple):
+    """What a NeighborIndex keeps on a GPU: struct Index of neighbors.cuh and what queries are to be told."""
+
+    rows: Any  # [slots] struct Row
+    boxes: Any  # struct Box: of the tiles, then the nodes, then the branches
+    packed: bytes  # struct Index
+    layout: _Layout
+    slot_of_point: Any  # int32 [N]
+    origins: Any  # float64 [clouds, 3] of float64 points, else None
+
+
+def _xyz(points: Any) -> Any:
+    """Contiguous coordinates [N, 3]; z = 0 where points are 2-D."""
+    import cupy
+
+    if points.shape[1] == 3:
+        return cupy.ascontiguousarray(points)
+    padded = cupy.zeros((points.shape[0], 3), points.dtype)
+    padded[:, :2] = points
+    return padded
+
+
+def _origins(points: Any, lengths: tuple[int, ...]) -> Any:
+    """The minimum of each cloud's finite coordinates, which float64 coordinates are taken relative to; else None."""
+    if points.dtype != np.float64:
+        return None
+    import cupy
+
+    finite = cupy.where(cupy.isfinite(points), points, np.inf)
+    lows = [finite[end - n : end].min(axis=0) for n, end in zip(lengths, np.cumsum(lengths).tolist(), strict=True) if n]
+    origins = cupy.zeros((len(lengths), 3), np.float64)
+    if lows:
+        lows = cupy.stack(lows)
+        origins[np.flatnonzero(lengths)] = cupy.where(cupy.isfinite(lows), lows, 0)
+    return origins
+
+
+def _rows(points: Any, lengths: tuple[int, ...], origins: Any, boxes: Any) -> tuple[Any, Any]:
+    """The rows of points in bucket order, relative to the origins of the clouds they search; and point_to_slot.
+
+    Into `boxes` goes the box of each tile, unless it is None.
+    """
+    import cupy
+
+    layout = _layout(lengths)
+    rows = cupy.ndarray((layout.slots, 4), _FLOAT)
+    offsets = _bucket_offsets(lengths, TILE)
+    order, slot_of_point, _ = _bucketize_cuda(points, TILE, lengths, offsets, "zorder_div", "spill", None, 0)
+    clouds, held = _clouds.pack(layout.batch, TILE)
+    if origins is not None and points.dtype != np.float64:
+        points = points.astype(np.float64)
+    address = origins.data.ptr if origins is not None else 0
+    macros = (("POINT", _arrays.FLOATS.index(points.dtype)),)
+    args = points.data.ptr, order.data.ptr, layout.slots, clouds, address, rows.data.ptr
+    target = boxes.data.ptr if boxes is not None else 0
+    _launch("index_rows", points.data.device_id, -(-layout.slots // INDEX_THREADS), *args, target, macros=macros)
+    del held
+    return rows, slot_of_point
+
+
+def _index_cuda(points: Any, lengths: tuple[int, ...]) -> _Search:
+    """What NeighborIndex.search holds of points [N, 2 or 3], of any strides and float dtype."""
+    import cupy
+
+    points = _xyz(points)
+    layout = _layout(lengths)
+    origins = _origins(points, lengths)
+    tiles = layout.slots // TILE
+    boxes = cupy.ndarray((tiles + layout.nodes + layout.branches, _BOX_BYTES // 4), _FLOAT)
+    rows, slot_of_point = _rows(points, lengths, origins, boxes)
+    first = boxes.data.ptr
+    of_nodes, of_branches = first + tiles * _BOX_BYTES, first + (tiles + layout.nodes) * _BOX_BYTES
+    clouds, held = _clouds.pack(layout.batch, TILE)
+    device, macros = points.data.device_id, (("POINT", _arrays.FLOATS.index(points.dtype)),)
+    warps = INDEX_THREADS // 32
+    for branches, below, count, out in (
+        (0, first, layout.nodes, of_nodes),
+        (1, of_nodes, layout.branches, of_branches),
+    ):
+        _launch("index_boxes", device, -(-count // warps), below, clouds, branches, count, out, macros=macros)
+    del held
+    return _Search(
+        rows, boxes, _INDEX.pack(rows.data.ptr, first, of_nodes, of_branches), layout, slot_of_point, origins
+    )
+
+
+def _query_rows(query: Any, lengths: tuple[int, ...], index: NeighborIndex) -> Any:
+    """The rows of queries; the index's own where the queries are its points."""
+    if query is index.points and lengths == index.lengths:
+        return index.search.rows
+    return _rows(_xyz(query), lengths, index.search.origins, None)[0]
+
+
+def _nearest(
+    rows: Any, queries: int, query_lengths: tuple[int, ...], search: _Search, k: int, squared: bool
+) -> tuple[Any, Any]:
+    """Distances, or their squares, and indices [queries, k] of rows of queries."""
+    import cupy
+
+    distances, indices = cupy.ndarray((queries, k), _FLOAT), cupy.ndarray((queries, k), _INT32)
+    layout = _layout(query_lengths)
+    query_clouds, held = _clouds.pack(layout.batch, TILE)
+    clouds, held_too = _clouds.pack(search.layout.batch, TILE)
+    lists = 0 if k == 1 else -(-k // 32)
+    args = rows.data.ptr, query_clouds, layout.slots, search.packed, clouds, k, squared
+    grid, macros = -(-layout.slots // (KNN_THREADS // 32)), (("LISTS", lists),)
+    _launch("knn", rows.data.device_id, grid, *args, distances.data.ptr, indices.data.ptr, macros=macros)
+    del held, held_too
+    return distances, indices
+
+
+def _knn_cuda(query: Any, query_lengths: tuple[int, ...], index: NeighborIndex, k: int) -> tuple[Any, Any]:
+    """Distances float32 [N, k] and indices int32 [N, k]."""
+    rows = _query_rows(query, query_lengths, index)
+    return _nearest(rows, query.shape[0], query_lengths, index.search, k, False)
+
+
+def _radius_search_cuda(
+    query: Any, query_lengths: tuple[int, ...], index: NeighborIndex, radius: float, max_entries: int | None
+) -> tuple[Any, Any, Any]:
+    """Offsets int64 [N + 1], indices int32 and distances float32 [entries]."""
+    import cupy
+
+    rows, layout, search = _query_rows(query, query_lengths, index), _layout(query_lengths), index.search
+    n, device, grid = query.shape[0], rows.data.device_id, -(-layout.slots // (RADIUS_THREADS // 32))
+    query_clouds, held = _clouds.pack(layout.batch, TILE)
+    clouds, held_too = _clouds.pack(search.layout.batch, TILE)
+    walk = rows.data.ptr, query_clouds, layout.slots, search.packed, clouds, float(reference.squared_radius(radius))
+    offsets = cupy.zeros(n + 1, _INT64)
+    counts = cupy.ndarray((n,), _INT64)
+    _launch("radius_count", device, grid, *walk, counts.data.ptr)
+    cupy.cumsum(counts, out=offsets[1:])
+    room = max_entries
+    if room is None:
+        room = int(offsets[-1])  # synchronizes
+        limit = reference.ENTRIES_A_POINT * (n + index.points.shape[0])
+        if room > limit:
+            row = int(counts.argmax())
+            raise reference.too_many_entries(radius, room, limit, row, int(counts[row]))
+    indices, distances = cupy.full(room, -1, _INT32), cupy.full(room, np.nan, _FLOAT)
+    if room and n:
+        entries, spare = cupy.ndarray((room,), _INT64), cupy.ndarray((room,), _INT64)
+        _launch("radius_fill", device, grid, *walk, offsets.data.ptr, n, room, entries.data.ptr)
+        sort = offsets.data.ptr, n, room, entries.data.ptr, spare.data.ptr, indices.data.ptr, distances.data.ptr
+        _launch("radius_sort", device, n, *sort)
+    if max_entries is not None:
+        offsets = cupy.where(offsets[-1] > room, -offsets[-1], offsets)
+    del held, held_too
+    return offsets, indices, distances
+
+
+class _Side(NamedTuple):
+    """What one direction of a Chamfer distance leaves: from each point of `own` to its nearest of `other`."""
+
+    own: NeighborIndex
+    other: NeighborIndex
+    rows: Any  # of own, relative to other's origins
+    d2: Any
+    nearest: Any
+    sums: Any  # float64 [tiles]
+    largest: Any  # uint32 [clouds] bits of the largest finite distance
+    clouds: bytes  # struct Clouds of own, in tiles of the sums
+    held: Any
+
+
+def _side(own: NeighborIndex, other: NeighborIndex, squared: bool) -> _Side:
+    import cupy
+
+    rows = own.search.rows
+    if own.search.origins is not None or other.search.origins is not None:
+        rows = _rows(_xyz(own.points), own.lengths, other.search.origins, None)[0]
+    d2, nearest = _nearest(rows, own.points.shape[0], own.lengths, other.search, 1, True)
+    batch = _clouds.tiled(own.lengths, TILE, CHAMFER_SUM_TILE, TILE)
+    clouds, held = _clouds.pack(batch, TILE)
+    sums, largest = cupy.ndarray((batch.tiles,), np.float64), cupy.zeros(len(own.lengths), np.uint32)
+    places = sums.data.ptr, largest.data.ptr
+    _launch_chamfer("tiles", d2, batch.tiles, d2.data.ptr, clouds, squared, *places, block=CHAMFER_SUM_TILE)
+    return _Side(own, other, rows, d2, nearest, sums, largest, clouds, held)
+
+
+def _launch_chamfer(
+    name: str, like: Any, grid: int, *args: Any, block: int = CHAMFER_THREADS, point: np.dtype = _FLOAT
+) -> None:
+    macros = (("POINT", _arrays.FLOATS.index(point)),)
+    _launch(f"chamfer_{name}", like.data.device_id, grid, *args, block=block, macros=macros)
+
+
+def _chamfer_cuda(
+    x_index: NeighborIndex, y_index: NeighborIndex, squared: bool, reduction: str, with_grad: bool
+) -> tuple[Any, ...]:
+    """The loss float32 [] or [B], and with_grad the gradients of x and y as packed, in their dtypes."""
+    import cupy
+
+    count = len(x_index.lengths)
+    x, y = _side(x_index, y_index, squared), _side(y_index, x_index, squared)
+    losses = cupy.ndarray((count,), np.float64)
+    loss = cupy.ndarray((count,) if reduction == "none" else (), _FLOAT)
+    of_clouds = loss.data.ptr if reduction == "none" else 0
+    sums = x.sums.data.ptr, y.sums.data.ptr, x.clouds, y.clouds
+    _launch_chamfer("losses", losses, count, *sums, losses.data.ptr, of_clouds, block=CHAMFER_SUM_TILE)
+    mean = reduction == "mean"
+    if reduction != "none":
+        _launch_chamfer("loss", losses, 1, losses.data.ptr, count, mean, loss.data.ptr, block=CHAMFER_SUM_TILE)
+    if not with_grad:
+        return (loss,)
+    given = []  # to y, to x
+    for giver, taker in ((x, y), (y, x)):
+        to = cupy.zeros((taker.d2.shape[0], 3), _INT64)
+        slots, target = giver.own.search.layout.slots, giver.other.search
+        terms = giver.rows.data.ptr, giver.clouds, slots, target.rows.data.ptr, target.slot_of_point.data.ptr
+        found = giver.nearest.data.ptr, giver.d2.data.ptr, giver.largest.data.ptr
+        grid = -(-slots // CHAMFER_THREADS)
+        _launch_chamfer("give", losses, grid, *terms, *found, squared, to.data.ptr)
+        given.append(to)
+    gradients = []
+    for side, giver, taken in ((x, y, given[1]), (y, x, given[0])):
+        points = side.own.points
+        gradient = cupy.ndarray((points.shape[0], 3), points.dtype)
+        slots, target = side.own.search.layout.slots, side.other.search
+        own = side.rows.data.ptr, side.clouds, slots, target.rows.data.ptr, giver.clouds, target.slot_of_point.data.ptr
+        seen = side.nearest.data.ptr, side.d2.data.ptr, taken.data.ptr, giver.largest.data.ptr
+        parts, grid = (count if mean else 1), -(-slots // CHAMFER_THREADS)
+        out = squared, parts, gradient.data.ptr
+        _launch_chamfer("gradient", losses, grid, *own, *seen, *out, point=points.dtype)
+        gradients.append(gradient[:, : points.shape[1]])
+    return loss, *gradients
