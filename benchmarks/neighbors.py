@@ -1,0 +1,706 @@
+# SPDX-License-Identifier: Apache-2.0
+"""knn, radius_search and chamfer: time beside peers and floors, growth with size, and every bit beside brute force.
+
+Times are eager, of 10 calls in a row between two device events (a call of over 10 ms: one), and hold everything: each
+call puts its points into buckets anew, but where a row says that an index is reused.
+
+Clouds: a real sweep as it is (KITTI; without the data folder the packaged scan), the sweep that all suites repeat to
+any size, and pairs of x and y, where y is uniform on the unit sphere and x is
+- near: y and noise of 0.25 times the mean distance from a point of y to its nearest
+- shell: y and noise of 0.02
+- independent: another sample of the sphere
+- far: near, shifted by 5 along an axis
+- collapsed: a ball of radius 0.05 in the middle, from which all of y is about as far
+
+Checked against all pairs by the same float32 formula on the GPU (brute_force.cu): every query, but where the pairs are
+more than 2**40, of which a check takes every so many queries. The same kernel is timed as a peer.
+
+Floors: the bytes that a call must move (coordinates read once, results written once) at the copy bandwidth, and one
+near-empty kernel of a graph, both measured in the same run. How many pairs a search must look at depends on the cloud,
+so the floor has no arithmetic and no sort in it: a search comes near it only where it is trivial. The bound from above
+is the brute force beside it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.spatial import KDTree
+
+import gpu3d
+from benchmarks import data, timing
+from benchmarks.table import Peer, Row, Setting, measured_peer, number
+
+SWEEP, MILLION, HARD = 122_880, 2**20, 2**17
+SIZES = (2**11, 2**13, 2**15, 2**17, 2**19, 2**20, 2**21, 2**22)
+QUICK_SIZE = 2**17  # with --quick no size above it
+RADIUS = 0.5  # m
+REPEATS, CALLS, SLOW_MS, ONCE_MS = 30, 10, 10.0, 100.0
+RUNS = 100
+
+# (must, aim) in ms.
+SWEEP_MUST, SWEEP_AIM = 1.2, 0.7  # k = 16 of a real sweep on itself
+MILLION_MUST = 6.0  # k = 1
+CHAMFER_MUST = {(1, 65_536): 0.5, (32, 2048): 0.15, (8, 8192): 0.25}  # by clouds and points a cloud
+GRADIENT_MUST = 1.5  # times the forward
+GROWTH_MUST = 1.2  # the exponent of N
+HARD_MUST = 5.0  # k = 2, of far and collapsed
+RADIUS_MUST = 1.5
+CPU_MUST = 1.5  # times SciPy with all cores
+ULPS = 2  # between our distances and SciPy's
+
+# torch.cdist chamfer, forward and forward+backward, in ms, of an earlier run on an H100 80GB (driver 580, CUDA 13.0,
+# torch 2.11, 2026-11-22); 131,072 points do not fit.
+CDIST_EARLIER = {(32, 2048): (1.44, 4.37), (8, 8192): (5.45, 16.8), (1, 65_536): (41.6, 152.0)}
+
+# What limits the peers that look at all pairs.
+CHECKED_PAIRS = 2**40  # also of our brute force, as a peer
+PEER_PAIRS = 2**35
+CDIST_BYTES = 4e9  # of distances at a time, in knn
+TREE_POINTS = 2**20  # of SciPy's tree, which takes seconds beyond
+TREE_ONCE_MS = 500.0
+
+LANE_OPS_A_SECOND = 2.96e13  # float32 operations of an H100, measured; a pair takes eight
+
+# What is checked, by name.
+CPU_BITS = "every bit = CPU"
+EXACT_MEAN = "= float64 from brute-force neighbours"  # to 1e-6
+ROWS = "rows sorted by index, d2 <= r * r, as many as by brute force"
+
+
+def run(setting: Setting) -> Iterator[Row]:
+    for part in (
+        _sweeps,
+        _million,
+        _chamfer,
+        _growth,
+        _hard,
+        _radius,
+        _reused,
+        _cpu,
+        _sizes,
+        _degenerate,
+        _ragged,
+        _host,
+        _determinism,
+    ):
+        for row in part(setting):
+            yield row
+            _free()
+
+
+# ---- what is searched ----------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """Queries and points on the GPU; cloud b has as many of both."""
+
+    query: Any  # float32 [N, 3]
+    points: Any  # float32 [N, 3]
+    lengths: tuple[int, ...]
+
+    @property
+    def pairs(self) -> int:
+        return sum(n * n for n in self.lengths)
+
+    def knn(self, k: int) -> Any:
+        return gpu3d.knn(self.query, self.points, k, query_lengths=self.lengths, lengths=self.lengths)
+
+    def chamfer(self) -> Any:
+        return gpu3d.chamfer(self.query, self.points, x_lengths=self.lengths, y_lengths=self.lengths)
+
+    def chamfer_value_and_grad(self) -> Any:
+        return gpu3d.chamfer_value_and_grad(self.query, self.points, x_lengths=self.lengths, y_lengths=self.lengths)
+
+    def swapped(self) -> Case:
+        return Case(self.points, self.query, self.lengths)
+
+    def on_host(self) -> Case:
+        return Case(self.query.get(), self.points.get(), self.lengths)
+
+
+def _self_case(*clouds: np.ndarray) -> Case:
+    """Clouds of which each is searched for its own points."""
+    import cupy
+
+    points = cupy.asarray(np.concatenate(clouds).astype(np.float32))
+    return Case(points, points, tuple(len(cloud) for cloud in clouds))
+
+
+def _pair(kind: str, n: int, clouds: int = 1) -> Case:
+    """x and y of the kinds above."""
+    import cupy
+
+    rng = np.random.default_rng(0)
+    y, x = (_unit(rng.standard_normal((clouds * n, 3))) for _ in range(2))
+    noise = rng.standard_normal((clouds * n, 3))
+    near = y + 0.25 * math.sqrt(math.pi / n) * noise  # the mean distance to the nearest is half of 1 / sqrt(density)
+    x = {
+        "near": near,
+        "shell": y + 0.02 * noise,
+        "independent": x,
+        "far": near + [5, 0, 0],
+        "collapsed": 0.05 * np.cbrt(rng.random((clouds * n, 1))) * x,
+    }[kind]
+    return Case(*(cupy.asarray(cloud.astype(np.float32)) for cloud in (x, y)), clouds * (n,))
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def _real_sweep(folder: Path | None) -> tuple[str, np.ndarray]:
+    """One sweep as a sensor gave it: of about 120,000 points where there is the folder."""
+    for path in sorted(folder.glob("lidar_raw/kitti_object_*.npz")) if folder else ():
+        with np.load(path, allow_pickle=False) as scan:
+            return f"KITTI {path.stem}", (scan["xyz_mm"].T / 1000).astype(np.float32)
+    with np.load(Path(gpu3d.__file__).parent / "data" / data.PACKAGED, allow_pickle=False) as scan:
+        return data.PACKAGED, (scan["xyz_mm"].T / 1000).astype(np.float32)
+
+
+# ---- time and floors -----------------------------------------------------------------------------------------------
+
+
+def _time(call: timing.Call) -> float:
+    """Eager. Events of CuPy's current stream time torch too: both run on the default stream."""
+    once = timing.eager_time(call, 1)
+    if once > ONCE_MS:
+        return once
+    return timing.eager_time(call, REPEATS, CALLS if once < SLOW_MS else 1)
+
+
+def _floor(setting: Setting, case: Case, result_bytes: int) -> float:
+    """Milliseconds."""
+    nbytes = case.query.nbytes + (0 if case.points is case.query else case.points.nbytes) + result_bytes
+    return nbytes / setting.ceilings.copy_tb_s / 1e9 + setting.ceilings.graph_node_us / 1e3
+
+
+def _knn_floor(setting: Setting, case: Case, k: int) -> float:
+    return _floor(setting, case, 8 * k * len(case.query))
+
+
+def _graph_peer(call: timing.Call) -> Peer:
+    """What the device needs, with no gaps between its kernels."""
+    return measured_peer("ours", "graph", lambda: timing.graph_time(call, calls=5))
+
+
+def _free() -> None:
+    """Gives the memory of CuPy's pool and torch's back: they do not share it."""
+    import cupy
+
+    cupy.get_default_memory_pool().free_all_blocks()
+    if "torch" in sys.modules:
+        sys.modules["torch"].cuda.empty_cache()
+
+
+# ---- brute force, and what is checked against it -------------------------------------------------------------------
+
+SOURCE = Path(__file__).resolve().parent / "brute_force.cu"
+THREADS = 256  # mirrored by the source
+
+
+@cache
+def _kernel(name: str, k: int = 1) -> Any:
+    import cupy
+
+    return cupy.RawModule(code=SOURCE.read_text(), options=(f"-DK={k}",)).get_function(name)
+
+
+def _brute_force(case: Case, k: int, step: int = 1) -> tuple[Any, Any]:
+    """Distances and indices [queries, k] from all pairs; of a single cloud also of every `step`th query alone."""
+    import cupy
+
+    query = cupy.ascontiguousarray(case.query[::step])
+    distances, indices = cupy.empty((len(query), k), np.float32), cupy.empty((len(query), k), np.int32)
+    first = 0
+    for n in case.lengths:
+        rows, columns = slice(first, first + -(-n // step)), slice(first, first + n)
+        arguments = query[rows], case.points[columns], np.int32(-(-n // step)), np.int32(n), np.int32(first)
+        grid = (-(-n // step // THREADS),)
+        _kernel("nearest", k)(grid, (THREADS,), (*arguments, distances[rows], indices[rows]))
+        first += n
+    return distances, indices
+
+
+def _exact(case: Case, k: int, found: Sequence[Any]) -> dict[str, bool]:
+    """Every bit, of every query or, of more pairs than can be checked, of every so many."""
+    step = -(-case.pairs // CHECKED_PAIRS)
+    expected = _brute_force(case, k, step)
+    name = "every bit = brute force on the GPU" + (f", every {step}th query" if step > 1 else "")
+    return {name: all(_same(x[::step], y) for x, y in zip(found, expected, strict=True))}
+
+
+def _same(x: Any, y: Any) -> bool:
+    """The same bits."""
+    return x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+
+
+def _near_scipy(case: Case, k: int, distances: Any) -> dict[str, bool]:
+    """Our distances beside SciPy's, which are float64."""
+    host = case.on_host()
+    expected = KDTree(host.points).query(host.query, [*range(1, k + 1)], workers=-1)[0]
+    apart = np.abs(distances.get() - expected) / np.spacing(expected.astype(np.float32))
+    return {f"= SciPy within {ULPS} ulp": bool((apart <= ULPS).all())}
+
+
+# ---- knn beside its peers ------------------------------------------------------------------------------------------
+
+
+def _knn_row(
+    setting: Setting, what: str, case: Case, k: int, must: float | None = None, aim: float | None = None, note: str = ""
+) -> Row:
+    """With all peers where something is asked for."""
+    return Row(
+        what,
+        "eager",
+        "ms",
+        _time(partial(case.knn, k)),
+        must,
+        aim,
+        floor=_knn_floor(setting, case, k),
+        peers=tuple(_knn_peers(case, k, every=must is not None)),
+        checks=_exact(case, k, case.knn(k)),
+        note=note,
+    )
+
+
+def _knn_peers(case: Case, k: int, every: bool) -> Iterator[Peer]:
+    if every:
+        yield _graph_peer(partial(case.knn, k))
+    if case.pairs <= CHECKED_PAIRS:
+        yield measured_peer("brute force (brute_force.cu)", "eager", lambda: _time(partial(_brute_force, case, k)))
+    for name, prepare in (ALL_PAIRS if every else ALL_PAIRS[:1]) if len(case.lengths) == 1 else ():
+        if case.pairs > PEER_PAIRS:
+            yield Peer(name, "eager", None, f"looks at all {case.pairs:.1e} pairs")
+        else:
+            yield measured_peer(name, "eager", lambda prepare=prepare: _time(prepare(case, k)))
+    if len(case.lengths) == 1 and len(case.points) <= TREE_POINTS:
+        yield measured_peer("scipy KDTree, all cores", "CPU", lambda: _tree_time(case.on_host(), k))
+
+
+def _tree_time(case: Case, k: int) -> float:
+    """SciPy, the building of the tree included; once where that takes long."""
+
+    def call() -> Any:
+        return KDTree(case.points).query(case.query, k, workers=-1)
+
+    begin = time.perf_counter()
+    call()
+    once = 1e3 * (time.perf_counter() - begin)
+    return once if once > TREE_ONCE_MS else timing.cpu_time(call, 10)
+
+
+def _torch_cdist(case: Case, k: int) -> timing.Call:
+    """In parts whose distances fit. By the expansion a^2 + b^2 - 2ab, so not the same neighbours throughout."""
+    import torch
+
+    query, points = data.to_torch(case.query), data.to_torch(case.points)
+    parts = query.split(int(CDIST_BYTES / 4 / len(points)))
+
+    def call() -> list[Any]:
+        distances = (torch.cdist(part, points) for part in parts)
+        return [part.min(1) if k == 1 else part.topk(k, largest=False) for part in distances]
+
+    return call
+
+
+def _cuvs(case: Case, k: int) -> timing.Call:
+    from cuvs.neighbors import brute_force
+
+    return lambda: brute_force.search(brute_force.build(case.points, metric="sqeuclidean"), case.query, k)
+
+
+def _faiss(case: Case, k: int) -> timing.Call:
+    import faiss
+    import faiss.contrib.torch_utils
+
+    resources = faiss.StandardGpuResources()
+    resources.setDefaultNullStreamAllDevices()
+    query, points = data.to_torch(case.query), data.to_torch(case.points)
+    return lambda: faiss.knn_gpu(resources, query, points, k)
+
+
+def _pytorch3d(case: Case, k: int) -> timing.Call:
+    from pytorch3d.ops import knn_points
+
+    query, points = data.to_torch(case.query)[None], data.to_torch(case.points)[None]
+    return lambda: knn_points(query, points, K=k)
+
+
+def _torch_cluster(case: Case, k: int) -> timing.Call:
+    from torch_cluster import knn
+
+    query, points = data.to_torch(case.query), data.to_torch(case.points)
+    return lambda: knn(points, query, k)
+
+
+def _pykeops(case: Case, k: int) -> timing.Call:
+    from pykeops.torch import LazyTensor
+
+    query, points = LazyTensor(data.to_torch(case.query)[:, None]), LazyTensor(data.to_torch(case.points)[None])
+    return lambda: ((query - points) ** 2).sum(-1).Kmin_argKmin(k, dim=1)
+
+
+ALL_PAIRS: tuple[tuple[str, Callable[[Case, int], timing.Call]], ...] = (
+    ("torch.cdist + topk", _torch_cdist),
+    ("cuVS brute_force", _cuvs),
+    ("faiss knn_gpu", _faiss),
+    ("pytorch3d knn_points", _pytorch3d),
+    ("torch_cluster knn", _torch_cluster),
+    ("pykeops Kmin_argKmin", _pykeops),
+)
+
+
+def _sweeps(setting: Setting) -> Iterator[Row]:
+    name, real = _real_sweep(setting.folder)
+    for what, points in (("real", real), ("repeated", data.sweep_cloud(SWEEP, setting.folder))):
+        case = _self_case(points)
+        row = _knn_row(
+            setting,
+            f"knn, k 16: {what} sweep of {len(points):,}, on itself",
+            case,
+            16,
+            SWEEP_MUST,
+            SWEEP_AIM,
+            note=f"{name if what == 'real' else data.describe(setting.folder)}",
+        )
+        yield row._replace(checks=row.checks | _near_scipy(case, 16, case.knn(16)[0]))
+
+
+def _million(setting: Setting) -> Iterator[Row]:
+    if setting.quick:
+        yield Row(f"knn, k 1: near, {MILLION:,}", "eager", "ms", None, note="skipped: --quick")
+    else:
+        yield _knn_row(setting, f"knn, k 1: near, {MILLION:,}", _pair("near", MILLION), 1, MILLION_MUST)
+
+
+def _growth(setting: Setting) -> Iterator[Row]:
+    for k in (1, 16):
+        what = f"knn, k {k}: near, growth from {HARD:,} on"
+        if setting.quick:
+            yield Row(what, "eager", "exp", None, note="skipped: --quick")
+            continue
+        small, large = (_time(partial(_pair("near", n).knn, k)) for n in (HARD, MILLION))
+        exponent = math.log(large / small) / math.log(MILLION / HARD)
+        note = f"exponent of N: {number(small)} ms, and {number(large)} ms at {MILLION:,}"
+        yield Row(what, "eager", "exp", exponent, GROWTH_MUST, note=note)
+
+
+def _hard(setting: Setting) -> Iterator[Row]:
+    """Where boxes prune little; at worst all pairs at the full arithmetic rate."""
+    scan = 8 * HARD**2 / LANE_OPS_A_SECOND * 1e3
+    for kind in ("near", "shell", "independent", "far", "collapsed"):
+        case = _pair(kind, HARD)
+        for what, one_way in ((f"{kind}, x in y", case), (f"{kind}, y in x", case.swapped())):
+            must = HARD_MUST if kind in ("far", "collapsed") else None
+            note = f"all pairs at the full rate of the float32 units: {number(scan)} ms"
+            yield _knn_row(setting, f"knn, k 2: {what}, {HARD:,}", one_way, 2, must, note=note)
+
+
+def _sizes(setting: Setting) -> Iterator[Row]:
+    for n in SIZES:
+        for what, k in (("near", 1), ("sweep on itself", 16)):
+            name = f"knn, k {k}: {what}, {n:,}"
+            if setting.quick and n > QUICK_SIZE:
+                yield Row(name, "eager", "ms", None, note="skipped: --quick")
+                continue
+            case = _pair("near", n) if what == "near" else _self_case(data.sweep_cloud(n, setting.folder))
+            yield _knn_row(setting, name, case, k)
+
+
+def _degenerate(setting: Setting) -> Iterator[Row]:
+    """What breaks a careless search. Nothing is asked for but the bits."""
+    names = "all equal", "40 % at the origin", "coincident", "collinear", "one axis flat", "lattice"
+    for name, points in data.degenerate(2**15, *names):
+        yield _knn_row(setting, f"knn, k 16: {name}, {len(points):,}", _self_case(points), 16)
+
+
+def _ragged(setting: Setting) -> Iterator[Row]:
+    sweeps = data.four_sweeps(setting.folder)
+    if not sweeps:
+        yield Row(
+            "knn of a ragged batch", "eager", "ms", None, note="skipped: no real scans (--data names their folder)"
+        )
+        return
+    case = _self_case(*sweeps.values())
+    apart = [_time(partial(_self_case(sweep).knn, 16)) for sweep in sweeps.values()]
+    note = f"{', '.join(sweeps)}; a call for each: {' + '.join(map(number, apart))} = {number(sum(apart))} ms"
+    yield _knn_row(setting, f"knn, k 16: {len(sweeps)} sweeps on themselves", case, 16, note=note)
+
+
+# ---- chamfer -------------------------------------------------------------------------------------------------------
+
+
+def _chamfer(setting: Setting) -> Iterator[Row]:
+    for (clouds, n), must in CHAMFER_MUST.items():
+        case = _pair("near", n, clouds)
+        checks = _check_chamfer(case)
+        forward = _time(case.chamfer)
+        for both, call in ((False, case.chamfer), (True, case.chamfer_value_and_grad)):
+            yield Row(
+                f"chamfer, near, {clouds} x {n:,}: {'value and gradients' if both else 'value'}",
+                "eager",
+                "ms",
+                _time(call) if both else forward,
+                GRADIENT_MUST * forward if both else must,
+                floor=_floor(setting, case, both * (case.query.nbytes + case.points.nbytes)),
+                peers=(_graph_peer(call), *_chamfer_peers(case, both)),
+                checks=checks,
+                note=f"must: {GRADIENT_MUST} x the value ({number(forward)} ms)" if both else "",
+            )
+
+
+def _check_chamfer(case: Case) -> dict[str, bool]:
+    loss, (dx, dy) = case.chamfer_value_and_grad()
+    on_cpu, gradients = case.on_host().chamfer_value_and_grad()
+    exact = _exact_chamfer(case)
+    return {
+        "the same value without gradients": _same(loss, case.chamfer()),
+        CPU_BITS: all(_same(x.get(), y) for x, y in zip((loss, dx, dy), (on_cpu, *gradients), strict=True)),
+        EXACT_MEAN: all(_close(x, y) for x, y in zip((loss, dx, dy), exact, strict=True)),
+    }
+
+
+def _exact_chamfer(case: Case) -> tuple[Any, Any, Any]:
+    """Value and gradients in float64, with the neighbours of the brute force; clouds of equal lengths."""
+    import cupy
+
+    x, y = case.query.astype(np.float64), case.points.astype(np.float64)
+    loss, gradients = 0, (cupy.zeros_like(x), cupy.zeros_like(y))
+    for one_way, sources, targets, to_sources, to_targets in (
+        (case, x, y, *gradients),
+        (case.swapped(), y, x, *gradients[::-1]),
+    ):
+        nearest = _brute_force(one_way, 1)[1][:, 0]
+        offsets = sources - targets[nearest]
+        distances = cupy.linalg.norm(offsets, axis=1)
+        terms = offsets / cupy.where(distances > 0, distances, 1)[:, None] / len(sources)
+        loss = loss + distances.mean()
+        to_sources += terms
+        cupy.add.at(to_targets, nearest, -terms)
+    return loss, *gradients
+
+
+def _close(x: Any, exact: Any) -> bool:
+    return bool(((x - exact) ** 2).sum() <= 1e-12 * (exact**2).sum())
+
+
+def _chamfer_peers(case: Case, both: bool) -> Iterator[Peer]:
+    clouds, n = len(case.lengths), case.lengths[0]
+    earlier = CDIST_EARLIER[clouds, n][both]
+    for name, prepare, figure in (
+        ("torch.cdist chamfer", _torch_chamfer, earlier),
+        ("pytorch3d chamfer_distance, squared", _pytorch3d_chamfer, None),
+    ):
+
+        def measure(prepare: Callable[[], Any] = prepare) -> float:
+            chamfer = prepare()
+            inputs = [data.to_torch(rows).view(clouds, n, 3).requires_grad_(both) for rows in case[:2]]
+            return _time(_torch_call(chamfer, inputs, both))
+
+        yield measured_peer(name, "eager", measure, figure)
+
+
+def _torch_call(chamfer: Callable[..., Any], inputs: Sequence[Any], both: bool) -> timing.Call:
+    """The value, or the gradients by autograd."""
+    import torch
+
+    return (lambda: torch.autograd.grad(chamfer(*inputs), inputs)) if both else lambda: chamfer(*inputs)
+
+
+def _torch_chamfer() -> Callable[..., Any]:
+    import torch
+
+    def chamfer(x: Any, y: Any) -> Any:
+        distances = torch.cdist(x, y)
+        return distances.min(2).values.mean() + distances.min(1).values.mean()
+
+    return chamfer
+
+
+def _pytorch3d_chamfer() -> Callable[..., Any]:
+    from pytorch3d.loss import chamfer_distance
+
+    return lambda x, y: chamfer_distance(x, y)[0]
+
+
+# ---- radius_search, a reused index, the CPU ------------------------------------------------------------------------
+
+
+def _radius(setting: Setting) -> Iterator[Row]:
+    """With max_entries as large as needed: a sweep has more neighbours at this radius than may be found without it."""
+    name, points = _real_sweep(setting.folder)
+    case = _self_case(points)
+    counts = _ball_counts(case)
+    entries = int(counts.sum())
+
+    def call(max_entries: int | None = entries) -> Any:
+        return gpu3d.radius_search(case.query, case.points, RADIUS, max_entries=max_entries)
+
+    yield Row(
+        f"radius_search, {RADIUS} m: real sweep of {len(points):,}",
+        "eager",
+        "ms",
+        _time(call),
+        RADIUS_MUST,
+        floor=_floor(setting, case, 8 * entries + 8 * len(points)),
+        peers=(
+            _graph_peer(call),
+            measured_peer("ours, without max_entries", "eager", lambda: _time(lambda: call(None))),
+            measured_peer(
+                "brute force (brute_force.cu), counts alone", "eager", lambda: _time(lambda: _ball_counts(case))
+            ),
+            measured_peer("torch.cdist <= r, nonzero", "eager", lambda: _time(_torch_ball(case))),
+            measured_peer("torch_cluster radius", "eager", lambda: _time(_torch_cluster_ball(case, int(counts.max())))),
+            measured_peer("scipy KDTree, all cores, counts alone", "CPU", lambda: _tree_ball_time(case.on_host())),
+        ),
+        checks=_check_balls(case, call(), counts),
+        note=f"{name}; {entries:,} entries, {entries / len(points):.0f} a point, at most {int(counts.max()):,}",
+    )
+
+
+def _ball_counts(case: Case) -> Any:
+    """How many points int64 [n] are near each query of a single cloud."""
+    import cupy
+
+    n = len(case.query)
+    counts = cupy.empty(n, np.int64)
+    arguments = case.query, case.points, np.int32(n), np.int32(n), np.float32(RADIUS)
+    _kernel("ball_counts")((-(-n // THREADS),), (THREADS,), (*arguments, counts))
+    return counts
+
+
+def _check_balls(case: Case, found: Any, counts: Any) -> dict[str, bool]:
+    """No entry is wrong and none is twice, and there are as many as there must be: so none is missing."""
+    import cupy
+
+    offsets, indices, distances = found
+    if not _same(offsets[1:], cupy.cumsum(counts)):
+        return {ROWS: False}
+    rows = cupy.searchsorted(offsets[1:], cupy.arange(len(indices)), side="right")
+    dx, dy, dz = (case.query[rows] - case.points[indices]).T
+    d2 = (dx * dx + dy * dy) + dz * dz  # an operation a kernel: none is contracted
+    rising = (cupy.diff(rows) > 0) | (cupy.diff(indices) > 0)
+    return {
+        ROWS: bool(rising.all() & (d2 <= np.float32(RADIUS) ** 2).all()),
+        "every bit of the distances by the formula": _same(distances, cupy.sqrt(d2)),
+    }
+
+
+def _torch_ball(case: Case) -> timing.Call:
+    import torch
+
+    query, points = data.to_torch(case.query), data.to_torch(case.points)
+    parts = query.split(int(CDIST_BYTES / 4 / len(points)))
+
+    def call() -> list[Any]:
+        found = []
+        for part in parts:
+            distances = torch.cdist(part, points)
+            near = (distances <= RADIUS).nonzero()
+            found.append((near, distances[near[:, 0], near[:, 1]]))
+        return found
+
+    return call
+
+
+def _torch_cluster_ball(case: Case, most: int) -> timing.Call:
+    from torch_cluster import radius
+
+    query, points = data.to_torch(case.query), data.to_torch(case.points)
+    return lambda: radius(points, query, RADIUS, max_num_neighbors=most)
+
+
+def _tree_ball_time(case: Case) -> float:
+    return timing.cpu_time(
+        lambda: KDTree(case.points).query_ball_point(case.query, RADIUS, workers=-1, return_length=True), 3
+    )
+
+
+def _reused(setting: Setting) -> Iterator[Row]:
+    """Other queries than the points: the next sweep, as it were."""
+    import cupy
+
+    _, sweep = _real_sweep(setting.folder)
+    case = _self_case(sweep)
+    moved = case.points + cupy.asarray(np.random.default_rng(0).normal(0, data.JITTER, sweep.shape), np.float32)
+    index = gpu3d.neighbor_index(case.points)
+    for k in (1, 16):
+        anew, again = partial(gpu3d.knn, moved, case.points, k), partial(gpu3d.knn, moved, index, k)
+        without = _time(anew)
+        yield Row(
+            f"knn, k {k}: real sweep, index reused",
+            "eager",
+            "ms",
+            _time(again),
+            without,
+            floor=_knn_floor(setting, case._replace(query=moved), k),
+            peers=(
+                Peer("ours, points given", "eager", without),
+                Peer("ours, neighbor_index alone", "eager", _time(partial(gpu3d.neighbor_index, case.points))),
+            ),
+            checks={"the same bits with and without": all(map(_same, again(), anew()))},
+            note=f"must: no more than with points; queries: the sweep with {data.JITTER} m of jitter",
+        )
+
+
+def _cpu(setting: Setting) -> Iterator[Row]:
+    _, points = _real_sweep(setting.folder)
+    case = _self_case(points)
+    host = case.on_host()
+    theirs = _tree_time(host, 16)
+    on_cpu, on_gpu = host.knn(16), [x.get() for x in case.knn(16)]
+    yield Row(
+        f"knn, k 16: real sweep of {len(points):,}, NumPy",
+        "CPU",
+        "ms",
+        timing.cpu_time(partial(host.knn, 16), 10),
+        CPU_MUST * theirs,
+        peers=(Peer("scipy KDTree, all cores", "CPU", theirs),),
+        checks={"every bit = GPU": all(map(_same, on_cpu, on_gpu))},
+        note=f"must: {CPU_MUST} x SciPy",
+    )
+
+
+# ---- host time and determinism -------------------------------------------------------------------------------------
+
+
+def _host(setting: Setting) -> Iterator[Row]:
+    """Of 8,192 points, and of chamfer 32 clouds of 2,048. Nothing is asked for."""
+    case, batch = _self_case(data.sweep_cloud(2**13, setting.folder)), _pair("near", 2048, 32)
+    index = gpu3d.neighbor_index(case.points)
+    for what, call in {
+        "knn": lambda: case.knn(16),
+        "knn, index reused": lambda: gpu3d.knn(case.query, index, 16),
+        "neighbor_index": lambda: gpu3d.neighbor_index(case.points),
+        "radius_search, max_entries": lambda: gpu3d.radius_search(case.query, case.points, 0.05, max_entries=2**20),
+        "chamfer": batch.chamfer,
+        "chamfer_value_and_grad": batch.chamfer_value_and_grad,
+    }.items():
+        yield Row(f"the Python call, {what}", "host", "us", 1e3 * timing.host_time(call))
+
+
+def _determinism(setting: Setting) -> Iterator[Row]:
+    real, repeated = _self_case(_real_sweep(setting.folder)[1]), _self_case(data.sweep_cloud(SWEEP, setting.folder))
+    collapsed, batch = _pair("collapsed", 2**15), _pair("near", 8192, 8)
+
+    def gradients() -> list[Any]:
+        loss, both = batch.chamfer_value_and_grad()
+        return [loss, *both]
+
+    for what, call in {
+        "knn, k 16, sweep": partial(repeated.knn, 16),
+        "knn, k 2, collapsed": partial(collapsed.knn, 2),
+        "radius_search": partial(gpu3d.radius_search, real.query, real.points, RADIUS / 5),
+        "chamfer, gradients": gradients,
+    }.items():
+        first = call()
+        differing = sum(not all(map(_same, first, call())) for _ in range(RUNS))
+        yield Row(f"runs of {RUNS} that differ: {what}", "check", "runs", differing, 0)
