@@ -103,3 +103,51 @@ def test_pooling_levels_of_no_scan(tmp_path):
     assert done.returncode == 1
     assert "nan.npy holds no finite points" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name, given", [*((name, 1) for name in clouds()), ("sweep", 2), ("spoiled", 2)])
+def test_compare_scans(name, given, tmp_path):
+    points = clouds()[name]
+    files = [f"{name}.npy", "other.npy"][:given]
+    for file, moved in zip(files, (points, points + np.float32([0.3, 0, 0])), strict=False):
+        np.save(tmp_path / file, moved)
+    done = run("compare_scans.py", tmp_path, *files, "--out", "picture.png", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(
+        r"^(first|second) to (first|second) +([\d,]+)((?: +\d+\.\d{3}){5}) +[\d.]+ ms$", done.stdout, re.M
+    )
+    assert [row[:2] for row in rows] == [("first", "second"), ("second", "first")]
+    points = points[np.isfinite(points).all(axis=1)]
+    n = len(points)
+    assert [int(row[2].replace(",", "")) for row in rows] == [n, n if given == 2 else -(-n // 2)]
+    means, *percentiles = np.array([row[3].split() for row in rows], float).T
+    assert (np.diff(percentiles, axis=0) >= 0).all()
+    assert (means > 0).all() == (name not in ("point", "equal"))
+    chamfer = float(
+        re.search(r"^Chamfer distance, the sum of both means: ([\d.]+), by itself in", done.stdout, re.M)[1]
+    )
+    assert chamfer == pytest.approx(sum(means), abs=1.1e-3)
+    if given == 2:
+        moved = points + np.float32([0.3, 0, 0])
+        pairs = [(points, moved), (moved, points)]
+        assert means == pytest.approx([KDTree(to).query(at)[0].mean() for at, to in pairs], abs=6e-4)
+    assert {path.name for path in tmp_path.iterdir()} == {*files, "picture.png"}
+    if name == "sweep":  # the view, both close-ups and the histogram show distances, in colour
+        image = matplotlib.image.imread(tmp_path / "picture.png")[..., :3]
+        for place in (
+            image[350:1000, 20:1180],
+            image[100:540, 1220:1770],
+            image[580:1010, 1220:1770],
+            image[100:240, 20:380],
+        ):
+            assert (np.ptp(place, axis=-1) > 0.25).sum() > 500
+
+
+def test_compare_scans_of_no_scan(tmp_path):
+    np.save(tmp_path / "good.npy", lidar_like(100))
+    np.save(tmp_path / "nan.npy", np.full((7, 3), np.nan))
+    for files in (["nan.npy"], ["good.npy", "nan.npy"]):
+        done = run("compare_scans.py", tmp_path, *files, "--device", "cpu")
+        assert done.returncode == 1
+        assert "nan.npy holds no finite points" in done.stderr
+        assert "Traceback" not in done.stderr
