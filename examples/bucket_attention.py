@@ -46,21 +46,7 @@ SAMPLES = 256  # points whose weights the table's averages are taken over
 
 def main(argv: list[str] | None = None) -> int:
     """Run the block, print the table and draw the picture; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "file", nargs="?", metavar="FILE", type=Path, help="a scan; without one, a LiDAR scan that gpu3d carries"
-    )
-    parser.add_argument(
-        "-o",
-        "--out",
-        metavar="PNG",
-        type=Path,
-        default=Path("gpu3d-demo-attention.png"),
-        help="the picture (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto: the GPU if there is one"
-    )
+    parser = scan_parser(__doc__, "gpu3d-demo-attention.png")
     arguments = parser.parse_args(argv)
     try:
         xp = array_library(arguments.device)
@@ -74,6 +60,21 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print(f"picture: {arguments.out}")
     return 0
+
+
+def scan_parser(description: str, out: str) -> argparse.ArgumentParser:
+    """The arguments of an example: a scan, the picture's name and a device."""
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser.add_argument(
+        "file", nargs="?", metavar="FILE", type=Path, help="a scan; without one, a LiDAR scan that gpu3d carries"
+    )
+    parser.add_argument(
+        "-o", "--out", metavar="PNG", type=Path, default=Path(out), help="the picture (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto: the GPU if there is one"
+    )
+    return parser
 
 
 def array_library(device: str) -> Any:

@@ -14,14 +14,24 @@ about the middle, as by an error of its pose: the farther from the middle, the f
 
 from __future__ import annotations
 
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from bucket_attention import BACKGROUND, BRIGHT, FAINT, array_library, device_name, load, spread, timed, to_host
+from bucket_attention import (
+    BACKGROUND,
+    BRIGHT,
+    FAINT,
+    array_library,
+    device_name,
+    load,
+    scan_parser,
+    spread,
+    timed,
+    to_host,
+)
 from pooling_levels import GRID, project
 from scipy.spatial import KDTree
 
@@ -33,23 +43,9 @@ PERCENTILES = 50, 90, 99, 100
 
 def main(argv: list[str] | None = None) -> int:
     """Compare the scans, print the table and draw the picture; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "file", nargs="?", metavar="FILE", type=Path, help="a scan; without one, a LiDAR scan that gpu3d carries"
-    )
+    parser = scan_parser(__doc__, "gpu3d-demo-compare.png")
     parser.add_argument(
         "other", nargs="?", metavar="OTHER", type=Path, help="a scan of the same place; without one, a turned copy"
-    )
-    parser.add_argument(
-        "-o",
-        "--out",
-        metavar="PNG",
-        type=Path,
-        default=Path("gpu3d-demo-compare.png"),
-        help="the picture (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto: the GPU if there is one"
     )
     arguments = parser.parse_args(argv)
     try:

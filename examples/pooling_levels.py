@@ -11,7 +11,6 @@ A point's only feature is its height, from the first pooling on a mean of height
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from functools import partial
@@ -19,7 +18,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from bucket_attention import BACKGROUND, BRIGHT, FAINT, array_library, device_name, load, spread, timed, to_host
+from bucket_attention import (
+    BACKGROUND,
+    BRIGHT,
+    FAINT,
+    array_library,
+    device_name,
+    load,
+    scan_parser,
+    spread,
+    timed,
+    to_host,
+)
 from scipy.spatial import KDTree
 
 import gpu3d
@@ -31,23 +41,9 @@ ELEVATION = np.radians(40)  # of the view
 
 def main(argv: list[str] | None = None) -> int:
     """Pool the scan, print the table and draw the picture; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "file", nargs="?", metavar="FILE", type=Path, help="a scan; without one, a LiDAR scan that gpu3d carries"
-    )
-    parser.add_argument(
-        "-o",
-        "--out",
-        metavar="PNG",
-        type=Path,
-        default=Path("gpu3d-demo-pooling.png"),
-        help="the picture (default: %(default)s)",
-    )
+    parser = scan_parser(__doc__, "gpu3d-demo-pooling.png")
     parser.add_argument(
         "--ratio", type=int, choices=(2, 4, 8), default=4, help="points that become one (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto: the GPU if there is one"
     )
     arguments = parser.parse_args(argv)
     try:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact neighbours: the k nearest points, all within a radius, and the Chamfer distance with its gradients.
 
-Nothing is approximated: distances and indices are those of brute force, to the bit, on CPU and GPU alike.
+Nothing is approximated: distances and indices are those of brute force, to the bit. The CUDA kernels give the same bits
+in an emulation of warps on the CPU; no GPU has run them yet.
 """
 
 from __future__ import annotations
@@ -552,11 +553,12 @@ def _origins(points: Any, lengths: tuple[int, ...]) -> Any:
     import cupy
 
     finite = cupy.where(cupy.isfinite(points), points, np.inf)
-    lows = [finite[end - n : end].min(axis=0) for n, end in zip(lengths, np.cumsum(lengths).tolist(), strict=True) if n]
-    origins = cupy.zeros((len(lengths), 3), np.float64)
-    if lows:
-        lows = cupy.stack(lows)
-        origins[np.flatnonzero(lengths)] = cupy.where(cupy.isfinite(lows), lows, 0)
+    origins, end = cupy.zeros((len(lengths), 3), np.float64), 0
+    for b, n in enumerate(lengths):
+        end += n
+        if n:
+            low = finite[end - n : end].min(axis=0)
+            origins[b] = cupy.where(cupy.isfinite(low), low, 0)
     return origins
 
 

@@ -15,7 +15,7 @@
 //
 // What bounds it on an H100, by the profiler: at D = 16 exponentials (78 % busy in scopes of 4096, 68 % in scopes of 1024),
 // at D = 128 tensor cores (61 %); the rest is latency, so warps beside each other count for more than rows a warp.
-// What was gained, forward, D = 16 | 64 | 128 (3.16 | 3.7 | 3.9 ms at first, 2.66 | 2.15 | 1.85 now):
+// What was gained, forward, D = 16 | 64 | 128 (3.16 | 3.7 | 3.9 ms at first, 2.66 | 2.15 | 1.85 now, in runs of variants):
 //   warpgroup products                               -   | 0.9 | 1.1
 //   16 and 12 warps that share a tile               -    | 0.4 | 0.7
 //   no maximum a chunk                                   | 0.1 |
@@ -31,7 +31,7 @@
 //
 // In registers, row `lane / 4` (and that + 8) and columns 2 * (lane % 4) + {0, 1} of each 16 x 8 tile belong to a lane.
 
-// Chosen by gpu3d/attention.py; these stand for a compiler by hand.
+// Chosen by gpu3d/attention.py, all of them; these are for a compiler by hand.
 #ifndef D
 #define D 64                // head dimension, padded with zeros on load: 16, 32, 64 or 128
 #define ELEMENT 3           // 0 float32, 2 float16, 3 bfloat16

@@ -29,7 +29,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
     void *__restrict__ dk,                      // [slots, heads, D]
     void *__restrict__ dv)                      // [slots, heads, D]
 {
-    extern __shared__ __align__(1024) u16 stages[];          // [3, 2, PLANES, VISIT, ROW]
+    extern __shared__ __align__(1024) u16 stages[];          // [3, 2, PLANES, VISIT, ROW], owned rows
     __shared__ float stats[3][2][VISIT];        // of each stage: lse * UNIT, and delta
     Scope scope;
     int head, first;

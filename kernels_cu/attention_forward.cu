@@ -45,7 +45,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
     void *__restrict__ out,                     // [slots, heads, D]
     float *__restrict__ lse)                    // [slots, heads] natural logarithm, or null
 {
-    extern __shared__ __align__(1024) u16 stages[];          // [3, 2, PLANES, VISIT, ROW]
+    extern __shared__ __align__(1024) u16 stages[];          // [3, 2, PLANES, VISIT, ROW], owned rows
     Scope scope;
     int head, first;
     if (!block_owns(scope, head, first, clouds, table, width, heads, tiles)) return;

@@ -14,7 +14,8 @@
 #define TILE 32             // points; mirrored by gpu3d/neighbors.py
 #define NOTHING 0x7f800000ffffffffull                       // the key of no neighbour: infinitely far, index -1
 
-// A point: coordinates relative to its cloud's origin, and its index in the caller's array; -1 in padding.
+// A point: coordinates relative to the origin of the cloud that is searched, NaN where one of them is not finite, and its
+// index in the caller's array; -1 in padding.
 struct __align__(16) Row {
     float x, y, z;
     int index;

@@ -53,7 +53,9 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_rows(
         low[d] = finite ? x[d] : INFINITE;
         high[d] = finite ? x[d] : -INFINITE;
     }
-    rows[slot] = {x[0], x[1], x[2], i};
+    // Infinities become NaN: else one would be found, infinitely far, where nothing nearer is, or within an infinite radius.
+    const float nan = __int_as_float(0x7fffffff);
+    rows[slot] = finite ? Row{x[0], x[1], x[2], i} : Row{nan, nan, nan, i};
     if (tiles) write_box(tiles + slot / TILE, low, high);
 }
 
