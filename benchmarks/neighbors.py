@@ -130,7 +130,7 @@ def _self_case(*clouds: np.ndarray) -> Case:
     """Clouds of which each is searched for its own points."""
     import cupy
 
-    points = cupy.asarray(np.concatenate(clouds).astype(np.float32))
+    points = cupy.asarray(np.concatenate(clouds), np.float32, order="C")  # brute_force.cu reads rows
     return Case(points, points, tuple(len(cloud) for cloud in clouds))
 
 

@@ -7,14 +7,15 @@ A small batch travels inside the kernels' arguments, a large one in device memor
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpu3d import _cuda
 
-INLINE_CLOUDS = 15  # mirrored by clouds.cuh
+INLINE_CLOUDS = 32  # mirrored by clouds.cuh
 CLOUDS_A_LAUNCH = 240  # mirrored by clouds.cu, as is the next
 CLOUDS_THREADS = 256
 
@@ -23,6 +24,7 @@ _CLOUD = np.dtype([("point", np.int32), ("tile", np.int32), ("group", np.int32),
 _CLOUDS = np.dtype(
     [("table", np.uint64), ("count", np.int32), ("bucket_size", np.int32), ("inlined", _CLOUD, INLINE_CLOUDS + 1)]
 )
+_HEADER = struct.Struct("<Qii")  # of struct Clouds
 _ROWS = np.dtype([("rows", _CLOUD, CLOUDS_A_LAUNCH)])
 
 FORMAT = f"{_CLOUDS.itemsize}s"  # of struct Clouds in a kernel's signature
@@ -38,6 +40,7 @@ class Batch(NamedTuple):
 
     rows: np.ndarray  # _CLOUD [B + 1]
     inlined: bytes | None  # struct Clouds where the batch is small enough to travel in a kernel's arguments
+    parts: tuple[tuple[bytes, int, int], ...]  # else arguments of the launches that write the table
 
     @property
     def tiles(self) -> int:
@@ -60,11 +63,20 @@ def batch(lengths: Sequence[int], bucket_size: int, tiles: np.ndarray, groups: n
     ):
         rows[column][1:] = np.cumsum(counts)
     if len(n) > INLINE_CLOUDS:
-        return Batch(rows, None)
+        return Batch(rows, None, tuple(_parts(rows)))
     clouds = np.zeros((), _CLOUDS)
     clouds["count"], clouds["bucket_size"] = len(n), bucket_size
     clouds["inlined"][: len(rows)] = rows
-    return Batch(rows, clouds.tobytes())
+    return Batch(rows, clouds.tobytes(), ())
+
+
+def _parts(rows: np.ndarray) -> Iterator[tuple[bytes, int, int]]:
+    """Of a large table: a struct CloudRows, its first row and how many there are."""
+    for first in range(0, len(rows), CLOUDS_A_LAUNCH):
+        part = np.zeros((), _ROWS)
+        n = min(CLOUDS_A_LAUNCH, len(rows) - first)
+        part["rows"][:n] = rows[first : first + n]
+        yield part.tobytes(), first, n
 
 
 @functools.lru_cache(maxsize=256)
@@ -86,11 +98,7 @@ def pack(batch: Batch, bucket_size: int) -> tuple[bytes, Any]:
 
     table = cupy.cuda.alloc(batch.rows.nbytes)
     write = _cuda.kernel("clouds", "write_clouds", f"{_ROWS.itemsize}siiQ")
-    for first in range(0, len(batch.rows), CLOUDS_A_LAUNCH):
-        part = np.zeros((), _ROWS)
-        n = min(CLOUDS_A_LAUNCH, len(batch.rows) - first)
-        part["rows"][:n] = batch.rows[first : first + n]
-        _cuda.launch(write, grid=1, block=CLOUDS_THREADS, args=(part.tobytes(), first, n, table.ptr))
-    clouds = np.zeros((), _CLOUDS)
-    clouds["table"], clouds["count"], clouds["bucket_size"] = table.ptr, len(batch.rows) - 1, bucket_size
-    return clouds.tobytes(), table
+    for part, first, n in batch.parts:
+        _cuda.launch(write, grid=1, block=CLOUDS_THREADS, args=(part, first, n, table.ptr))
+    header = _HEADER.pack(table.ptr, len(batch.rows) - 1, bucket_size)
+    return header.ljust(_CLOUDS.itemsize, b"\0"), table

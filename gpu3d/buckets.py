@@ -252,6 +252,7 @@ _SIGNATURES = {
     "merge_tiles": "QQfcQQ",
     "merge_splitters": "QcQQQ",
     "merge_partitions": "QQQQcQQQ",
+    "merge_clouds": "QfcQQQ",
     "radix_frames": "QcifQQQ",
     "radix_keys": "QQciQQ",
     "radix_first": "QQciQQQ",
@@ -319,7 +320,11 @@ def _bucketize_cuda(
         home = _probe(points, macros, cell, bucket_size, lengths, bucket_offsets[-1], seed, moved)
         points, macros = home, (("POINT", 0), ("KEY", KEY_GIVEN))
         results = *results[:2], 0  # `moved` is written
-    sort = _merge_sort if max(lengths) <= MERGE_MAX_TILES * MERGE_TILES[-1] else _radix_sort
+    largest = max(lengths)
+    if largest <= MERGE_TILES[-1]:
+        sort = _cloud_sort
+    else:
+        sort = _merge_sort if largest <= MERGE_MAX_TILES * MERGE_TILES[-1] else _radix_sort
     sort(points, macros, cell, bucket_size, lengths, *results)
     return slot_to_point, point_to_slot, moved
 
@@ -363,6 +368,28 @@ def _merge_plan(device: int, lengths: tuple[int, ...], bucket_size: int, macros:
         _kernel("merge_partitions", macros, shared_mem=shared_mem),
     )
     return _MergePlan(batch, tiles, partitions, tile // 4, shared_mem, ends, bound, kernels)
+
+
+@functools.lru_cache(maxsize=256)
+def _cloud_plan(
+    device: int, lengths: tuple[int, ...], bucket_size: int, macros: _cuda.Macros
+) -> tuple[_clouds.Batch, int, _cuda.Kernel]:
+    """Batch, threads of a block and kernel of `_cloud_sort`, for the current device, which is `device`."""
+    tile = next(t for t in MERGE_TILES if t >= max(lengths))
+    signature = "QcQQQ" if macros[1][1] == KEY_GIVEN else None
+    batch = _clouds.tiled(lengths, bucket_size, tile, tile)
+    return batch, tile // 4, _kernel("merge_clouds", (*macros, ("TILE", tile)), signature)
+
+
+def _cloud_sort(
+    keys: Any, macros: _cuda.Macros, cell: float, bucket_size: int, lengths: tuple[int, ...], *results: int
+) -> None:
+    """One launch of buckets_merge.cu, for clouds of at most a tile; `keys` as in `_merge_sort`."""
+    batch, threads, kernel = _cloud_plan(keys.device.id, lengths, bucket_size, macros)
+    clouds, table = _clouds.pack(batch, bucket_size)
+    source = (keys.data.ptr,) if macros[1][1] == KEY_GIVEN else (keys.data.ptr, cell)
+    _cuda.launch(kernel, grid=len(lengths), block=threads, args=(*source, clouds, *results))
+    del table  # held until here
 
 
 def _merge_sort(

@@ -456,43 +456,44 @@ def _index(points: Any, entered: _Entered) -> NeighborIndex:
 # ---- CUDA ----------------------------------------------------------------------------------------------------------
 
 TILE = 32  # points; and tiles of a node, nodes of a branch
-INDEX_THREADS = KNN_THREADS = RADIUS_THREADS = 128
+NODE = reference.SUM_TILE  # points, of which an index keeps a box and a Chamfer distance a sum
+INDEX_THREADS = NODE
+BRANCH_THREADS = KNN_THREADS = RADIUS_THREADS = 128
 CHAMFER_THREADS = 256
-CHAMFER_SUM_TILE = reference.SUM_TILE
 
 _FLOAT, _INT32, _INT64 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.int64)
 _INDEX = struct.Struct("<QQQQ")  # struct Index of neighbors.cuh
-_ROW_BYTES, _BOX_BYTES = 16, 32
+_SIDE = struct.Struct("<9Q")  # struct Side of neighbors_chamfer.cu
+_ROW_BYTES, _BOX_BYTES = 16, 48
 
-# The parameters of each kernel: formats of the module struct, c for struct Clouds and x for struct Index.
+# The parameters of each kernel: formats of the module struct; c, x and s for struct Clouds, Index and Side.
 _SIGNATURES = {
-    "index_rows": "QQicQQQ",
-    "index_boxes": "QciiQ",
+    "index_nodes": "QQcQQQQ",
+    "index_branches": "QciQ",
     "knn": "QcixciiQQ",
     "radius_count": "QcixcfQ",
     "radius_fill": "QcixcfQiqQ",
     "radius_sort": "QiqQQQQ",
-    "chamfer_tiles": "QciQQ",
-    "chamfer_losses": "QQccQQ",
+    "chamfer_tiles": "sscci",
+    "chamfer_losses": "ssccQQ",
     "chamfer_loss": "QiiQ",
-    "chamfer_give": "QciQQQQQiQ",
-    "chamfer_gradient": "QciQcQQQQQiiQ",
+    "chamfer_give": "sscci",
+    "chamfer_gradient": "ssccii",
 }
+_FORMATS = {"c": _clouds.FORMAT, "x": f"{_INDEX.size}s", "s": f"{_SIDE.size}s"}
 
 
 def configurations() -> list[_cuda.Configuration]:
     """Every module this file can ask for."""
-    found = [_cuda.Configuration("neighbors_knn", (("LISTS", lists),)) for lists in range(3)]
-    found += [_cuda.Configuration("neighbors_radius")]
-    for module in ("neighbors_index", "neighbors_chamfer"):
-        found += [_cuda.Configuration(module, (("POINT", p),)) for p in range(len(_arrays.FLOATS))]
-    return found
+    found = [_cuda.Configuration("neighbors_index", (("POINT", p),)) for p in range(len(_arrays.FLOATS))]
+    found += [_cuda.Configuration("neighbors_knn", (("LISTS", lists),)) for lists in range(3)]
+    return [*found, _cuda.Configuration("neighbors_radius"), _cuda.Configuration("neighbors_chamfer")]
 
 
 @functools.lru_cache(maxsize=256)
 def _kernel(device: int, function: str, macros: _cuda.Macros) -> _cuda.Kernel:
     """A kernel of neighbors_<prefix of its name>.cu, for the current device, which is `device`."""
-    signature = _SIGNATURES[function].replace("c", _clouds.FORMAT).replace("x", f"{_INDEX.size}s")
+    signature = "".join(_FORMATS.get(kind, kind) for kind in _SIGNATURES[function])
     return _cuda.kernel("neighbors_" + function.split("_")[0], function, signature, macros)
 
 
@@ -501,7 +502,7 @@ def _launch(
     device: int,
     grid: int,
     *args: int | float | bytes,
-    block: int = INDEX_THREADS,
+    block: int,
     macros: _cuda.Macros = (),
 ) -> None:
     _cuda.launch(_kernel(device, function, macros), grid=grid, block=block, args=args)
@@ -513,26 +514,42 @@ class _Layout(NamedTuple):
     batch: _clouds.Batch
     slots: int
     nodes: int
-    branches: int
+    branches: int  # 0 where no cloud has more than one
 
 
 @functools.lru_cache(maxsize=256)
 def _layout(lengths: tuple[int, ...]) -> _Layout:
     tiles = -(-np.array(lengths, np.int64) // TILE)
     nodes = -(-tiles // TILE)
-    batch = _clouds.batch(lengths, TILE, nodes, -(-nodes // TILE))
-    return _Layout(batch, int(tiles.sum()) * TILE, batch.tiles, batch.groups)
+    branches = -(-nodes // TILE)
+    batch = _clouds.batch(lengths, TILE, nodes, branches)
+    return _Layout(batch, int(tiles.sum()) * TILE, batch.tiles, batch.groups if branches.max(initial=0) > 1 else 0)
 
 
 class _Search(NamedTuple):
-    """What a NeighborIndex keeps on a GPU: struct Index of neighbors.cuh and what queries are to be told."""
+    """What a NeighborIndex keeps on a GPU."""
 
     rows: Any  # [slots] struct Row
     boxes: Any  # struct Box: of the tiles, then the nodes, then the branches
     packed: bytes  # struct Index
     layout: _Layout
+    clouds: bytes  # struct Clouds of the layout
+    table: Any  # the memory that it names
     slot_of_point: Any  # int32 [N]
     origins: Any  # float64 [clouds, 3] of float64 points, else None
+
+
+class _Queries(NamedTuple):
+    """Points that search an index."""
+
+    rows: Any  # [slots] struct Row, relative to the origins of the index
+    slots: int
+    clouds: bytes
+    table: Any
+
+
+def _point_macro(points: Any) -> _cuda.Macros:
+    return (("POINT", _arrays.FLOATS.index(points.dtype)),)
 
 
 def _xyz(points: Any) -> Any:
@@ -562,26 +579,25 @@ def _origins(points: Any, lengths: tuple[int, ...]) -> Any:
     return origins
 
 
-def _rows(points: Any, lengths: tuple[int, ...], origins: Any, boxes: Any) -> tuple[Any, Any]:
+def _rows(
+    points: Any, lengths: tuple[int, ...], origins: Any, clouds: bytes, boxes: int, nodes: int
+) -> tuple[Any, Any]:
     """The rows of points in bucket order, relative to the origins of the clouds they search; and point_to_slot.
 
-    Into `boxes` goes the box of each tile, unless it is None.
+    The boxes of tiles and nodes go to these addresses; with 0, none are made.
     """
     import cupy
 
     layout = _layout(lengths)
-    rows = cupy.ndarray((layout.slots, 4), _FLOAT)
+    rows = cupy.ndarray((layout.slots, _ROW_BYTES // 4), _FLOAT)
     offsets = _bucket_offsets(lengths, TILE)
     order, slot_of_point, _ = _bucketize_cuda(points, TILE, lengths, offsets, "zorder_div", "spill", None, 0)
-    clouds, held = _clouds.pack(layout.batch, TILE)
     if origins is not None and points.dtype != np.float64:
         points = points.astype(np.float64)
     address = origins.data.ptr if origins is not None else 0
-    macros = (("POINT", _arrays.FLOATS.index(points.dtype)),)
-    args = points.data.ptr, order.data.ptr, layout.slots, clouds, address, rows.data.ptr
-    target = boxes.data.ptr if boxes is not None else 0
-    _launch("index_rows", points.data.device_id, -(-layout.slots // INDEX_THREADS), *args, target, macros=macros)
-    del held
+    args = points.data.ptr, order.data.ptr, clouds, address, rows.data.ptr, boxes, nodes
+    device, macros = points.data.device_id, _point_macro(points)
+    _launch("index_nodes", device, layout.nodes, *args, block=INDEX_THREADS, macros=macros)
     return rows, slot_of_point
 
 
@@ -594,52 +610,45 @@ def _index_cuda(points: Any, lengths: tuple[int, ...]) -> _Search:
     origins = _origins(points, lengths)
     tiles = layout.slots // TILE
     boxes = cupy.ndarray((tiles + layout.nodes + layout.branches, _BOX_BYTES // 4), _FLOAT)
-    rows, slot_of_point = _rows(points, lengths, origins, boxes)
-    first = boxes.data.ptr
-    of_nodes, of_branches = first + tiles * _BOX_BYTES, first + (tiles + layout.nodes) * _BOX_BYTES
-    clouds, held = _clouds.pack(layout.batch, TILE)
-    device, macros = points.data.device_id, (("POINT", _arrays.FLOATS.index(points.dtype)),)
-    warps = INDEX_THREADS // 32
-    for branches, below, count, out in (
-        (0, first, layout.nodes, of_nodes),
-        (1, of_nodes, layout.branches, of_branches),
-    ):
-        _launch("index_boxes", device, -(-count // warps), below, clouds, branches, count, out, macros=macros)
-    del held
-    return _Search(
-        rows, boxes, _INDEX.pack(rows.data.ptr, first, of_nodes, of_branches), layout, slot_of_point, origins
-    )
+    of_tiles = boxes.data.ptr
+    of_nodes, of_branches = of_tiles + tiles * _BOX_BYTES, of_tiles + (tiles + layout.nodes) * _BOX_BYTES
+    clouds, table = _clouds.pack(layout.batch, TILE)
+    rows, slot_of_point = _rows(points, lengths, origins, clouds, of_tiles, of_nodes)
+    if layout.branches:
+        device, grid = points.data.device_id, -(-layout.branches // (BRANCH_THREADS // 32))
+        args, macros = (of_nodes, clouds, layout.branches, of_branches), _point_macro(points)
+        _launch("index_branches", device, grid, *args, block=BRANCH_THREADS, macros=macros)
+    packed = _INDEX.pack(rows.data.ptr, of_tiles, of_nodes, of_branches if layout.branches else 0)
+    return _Search(rows, boxes, packed, layout, clouds, table, slot_of_point, origins)
 
 
-def _query_rows(query: Any, lengths: tuple[int, ...], index: NeighborIndex) -> Any:
-    """The rows of queries; the index's own where the queries are its points."""
+def _queries(query: Any, lengths: tuple[int, ...], index: NeighborIndex) -> _Queries:
+    """What searches the index; its own rows where the queries are its points."""
+    search = index.search
     if query is index.points and lengths == index.lengths:
-        return index.search.rows
-    return _rows(_xyz(query), lengths, index.search.origins, None)[0]
+        return _Queries(search.rows, search.layout.slots, search.clouds, search.table)
+    layout = _layout(lengths)
+    clouds, table = _clouds.pack(layout.batch, TILE)
+    rows, _ = _rows(_xyz(query), lengths, search.origins, clouds, 0, 0)
+    return _Queries(rows, layout.slots, clouds, table)
 
 
-def _nearest(
-    rows: Any, queries: int, query_lengths: tuple[int, ...], search: _Search, k: int, squared: bool
-) -> tuple[Any, Any]:
-    """Distances, or their squares, and indices [queries, k] of rows of queries."""
+def _nearest(queries: _Queries, count: int, search: _Search, k: int, squared: bool) -> tuple[Any, Any]:
+    """Distances, or their squares, and indices [count, k] of queries."""
     import cupy
 
-    distances, indices = cupy.ndarray((queries, k), _FLOAT), cupy.ndarray((queries, k), _INT32)
-    layout = _layout(query_lengths)
-    query_clouds, held = _clouds.pack(layout.batch, TILE)
-    clouds, held_too = _clouds.pack(search.layout.batch, TILE)
+    distances, indices = cupy.ndarray((count, k), _FLOAT), cupy.ndarray((count, k), _INT32)
     lists = 0 if k == 1 else -(-k // 32)
-    args = rows.data.ptr, query_clouds, layout.slots, search.packed, clouds, k, squared
-    grid, macros = -(-layout.slots // (KNN_THREADS // 32)), (("LISTS", lists),)
-    _launch("knn", rows.data.device_id, grid, *args, distances.data.ptr, indices.data.ptr, macros=macros)
-    del held, held_too
+    args = queries.rows.data.ptr, queries.clouds, queries.slots, search.packed, search.clouds, k, squared
+    grid, macros = -(-queries.slots // (KNN_THREADS // 32)), (("LISTS", lists),)
+    results = distances.data.ptr, indices.data.ptr
+    _launch("knn", distances.data.device_id, grid, *args, *results, block=KNN_THREADS, macros=macros)
     return distances, indices
 
 
 def _knn_cuda(query: Any, query_lengths: tuple[int, ...], index: NeighborIndex, k: int) -> tuple[Any, Any]:
     """Distances float32 [N, k] and indices int32 [N, k]."""
-    rows = _query_rows(query, query_lengths, index)
-    return _nearest(rows, query.shape[0], query_lengths, index.search, k, False)
+    return _nearest(_queries(query, query_lengths, index), query.shape[0], index.search, k, False)
 
 
 def _radius_search_cuda(
@@ -648,14 +657,14 @@ def _radius_search_cuda(
     """Offsets int64 [N + 1], indices int32 and distances float32 [entries]."""
     import cupy
 
-    rows, layout, search = _query_rows(query, query_lengths, index), _layout(query_lengths), index.search
-    n, device, grid = query.shape[0], rows.data.device_id, -(-layout.slots // (RADIUS_THREADS // 32))
-    query_clouds, held = _clouds.pack(layout.batch, TILE)
-    clouds, held_too = _clouds.pack(search.layout.batch, TILE)
-    walk = rows.data.ptr, query_clouds, layout.slots, search.packed, clouds, float(reference.squared_radius(radius))
+    queries, search = _queries(query, query_lengths, index), index.search
+    n, device, warps = query.shape[0], queries.rows.data.device_id, RADIUS_THREADS // 32
+    radius2 = float(reference.squared_radius(radius))
+    walk = queries.rows.data.ptr, queries.clouds, queries.slots, search.packed, search.clouds, radius2
+    run = functools.partial(_launch, block=RADIUS_THREADS)
     offsets = cupy.zeros(n + 1, _INT64)
     counts = cupy.ndarray((n,), _INT64)
-    _launch("radius_count", device, grid, *walk, counts.data.ptr)
+    run("radius_count", device, -(-queries.slots // warps), *walk, counts.data.ptr)
     cupy.cumsum(counts, out=offsets[1:])
     room = max_entries
     if room is None:
@@ -664,52 +673,35 @@ def _radius_search_cuda(
         if room > limit:
             row = int(counts.argmax())
             raise reference.too_many_entries(radius, room, limit, row, int(counts[row]))
-    indices, distances = cupy.full(room, -1, _INT32), cupy.full(room, np.nan, _FLOAT)
-    if room and n:
-        entries, spare = cupy.ndarray((room,), _INT64), cupy.ndarray((room,), _INT64)
-        _launch("radius_fill", device, grid, *walk, offsets.data.ptr, n, room, entries.data.ptr)
-        sort = offsets.data.ptr, n, room, entries.data.ptr, spare.data.ptr, indices.data.ptr, distances.data.ptr
-        _launch("radius_sort", device, n, *sort)
+    indices, distances = cupy.ndarray((room,), _INT32), cupy.ndarray((room,), _FLOAT)
+    entries, spare = cupy.ndarray((room,), _INT64), cupy.ndarray((room,), _INT64)
+    run("radius_fill", device, -(-queries.slots // warps), *walk, offsets.data.ptr, n, room, entries.data.ptr)
+    sort = offsets.data.ptr, n, room, entries.data.ptr, spare.data.ptr, indices.data.ptr, distances.data.ptr
+    run("radius_sort", device, max(1, -(-n // warps)) if room else 0, *sort)
     if max_entries is not None:
         offsets = cupy.where(offsets[-1] > room, -offsets[-1], offsets)
-    del held, held_too
     return offsets, indices, distances
 
 
 class _Side(NamedTuple):
     """What one direction of a Chamfer distance leaves: from each point of `own` to its nearest of `other`."""
 
-    own: NeighborIndex
-    other: NeighborIndex
-    rows: Any  # of own, relative to other's origins
-    d2: Any
-    nearest: Any
-    sums: Any  # float64 [tiles]
-    largest: Any  # uint32 [clouds] bits of the largest finite distance
-    clouds: bytes  # struct Clouds of own, in tiles of the sums
-    held: Any
+    packed: bytes  # struct Side
+    held: tuple[Any, ...]  # the arrays that it names
 
 
-def _side(own: NeighborIndex, other: NeighborIndex, squared: bool) -> _Side:
-    import cupy
-
-    rows = own.search.rows
-    if own.search.origins is not None or other.search.origins is not None:
-        rows = _rows(_xyz(own.points), own.lengths, other.search.origins, None)[0]
-    d2, nearest = _nearest(rows, own.points.shape[0], own.lengths, other.search, 1, True)
-    batch = _clouds.tiled(own.lengths, TILE, CHAMFER_SUM_TILE, TILE)
-    clouds, held = _clouds.pack(batch, TILE)
-    sums, largest = cupy.ndarray((batch.tiles,), np.float64), cupy.zeros(len(own.lengths), np.uint32)
-    places = sums.data.ptr, largest.data.ptr
-    _launch_chamfer("tiles", d2, batch.tiles, d2.data.ptr, clouds, squared, *places, block=CHAMFER_SUM_TILE)
-    return _Side(own, other, rows, d2, nearest, sums, largest, clouds, held)
-
-
-def _launch_chamfer(
-    name: str, like: Any, grid: int, *args: Any, block: int = CHAMFER_THREADS, point: np.dtype = _FLOAT
-) -> None:
-    macros = (("POINT", _arrays.FLOATS.index(point)),)
-    _launch(f"chamfer_{name}", like.data.device_id, grid, *args, block=block, macros=macros)
+def _side(own: NeighborIndex, other: NeighborIndex, squared: bool, gradient: Any, given: int) -> _Side:
+    """`gradient`: float32 [N, 3]; `given`: the address of zeros int64 [N, 3]; no matter, for the loss alone."""
+    search, count = own.search, own.points.shape[0]
+    queries = _Queries(search.rows, search.layout.slots, search.clouds, search.table)
+    if search.origins is not None or other.search.origins is not None:
+        queries = _queries(own.points, own.lengths, other)
+    d2, nearest = _nearest(queries, count, other.search, 1, True)
+    held = queries.rows, search.rows, search.slot_of_point, nearest, d2
+    addresses = [array.data.ptr for array in held]
+    nodes = search.layout.nodes
+    memory, found = _cuda.workspace(4 * nodes, 8 * nodes)
+    return _Side(_SIDE.pack(*addresses, *found, gradient.data.ptr, given), (*held, memory))
 
 
 def _chamfer_cuda(
@@ -718,36 +710,30 @@ def _chamfer_cuda(
     """The loss float32 [] or [B], and with_grad the gradients of x and y as packed, in their dtypes."""
     import cupy
 
-    count = len(x_index.lengths)
-    x, y = _side(x_index, y_index, squared), _side(y_index, x_index, squared)
-    losses = cupy.ndarray((count,), np.float64)
-    loss = cupy.ndarray((count,) if reduction == "none" else (), _FLOAT)
+    clouds, mean, indices = len(x_index.lengths), reduction == "mean", (x_index, y_index)
+    n, m = (index.points.shape[0] for index in indices)
+    given = cupy.zeros(3 * (n + m) * with_grad, _INT64)
+    gradients = [cupy.ndarray((count * with_grad, 3), _FLOAT) for count in (n, m)]
+    x = _side(x_index, y_index, squared, gradients[0], given.data.ptr)
+    y = _side(y_index, x_index, squared, gradients[1], given.data.ptr + 24 * n)
+    losses = cupy.ndarray((clouds,), np.float64)
+    loss = cupy.ndarray((clouds,) if reduction == "none" else (), _FLOAT)
+    layouts = [index.search.layout for index in indices]
+    nodes, slots = sum(layout.nodes for layout in layouts), sum(layout.slots for layout in layouts)
+    both = x.packed, y.packed, x_index.search.clouds, y_index.search.clouds
+    device = loss.data.device_id
+    _launch("chamfer_tiles", device, nodes, *both, squared, block=NODE)
     of_clouds = loss.data.ptr if reduction == "none" else 0
-    sums = x.sums.data.ptr, y.sums.data.ptr, x.clouds, y.clouds
-    _launch_chamfer("losses", losses, count, *sums, losses.data.ptr, of_clouds, block=CHAMFER_SUM_TILE)
-    mean = reduction == "mean"
+    _launch("chamfer_losses", device, clouds, *both, losses.data.ptr, of_clouds, block=NODE)
     if reduction != "none":
-        _launch_chamfer("loss", losses, 1, losses.data.ptr, count, mean, loss.data.ptr, block=CHAMFER_SUM_TILE)
+        _launch("chamfer_loss", device, 1, losses.data.ptr, clouds, mean, loss.data.ptr, block=NODE)
     if not with_grad:
         return (loss,)
-    given = []  # to y, to x
-    for giver, taker in ((x, y), (y, x)):
-        to = cupy.zeros((taker.d2.shape[0], 3), _INT64)
-        slots, target = giver.own.search.layout.slots, giver.other.search
-        terms = giver.rows.data.ptr, giver.clouds, slots, target.rows.data.ptr, target.slot_of_point.data.ptr
-        found = giver.nearest.data.ptr, giver.d2.data.ptr, giver.largest.data.ptr
-        grid = -(-slots // CHAMFER_THREADS)
-        _launch_chamfer("give", losses, grid, *terms, *found, squared, to.data.ptr)
-        given.append(to)
-    gradients = []
-    for side, giver, taken in ((x, y, given[1]), (y, x, given[0])):
-        points = side.own.points
-        gradient = cupy.ndarray((points.shape[0], 3), points.dtype)
-        slots, target = side.own.search.layout.slots, side.other.search
-        own = side.rows.data.ptr, side.clouds, slots, target.rows.data.ptr, giver.clouds, target.slot_of_point.data.ptr
-        seen = side.nearest.data.ptr, side.d2.data.ptr, taken.data.ptr, giver.largest.data.ptr
-        parts, grid = (count if mean else 1), -(-slots // CHAMFER_THREADS)
-        out = squared, parts, gradient.data.ptr
-        _launch_chamfer("gradient", losses, grid, *own, *seen, *out, point=points.dtype)
-        gradients.append(gradient[:, : points.shape[1]])
-    return loss, *gradients
+    grid = -(-slots // CHAMFER_THREADS)
+    _launch("chamfer_give", device, grid, *both, squared, block=CHAMFER_THREADS)
+    _launch("chamfer_gradient", device, grid, *both, squared, clouds if mean else 1, block=CHAMFER_THREADS)
+    del x, y, given  # held until here
+    return loss, *(
+        gradient[:, : index.points.shape[1]].astype(index.points.dtype, copy=False)
+        for gradient, index in zip(gradients, indices, strict=True)
+    )

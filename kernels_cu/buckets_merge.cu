@@ -3,7 +3,8 @@
 //
 // bucketize(balance="spill") is a stable sort of each cloud by a 48-bit key, cut every bucket_size points. At these sizes
 // launches and latency cost more than bytes, so the sort is a sample sort by regular sampling (Shi and Schaeffer 1992),
-// whose partitions have a proven bound: no fallback, and no data, duplicates included, can unbalance it.
+// whose partitions have a proven bound: no fallback, and no data, duplicates included, can unbalance it. Where no cloud is larger
+// than a tile, one launch does it all: merge_clouds, a block a cloud.
 //   1 bounds      a block a tile: partial bounds of its points
 //   2 tiles       a block a tile: voxels, keys, sort in shared memory; one of every 32 keys is a sample
 //   3 splitters   a block a tile: ranks its samples among all of the cloud's; each SPAN-th is a splitter
@@ -164,6 +165,26 @@ extern "C" __global__ __launch_bounds__(THREADS) void merge_bounds(
 
 // ---- 2 tiles -------------------------------------------------------------------------------------------------------
 
+// The elements of points first..first + n, by the whole block. The frame and the number of buckets are their cloud's.
+#if KEY == KEY_GIVEN
+__device__ __forceinline__ void load_elements(u64 *data, const int *given, int first, int n)
+#else
+__device__ __forceinline__ void load_elements(u64 *data, const point_t *points, const Frame &frame, u32 buckets, int first, int n)
+#endif
+{
+#pragma unroll
+    for (int i = threadIdx.x; i < TILE; i += THREADS)
+        if (i < n) {
+#if KEY == KEY_GIVEN
+            const u64 key = given[first + i];
+#else
+            const u64 key = key_of_point(points, first + i, frame, buckets);
+#endif
+            data[i] = key << POSITION_BITS | i;
+        }
+    __syncthreads();
+}
+
 extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_tiles(
 #if KEY == KEY_GIVEN
     const int *__restrict__ given,              // [N] bucket of each point, counted over the batch
@@ -182,21 +203,12 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_tiles(
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int first = cloud.point + (tile - cloud.tile) * TILE;
     const int n = min(TILE, next.point - first);
-#if KEY != KEY_GIVEN
-    const u32 buckets = (next.slot - cloud.slot) / clouds.bucket_size;
-    const Frame frame = frame_from_rows(bounds, cloud.tile, next.tile, voxel_size);
-#endif
-#pragma unroll
-    for (int i = threadIdx.x; i < TILE; i += THREADS)
-        if (i < n) {
 #if KEY == KEY_GIVEN
-            const u64 key = given[first + i];
+    load_elements(data, given, first, n);
 #else
-            const u64 key = key_of_point(points, first + i, frame, buckets);
+    const u32 buckets = (next.slot - cloud.slot) / clouds.bucket_size;
+    load_elements(data, points, frame_from_rows(bounds, cloud.tile, next.tile, voxel_size), buckets, first, n);
 #endif
-            data[i] = key << POSITION_BITS | i;
-        }
-    __syncthreads();
     sort_shared<1>(data, n);
     for (int i = threadIdx.x; i < n; i += THREADS) {
         sorted[(size_t)tile * TILE + i] = data[i];
@@ -366,4 +378,40 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_partitions(
     }
     if (partition == next.group - 1)            // padding stands at the end of the cloud's last bucket
         for (int slot = cloud.slot + points + threadIdx.x; slot < next.slot; slot += THREADS) slot_to_point[slot] = -1;
+}
+
+// ---- or all at once ------------------------------------------------------------------------------------------------
+
+extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_clouds(
+#if KEY == KEY_GIVEN
+    const int *__restrict__ given,              // [N] bucket of each point, counted over the batch
+#else
+    const point_t *__restrict__ points,         // [N, 3]
+    float voxel_size,
+#endif
+    const __grid_constant__ Clouds clouds,      // of at most TILE points each
+    int *__restrict__ slot_to_point,            // [slots]
+    int *__restrict__ point_to_slot,            // [N]
+    int *__restrict__ moved)                    // [] set to 0, or null
+{
+    __shared__ u64 data[TILE];
+    const int b = blockIdx.x;                   // ranges [0, clouds)
+    const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
+    const int n = next.point - cloud.point;
+    if (moved && b == 0 && threadIdx.x == 0) *moved = 0;
+#if KEY == KEY_GIVEN
+    load_elements(data, given, cloud.point, n);
+#else
+    __shared__ coord_t bounds[6];
+    write_bounds(points, cloud.point, next.point, bounds);
+    __syncthreads();
+    const u32 buckets = (next.slot - cloud.slot) / clouds.bucket_size;
+    load_elements(data, points, frame_from_rows(bounds, 0, 1, voxel_size), buckets, cloud.point, n);
+#endif
+    sort_shared<1>(data, n);
+    for (int slot = cloud.slot + threadIdx.x; slot < next.slot; slot += THREADS) {
+        const int i = slot - cloud.slot, p = i < n ? cloud.point + (int)(data[i] & POSITION) : -1;
+        slot_to_point[slot] = p;
+        if (i < n) point_to_slot[p] = slot;
+    }
 }

@@ -2,11 +2,15 @@
 // The index of the neighbour search, and the walk through it that skips what is too far. Include clouds.cuh first.
 //
 // A cloud in bucket order is cut into tiles of 32 points; 32 tiles make a node, 32 nodes a branch, none across clouds. Each has
-// a box. A query is a warp, and reads 32 points, or 32 boxes, at a time, one a lane. Of the boxes it takes the nearest first
-// and passes over those that are strictly farther than what it has found, so every answer is that of brute force:
+// a box, and a tile a slab besides: two planes along the surface that its points come from, which a box cannot follow. A query
+// is a warp, and reads 32 points, or 32 boxes, at a time, one a lane. Of the boxes it takes the nearest first and passes over
+// those that hold nothing better than what it has found, so every answer is that of brute force:
 //   d2 = (dx * dx + dy * dy) + dz * dz      every operation rounded once
-// is monotone in |dx|, |dy|, |dz|, so that of a box is never above that of a point in it.
-// At worst no box is passed over, and the walk is brute force, 32 pairs a step.
+// is monotone in |dx|, |dy|, |dz|, so that of a box is never above that of a point in it; slabs leave room for rounding.
+// At worst nothing is passed over, and the walk is brute force, 32 pairs a step.
+//
+// What a slab is worth (queries in a ball of 0.05 around the centre of a sphere of 131,072 points, k = 2, H100): 19.9 ms without,
+// see benchmarks/results for now. From there all tiles are about as far, and their boxes reach inwards by half a tile's width.
 //
 // In the index's table of clouds, Cloud::slot / 32 is the cloud's first tile, Cloud::tile its first node, Cloud::group its first
 // branch.
@@ -22,13 +26,18 @@ struct __align__(16) Row {
 };
 
 struct __align__(16) Box {
-    float low[3], high[3];  // low > high where no point is finite
-    float unused[2];
+    float low[3];           // low > high where no point is finite
+    int first;              // the lowest index of a finite point; -1 where there is none
+    float high[3];
+    float below;            // of a tile: below <= normal . (point - middle) <= above, but for less than the rounding that
+    float normal[3];        // slab_distance2 allows for; |normal| < 1, 0 where the points have no plane
+    float above;
 };
 
 struct Index {
     const Row *rows;        // [tiles * TILE]
-    const Box *tiles, *nodes, *branches;
+    const Box *tiles, *nodes;
+    const Box *branches;    // null where no cloud has more than one
 };
 
 // (d2, index) as one number of the same order: d2 is not negative. A NaN comes after everything.
@@ -54,6 +63,38 @@ __device__ __forceinline__ float distance2(const Row &query, const Box &box) {
                  outside(query.z, box.low[2], box.high[2]));
 }
 
+// A point relative to the middle of a box: any point would do, if all take the same.
+__device__ __forceinline__ void from_middle(float from[3], const Row &point, const Box &box) {
+    from[0] = __fsub_rn(point.x, __fmaf_rn(0.5f, box.low[0], __fmul_rn(0.5f, box.high[0])));
+    from[1] = __fsub_rn(point.y, __fmaf_rn(0.5f, box.low[1], __fmul_rn(0.5f, box.high[1])));
+    from[2] = __fsub_rn(point.z, __fmaf_rn(0.5f, box.low[2], __fmul_rn(0.5f, box.high[2])));
+}
+
+__device__ __forceinline__ float along_normal(const Box &box, const float from[3]) {
+    return __fmaf_rn(box.normal[0], from[0], __fmaf_rn(box.normal[1], from[1], __fmul_rn(box.normal[2], from[2])));
+}
+
+// A lower bound of d2, as it is rounded, of the points between the planes of a tile.
+//
+// With u = 2^-24 the rounding of along_normal is below 5 u sum |from|, and SLACK is 8 u; normals are shortened by 32 u, so their
+// square by 64 u, and that of d2 is 5 u. Where a coordinate overflows, the result is NaN or d2 is infinite too.
+#define SLACK 0x1p-21f
+#define SHORTENED 0x1.fffffp-1f
+__device__ __forceinline__ float slab_distance2(const Row &query, const Box &box) {
+    float from[3];
+    from_middle(from, query, box);
+    const float s = along_normal(box, from), slack = SLACK * (fabsf(from[0]) + fabsf(from[1]) + fabsf(from[2]));
+    const float gap = fmaxf(fmaxf(box.below - s, s - box.above) - slack, 0);
+    return gap * gap;
+}
+
+// How far a point of a box is at least; SLABS: of a tile's.
+template <bool SLABS>
+__device__ __forceinline__ float bound2(const Row &query, const Box &box) {
+    const float d2 = distance2(query, box);
+    return SLABS ? fmaxf(d2, slab_distance2(query, box)) : d2;
+}
+
 // Of lanes that hold distances d2 as bits, one with the least; all ones where none is left.
 struct Nearest {
     u32 bits;
@@ -65,32 +106,56 @@ __device__ __forceinline__ Nearest nearest_of(u32 bits) {
     return {least, __ffs(__ballot_sync(FULL, bits == least)) - 1};
 }
 
-// Calls visit(i) for each box i of [first, end) that is not farther than bound(), which shrinks meanwhile: of each 32 the
+// Calls visit(i) for each box i of [first, end) that may hold a key below bound(), which shrinks meanwhile: of each 32 the
 // nearest first.
-template <class Bound, class Visit>
-__device__ __forceinline__ void walk_boxes(const Row &query, const Box *boxes, int first, int end, Bound bound, Visit visit) {
-    for (int base = first; base < end; base += 32) {
-        const int mine = base + (threadIdx.x & 31);
-        u32 bits = mine < end ? __float_as_uint(distance2(query, boxes[mine])) : FULL;
-        for (Nearest next = nearest_of(bits); next.bits <= __float_as_uint(bound()); next = nearest_of(bits)) {
-            visit(base + next.lane);
-            if (mine == base + next.lane) bits = FULL;
+template <class Bound>
+struct NearestFirst {
+    Bound bound;
+    template <bool SLABS, class Visit>
+    __device__ __forceinline__ void walk(const Row &query, const Box *boxes, int first, int end, Visit visit) const {
+        for (int base = first; base < end; base += 32) {
+            const int mine = base + (threadIdx.x & 31);
+            u64 key = NOTHING;
+            if (mine < end) key = key_of(bound2<SLABS>(query, boxes[mine]), boxes[mine].first);
+            for (;;) {
+                const Nearest next = nearest_of(key < bound() ? (u32)(key >> 32) : FULL);
+                if (next.bits == FULL) break;
+                visit(base + next.lane);
+                if (mine == base + next.lane) key = NOTHING;
+            }
         }
     }
-}
+};
 
-// Calls visit(tile) for each tile of cloud b that may hold a point not farther than bound(). The index's batch is `clouds`.
-template <class Bound, class Visit>
+// Calls visit(i) for each box i of [first, end) that may hold a point within a radius.
+struct Within {
+    float radius2;
+    template <bool SLABS, class Visit>
+    __device__ __forceinline__ void walk(const Row &query, const Box *boxes, int first, int end, Visit visit) const {
+        for (int base = first; base < end; base += 32) {
+            const int mine = base + (threadIdx.x & 31);
+            u32 near = __ballot_sync(FULL, mine < end && bound2<SLABS>(query, boxes[mine]) <= radius2);
+            for (; near; near &= near - 1) visit(base + __ffs(near) - 1);
+        }
+    }
+};
+
+// Calls visit(tile) for the tiles of cloud b, in the order and of the boxes that `order` says. The index's batch is `clouds`.
+template <class Order, class Visit>
 __device__ __forceinline__ void walk_tiles(
-    const Row &query, const Index &index, const Clouds &clouds, int b, Bound bound, Visit visit)
+    const Row &query, const Index &index, const Clouds &clouds, int b, const Order &order, Visit visit)
 {
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int tiles = cloud.slot / TILE, tiles_end = next.slot / TILE;
-    walk_boxes(query, index.branches, cloud.group, next.group, bound, [&](int branch) {
-        const int nodes = cloud.tile + (branch - cloud.group) * 32;
-        walk_boxes(query, index.nodes, nodes, min(nodes + 32, next.tile), bound, [&](int node) {
+    const auto walk_nodes = [&](int nodes, int end) {
+        order.template walk<false>(query, index.nodes, nodes, end, [&](int node) {
             const int first = tiles + (node - cloud.tile) * 32;
-            walk_boxes(query, index.tiles, first, min(first + 32, tiles_end), bound, visit);
+            order.template walk<true>(query, index.tiles, first, min(first + 32, tiles_end), visit);
         });
+    };
+    if (!index.branches) { walk_nodes(cloud.tile, next.tile); return; }
+    order.template walk<false>(query, index.branches, cloud.group, next.group, [&](int branch) {
+        const int nodes = cloud.tile + (branch - cloud.group) * 32;
+        walk_nodes(nodes, min(nodes + 32, next.tile));
     });
 }

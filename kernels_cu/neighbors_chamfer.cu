@@ -6,41 +6,72 @@
 // of two: integers add up to the same in any order, so atomics are deterministic.
 
 #define THREADS 256
-#define SUM_TILE 1024       // mirrored by gpu3d/reference/neighbors.py
+#define SUM_TILE 1024       // mirrored by gpu3d/reference/neighbors.py; a node of the index, so that they share a table of clouds
 
 #include "clouds.cuh"
-#include "voxels.cuh"
 #include "neighbors.cuh"
+
+// One of the two batches of clouds, and what was found for its points in the other.
+struct Side {
+    const Row *queries;     // [slots] relative to the origins of the other
+    const Row *rows;        // [slots] relative to its own
+    const int *slot_of;     // [points]
+    const int *nearest;     // [points] the index of the nearest of the other
+    const float *d2;        // [points] and how far it is
+    u32 *largest;           // [tiles] bits of the largest finite distance; once the loss is known, a cloud's in its first
+    double *sums;           // [tiles] of distances
+    float *gradient;        // [points, 3]
+    u64 *given;             // [points, 3] what the points of the other give to it, zeros at first
+};
+
+__device__ __forceinline__ int tiles_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].tile; }
+__device__ __forceinline__ int slots_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].slot; }
 
 // The sum of the block's SUM_TILE values, one a thread, on every thread: the second half added to the first, and again.
 __device__ double halved(double value) {
     __shared__ double sums[SUM_TILE];
     __syncthreads();
     sums[threadIdx.x] = value;
-    for (int half = SUM_TILE / 2; half; half /= 2) {
+    for (int half = SUM_TILE / 2; half >= 32; half /= 2) {
         __syncthreads();
         if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+    }
+    if (threadIdx.x < 32) {
+        value = sums[threadIdx.x];
+        for (int half = 16; half; half /= 2) value += __shfl_xor_sync(FULL, value, half);
+        if (threadIdx.x == 0) sums[0] = value;
     }
     __syncthreads();
     return sums[0];
 }
 
-// A block a tile of a cloud's points: the sum of their distances, and into `largest` the largest finite one of the cloud.
-extern "C" __global__ __launch_bounds__(SUM_TILE) void chamfer_tiles(
-    const float *__restrict__ d2,               // [points]
-    const __grid_constant__ Clouds clouds,      // in tiles of SUM_TILE points
-    int squared,                                // 1: of their squares
-    double *__restrict__ sums,                  // [tiles]
-    u32 *__restrict__ largest)                  // [clouds] bits of a distance, zeros at first
-{
-    const int b = cloud_of<&Cloud::tile>(clouds, blockIdx.x);
+__device__ void sum_tile(const Side &side, const Clouds &clouds, int tile, int squared) {
+    __shared__ u32 largest;
+    if (threadIdx.x == 0) largest = 0;
+    const int b = cloud_of<&Cloud::tile>(clouds, tile);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
-    const int i = cloud.point + (blockIdx.x - cloud.tile) * SUM_TILE + threadIdx.x;
-    const float square = i < next.point ? d2[i] : 0, distance = __fsqrt_rn(square);
+    const int i = cloud.point + (tile - cloud.tile) * SUM_TILE + threadIdx.x;
+    const float square = i < next.point ? side.d2[i] : 0, distance = __fsqrt_rn(square);
     const double sum = halved(squared ? square : distance);
-    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
     const u32 most = __reduce_max_sync(FULL, square - square == 0 ? __float_as_uint(distance) : 0u);
-    if ((threadIdx.x & 31) == 0) atomicMax(&largest[b], most);
+    if ((threadIdx.x & 31) == 0) atomicMax(&largest, most);
+    __syncthreads();
+    if (threadIdx.x) return;
+    side.sums[tile] = sum;
+    side.largest[tile] = largest;
+}
+
+// A block a tile of x, then of y: the sum of their distances, and the largest.
+extern "C" __global__ __launch_bounds__(SUM_TILE) void chamfer_tiles(
+    const __grid_constant__ Side x,
+    const __grid_constant__ Side y,
+    const __grid_constant__ Clouds x_clouds,
+    const __grid_constant__ Clouds y_clouds,
+    int squared)                                // 1: of their squares
+{
+    const int tile = blockIdx.x, x_tiles = tiles_of(x_clouds);
+    if (tile < x_tiles) sum_tile(x, x_clouds, tile, squared);
+    else sum_tile(y, y_clouds, tile - x_tiles, squared);
 }
 
 // The sum of count values by halving tiles of them; by a whole block, which overwrites them.
@@ -55,26 +86,33 @@ __device__ double sum_of(double *values, int count) {
         count = tiles;
         __syncthreads();
     }
-    return values[0];
+    return count ? values[0] : 0;
+}
+
+// The mean distance of a cloud's points, by a whole block; the largest of all goes into the cloud's first tile.
+__device__ double mean_of(const Side &side, const Clouds &clouds, int b) {
+    const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
+    u32 most = 0;
+    for (int tile = cloud.tile + threadIdx.x; tile < next.tile; tile += SUM_TILE) most = max(most, side.largest[tile]);
+    most = __reduce_max_sync(FULL, most);
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0 && most) atomicMax(&side.largest[cloud.tile], most);
+    return sum_of(side.sums + cloud.tile, next.tile - cloud.tile) / (next.point - cloud.point);
 }
 
 // A block a cloud: its loss.
 extern "C" __global__ __launch_bounds__(SUM_TILE) void chamfer_losses(
-    double *__restrict__ x_sums,                // [tiles of x]
-    double *__restrict__ y_sums,                // [tiles of y]
-    const __grid_constant__ Clouds x_clouds,    // in tiles of SUM_TILE points, as the next
+    const __grid_constant__ Side x,
+    const __grid_constant__ Side y,
+    const __grid_constant__ Clouds x_clouds,
     const __grid_constant__ Clouds y_clouds,
     double *__restrict__ losses,                // [clouds]
     float *__restrict__ loss)                   // [clouds], or null
 {
-    const int b = blockIdx.x;
-    const Cloud x = rows_of(x_clouds)[b], next_x = rows_of(x_clouds)[b + 1];
-    const Cloud y = rows_of(y_clouds)[b], next_y = rows_of(y_clouds)[b + 1];
-    const double of_x = sum_of(x_sums + x.tile, next_x.tile - x.tile) / (next_x.point - x.point);
-    const double of_y = sum_of(y_sums + y.tile, next_y.tile - y.tile) / (next_y.point - y.point);
+    const double of_x = mean_of(x, x_clouds, blockIdx.x), of_y = mean_of(y, y_clouds, blockIdx.x);
     if (threadIdx.x) return;
-    losses[b] = of_x + of_y;
-    if (loss) loss[b] = (float)losses[b];
+    losses[blockIdx.x] = of_x + of_y;
+    if (loss) loss[blockIdx.x] = (float)(of_x + of_y);
 }
 
 // One block: the loss of all clouds.
@@ -102,63 +140,67 @@ __device__ __forceinline__ void term_of(float term[3], const Row &x, const Row &
     for (int e = 0; e < 3; ++e) term[e] = d == 0 ? 0.0f : squared ? __fmul_rn(2, v[e]) : __fdiv_rn(v[e], d);
 }
 
-// Adds what the points of one side give to their nearest on the other.
-extern "C" __global__ __launch_bounds__(THREADS) void chamfer_give(
-    const Row *__restrict__ points,             // [slots]
-    const __grid_constant__ Clouds clouds,      // theirs
-    int slots,
-    const Row *__restrict__ others,             // [other slots]
-    const int *__restrict__ slot_of_other,      // [others]
-    const int *__restrict__ nearest,            // [points]
-    const float *__restrict__ d2,               // [points]
-    const u32 *__restrict__ largest,            // [clouds] of these distances
-    int squared,
-    u64 *__restrict__ given)                    // [others, 3], zeros at first
-{
-    const int slot = blockIdx.x * THREADS + threadIdx.x;
-    if (slot >= slots) return;
-    const Row point = points[slot];
-    if (point.index < 0 || nearest[point.index] < 0) return;
-    const float square = d2[point.index];
+// What point `slot` of a side gives to its nearest.
+__device__ void give(const Side &side, const Clouds &clouds, const Side &other, int slot, int squared) {
+    const Row point = side.queries[slot];
+    if (point.index < 0 || side.nearest[point.index] < 0) return;
+    const float square = side.d2[point.index];
     if (square - square != 0) return;           // infinitely far
-    const int other = nearest[point.index], b = cloud_of<&Cloud::slot>(clouds, slot);
-    const int shift = shift_of(rows_of(clouds)[b + 1].point - rows_of(clouds)[b].point, largest[b], squared);
+    const int nearest = side.nearest[point.index], b = cloud_of<&Cloud::slot>(clouds, slot);
+    const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
+    const int shift = shift_of(next.point - cloud.point, side.largest[cloud.tile], squared);
     float term[3];
-    term_of(term, point, others[slot_of_other[other]], square, squared);
+    term_of(term, point, other.rows[other.slot_of[nearest]], square, squared);
 #pragma unroll
-    for (int e = 0; e < 3; ++e) atomicAdd(&given[3 * (size_t)other + e], (u64)-llrint(scalbn((double)term[e], shift)));
+    for (int e = 0; e < 3; ++e)
+        atomicAdd(&other.given[3 * (size_t)nearest + e], (u64)-llrint(scalbn((double)term[e], shift)));
 }
 
-extern "C" __global__ __launch_bounds__(THREADS) void chamfer_gradient(
-    const Row *__restrict__ points,             // [slots]
-    const __grid_constant__ Clouds clouds,      // theirs
-    int slots,
-    const Row *__restrict__ others,             // [other slots]
-    const __grid_constant__ Clouds other_clouds,
-    const int *__restrict__ slot_of_other,      // [others]
-    const int *__restrict__ nearest,            // [points]
-    const float *__restrict__ d2,               // [points]
-    const long long *__restrict__ given,        // [points, 3] by the others
-    const u32 *__restrict__ other_largest,      // [clouds] of the others' distances
-    int squared,
-    int parts,                                  // that the loss is the mean of, or 1
-    point_t *__restrict__ gradient)             // [points, 3]
+// A thread a slot of x, then of y.
+extern "C" __global__ __launch_bounds__(THREADS) void chamfer_give(
+    const __grid_constant__ Side x,
+    const __grid_constant__ Side y,
+    const __grid_constant__ Clouds x_clouds,
+    const __grid_constant__ Clouds y_clouds,
+    int squared)
 {
-    const int slot = blockIdx.x * THREADS + threadIdx.x;
-    if (slot >= slots) return;
-    const Row point = points[slot];
+    const int slot = blockIdx.x * THREADS + threadIdx.x, x_slots = slots_of(x_clouds);
+    if (slot < x_slots) give(x, x_clouds, y, slot, squared);
+    else if (slot < x_slots + slots_of(y_clouds)) give(y, y_clouds, x, slot - x_slots, squared);
+}
+
+// The gradient of point `slot` of a side.
+__device__ void write_gradient(
+    const Side &side, const Clouds &clouds, const Side &other, const Clouds &other_clouds, int slot, int squared, int parts)
+{
+    const Row point = side.queries[slot];
     if (point.index < 0) return;
-    const int b = cloud_of<&Cloud::slot>(clouds, slot);
+    const int b = cloud_of<&Cloud::slot>(clouds, slot), nearest = side.nearest[point.index];
     const int count = rows_of(clouds)[b + 1].point - rows_of(clouds)[b].point;
-    const int other_count = rows_of(other_clouds)[b + 1].point - rows_of(other_clouds)[b].point;
-    const int shift = shift_of(other_count, other_largest[b], squared), other = nearest[point.index];
-    const float square = d2[point.index];
+    const Cloud cloud = rows_of(other_clouds)[b];
+    const int other_count = rows_of(other_clouds)[b + 1].point - cloud.point;
+    const int shift = shift_of(other_count, other.largest[cloud.tile], squared);
+    const float square = side.d2[point.index];
     float own[3] = {square - square, square - square, square - square};         // NaN where infinitely far
-    if (own[0] == 0 && other >= 0) term_of(own, point, others[slot_of_other[other]], square, squared);
+    if (own[0] == 0 && nearest >= 0) term_of(own, point, other.rows[other.slot_of[nearest]], square, squared);
 #pragma unroll
     for (int e = 0; e < 3; ++e) {
         const size_t at = 3 * (size_t)point.index + e;
-        const double sum = own[e] / (double)count + scalbn((double)given[at], -shift) / other_count;
-        gradient[at] = narrow((float)(sum / parts));
+        const double sum = own[e] / (double)count + scalbn((double)(long long)side.given[at], -shift) / other_count;
+        side.gradient[at] = (float)(sum / parts);
     }
+}
+
+// A thread a slot of x, then of y.
+extern "C" __global__ __launch_bounds__(THREADS) void chamfer_gradient(
+    const __grid_constant__ Side x,
+    const __grid_constant__ Side y,
+    const __grid_constant__ Clouds x_clouds,
+    const __grid_constant__ Clouds y_clouds,
+    int squared,
+    int parts)                                  // that the loss is the mean of, or 1
+{
+    const int slot = blockIdx.x * THREADS + threadIdx.x, x_slots = slots_of(x_clouds);
+    if (slot < x_slots) write_gradient(x, x_clouds, y, y_clouds, slot, squared, parts);
+    else if (slot < x_slots + slots_of(y_clouds)) write_gradient(y, y_clouds, x, x_clouds, slot - x_slots, squared, parts);
 }

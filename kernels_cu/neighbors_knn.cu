@@ -9,6 +9,7 @@
 #define LISTS 1             // neighbours a lane keeps: k <= 32 * LISTS; 0 for k = 1
 #endif
 #define THREADS 128
+#define BLOCKS 8            // a multiprocessor at least: without it, ptxas spills for the sake of more
 #define MANY 12             // closer points from which sorting costs less
 
 #include "clouds.cuh"
@@ -17,10 +18,8 @@
 struct Best {
 #if LISTS
     u64 key[LISTS];         // number i in list i / 32 of lane i % 32
-#else
-    u64 key;                // the nearest of the points that this lane has seen
 #endif
-    u64 worst;              // of the k that are asked for
+    u64 worst;              // of the k that are asked for: where k = 1, all there is
 };
 
 #if LISTS
@@ -50,7 +49,7 @@ __device__ __forceinline__ u64 merged(u64 key) {
 __device__ __forceinline__ u64 reversed(u64 key) { return __shfl_xor_sync(FULL, key, 31); }
 
 __device__ __forceinline__ void set_worst(Best &best, int k) {
-    best.worst = __shfl_sync(FULL, best.key[LISTS == 1 ? 0 : (k - 1) / 32], (k - 1) % 32);
+    best.worst = __shfl_sync(FULL, k > 32 ? best.key[LISTS - 1] : best.key[0], (k - 1) % 32);
 }
 
 // Takes in one key, the same on every lane.
@@ -86,12 +85,14 @@ __device__ __forceinline__ void merge(Best &best, u64 key, int k) {
 
 #endif
 
+// Takes in a key a lane.
 __device__ __forceinline__ void take(Best &best, u64 key, int k) {
-#if LISTS == 0
-    best.key = min(best.key, key);
-    best.worst = (u64)__reduce_min_sync(FULL, (u32)(best.key >> 32)) << 32;
-#else
     u32 closer = __ballot_sync(FULL, key < best.worst);
+#if LISTS == 0
+    if (!closer) return;
+    const u32 high = (u32)(key >> 32), least = __reduce_min_sync(FULL, high);
+    best.worst = min(best.worst, (u64)least << 32 | __reduce_min_sync(FULL, high == least ? (u32)key : FULL));
+#else
     if (__popc(closer) >= MANY) { merge(best, key, k); return; }
     for (; closer; closer = __ballot_sync(FULL, key < best.worst)) {
         const int from = __ffs(closer) - 1;
@@ -108,7 +109,7 @@ __device__ __forceinline__ void write(u64 key, size_t at, int squared, float *di
     distances[at] = found < 0 ? __int_as_float(0x7fffffff) : squared ? distance2_of(key) : __fsqrt_rn(distance2_of(key));
 }
 
-extern "C" __global__ __launch_bounds__(THREADS) void knn(
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn(
     const Row *__restrict__ queries,            // [query slots] in bucket order, relative to the target cloud's origin
     const __grid_constant__ Clouds query_clouds,
     int query_slots,
@@ -127,24 +128,22 @@ extern "C" __global__ __launch_bounds__(THREADS) void knn(
 #if LISTS
 #pragma unroll
     for (int i = 0; i < LISTS; ++i) best.key[i] = NOTHING;
-#else
-    best.key = NOTHING;
 #endif
     best.worst = NOTHING;
-    if (is_finite(query))
-        walk_tiles(query, index, clouds, cloud_of<&Cloud::slot>(query_clouds, slot), [&] { return distance2_of(best.worst); },
+    if (is_finite(query)) {
+        const auto bound = [&] { return best.worst; };
+        walk_tiles(query, index, clouds, cloud_of<&Cloud::slot>(query_clouds, slot), NearestFirst<decltype(bound)>{bound},
                    [&](int tile) {
                        const Row point = index.rows[(size_t)tile * TILE + lane];
                        take(best, point.index < 0 ? NOTHING : key_of(distance2(query, point), point.index), k);
                    });
+    }
     const size_t row = (size_t)query.index * k;
 #if LISTS
 #pragma unroll
     for (int i = 0; i < LISTS; ++i)
         if (i * 32 + lane < k) write(best.key[i], row + i * 32 + lane, squared, distances, indices);
 #else
-    const u32 least = __reduce_min_sync(FULL, (u32)(best.key >> 32));
-    const u32 found = __reduce_min_sync(FULL, best.key >> 32 == least ? (u32)best.key : FULL);
-    if (lane == 0) write((u64)least << 32 | found, row, squared, distances, indices);
+    if (lane == 0) write(best.worst, row, squared, distances, indices);
 #endif
 }
