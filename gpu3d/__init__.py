@@ -6,6 +6,7 @@ caller's device and stream, CPU arrays the NumPy reference.
 """
 
 from gpu3d._kernels import precompile
+from gpu3d.apml import ApmlGradients, ApmlPlan, apml, apml_plan, apml_value_and_grad, emd
 from gpu3d.attention import bucket_attention, bucket_attention_backward
 from gpu3d.buckets import BucketQuality, Buckets, Scopes, bucket_quality, bucketize, scopes
 from gpu3d.neighbors import (
@@ -24,6 +25,8 @@ from gpu3d.pooling import Pooling, bucket_pool, bucket_pool_backward, bucket_unp
 __version__ = "0.1.0"
 
 __all__ = [
+    "ApmlGradients",
+    "ApmlPlan",
     "BucketQuality",
     "Buckets",
     "ChamferGradients",
@@ -32,6 +35,9 @@ __all__ = [
     "Pooling",
     "RadiusNeighbors",
     "Scopes",
+    "apml",
+    "apml_plan",
+    "apml_value_and_grad",
     "bucket_attention",
     "bucket_attention_backward",
     "bucket_pool",
@@ -42,6 +48,7 @@ __all__ = [
     "bucketize",
     "chamfer",
     "chamfer_value_and_grad",
+    "emd",
     "knn",
     "neighbor_index",
     "precompile",

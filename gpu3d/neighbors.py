@@ -239,8 +239,7 @@ def radius_search(
     searched = _entered(points, lengths, "points", "lengths")
     query, query_lengths, origin = _entered_query(query, query_lengths, searched)
     radius = _checked_radius(radius)
-    if max_entries is not None and (max_entries := _arrays.check_integer(max_entries, "max_entries")) < 0:
-        raise ValueError(f"max_entries must not be negative, got {max_entries}.")
+    max_entries = _checked_max_entries(max_entries)
     with _arrays.on(origin):
         index = _index(points, searched)
         if origin.device is None:
@@ -362,12 +361,8 @@ def _chamfer(
     if not isinstance(squared, (bool, np.bool_)):
         raise TypeError(f"squared must be True or False, got {squared!r}.")
     _arrays.check_choice(reduction, reference.REDUCTIONS, "reduction")
-    for name, entered in (("x", entered_x), ("y", entered_y)):
-        if 0 in entered.lengths:
-            raise ValueError(
-                f"clouds must not be empty, for then there is no nearest point: got cloud {entered.lengths.index(0)} "
-                f"of {name} with no point. Leave it out."
-            )
+    _check_no_empty_cloud(entered_x, "x")
+    _check_no_empty_cloud(entered_y, "y")
     origin = entered_x.origin
     with _arrays.on(origin):
         x_index, y_index = _index(x, entered_x), _index(y, entered_y)
@@ -434,6 +429,20 @@ def _check_pair(a: _Entered, a_name: str, b: _Entered, b_name: str) -> None:
             f"{a_name} and {b_name} must have as many clouds, got {len(a.lengths)} and {len(b.lengths)}: "
             "cloud b of one belongs to cloud b of the other."
         )
+
+
+def _check_no_empty_cloud(entered: _Entered, name: str) -> None:
+    if 0 in entered.lengths:
+        raise ValueError(
+            f"clouds must not be empty, for then there is no nearest point: got cloud {entered.lengths.index(0)} "
+            f"of {name} with no point. Leave it out."
+        )
+
+
+def _checked_max_entries(max_entries: Any) -> int | None:
+    if max_entries is not None and (max_entries := _arrays.check_integer(max_entries, "max_entries")) < 0:
+        raise ValueError(f"max_entries must not be negative, got {max_entries}.")
+    return max_entries
 
 
 def _checked_radius(radius: Any) -> float:

@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The APML transport loss with its gradients and its plan, and the exact assignment to measure it by.
+
+CUDA-APML (arXiv:2512.19743) evaluates every pair of points. What a row of its plan keeps is a ball around a point,
+whose radius the two nearest decide: two exact searches find the same plan, in memory that grows with its entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpu3d import _arrays
+from gpu3d.neighbors import (
+    NeighborIndex,
+    _check_no_empty_cloud,
+    _check_pair,
+    _checked_max_entries,
+    _Entered,
+    _entered,
+)
+from gpu3d.reference import apml as reference
+from gpu3d.reference.neighbors import REDUCTIONS
+
+MAX_ASSIGNED = 8192  # points that emd takes: 512 MiB of distances
+
+
+class ApmlGradients(NamedTuple):
+    """The result of `apml_value_and_grad`."""
+
+    loss: Any  # float32 [] or [B]
+    gradients: tuple[Any, Any]  # of pred and of target, in their shapes and dtypes
+
+
+class ApmlPlan(NamedTuple):
+    """The transport plan in order of (row, col), after Sinkhorn; the result of `apml_plan`.
+
+    The entries of pred row i are ``indptr[i]`` to ``indptr[i + 1]``.
+    """
+
+    rows: Any  # int32 [nnz], into the packed pred
+    cols: Any  # int32 [nnz], into the packed target
+    values: Any  # float32 [nnz]
+    indptr: Any  # int64 [N + 1]; JAX makes them int32 unless jax_enable_x64 is set
+
+
+def apml(
+    pred: Any,
+    target: Any,
+    *,
+    pred_lengths: Sequence[int] | None = None,
+    target_lengths: Sequence[int] | None = None,
+    p_min: float = 0.8,
+    threshold: float = 1e-8,
+    iterations: int = 20,
+    symmetrize: str = "mean",
+    reduction: str = "mean",
+    max_entries: int | None = None,
+) -> Any:
+    """The APML loss: the cost of moving pred to target by a plan in which each point chooses its nearest softly.
+
+    Parameters
+    ----------
+    pred, target : array [N, 3], [N, 2], [B, n, 3] or [B, n, 2]
+        Coordinates: float32, float64, float16 or bfloat16, on one device; NumPy, CuPy, torch, JAX or anything with
+        ``__dlpack__``. As many clouds in both, none of them empty.
+    pred_lengths, target_lengths : sequence of int, optional
+        Points of each cloud, host integers. Default: one cloud.
+    p_min : float
+        Between 0 and 1: the nearest gets at least this share of a choice, ties apart.
+    threshold : float
+        Between 0 and 1: of a choice, the entries below this share of its largest are left out.
+    iterations : int
+        Of Sinkhorn, at least 1.
+    symmetrize : {"mean", "min"}
+        The choices of pred and of target become one plan: their mean, or the smaller where both have chosen.
+    reduction : {"mean", "sum", "none"}
+        Over the clouds.
+    max_entries : int, optional
+        Room for the entries of all choices, of pred and of target together. Default: exactly as many as there are.
+
+    Returns
+    -------
+    array float32 [], or [B] for reduction "none"
+        Of the kind of pred. With max_entries, NaN if there is not room for all.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is not what is listed above; the message says what was received and the cure. Without max_entries,
+        also more than 64 * (N + M) entries: the message names the row that has most.
+
+    Notes
+    -----
+    With distances C_ij, and of row i the two smallest d1 <= d2 over the M targets: T_i = ln((M - 1) / (1 - p_min)) /
+    max(d2 - d1, 1e-8), and k_ij = exp(-(C_ij - d1) T_i), kept where k_ij > threshold, divided by the row's sum of what
+    is kept. That is P1; P2 is the same over columns, and a single point has weight 1. "mean" is (P1 + P2) / 2, where
+    what is not kept counts 0. "min" is the smaller of both where both are kept; a row without such an entry keeps its
+    P1, a column its P2. Then `iterations` times: rows /= their sum + 1e-8, columns /= their sum + 1e-8. The loss of a
+    cloud is the sum of P_ij C_ij. Columns are last, so it is not symmetric, and its mass is M.
+
+    An entry is what P1 keeps or what P2 keeps; a pair that both keep counts twice. C and what is kept are decided in
+    float64 of float32 coordinates, so CPU and GPU keep the same. Where target is float64, the minimum of the target's
+    cloud is subtracted from both in float64 first, so that map coordinates keep their millimetres.
+
+    A point with NaN or inf makes the loss of its cloud NaN.
+
+    Without max_entries the number of entries is read by the host: it synchronizes. With max_entries it does not, and
+    can be captured in a CUDA graph after a first call.
+
+    References
+    ----------
+    From Theory to Throughput: CUDA-Optimized APML for Large-Batch 3D Learning, arXiv:2512.19743.
+
+    Examples
+    --------
+    >>> target = np.random.default_rng(0).random((1000, 3), dtype=np.float32)
+    >>> pred = target + np.float32([0.01, 0, 0])
+    >>> print(f"{gpu3d.apml(pred, target):.3f}")  # near 1000 * 0.01: it is a sum over points
+    10.015
+    """
+    (loss,) = _apml(
+        pred,
+        target,
+        pred_lengths,
+        target_lengths,
+        (p_min, threshold, iterations, symmetrize),
+        reduction,
+        max_entries,
+        what="loss",
+    )
+    return loss
+
+
+def apml_value_and_grad(
+    pred: Any,
+    target: Any,
+    *,
+    pred_lengths: Sequence[int] | None = None,
+    target_lengths: Sequence[int] | None = None,
+    p_min: float = 0.8,
+    threshold: float = 1e-8,
+    iterations: int = 20,
+    symmetrize: str = "mean",
+    reduction: str = "mean",
+    max_entries: int | None = None,
+) -> ApmlGradients:
+    """The APML loss, and its gradients with respect to pred and target.
+
+    Parameters
+    ----------
+    pred, target : array [N, 3], [N, 2], [B, n, 3] or [B, n, 2]
+        As in `apml`.
+    pred_lengths, target_lengths : sequence of int, optional
+        As in `apml`.
+    p_min, threshold : float
+        As in `apml`.
+    iterations : int
+        As in `apml`.
+    symmetrize : {"mean", "min"}
+        As in `apml`.
+    reduction : {"mean", "sum", "none"}
+        Over the clouds. With "none" each cloud's gradient is that of its own loss.
+    max_entries : int, optional
+        As in `apml`.
+
+    Returns
+    -------
+    ApmlGradients
+        ``loss`` as of `apml`, and ``gradients``: that of pred and that of target, each in the shape, dtype and kind of
+        its array. With max_entries, all NaN if there is not room for all entries.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `apml`.
+
+    Notes
+    -----
+    The plan P is held constant, as published: the gradient of pred point i is the sum over j of
+    P_ij (x_i - y_j) / C_ij, that of target point j minus the sum over i; where C_ij = 0 the term is 0. A point with NaN
+    or inf has gradient NaN and no entry in the plan of the others. When it synchronizes is said at `apml`.
+
+    Examples
+    --------
+    >>> pred = np.array([[0, 0, 0], [1, 0, 0]], np.float32)
+    >>> target = np.array([[0, 0, 2], [1, 0, 1]], np.float32)
+    >>> loss, (dpred, dtarget) = gpu3d.apml_value_and_grad(pred, target)
+    >>> print(f"{loss:.4f}")
+    3.2009
+    >>> print(np.round(dpred, 2))
+    [[-0.22  0.   -0.91]
+     [ 0.14  0.   -0.97]]
+    """
+    loss, dpred, dtarget = _apml(
+        pred,
+        target,
+        pred_lengths,
+        target_lengths,
+        (p_min, threshold, iterations, symmetrize),
+        reduction,
+        max_entries,
+        what="gradients",
+    )
+    return ApmlGradients(loss, (dpred, dtarget))
+
+
+def apml_plan(
+    pred: Any,
+    target: Any,
+    *,
+    pred_lengths: Sequence[int] | None = None,
+    target_lengths: Sequence[int] | None = None,
+    p_min: float = 0.8,
+    threshold: float = 1e-8,
+    iterations: int = 20,
+    symmetrize: str = "mean",
+    max_entries: int | None = None,
+) -> ApmlPlan:
+    """The plan that the APML loss is the cost of.
+
+    Parameters
+    ----------
+    pred, target : array [N, 3], [N, 2], [B, n, 3] or [B, n, 2]
+        As in `apml`.
+    pred_lengths, target_lengths : sequence of int, optional
+        As in `apml`.
+    p_min, threshold : float
+        As in `apml`.
+    iterations : int
+        As in `apml`.
+    symmetrize : {"mean", "min"}
+        As in `apml`.
+    max_entries : int, optional
+        As in `apml`; if there is not room for all entries, it is an error here.
+
+    Returns
+    -------
+    ApmlPlan
+        ``rows`` and ``cols`` int32 [nnz] into the packed arrays, ``values`` float32 [nnz], in order of (row, col), and
+        ``indptr`` int64 [N + 1]: those of pred row i are ``indptr[i]`` to ``indptr[i + 1]``. Of the kind of pred.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `apml`, and more than max_entries entries.
+
+    Notes
+    -----
+    The pairs are the same on CPU and GPU. A point with NaN or inf has none. The number of entries is read by the host:
+    it synchronizes.
+
+    Examples
+    --------
+    >>> pred = np.array([[0, 0, 0], [1, 0, 0]], np.float32)
+    >>> target = np.array([[0, 0, 2], [1, 0, 1]], np.float32)
+    >>> plan = gpu3d.apml_plan(pred, target)
+    >>> plan.rows, plan.cols
+    (array([0, 0, 1, 1], dtype=int32), array([0, 1, 0, 1], dtype=int32))
+    >>> print(np.round(plan.values, 2))
+    [0.69 0.31 0.31 0.69]
+    """
+    found = _apml(
+        pred,
+        target,
+        pred_lengths,
+        target_lengths,
+        (p_min, threshold, iterations, symmetrize),
+        "none",
+        max_entries,
+        what="plan",
+    )
+    return ApmlPlan(*found)
+
+
+def emd(x: Any, y: Any) -> Any:
+    """The earth mover's distance: the mean distance of the cheapest assignment of x to y, one to one.
+
+    Parameters
+    ----------
+    x, y : array [n, 3] or [n, 2]
+        Coordinates of one cloud each, as many points in both, 1 to 8192: float32, float64, float16 or bfloat16, on one
+        device; NumPy, CuPy, torch, JAX or anything with ``__dlpack__``.
+
+    Returns
+    -------
+    array float32 []
+        Of the kind of x, in the unit of the points. NaN if a point has NaN or inf.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is not what is listed above; the message says what was received and the cure.
+
+    Notes
+    -----
+    It is there to measure by, and not fast: SciPy's ``linear_sum_assignment`` on the CPU, over all distances in
+    float64. Arrays of a GPU are copied to the host: it synchronizes.
+
+    Examples
+    --------
+    >>> x = np.array([[0, 0, 0], [1, 0, 0]], np.float32)
+    >>> y = np.array([[1, 0, 0], [3, 0, 0]], np.float32)
+    >>> gpu3d.emd(x, y)
+    array(1.5, dtype=float32)
+    """
+    entered_x, entered_y = _entered_cloud(x, "x"), _entered_cloud(y, "y")
+    _check_pair(entered_x, "x", entered_y, "y")
+    n, m = entered_x.lengths[0], entered_y.lengths[0]
+    if n != m:
+        raise ValueError(f"x and y must have as many points, for they are assigned one to one, got {n} and {m}.")
+    if n > MAX_ASSIGNED:
+        raise ValueError(f"x and y must be at most {MAX_ASSIGNED} points, got {n}: take a sample, or apml.")
+    origin = entered_x.origin
+    with _arrays.on(origin):
+        points = [entered.points for entered in (entered_x, entered_y)]
+        if origin.device is None:
+            return _arrays.leave(reference.emd(*points), origin)
+        import cupy
+
+        return _arrays.leave(cupy.asarray(reference.emd(*(p.get() for p in points))), origin)  # synchronizes
+
+
+# ---- checks --------------------------------------------------------------------------------------------------------
+
+
+def _entered_array(points: Any, lengths: Any, name: str, lengths_name: str) -> _Entered:
+    """Clouds, none of them empty."""
+    if isinstance(points, NeighborIndex):
+        raise TypeError(f"{name} must be an array, got NeighborIndex: pass the points that it was made of.")
+    entered = _entered(points, lengths, name, lengths_name)
+    _check_no_empty_cloud(entered, name)
+    return entered
+
+
+def _entered_cloud(points: Any, name: str) -> _Entered:
+    entered = _entered_array(points, None, name, "")
+    if len(entered.shape) != 2:
+        raise ValueError(f"{name} must be one cloud [n, 3], got shape {list(entered.shape)}: pass {name}[b].")
+    return entered
+
+
+def _checked_share(share: Any, name: str, cure: str = "") -> float:
+    """A float between 0 and 1."""
+    if isinstance(share, (bool, np.bool_)) or not isinstance(share, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number, got {share!r} of type {type(share).__name__}.")
+    if not 0 < share < 1:
+        raise ValueError(f"{name} must be between 0 and 1, neither of them included, got {share}{cure}.")
+    return float(share)
+
+
+def _checked_options(p_min: Any, threshold: Any, iterations: Any, symmetrize: Any) -> reference.Options:
+    p_min = _checked_share(p_min, "p_min")
+    threshold = _checked_share(threshold, "threshold", ": 0, all pairs, is gpu3d.reference.apml.dense")
+    iterations = _arrays.check_integer(iterations, "iterations")
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}.")
+    _arrays.check_choice(symmetrize, reference.SYMMETRIZATIONS, "symmetrize")
+    return reference.Options(p_min, threshold, iterations, symmetrize)
+
+
+def _apml(
+    pred: Any,
+    target: Any,
+    pred_lengths: Any,
+    target_lengths: Any,
+    options: tuple[Any, Any, Any, Any],
+    reduction: Any,
+    max_entries: Any,
+    what: str,
+) -> tuple[Any, ...]:
+    """The loss; or the loss and the gradients of pred and target; or the arrays of the plan: `what` says."""
+    x = _entered_array(pred, pred_lengths, "pred", "pred_lengths")
+    y = _entered_array(target, target_lengths, "target", "target_lengths")
+    _check_pair(x, "pred", y, "target")
+    checked = _checked_options(*options)
+    _arrays.check_choice(reduction, REDUCTIONS, "reduction")
+    max_entries = _checked_max_entries(max_entries)
+    clouds = x.points, x.lengths, y.points, y.lengths
+    with _arrays.on(x.origin):
+        if x.origin.device is not None:
+            found = _apml_cuda(*clouds, checked, reduction, max_entries, what)
+        elif what == "plan":
+            found = reference.apml_plan(*clouds, checked, max_entries)
+        else:
+            found = reference.apml(*clouds, checked, reduction, max_entries, what == "gradients")
+        if what == "plan":
+            return tuple(_arrays.leave(array, x.origin) for array in found)
+        loss, *gradients = found
+        left = [
+            _arrays.leave(gradient.reshape(side.shape), side.origin)
+            for gradient, side in zip(gradients, (x, y)[: len(gradients)], strict=True)
+        ]
+        return _arrays.leave(loss, x.origin), *left
+
+
+# ---- CUDA ----------------------------------------------------------------------------------------------------------
+
+
+def _apml_cuda(
+    pred: Any,
+    pred_lengths: tuple[int, ...],
+    target: Any,
+    target_lengths: tuple[int, ...],
+    options: reference.Options,
+    reduction: str,
+    max_entries: int | None,
+    what: str,
+) -> tuple[Any, ...]:
+    """What `what` says, of packed arrays [N or M, 2 or 3] of any strides and float dtype on the current device.
+
+    "loss": float32 [] or [B]. "gradients": that, and those of pred and target as packed, in their dtypes. "plan": rows
+    and cols int32 [nnz], values float32 [nnz], indptr int64 [N + 1].
+    """
+    raise NotImplementedError("apml has no CUDA kernels yet: pass NumPy arrays, e.g. pred.get() and target.get().")

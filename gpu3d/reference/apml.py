@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The APML transport loss in NumPy and SciPy: the dense definition, and a sparse plan from two exact searches.
+
+C_ij = sqrt((dx*dx + dy*dy) + dz*dz) of float32 coordinates, in float64, each operation rounded once. Where d1 <= d2 are
+the two smallest of row i, T_i = ln((M - 1) / (1 - p_min)) / max(d2 - d1, GAP), and j is kept if exp(-(C_ij - d1) * T_i)
+> threshold. That is decided without the exponential, which libraries round differently: (C_ij - d1) * T_i <
+-ln(threshold), in float64, so the same entries are kept on every device. Columns likewise.
+
+What a row keeps is a ball around its point. A k-d tree finds the two nearest and then the ball, with a little slack,
+and the formula above decides. So nothing is approximated, and memory is that of the entries.
+
+A point with a coordinate that is not finite has no entries, its gradient is NaN and so is its cloud's loss.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from gpu3d.reference.neighbors import ENTRIES_A_POINT, PAIRS, Cloud, local, ordered_sum, origin, squared_distances
+
+SYMMETRIZATIONS = ("mean", "min")
+GAP = 1e-8  # the smallest d2 - d1
+EPSILON = 1e-8  # beside each sum that Sinkhorn divides by
+
+NEAR = 8  # nearest that are looked at first: more than most balls hold
+
+# Of a radius, relative to the distances and the gap that it comes from: a thousand times what roundings amount to.
+SLACK = 2.0**-40
+
+
+class Options(NamedTuple):
+    """What the plan is made with."""
+
+    p_min: float
+    threshold: float
+    iterations: int
+    symmetrize: str
+
+
+def log_mass(targets: int, p_min: float) -> float:
+    """ln((M - 1) / (1 - p_min)); of one target, whose weight is 1 whatever T is, as if there were two."""
+    return math.log(max(targets - 1, 1)) - math.log1p(-p_min)
+
+
+def log_threshold(threshold: float) -> float:
+    """-ln(threshold), which what is kept is less than; inf keeps all."""
+    return -math.log(threshold) if threshold else math.inf
+
+
+# ---- the definition ------------------------------------------------------------------------------------------------
+
+
+class Dense(NamedTuple):
+    """One pair of clouds; the result of `dense`. All float64."""
+
+    plan: np.ndarray  # [N, M]
+    loss: np.ndarray  # []
+    dpred: np.ndarray  # [N, 3]
+    dtarget: np.ndarray  # [M, 3]
+
+
+def dense(pred: np.ndarray, target: np.ndarray, options: Options) -> Dense:
+    """What the sparse plan, the loss and the gradients must be: all pairs of two finite clouds [N or M, 2 or 3].
+
+    Only here the threshold may be 0, which keeps every pair.
+    """
+    here = origin(target)
+    x, y = (local(points, here).astype(np.float64) for points in (pred, target))
+    c = np.sqrt(squared_distances(x[:, None], y))
+    of_rows, p1 = _dense_side(c, options)
+    of_columns, p2 = (side.T for side in _dense_side(c.T, options))
+    plan = (p1 + p2) / 2
+    if options.symmetrize == "min":
+        both = of_rows & of_columns
+        alone = np.where(both.any(axis=1, keepdims=True), 0, p1) + np.where(both.any(axis=0), 0, p2)
+        plan = np.where(both, np.minimum(p1, p2), alone)
+    for _ in range(options.iterations):
+        plan = plan / (plan.sum(axis=1, keepdims=True) + EPSILON)
+        plan = plan / (plan.sum(axis=0) + EPSILON)
+    pulls = (plan / np.where(c > 0, c, np.inf))[..., None] * (x[:, None] - y)
+    return Dense(plan, (plan * c).sum(), pulls.sum(axis=1), -pulls.sum(axis=0))
+
+
+def _dense_side(c: np.ndarray, options: Options) -> tuple[np.ndarray, np.ndarray]:
+    """Which entries bool [N, M] the rows keep, and their weights float64 [N, M]: 0 elsewhere, each row sums to 1."""
+    nearest = np.sort(c, axis=1)[:, :2]
+    gap = np.maximum(nearest[:, -1:] - nearest[:, :1], GAP)
+    exponent = (c - nearest[:, :1]) * (log_mass(c.shape[1], options.p_min) / gap)
+    kept = exponent < log_threshold(options.threshold)
+    k = np.where(kept, np.exp(-exponent), 0)
+    return kept, k / k.sum(axis=1, keepdims=True)
+
+
+# ---- what each side keeps ------------------------------------------------------------------------------------------
+
+
+class TooManyEntries(ValueError):
+    """There is not room for all that a plan keeps."""
+
+
+class Side(NamedTuple):
+    """A cloud whose points keep points of another: the rows of a plan, or its columns."""
+
+    name: str
+    own: Cloud
+    other: Cloud
+    log_mass: float
+    log_threshold: float
+
+
+class Entries(NamedTuple):
+    """Pairs that a side keeps."""
+
+    own: np.ndarray  # int64 [entries], rows of the packed points
+    other: np.ndarray  # int64 [entries], likewise
+    distances: np.ndarray  # float64 [entries]
+    weights: np.ndarray  # float32 [entries], not yet divided by their sum
+
+
+class _Near(NamedTuple):
+    """What is known of a side once the NEAR nearest of each point are."""
+
+    entries: Entries  # of the points whose ball holds no others
+    rows: np.ndarray  # int64 [open] of side.own.points: the points whose ball may
+    inner: np.ndarray  # float64 [open], the radius within which all is kept
+    outer: np.ndarray  # float64 [open], the radius beyond which nothing is
+
+
+def supports(sides: Sequence[Side], max_entries: int | None) -> list[Entries]:
+    """The entries of each side, in any order; if there is not room for all, TooManyEntries before they are listed."""
+    near = [_near(side) for side in sides]
+    upper = [_within(side, rows, outer) for side, (_, rows, _, outer) in zip(sides, near, strict=True)]
+    limit = max_entries
+    if limit is None:
+        limit = ENTRIES_A_POINT * sum(side.own.length for side in sides)
+    known = sum(len(of_side.entries.own) for of_side in near)
+    if known + sum(int(counts.sum()) for counts in upper) > limit:
+        counts = [_counts(*of_side) for of_side in zip(sides, near, upper, strict=True)]
+        total = sum(int(of_side.sum()) for of_side in counts)
+        if total > limit:
+            side, of_side = max(zip(sides, counts, strict=True), key=lambda pair: pair[1].max(initial=0))
+            row = int(of_side.argmax())
+            raise too_many_entries(total, limit, max_entries, side.name, side.own.first + row, int(of_side[row]))
+    return [
+        _joined([of_side.entries, *_listed(side, of_side.rows, of_side.outer, counts)])
+        for side, of_side, counts in zip(sides, near, upper, strict=True)
+    ]
+
+
+def too_many_entries(
+    total: int, limit: int, max_entries: int | None, name: str, row: int, count: int
+) -> TooManyEntries:
+    """The error of a plan that is too large; of the packed points `name`, `row` keeps most: `count`."""
+    allowed = f"{ENTRIES_A_POINT} * (N + M) = {limit}" if max_entries is None else f"max_entries = {limit}"
+    return TooManyEntries(
+        f"pred and target keep {total} entries, more than {allowed}; row {row} of {name} alone keeps {count}. It is "
+        "far from the other cloud, or many points there are equal: drop such points, take a larger threshold, or pass "
+        f"max_entries={total} if there is memory for them."
+    )
+
+
+_NONE = Entries(*(np.empty(0, dtype) for dtype in (np.int64, np.int64, np.float64, np.float32)))
+
+
+def _joined(parts: Sequence[Entries]) -> Entries:
+    return Entries(*(np.concatenate(column) for column in zip(_NONE, *parts, strict=True)))
+
+
+def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """C float64 [...] between rows of float32 [..., 3]."""
+    return np.sqrt(squared_distances(a.astype(np.float64), b.astype(np.float64)))
+
+
+def _kept(side: Side, own: np.ndarray, other: np.ndarray, c: np.ndarray, d1: np.ndarray, d2: np.ndarray) -> Entries:
+    """Which of the candidates are kept: `own` of side.own.points, `other` of the packed points."""
+    with np.errstate(invalid="ignore"):  # inf: fewer than NEAR points
+        exponent = (c - d1) * (side.log_mass / np.maximum(d2 - d1, GAP))
+        kept = exponent < side.log_threshold
+    weights = np.exp(-exponent[kept]).astype(np.float32)
+    return Entries(side.own.rows[own[kept]] + side.own.first, other[kept], c[kept], weights)
+
+
+def _near(side: Side) -> _Near:
+    """The NEAR nearest of each point, and the entries of those whose ball certainly holds no others."""
+    cloud = side.other
+    points = np.append(cloud.thin_points, np.full((1, 3), np.inf, np.float32), axis=0)  # the tree's index of no point
+    packed = np.append(cloud.thin_rows + cloud.first, -1)
+    rows = np.arange(len(side.own.points) if len(cloud.points) else 0)
+    found = []
+    for part in np.array_split(rows, -(-len(rows) * NEAR // PAIRS) or 1):
+        far, candidates = cloud.thin_tree.query(side.own.points[part], NEAR, workers=-1)
+        c = _distances(side.own.points[part, None], points[candidates])
+        d1, d2 = np.partition(c, 1, axis=1)[:, :2].T
+        inner, outer = _radii(side, d1, d2)
+        sure = far[:, -1] >= outer
+        listed = part[sure], packed[candidates[sure]], c[sure], d1[sure], d2[sure]
+        entries = _kept(side, *(np.repeat(z, NEAR) if z.ndim == 1 else z.reshape(-1) for z in listed))
+        found.append((entries, part[~sure], inner[~sure], outer[~sure]))
+    of_parts, *rest = zip(*found, strict=True)
+    return _Near(_joined(of_parts), *map(np.concatenate, rest))
+
+
+def _radii(side: Side, d1: np.ndarray, d2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Radii float64 [n]: all within the first are kept; the two nearest and all that are kept are within the second."""
+    ratio, gap = np.divide(side.log_threshold, side.log_mass), np.maximum(d2 - d1, GAP)
+    with np.errstate(invalid="ignore"):
+        reach, slack = d1 + ratio * gap, SLACK * (1 + ratio) * (d2 + gap)
+        return np.maximum(reach - slack, 0), np.maximum(reach, d2) + slack
+
+
+def _within(side: Side, rows: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    """How many points int64 [n] of the other cloud the tree finds within the radii."""
+    if len(rows) == 0:
+        return np.zeros(0, np.int64)
+    return side.other.tree.query_ball_point(side.own.points[rows], radii, return_length=True, workers=-1)
+
+
+def _counts(side: Side, near: _Near, upper: np.ndarray) -> np.ndarray:
+    """How many entries int64 [n] each point of side.own keeps; only balls with a point close to a radius are listed."""
+    inner = _within(side, near.rows, near.inner)
+    sure = inner == upper
+    counts = np.zeros(side.own.length, np.int64)
+    counts[side.own.rows[near.rows[sure]]] = inner[sure]
+    for entries in (near.entries, *_listed(side, near.rows[~sure], near.outer[~sure], upper[~sure])):
+        counts += np.bincount(entries.own - side.own.first, minlength=side.own.length)
+    return counts
+
+
+def _listed(side: Side, rows: np.ndarray, outer: np.ndarray, upper: np.ndarray) -> Iterator[Entries]:
+    """The entries of these rows of side.own.points, some at a time; within `outer` are `upper` points, 2 or more."""
+    cloud, before = side.other, np.cumsum(upper)
+    for part in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(before // PAIRS)) + 1):
+        if len(part) == 0:
+            continue
+        balls = cloud.tree.query_ball_point(side.own.points[rows[part]], outer[part], workers=-1)
+        found = np.fromiter(itertools.chain.from_iterable(balls), np.int64)
+        ball, start = np.repeat(np.arange(len(part)), upper[part]), np.cumsum(upper[part]) - upper[part]
+        own = rows[part][ball]
+        c = _distances(side.own.points[own], cloud.points[found])
+        ranked = c[np.lexsort((c, ball))]
+        yield _kept(side, own, cloud.rows[found] + cloud.first, c, ranked[start][ball], ranked[start + 1][ball])
+
+
+# ---- the plan ------------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """The entries of all clouds, in order of (row, column)."""
+
+    rows: np.ndarray  # int64 [nnz], of the packed pred
+    columns: np.ndarray  # int64 [nnz], of the packed target
+    values: np.ndarray  # float64 [nnz]
+    distances: np.ndarray  # float64 [nnz]
+
+
+def located(
+    pred: np.ndarray, pred_lengths: Sequence[int], target: np.ndarray, target_lengths: Sequence[int]
+) -> tuple[list[Cloud], list[Cloud]]:
+    """The clouds of packed arrays [N or M, 2 or 3], both from the origin of the target."""
+    x, y, row, column = [], [], 0, 0
+    for n, m in zip(pred_lengths, target_lengths, strict=True):
+        here = origin(target[column : column + m])
+        x.append(Cloud(local(pred[row : row + n], here), row))
+        y.append(Cloud(local(target[column : column + m], here), column))
+        row, column = row + n, column + m
+    return x, y
+
+
+def plan(x: Sequence[Cloud], y: Sequence[Cloud], options: Options, max_entries: int | None) -> Plan:
+    """The plan of clouds that are `located`; TooManyEntries if there is not room for all."""
+    limit = log_threshold(options.threshold)
+    pairs = list(zip(x, y, strict=True))
+    sides = [Side("pred", a, b, log_mass(b.length, options.p_min), limit) for a, b in pairs]
+    sides += [Side("target", b, a, log_mass(a.length, options.p_min), limit) for a, b in pairs]
+    kept = supports(sides, max_entries)
+    of_rows, of_columns = _joined(kept[: len(pairs)]), _joined(kept[len(pairs) :])
+    rows, columns, values, distances = _merged(of_rows, of_columns, options.symmetrize)
+    for _ in range(options.iterations):
+        values = values / (_sums(rows, values) + EPSILON)
+        values = values / (_sums(columns, values) + EPSILON)
+    return Plan(rows, columns, values, distances)
+
+
+def apml_plan(
+    pred: np.ndarray,
+    pred_lengths: Sequence[int],
+    target: np.ndarray,
+    target_lengths: Sequence[int],
+    options: Options,
+    max_entries: int | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Rows and columns int32 [nnz] of the packed arrays, values float32 [nnz] and indptr int64 [N + 1]."""
+    found = plan(*located(pred, pred_lengths, target, target_lengths), options, max_entries)
+    indptr = np.zeros(len(pred) + 1, np.int64)
+    np.cumsum(np.bincount(found.rows, minlength=len(pred)), out=indptr[1:])
+    rows, columns = found.rows.astype(np.int32), found.columns.astype(np.int32)
+    return rows, columns, found.values.astype(np.float32), indptr
+
+
+def _sums(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """For each value float64 [n] the sum of those of its group, which are added in the order they stand in."""
+    return np.bincount(groups, values)[groups]
+
+
+def _merged(of_rows: Entries, of_columns: Entries, symmetrize: str) -> Plan:
+    """The entries of both sides as one plan, not yet balanced."""
+    p1, p2 = (side.weights / _sums(side.own, side.weights) for side in (of_rows, of_columns))
+    rows, columns = (
+        np.concatenate(ends) for ends in ((of_rows.own, of_columns.other), (of_rows.other, of_columns.own))
+    )
+    keys, place = np.unique(rows << 32 | columns, return_inverse=True)
+    from_rows, from_columns = np.split(place, [len(p1)])
+    values, distances = np.zeros((2, len(keys))), np.empty(len(keys))
+    values[0, from_rows], values[1, from_columns] = p1, p2
+    distances[from_rows], distances[from_columns] = of_rows.distances, of_columns.distances
+    rows, columns = keys >> 32, keys & 0xFFFFFFFF
+    if symmetrize == "mean":
+        return Plan(rows, columns, (values[0] + values[1]) / 2, distances)
+    has = np.zeros((2, len(keys)), bool)
+    has[0, from_rows] = has[1, from_columns] = True
+    both = has[0] & has[1]
+    kept = both | has[0] & (_sums(rows, both) == 0) | has[1] & (_sums(columns, both) == 0)
+    values = np.where(both, values.min(axis=0), values.max(axis=0))  # where one side keeps it, the other's is 0
+    return Plan(rows[kept], columns[kept], values[kept], distances[kept])
+
+
+# ---- the loss ------------------------------------------------------------------------------------------------------
+
+
+def apml(
+    pred: np.ndarray,
+    pred_lengths: Sequence[int],
+    target: np.ndarray,
+    target_lengths: Sequence[int],
+    options: Options,
+    reduction: str,
+    max_entries: int | None,
+    with_grad: bool,
+) -> tuple[np.ndarray, ...]:
+    """The loss float32 [] or [B], and with_grad the gradients of pred and target in their dtypes behind it.
+
+    All NaN if the plan has more than max_entries.
+    """
+    x, y = located(pred, pred_lengths, target, target_lengths)
+    losses, dx, dy = (np.full(shape, np.nan) for shape in (len(x), (len(pred), 3), (len(target), 3)))
+    try:
+        found = plan(x, y, options, max_entries)
+    except TooManyEntries:
+        if max_entries is None:
+            raise
+    else:
+        cloud = np.repeat(np.arange(len(x)), pred_lengths)[found.rows]
+        losses = np.bincount(cloud, found.values * found.distances, len(x))
+        losses[[b for b, pair in enumerate(zip(x, y, strict=True)) if not all(map(_finite, pair))]] = np.nan
+        if with_grad:
+            dx, dy = _gradients(found, _packed(x), _packed(y))
+    with np.errstate(over="ignore", invalid="ignore"):
+        if reduction != "none":
+            losses = np.array(ordered_sum(losses))
+        if reduction == "mean":
+            losses, dx, dy = (z / np.float64(len(x)) for z in (losses, dx, dy))  # of no clouds: NaN
+        loss = np.asarray(losses, np.float32)
+        if not with_grad:
+            return (loss,)
+        dx, dy = (g[:, : of.shape[1]].astype(np.float32).astype(of.dtype) for g, of in ((dx, pred), (dy, target)))
+    return loss, dx, dy
+
+
+def _finite(cloud: Cloud) -> bool:
+    return len(cloud.points) == cloud.length
+
+
+def _packed(clouds: Sequence[Cloud]) -> np.ndarray:
+    """The points float64 [N, 3] of all clouds as they are located; NaN where one is not finite."""
+    points = np.full((sum(cloud.length for cloud in clouds), 3), np.nan)
+    for cloud in clouds:
+        points[cloud.first + cloud.rows] = cloud.points
+    return points
+
+
+def _gradients(plan: Plan, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Those of the summed losses, the plan held constant: float64 [N, 3] and [M, 3]."""
+    share = plan.values / np.where(plan.distances > 0, plan.distances, np.inf)
+    pulls = (x[plan.rows] - y[plan.columns]) * share[:, None]
+    dx, dy = (
+        np.stack([np.bincount(ends, pull, len(points)) for pull in pulls.T], axis=1)
+        for ends, points in ((plan.rows, x), (plan.columns, y))
+    )
+    return np.where(np.isnan(x), np.nan, dx), np.where(np.isnan(y), np.nan, -dy)
+
+
+def emd(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The mean distance float32 [] of the cheapest assignment of x to y, [n, 2 or 3]; NaN if a point is not finite."""
+    from scipy.optimize import linear_sum_assignment  # here, so that gpu3d imports fast
+
+    here = origin(y)
+    c = _distances(local(x, here)[:, None], local(y, here))
+    if not np.isfinite(c).all():
+        return np.array(np.nan, np.float32)
+    return np.asarray(c[linear_sum_assignment(c)].mean(), np.float32)
