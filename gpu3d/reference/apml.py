@@ -207,8 +207,9 @@ def _near(side: Side) -> _Near:
 
 def _radii(side: Side, d1: np.ndarray, d2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Radii float64 [n]: all within the first are kept; the two nearest and all that are kept are within the second."""
-    ratio, gap = np.divide(side.log_threshold, side.log_mass), np.maximum(d2 - d1, GAP)
-    with np.errstate(invalid="ignore"):
+    gap = np.maximum(d2 - d1, GAP)
+    with np.errstate(over="ignore", invalid="ignore"):  # inf: fewer than 2 points, or a p_min next to 0
+        ratio = np.divide(side.log_threshold, side.log_mass)
         reach, slack = d1 + ratio * gap, SLACK * (1 + ratio) * (d2 + gap)
         return np.maximum(reach - slack, 0), np.maximum(reach, d2) + slack
 
@@ -217,7 +218,9 @@ def _within(side: Side, rows: np.ndarray, radii: np.ndarray) -> np.ndarray:
     """How many points int64 [n] of the other cloud the tree finds within the radii."""
     if len(rows) == 0:
         return np.zeros(0, np.int64)
-    return side.other.tree.query_ball_point(side.own.points[rows], radii, return_length=True, workers=-1)
+    points, first, back = np.unique(side.own.points[rows], axis=0, return_index=True, return_inverse=True)
+    counts = side.other.tree.query_ball_point(points, radii[first], return_length=True, workers=-1)
+    return counts[back]  # a place of thousands is counted once: equal points have equal radii
 
 
 def _counts(side: Side, near: _Near, upper: np.ndarray) -> np.ndarray:
@@ -355,7 +358,7 @@ def apml(
             raise
     else:
         cloud = np.repeat(np.arange(len(x)), pred_lengths)[found.rows]
-        losses = np.bincount(cloud, found.values * found.distances, len(x))
+        losses[:] = np.bincount(cloud, found.values * found.distances, len(x))  # integers, where there are no entries
         losses[[b for b, pair in enumerate(zip(x, y, strict=True)) if not all(map(_finite, pair))]] = np.nan
         if with_grad:
             dx, dy = _gradients(found, _packed(x), _packed(y))
