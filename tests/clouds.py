@@ -44,6 +44,30 @@ def degenerate(n=5000, seed=0):
     }
 
 
+TRANSPORTS = ("near", "shell", "independent", "collapsed", "far")
+
+
+def transport(kind, n, m, seed=0):
+    """A prediction of n and a target of m points that lie to each other as `kind` says; the target is on a surface."""
+    rng = np.random.default_rng(seed)
+
+    def surface(count):
+        direction = rng.normal(size=(count, 3))
+        return direction / np.linalg.norm(direction, axis=1, keepdims=True) * [1, 0.8, 0.6]
+
+    target = surface(m)
+    if kind in ("near", "shell"):
+        noise = 0.25 * np.sqrt(8 / m) if kind == "near" else 0.02  # an area of 8: a quarter of the mean spacing
+        pred = target[rng.permutation(max(n, m))[:n] % m] + rng.normal(0, noise, (n, 3))
+    else:
+        pred = surface(n)
+        if kind == "collapsed":  # what an untrained network makes of it
+            pred = pred * rng.random((n, 1)) * 0.05 + [0.3, -0.2, 0.1]
+        elif kind == "far":
+            pred += 5
+    return pred.astype(np.float32), target.astype(np.float32)
+
+
 def spoiled(n=3000, seed=0):
     """NaN and inf among good points, and the good points' mask."""
     rng = np.random.default_rng(seed)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpu3d.reference.neighbors import ENTRIES_A_POINT, PAIRS, Cloud, local, ordered_sum, origin, squared_distances
+from gpu3d.reference.neighbors import ENTRIES_A_POINT, PAIRS, ROWS, Cloud, local, ordered_sum, origin, squared_distances
 
 SYMMETRIZATIONS = ("mean", "min")
 GAP = 1e-8  # the smallest d2 - d1
@@ -56,12 +56,13 @@ def log_threshold(threshold: float) -> float:
 
 
 class Dense(NamedTuple):
-    """One pair of clouds; the result of `dense`. All float64."""
+    """Of one pair of clouds; the result of `dense`."""
 
-    plan: np.ndarray  # [N, M]
-    loss: np.ndarray  # []
-    dpred: np.ndarray  # [N, 3]
-    dtarget: np.ndarray  # [M, 3]
+    support: np.ndarray  # bool [N, M], which entries the plan has
+    plan: np.ndarray  # float64 [N, M]
+    loss: np.ndarray  # float64 []
+    dpred: np.ndarray  # float64 [N, 3]
+    dtarget: np.ndarray  # float64 [M, 3]
 
 
 def dense(pred: np.ndarray, target: np.ndarray, options: Options) -> Dense:
@@ -74,16 +75,18 @@ def dense(pred: np.ndarray, target: np.ndarray, options: Options) -> Dense:
     c = np.sqrt(squared_distances(x[:, None], y))
     of_rows, p1 = _dense_side(c, options)
     of_columns, p2 = (side.T for side in _dense_side(c.T, options))
-    plan = (p1 + p2) / 2
+    support, plan = of_rows | of_columns, (p1 + p2) / 2
     if options.symmetrize == "min":
         both = of_rows & of_columns
-        alone = np.where(both.any(axis=1, keepdims=True), 0, p1) + np.where(both.any(axis=0), 0, p2)
-        plan = np.where(both, np.minimum(p1, p2), alone)
+        of_rows = of_rows & ~both.any(axis=1, keepdims=True)
+        of_columns = of_columns & ~both.any(axis=0)
+        support = both | of_rows | of_columns
+        plan = np.where(both, np.minimum(p1, p2), np.where(of_rows, p1, np.where(of_columns, p2, 0)))
     for _ in range(options.iterations):
         plan = plan / (plan.sum(axis=1, keepdims=True) + EPSILON)
         plan = plan / (plan.sum(axis=0) + EPSILON)
     pulls = (plan / np.where(c > 0, c, np.inf))[..., None] * (x[:, None] - y)
-    return Dense(plan, (plan * c).sum(), pulls.sum(axis=1), -pulls.sum(axis=0))
+    return Dense(support, plan, (plan * c).sum(), pulls.sum(axis=1), -pulls.sum(axis=0))
 
 
 def _dense_side(c: np.ndarray, options: Options) -> tuple[np.ndarray, np.ndarray]:
@@ -185,6 +188,11 @@ def _kept(side: Side, own: np.ndarray, other: np.ndarray, c: np.ndarray, d1: np.
     return Entries(side.own.rows[own[kept]] + side.own.first, other[kept], c[kept], weights)
 
 
+def _workers(queries: int) -> int:
+    """Of a search: threads cost a small one more than they save."""
+    return -1 if queries > ROWS else 1
+
+
 def _near(side: Side) -> _Near:
     """The NEAR nearest of each point, and the entries of those whose ball certainly holds no others."""
     cloud = side.other
@@ -193,7 +201,7 @@ def _near(side: Side) -> _Near:
     rows = np.arange(len(side.own.points) if len(cloud.points) else 0)
     found = []
     for part in np.array_split(rows, -(-len(rows) * NEAR // PAIRS) or 1):
-        far, candidates = cloud.thin_tree.query(side.own.points[part], NEAR, workers=-1)
+        far, candidates = cloud.thin_tree.query(side.own.points[part], NEAR, workers=_workers(len(part)))
         c = _distances(side.own.points[part, None], points[candidates])
         d1, d2 = np.partition(c, 1, axis=1)[:, :2].T
         inner, outer = _radii(side, d1, d2)
@@ -219,7 +227,8 @@ def _within(side: Side, rows: np.ndarray, radii: np.ndarray) -> np.ndarray:
     if len(rows) == 0:
         return np.zeros(0, np.int64)
     points, first, back = np.unique(side.own.points[rows], axis=0, return_index=True, return_inverse=True)
-    counts = side.other.tree.query_ball_point(points, radii[first], return_length=True, workers=-1)
+    workers = _workers(len(points))
+    counts = side.other.tree.query_ball_point(points, radii[first], return_length=True, workers=workers)
     return counts[back]  # a place of thousands is counted once: equal points have equal radii
 
 
@@ -240,7 +249,8 @@ def _listed(side: Side, rows: np.ndarray, outer: np.ndarray, upper: np.ndarray) 
     for part in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(before // PAIRS)) + 1):
         if len(part) == 0:
             continue
-        balls = cloud.tree.query_ball_point(side.own.points[rows[part]], outer[part], workers=-1)
+        query = side.own.points[rows[part]]
+        balls = cloud.tree.query_ball_point(query, outer[part], workers=_workers(len(query)))
         found = np.fromiter(itertools.chain.from_iterable(balls), np.int64)
         ball, start = np.repeat(np.arange(len(part)), upper[part]), np.cumsum(upper[part]) - upper[part]
         own = rows[part][ball]
