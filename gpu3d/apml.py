@@ -181,7 +181,8 @@ def apml_value_and_grad(
     -----
     The plan P is held constant, as published: the gradient of pred point i is the sum over j of
     P_ij (x_i - y_j) / C_ij, that of target point j minus the sum over i; where C_ij = 0 the term is 0. A point with NaN
-    or inf has gradient NaN and no entry in the plan of the others. When it synchronizes is said at `apml`.
+    or inf has gradient NaN and no entry in the plan of the others. The same call gives the same bits. When it
+    synchronizes is said at `apml`.
 
     Examples
     --------
@@ -346,7 +347,7 @@ def _checked_share(share: Any, name: str, cure: str = "") -> float:
     """A float between 0 and 1."""
     if isinstance(share, (bool, np.bool_)) or not isinstance(share, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number, got {share!r} of type {type(share).__name__}.")
-    if not 0 < share < 1:
+    if not 0 < float(share) < 1:
         raise ValueError(f"{name} must be between 0 and 1, neither of them included, got {share}{cure}.")
     return float(share)
 

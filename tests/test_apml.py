@@ -141,6 +141,20 @@ def check_outliers(as_array=same):
             function(as_array(y), as_array(x))
 
 
+def check_edge_of_the_ball(as_array=same, back=same):
+    """Nine points at 4, where exp(-(C - d1) T) and the threshold are a rounding apart: kept, or not, by all alike."""
+    x = np.zeros((1, 3), np.float32)
+    y = np.zeros((40, 3), np.float32)
+    y[:, 0] = [1, 2, *[4] * 9, *range(10, 39)]
+    at, kept = math.exp(-3 * reference.log_mass(40, 0.8)), set()
+    for step in range(-8, 9):
+        threshold = at * (1 + step * 2.0**-52)
+        check(x, np.roll(y, step, axis=0), as_array=as_array, back=back, threshold=threshold)
+        check_room(x, np.roll(y, step, axis=0), as_array=as_array, back=back, threshold=threshold)
+        kept.add(count_entries(x, y, threshold=threshold))
+    assert kept == {2 + 40, 11 + 40}
+
+
 def map_all(back, results):
     return [back(y) for y in results]
 
@@ -503,6 +517,10 @@ def test_outliers_that_hold_the_whole_cloud():
     x, y = outliers()
     check_room(x, y)
     check(x, y)
+
+
+def test_edge_of_the_ball():
+    check_edge_of_the_ball()
 
 
 def test_crowded_places_are_refused_before_memory_is_taken():

@@ -9,7 +9,8 @@ the two smallest of row i, T_i = ln((M - 1) / (1 - p_min)) / max(d2 - d1, GAP), 
 What a row keeps is a ball around its point. A k-d tree finds the two nearest and then the ball, with a little slack,
 and the formula above decides. So nothing is approximated, and memory is that of the entries.
 
-A point with a coordinate that is not finite has no entries, its gradient is NaN and so is its cloud's loss.
+A point with a coordinate that is not finite has no entries, its gradient is NaN and so is its cloud's loss; N and M
+count it all the same.
 """
 
 from __future__ import annotations
@@ -410,9 +411,10 @@ def _gradients(plan: Plan, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np
 def emd(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The mean distance float32 [] of the cheapest assignment of x to y, [n, 2 or 3]; NaN if a point is not finite."""
     from scipy.optimize import linear_sum_assignment  # here, so that gpu3d imports fast
+    from scipy.spatial.distance import cdist
 
     here = origin(y)
-    c = _distances(local(x, here)[:, None], local(y, here))
+    c = cdist(local(x, here), local(y, here))  # float64
     if not np.isfinite(c).all():
         return np.array(np.nan, np.float32)
     return np.asarray(c[linear_sum_assignment(c)].mean(), np.float32)
