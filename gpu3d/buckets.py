@@ -299,10 +299,6 @@ def _bucketize_cuda(
 ) -> tuple[Any, Any, Any]:
     import cupy
 
-    if max(lengths, default=0) > RADIX_MAX:
-        raise ValueError(
-            f"a cloud on a GPU has at most 2**30 - 1 points, got {max(lengths)}. Cut it into several clouds."
-        )
     if not points.flags.c_contiguous:
         points = cupy.ascontiguousarray(points)
     n, slots = points.shape[0], bucket_offsets[-1] * bucket_size
@@ -320,13 +316,25 @@ def _bucketize_cuda(
         home = _probe(points, macros, cell, bucket_size, lengths, bucket_offsets[-1], seed, moved)
         points, macros = home, (("POINT", 0), ("KEY", KEY_GIVEN))
         results = *results[:2], 0  # `moved` is written
+    sort_cuda(points, macros, cell, bucket_size, lengths, *results)
+    return slot_to_point, point_to_slot, moved
+
+
+def sort_cuda(
+    keys: Any, macros: _cuda.Macros, cell: float, bucket_size: int, lengths: tuple[int, ...], *results: int
+) -> None:
+    """The permutations of contiguous keys, at least one: points, or buckets where `macros` say KEY_GIVEN.
+
+    `results` are the addresses of slot_to_point, of point_to_slot, and of `moved` or 0.
+    """
     largest = max(lengths)
+    if largest > RADIX_MAX:
+        raise ValueError(f"a cloud on a GPU has at most 2**30 - 1 points, got {largest}. Cut it into several clouds.")
     if largest <= MERGE_TILES[-1]:
         sort = _cloud_sort
     else:
         sort = _merge_sort if largest <= MERGE_MAX_TILES * MERGE_TILES[-1] else _radix_sort
-    sort(points, macros, cell, bucket_size, lengths, *results)
-    return slot_to_point, point_to_slot, moved
+    sort(keys, macros, cell, bucket_size, lengths, *results)
 
 
 class _MergePlan(NamedTuple):

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu3d import _arrays, _clouds, _cuda
-from gpu3d.buckets import _bucket_offsets, _bucketize_cuda
+from gpu3d.buckets import sort_cuda
 from gpu3d.reference import neighbors as reference
+from gpu3d.reference.buckets import HASHES
 
 MAX_POINTS = 2**31 - 1  # indices are int32
 
@@ -474,6 +475,7 @@ _FLOAT, _INT32, _INT64 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.i
 _INDEX = struct.Struct("<QQQQ")  # struct Index of neighbors.cuh
 _SIDE = struct.Struct("<9Q")  # struct Side of neighbors_chamfer.cu
 _ROW_BYTES, _BOX_BYTES = 16, 48
+_ZORDER_DIV = ("KEY", HASHES.index("zorder_div"))
 
 # The parameters of each kernel: formats of the module struct; c, x and s for struct Clouds, Index and Side.
 _SIGNATURES = {
@@ -483,9 +485,8 @@ _SIGNATURES = {
     "radius_count": "QcixcfQ",
     "radius_fill": "QcixcfQiqQ",
     "radius_sort": "QiqQQQQ",
-    "chamfer_tiles": "sscci",
-    "chamfer_losses": "ssccQQ",
-    "chamfer_loss": "QiiQ",
+    "chamfer_tiles": "ssccQi",
+    "chamfer_losses": "ssccQQQQi",
     "chamfer_give": "sscci",
     "chamfer_gradient": "ssccii",
 }
@@ -518,12 +519,13 @@ def _launch(
 
 
 class _Layout(NamedTuple):
-    """Where clouds lie in tiles, nodes and branches."""
+    """Where clouds lie in tiles, nodes and branches, and what is kept of them in one allocation."""
 
     batch: _clouds.Batch
     slots: int
     nodes: int
     branches: int  # 0 where no cloud has more than one
+    ends: tuple[int, ...]  # of rows, slot_to_point, point_to_slot and, of an index, boxes of tiles, nodes and branches
 
 
 @functools.lru_cache(maxsize=256)
@@ -532,33 +534,31 @@ def _layout(lengths: tuple[int, ...]) -> _Layout:
     nodes = -(-tiles // TILE)
     branches = -(-nodes // TILE)
     batch = _clouds.batch(lengths, TILE, nodes, branches)
-    return _Layout(batch, int(tiles.sum()) * TILE, batch.tiles, batch.groups if branches.max(initial=0) > 1 else 0)
+    slots, kept = int(tiles.sum()) * TILE, batch.groups if branches.max(initial=0) > 1 else 0
+    boxes = (_BOX_BYTES * count for count in (slots // TILE, batch.tiles, kept))
+    return _Layout(batch, slots, batch.tiles, kept, _cuda.ends(_ROW_BYTES * slots, 4 * slots, 4 * sum(lengths), *boxes))
 
 
-class _Search(NamedTuple):
-    """What a NeighborIndex keeps on a GPU."""
+class Queries(NamedTuple):
+    """Points in bucket order on a GPU, ready to search an index."""
 
-    rows: Any  # [slots] struct Row
-    boxes: Any  # struct Box: of the tiles, then the nodes, then the branches
-    packed: bytes  # struct Index
+    rows: int  # address of struct Row [slots], relative to the origins of the clouds that they search
+    slot_of: int  # address of int32 [N], the slot of each point
     layout: _Layout
     clouds: bytes  # struct Clouds of the layout
-    table: Any  # the memory that it names
-    slot_of_point: Any  # int32 [N]
-    origins: Any  # float64 [clouds, 3] of float64 points, else None
+    held: tuple[Any, ...]  # the memory that is named here
 
 
-class _Queries(NamedTuple):
-    """Points that search an index."""
+class Search(NamedTuple):
+    """What a NeighborIndex keeps on a GPU."""
 
-    rows: Any  # [slots] struct Row, relative to the origins of the index
-    slots: int
-    clouds: bytes
-    table: Any
+    own: Queries  # its points, relative to `origins`
+    packed: bytes  # struct Index
+    origins: Any  # float64 [clouds, 3], else None
 
 
-def _point_macro(points: Any) -> _cuda.Macros:
-    return (("POINT", _arrays.FLOATS.index(points.dtype)),)
+def _point_macro(points: Any) -> tuple[str, int]:
+    return "POINT", _arrays.FLOATS.index(points.dtype)
 
 
 def _xyz(points: Any) -> Any:
@@ -572,7 +572,7 @@ def _xyz(points: Any) -> Any:
     return padded
 
 
-def _origins(points: Any, lengths: tuple[int, ...]) -> Any:
+def origins_cuda(points: Any, lengths: tuple[int, ...]) -> Any:
     """The minimum of each cloud's finite coordinates, which float64 coordinates are taken relative to; else None."""
     if points.dtype != np.float64:
         return None
@@ -584,80 +584,73 @@ def _origins(points: Any, lengths: tuple[int, ...]) -> Any:
         end += n
         if n:
             low = finite[end - n : end].min(axis=0)
-            origins[b] = cupy.where(cupy.isfinite(low), low, 0)
+            origins[b, : points.shape[1]] = cupy.where(cupy.isfinite(low), low, 0)
     return origins
 
 
-def _rows(
-    points: Any, lengths: tuple[int, ...], origins: Any, clouds: bytes, boxes: int, nodes: int
-) -> tuple[Any, Any]:
-    """The rows of points in bucket order, relative to the origins of the clouds they search; and point_to_slot.
-
-    The boxes of tiles and nodes go to these addresses; with 0, none are made.
-    """
-    import cupy
-
+def rows_cuda(
+    points: Any, lengths: tuple[int, ...], origins: Any, boxes: bool = False
+) -> tuple[Queries, tuple[int, ...]]:
+    """Points [N, 2 or 3] of any strides and float dtype; and the boxes of their tiles, nodes and branches, if asked."""
     layout = _layout(lengths)
-    rows = cupy.ndarray((layout.slots, _ROW_BYTES // 4), _FLOAT)
-    offsets = _bucket_offsets(lengths, TILE)
-    order, slot_of_point, _ = _bucketize_cuda(points, TILE, lengths, offsets, "zorder_div", "spill", None, 0)
-    if origins is not None and points.dtype != np.float64:
-        points = points.astype(np.float64)
-    address = origins.data.ptr if origins is not None else 0
-    args = points.data.ptr, order.data.ptr, clouds, address, rows.data.ptr, boxes, nodes
-    device, macros = points.data.device_id, _point_macro(points)
-    _launch("index_nodes", device, layout.nodes, *args, block=INDEX_THREADS, macros=macros)
-    return rows, slot_of_point
-
-
-def _index_cuda(points: Any, lengths: tuple[int, ...]) -> _Search:
-    """What NeighborIndex.search holds of points [N, 2 or 3], of any strides and float dtype."""
-    import cupy
-
+    ends = layout.ends if boxes else layout.ends[:4]
+    memory, (rows, order, slot_of, *of_boxes) = _cuda.allocate(ends)
+    clouds, table = _clouds.pack(layout.batch, TILE)
+    queries = Queries(rows, slot_of, layout, clouds, (memory, table))
+    if layout.slots == 0:
+        return queries, tuple(of_boxes)
     points = _xyz(points)
-    layout = _layout(lengths)
-    origins = _origins(points, lengths)
-    tiles = layout.slots // TILE
-    boxes = cupy.ndarray((tiles + layout.nodes + layout.branches, _BOX_BYTES // 4), _FLOAT)
-    of_tiles = boxes.data.ptr
-    of_nodes, of_branches = of_tiles + tiles * _BOX_BYTES, of_tiles + (tiles + layout.nodes) * _BOX_BYTES
-    clouds, table = _clouds.pack(layout.batch, TILE)
-    rows, slot_of_point = _rows(points, lengths, origins, clouds, of_tiles, of_nodes)
-    if layout.branches:
-        device, grid = points.data.device_id, -(-layout.branches // (BRANCH_THREADS // 32))
-        args, macros = (of_nodes, clouds, layout.branches, of_branches), _point_macro(points)
+    sort_cuda(points, (_point_macro(points), _ZORDER_DIV), 0.0, TILE, lengths, order, slot_of, 0)
+    address = 0
+    if origins is not None:
+        points, address = points.astype(np.float64, copy=False), origins.data.ptr
+    device, macros = points.data.device_id, (_point_macro(points),)
+    to = of_boxes[:2] or (0, 0)
+    args = points.data.ptr, order, clouds, address, rows, *to
+    _launch("index_nodes", device, layout.nodes, *args, block=INDEX_THREADS, macros=macros)
+    if boxes and layout.branches:
+        grid = -(-layout.branches // (BRANCH_THREADS // 32))
+        args = of_boxes[1], clouds, layout.branches, of_boxes[2]
         _launch("index_branches", device, grid, *args, block=BRANCH_THREADS, macros=macros)
-    packed = _INDEX.pack(rows.data.ptr, of_tiles, of_nodes, of_branches if layout.branches else 0)
-    return _Search(rows, boxes, packed, layout, clouds, table, slot_of_point, origins)
+    return queries, tuple(of_boxes)
 
 
-def _queries(query: Any, lengths: tuple[int, ...], index: NeighborIndex) -> _Queries:
+def search_cuda(points: Any, lengths: tuple[int, ...], origins: Any) -> Search:
+    """What is searched, relative to the origins; points [N, 2 or 3] of any strides and float dtype."""
+    own, (tiles, nodes, branches) = rows_cuda(points, lengths, origins, boxes=True)
+    return Search(own, _INDEX.pack(own.rows, tiles, nodes, branches if own.layout.branches else 0), origins)
+
+
+def _index_cuda(points: Any, lengths: tuple[int, ...]) -> Search:
+    return search_cuda(points, lengths, origins_cuda(points, lengths))
+
+
+def _queries(query: Any, lengths: tuple[int, ...], index: NeighborIndex) -> Queries:
     """What searches the index; its own rows where the queries are its points."""
-    search = index.search
     if query is index.points and lengths == index.lengths:
-        return _Queries(search.rows, search.layout.slots, search.clouds, search.table)
-    layout = _layout(lengths)
-    clouds, table = _clouds.pack(layout.batch, TILE)
-    rows, _ = _rows(_xyz(query), lengths, search.origins, clouds, 0, 0)
-    return _Queries(rows, layout.slots, clouds, table)
+        return index.search.own
+    return rows_cuda(query, lengths, index.search.origins)[0]
 
 
-def _nearest(queries: _Queries, count: int, search: _Search, k: int, squared: bool) -> tuple[Any, Any]:
-    """Distances, or their squares, and indices [count, k] of queries."""
-    import cupy
-
-    distances, indices = cupy.ndarray((count, k), _FLOAT), cupy.ndarray((count, k), _INT32)
-    lists = 0 if k == 1 else -(-k // 32)
-    args = queries.rows.data.ptr, queries.clouds, queries.slots, search.packed, search.clouds, k, squared
-    grid, macros = -(-queries.slots // (KNN_THREADS // 32)), (("LISTS", lists),)
-    results = distances.data.ptr, indices.data.ptr
-    _launch("knn", distances.data.device_id, grid, *args, *results, block=KNN_THREADS, macros=macros)
-    return distances, indices
+def _nearest(
+    device: int, queries: Queries, search: Search, k: int, squared: bool, distances: int, indices: int
+) -> None:
+    """Writes distances, or their squares, and indices [queries, k] to these addresses."""
+    slots, macros = queries.layout.slots, (("LISTS", 0 if k == 1 else -(-k // 32)),)
+    args = queries.rows, queries.clouds, slots, search.packed, search.own.clouds, k, squared, distances, indices
+    _launch("knn", device, -(-slots // (KNN_THREADS // 32)), *args, block=KNN_THREADS, macros=macros)
 
 
 def _knn_cuda(query: Any, query_lengths: tuple[int, ...], index: NeighborIndex, k: int) -> tuple[Any, Any]:
     """Distances float32 [N, k] and indices int32 [N, k]."""
-    return _nearest(_queries(query, query_lengths, index), query.shape[0], index.search, k, False)
+    import cupy
+
+    queries = _queries(query, query_lengths, index)
+    shape = query.shape[0], k
+    distances, indices = cupy.ndarray(shape, _FLOAT), cupy.ndarray(shape, _INT32)
+    device = distances.data.device_id
+    _nearest(device, queries, index.search, k, False, distances.data.ptr, indices.data.ptr)
+    return distances, indices
 
 
 def _radius_search_cuda(
@@ -667,13 +660,14 @@ def _radius_search_cuda(
     import cupy
 
     queries, search = _queries(query, query_lengths, index), index.search
-    n, device, warps = query.shape[0], queries.rows.data.device_id, RADIUS_THREADS // 32
+    n, slots, warps = query.shape[0], queries.layout.slots, RADIUS_THREADS // 32
     radius2 = float(reference.squared_radius(radius))
-    walk = queries.rows.data.ptr, queries.clouds, queries.slots, search.packed, search.clouds, radius2
+    walk = queries.rows, queries.clouds, slots, search.packed, search.own.clouds, radius2
     run = functools.partial(_launch, block=RADIUS_THREADS)
     offsets = cupy.zeros(n + 1, _INT64)
     counts = cupy.ndarray((n,), _INT64)
-    run("radius_count", device, -(-queries.slots // warps), *walk, counts.data.ptr)
+    device = counts.data.device_id
+    run("radius_count", device, -(-slots // warps), *walk, counts.data.ptr)
     cupy.cumsum(counts, out=offsets[1:])
     room = max_entries
     if room is None:
@@ -684,33 +678,12 @@ def _radius_search_cuda(
             raise reference.too_many_entries(radius, room, limit, row, int(counts[row]))
     indices, distances = cupy.ndarray((room,), _INT32), cupy.ndarray((room,), _FLOAT)
     entries, spare = cupy.ndarray((room,), _INT64), cupy.ndarray((room,), _INT64)
-    run("radius_fill", device, -(-queries.slots // warps), *walk, offsets.data.ptr, n, room, entries.data.ptr)
+    run("radius_fill", device, -(-slots // warps), *walk, offsets.data.ptr, n, room, entries.data.ptr)
     sort = offsets.data.ptr, n, room, entries.data.ptr, spare.data.ptr, indices.data.ptr, distances.data.ptr
     run("radius_sort", device, max(1, -(-n // warps)) if room else 0, *sort)
     if max_entries is not None:
         offsets = cupy.where(offsets[-1] > room, -offsets[-1], offsets)
     return offsets, indices, distances
-
-
-class _Side(NamedTuple):
-    """What one direction of a Chamfer distance leaves: from each point of `own` to its nearest of `other`."""
-
-    packed: bytes  # struct Side
-    held: tuple[Any, ...]  # the arrays that it names
-
-
-def _side(own: NeighborIndex, other: NeighborIndex, squared: bool, gradient: Any, given: int) -> _Side:
-    """`gradient`: float32 [N, 3]; `given`: the address of zeros int64 [N, 3]; no matter, for the loss alone."""
-    search, count = own.search, own.points.shape[0]
-    queries = _Queries(search.rows, search.layout.slots, search.clouds, search.table)
-    if search.origins is not None or other.search.origins is not None:
-        queries = _queries(own.points, own.lengths, other)
-    d2, nearest = _nearest(queries, count, other.search, 1, True)
-    held = queries.rows, search.rows, search.slot_of_point, nearest, d2
-    addresses = [array.data.ptr for array in held]
-    nodes = search.layout.nodes
-    memory, found = _cuda.workspace(4 * nodes, 8 * nodes)
-    return _Side(_SIDE.pack(*addresses, *found, gradient.data.ptr, given), (*held, memory))
 
 
 def _chamfer_cuda(
@@ -719,30 +692,40 @@ def _chamfer_cuda(
     """The loss float32 [] or [B], and with_grad the gradients of x and y as packed, in their dtypes."""
     import cupy
 
-    clouds, mean, indices = len(x_index.lengths), reduction == "mean", (x_index, y_index)
-    n, m = (index.points.shape[0] for index in indices)
-    given = cupy.zeros(3 * (n + m) * with_grad, _INT64)
-    gradients = [cupy.ndarray((count * with_grad, 3), _FLOAT) for count in (n, m)]
-    x = _side(x_index, y_index, squared, gradients[0], given.data.ptr)
-    y = _side(y_index, x_index, squared, gradients[1], given.data.ptr + 24 * n)
-    losses = cupy.ndarray((clouds,), np.float64)
+    clouds, mean, searches = len(x_index.lengths), reduction == "mean", (x_index.search, y_index.search)
+    counts = [index.points.shape[0] for index in (x_index, y_index)]
     loss = cupy.ndarray((clouds,) if reduction == "none" else (), _FLOAT)
-    layouts = [index.search.layout for index in indices]
-    nodes, slots = sum(layout.nodes for layout in layouts), sum(layout.slots for layout in layouts)
-    both = x.packed, y.packed, x_index.search.clouds, y_index.search.clouds
-    device = loss.data.device_id
-    _launch("chamfer_tiles", device, nodes, *both, squared, block=NODE)
-    of_clouds = loss.data.ptr if reduction == "none" else 0
-    _launch("chamfer_losses", device, clouds, *both, losses.data.ptr, of_clouds, block=NODE)
-    if reduction != "none":
-        _launch("chamfer_loss", device, 1, losses.data.ptr, clouds, mean, loss.data.ptr, block=NODE)
-    if not with_grad:
-        return (loss,)
-    grid = -(-slots // CHAMFER_THREADS)
-    _launch("chamfer_give", device, grid, *both, squared, block=CHAMFER_THREADS)
-    _launch("chamfer_gradient", device, grid, *both, squared, clouds if mean else 1, block=CHAMFER_THREADS)
-    del x, y, given  # held until here
+    given, gradients = 0, []
+    if with_grad:
+        taken = cupy.zeros(3 * sum(counts), _INT64)
+        given, gradients = taken.data.ptr, [cupy.ndarray((count, 3), _FLOAT) for count in counts]
+    device, sides, nodes, slots = loss.data.device_id, [], 0, 0
+    # Of each side nearest, d2, largest and sums; then the losses of all clouds, and how many of them are known.
+    sizes = [
+        (4 * n, 4 * n, 4 * s.own.layout.nodes, 8 * s.own.layout.nodes) for n, s in zip(counts, searches, strict=True)
+    ]
+    memory, places = _cuda.workspace(*sizes[0], *sizes[1], 8 * clouds, 4)
+    for i, (index, other) in enumerate(((x_index, y_index), (y_index, x_index))):
+        own, queries = index.search.own, index.search.own
+        if index.search.origins is not None or other.search.origins is not None:
+            queries = _queries(index.points, index.lengths, other)
+        nearest, d2, *sums = places[4 * i : 4 * i + 4]
+        _nearest(device, queries, other.search, 1, True, d2, nearest)
+        to = (gradients[i].data.ptr, given + 24 * i * counts[0]) if with_grad else (0, 0)
+        sides.append((_SIDE.pack(queries.rows, own.rows, own.slot_of, nearest, d2, *sums, *to), queries))
+        nodes, slots = nodes + own.layout.nodes, slots + own.layout.slots
+    both = sides[0][0], sides[1][0], searches[0].own.clouds, searches[1].own.clouds
+    losses, known = places[8:]
+    _launch("chamfer_tiles", device, max(1, nodes), *both, known, squared, block=NODE)
+    parts = clouds if mean else 1
+    of_clouds = (loss.data.ptr, 0) if reduction == "none" else (0, loss.data.ptr)
+    _launch("chamfer_losses", device, max(1, clouds), *both, losses, known, *of_clouds, parts, block=NODE)
+    if with_grad:
+        grid = -(-slots // CHAMFER_THREADS)
+        _launch("chamfer_give", device, grid, *both, squared, block=CHAMFER_THREADS)
+        _launch("chamfer_gradient", device, grid, *both, squared, parts, block=CHAMFER_THREADS)
+    del memory, sides  # held until here
     return loss, *(
         gradient[:, : index.points.shape[1]].astype(index.points.dtype, copy=False)
-        for gradient, index in zip(gradients, indices, strict=True)
+        for gradient, index in zip(gradients, (x_index, y_index), strict=False)
     )

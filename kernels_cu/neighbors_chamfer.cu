@@ -67,11 +67,13 @@ extern "C" __global__ __launch_bounds__(SUM_TILE) void chamfer_tiles(
     const __grid_constant__ Side y,
     const __grid_constant__ Clouds x_clouds,
     const __grid_constant__ Clouds y_clouds,
+    u32 *__restrict__ known,                    // [] set to 0, for chamfer_losses
     int squared)                                // 1: of their squares
 {
     const int tile = blockIdx.x, x_tiles = tiles_of(x_clouds);
+    if (tile == 0 && threadIdx.x == 0) *known = 0;
     if (tile < x_tiles) sum_tile(x, x_clouds, tile, squared);
-    else sum_tile(y, y_clouds, tile - x_tiles, squared);
+    else if (tile < x_tiles + tiles_of(y_clouds)) sum_tile(y, y_clouds, tile - x_tiles, squared);
 }
 
 // The sum of count values by halving tiles of them; by a whole block, which overwrites them.
@@ -100,30 +102,37 @@ __device__ double mean_of(const Side &side, const Clouds &clouds, int b) {
     return sum_of(side.sums + cloud.tile, next.tile - cloud.tile) / (next.point - cloud.point);
 }
 
-// A block a cloud: its loss.
+// A block a cloud: its loss; and the block that comes last, that of all clouds. One block where there is no cloud.
 extern "C" __global__ __launch_bounds__(SUM_TILE) void chamfer_losses(
     const __grid_constant__ Side x,
     const __grid_constant__ Side y,
     const __grid_constant__ Clouds x_clouds,
     const __grid_constant__ Clouds y_clouds,
     double *__restrict__ losses,                // [clouds]
-    float *__restrict__ loss)                   // [clouds], or null
+    u32 *__restrict__ known,                    // [] how many of them are, 0 at first
+    float *__restrict__ each,                   // [clouds], or null
+    float *__restrict__ loss,                   // [] the sum of all, over `parts`; or null
+    int parts)
 {
-    const double of_x = mean_of(x, x_clouds, blockIdx.x), of_y = mean_of(y, y_clouds, blockIdx.x);
-    if (threadIdx.x) return;
-    losses[blockIdx.x] = of_x + of_y;
-    if (loss) loss[blockIdx.x] = (float)(of_x + of_y);
-}
-
-// One block: the loss of all clouds.
-extern "C" __global__ __launch_bounds__(SUM_TILE) void chamfer_loss(
-    double *__restrict__ losses,                // [clouds]
-    int clouds,
-    int mean,
-    float *__restrict__ loss)                   // []
-{
-    const double sum = sum_of(losses, clouds);
-    if (threadIdx.x == 0) *loss = (float)(mean ? sum / clouds : sum);
+    __shared__ bool last;
+    const int b = blockIdx.x;
+    if (b < x_clouds.count) {
+        const double of_x = mean_of(x, x_clouds, b), of_y = mean_of(y, y_clouds, b);
+        if (threadIdx.x == 0) {
+            losses[b] = of_x + of_y;
+            if (each) each[b] = (float)(of_x + of_y);
+        }
+    }
+    if (!loss) return;
+    if (threadIdx.x == 0) {
+        __threadfence();
+        last = atomicAdd(known, 1) == gridDim.x - 1;
+        __threadfence();
+    }
+    __syncthreads();
+    if (!last) return;
+    const double sum = sum_of(losses, x_clouds.count);
+    if (threadIdx.x == 0) *loss = (float)(sum / parts);
 }
 
 // Terms of `count` points, none beyond what `largest` allows, times 2**shift_of fit a sum of 62 bits.
