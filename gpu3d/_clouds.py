@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,12 +35,15 @@ def configurations() -> list[_cuda.Configuration]:
     return [_cuda.Configuration("clouds")]
 
 
+Part = tuple[bytes, int, int]  # of a table: struct CloudRows, its first row and how many there are
+
+
 class Batch(NamedTuple):
     """Where each cloud's points, tiles, groups and slots begin."""
 
     rows: np.ndarray  # _CLOUD [B + 1]
     inlined: bytes | None  # struct Clouds where the batch is small enough to travel in a kernel's arguments
-    parts: tuple[tuple[bytes, int, int], ...]  # else arguments of the launches that write the table
+    parts: tuple[Part, ...]  # else what is written into device memory
 
     @property
     def tiles(self) -> int:
@@ -63,20 +66,42 @@ def batch(lengths: Sequence[int], bucket_size: int, tiles: np.ndarray, groups: n
     ):
         rows[column][1:] = np.cumsum(counts)
     if len(n) > INLINE_CLOUDS:
-        return Batch(rows, None, tuple(_parts(rows)))
+        return Batch(rows, None, parts_of(rows.tobytes()))
     clouds = np.zeros((), _CLOUDS)
     clouds["count"], clouds["bucket_size"] = len(n), bucket_size
     clouds["inlined"][: len(rows)] = rows
     return Batch(rows, clouds.tobytes(), ())
 
 
-def _parts(rows: np.ndarray) -> Iterator[tuple[bytes, int, int]]:
-    """Of a large table: a struct CloudRows, its first row and how many there are."""
-    for first in range(0, len(rows), CLOUDS_A_LAUNCH):
-        part = np.zeros((), _ROWS)
-        n = min(CLOUDS_A_LAUNCH, len(rows) - first)
-        part["rows"][:n] = rows[first : first + n]
-        yield part.tobytes(), first, n
+def parts_of(data: bytes) -> tuple[Part, ...]:
+    """A table of whole rows, or of anything else that is filled up to them, in parts that `store` puts together."""
+    size = _CLOUD.itemsize
+    data = data.ljust(-(-len(data) // size) * size, b"\0")
+    rows = len(data) // size
+    return tuple(
+        (
+            data[first * size : (first + CLOUDS_A_LAUNCH) * size].ljust(_ROWS.itemsize, b"\0"),
+            first,
+            min(rows - first, CLOUDS_A_LAUNCH),
+        )
+        for first in range(0, rows, CLOUDS_A_LAUNCH)
+    )
+
+
+def store(parts: Sequence[Part]) -> Any:
+    """Device memory that holds a table, to be held until the launches that read it are enqueued.
+
+    The table travels inside the arguments of a kernel that stores it: no copy from host memory, so nothing on the host
+    has to stay alive and a CUDA graph can hold it.
+    """
+    import cupy
+
+    _, first, rows = parts[-1]
+    table = cupy.cuda.alloc((first + rows) * _CLOUD.itemsize)
+    write = _cuda.kernel("clouds", "write_clouds", f"{_ROWS.itemsize}siiQ")
+    for part in parts:
+        _cuda.launch(write, grid=1, block=CLOUDS_THREADS, args=(*part, table.ptr))
+    return table
 
 
 @functools.lru_cache(maxsize=256)
@@ -87,18 +112,9 @@ def tiled(lengths: tuple[int, ...], bucket_size: int, tile: int, group: int) -> 
 
 
 def pack(batch: Batch, bucket_size: int) -> tuple[bytes, Any]:
-    """The struct Clouds, and the device memory that must be held until the launches that read it are enqueued.
-
-    The table of a large batch travels inside the arguments of a kernel that stores it: no copy from host memory, so
-    nothing on the host has to stay alive and a CUDA graph can hold it.
-    """
+    """The struct Clouds, and the device memory that must be held until the launches that read it are enqueued."""
     if batch.inlined is not None:
         return batch.inlined, None
-    import cupy
-
-    table = cupy.cuda.alloc(batch.rows.nbytes)
-    write = _cuda.kernel("clouds", "write_clouds", f"{_ROWS.itemsize}siiQ")
-    for part, first, n in batch.parts:
-        _cuda.launch(write, grid=1, block=CLOUDS_THREADS, args=(part, first, n, table.ptr))
+    table = store(batch.parts)
     header = _HEADER.pack(table.ptr, len(batch.rows) - 1, bucket_size)
     return header.ljust(_CLOUDS.itemsize, b"\0"), table

@@ -215,7 +215,8 @@ def kernel(
     """The kernel `function` of kernels_cu/<source>.cu for the current device, compiled and loaded once.
 
     `signature` has a format of the module `struct` for each parameter: Q a pointer or u64, i an int, q a long long,
-    f a float, 16s a struct of 16 bytes. `shared_mem` is the dynamic shared memory, in bytes, that launches may use.
+    f a float, d a double, 16s a struct of 16 bytes. `shared_mem` is the dynamic shared memory in bytes that
+    launches may use.
     """
     import cupy
     from cupy_backends.cuda.api import driver
@@ -233,7 +234,7 @@ def kernel(
         raw = cupy.RawModule(path=str(path), enable_cooperative_groups=cooperative).get_function(function)
         if shared_mem:
             raw.max_dynamic_shared_size_bytes = shared_mem
-        formats = re.findall(r"\d*[Qiqfs]", signature)
+        formats = re.findall(r"\d*[Qiqfds]", signature)
         arguments = struct.Struct("<" + signature)
         buffer = ctypes.create_string_buffer(arguments.size)
         offsets = [struct.calcsize("<" + "".join(formats[:k])) for k in range(len(formats))]

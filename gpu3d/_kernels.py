@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 from gpu3d import _clouds, _cuda, attention, buckets, neighbors, pooling
+from gpu3d.apml import configurations as apml_configurations  # gpu3d.apml is the function
 
 
 def configurations() -> list[_cuda.Configuration]:
     """Every module the ops can ask for; `make kernels` and the tests compile these."""
-    return [
-        configuration
-        for module in (_clouds, buckets, attention, pooling, neighbors)
-        for configuration in module.configurations()
-    ]
+    modules = _clouds, buckets, attention, pooling, neighbors
+    return [*(configuration for module in modules for configuration in module.configurations()), *apml_configurations()]
 
 
 def precompile(*, progress: bool = True) -> int:

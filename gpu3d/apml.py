@@ -7,22 +7,28 @@ whose radius the two nearest decide: two exact searches find the same plan, in m
 
 from __future__ import annotations
 
+import functools
+import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpu3d import _arrays
+from gpu3d import _arrays, _clouds, _cuda
 from gpu3d.neighbors import (
+    INDEX_FORMAT,
     NeighborIndex,
+    Search,
     _check_no_empty_cloud,
     _check_pair,
     _checked_max_entries,
     _Entered,
     _entered,
+    origins_cuda,
+    search_cuda,
 )
 from gpu3d.reference import apml as reference
-from gpu3d.reference.neighbors import REDUCTIONS
+from gpu3d.reference.neighbors import ENTRIES_A_POINT, REDUCTIONS
 
 MAX_ASSIGNED = 8192  # points that emd takes: 512 MiB of distances
 
@@ -399,6 +405,153 @@ def _apml(
 
 # ---- CUDA ----------------------------------------------------------------------------------------------------------
 
+SEARCH_THREADS = 128
+TRANSPORT_THREADS = 512  # mirrored by apml_transport.cu, as is the next
+TRANSPORT_BLOCKS = 2  # of a multiprocessor, which run at once
+TRANSPORT_SLOTS = 128  # a block at least, so that small clouds wait for few blocks
+FIRST_ROOM = 6  # entries a point that there is room for before they are counted; measured clouds have 2.4 to 3.7
+MOST_ENTRIES = 2**32 - 1
+
+_FLOAT, _INT32, _INT64 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.int64)
+_SIDE = struct.Struct("<7Q")  # struct Side of apml_transport.cu
+_PLAN = struct.Struct("<7Q")  # struct Plan of apml_transport.cu
+_MASSES = struct.Struct(f"<Q{_clouds.INLINE_CLOUDS}d")  # struct Masses of apml_search.cu
+
+# The parameters of each kernel: formats of the module struct; c, x, m, s, p for struct Clouds, Index, Masses, Side and
+# Plan.
+_SIGNATURES = {"search_balls": "QcixcmdQQQQQQ", "transport": "ssccpQQQiQQQQQd"}
+_FORMATS = {"c": _clouds.FORMAT, "x": INDEX_FORMAT} | {
+    kind: f"{packed.size}s" for kind, packed in (("m", _MASSES), ("s", _SIDE), ("p", _PLAN))
+}
+
+
+def configurations() -> list[_cuda.Configuration]:
+    """Every module this file can ask for."""
+    plans = [_cuda.Configuration("apml_transport", (("MINIMUM", minimum),)) for minimum in range(2)]
+    return [_cuda.Configuration("apml_search"), *plans]
+
+
+@functools.lru_cache(maxsize=64)
+def _kernel(device: int, function: str, macros: _cuda.Macros = ()) -> _cuda.Kernel:
+    """search_balls of apml_search.cu, or transport of apml_transport.cu; for the current device, which is `device`."""
+    signature = "".join(_FORMATS.get(kind, kind) for kind in _SIGNATURES[function])
+    is_transport = function == "transport"
+    return _cuda.kernel(
+        "apml_transport" if is_transport else "apml_search", function, signature, macros, cooperative=is_transport
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _masses(targets: tuple[int, ...], p_min: float) -> tuple[bytes, tuple[_clouds.Part, ...]]:
+    """The struct Masses of clouds with so many targets; of many clouds nothing, but the parts of the table."""
+    masses = [reference.log_mass(count, p_min) for count in targets]
+    if len(masses) > _clouds.INLINE_CLOUDS:
+        return b"", _clouds.parts_of(np.array(masses).tobytes())
+    return _MASSES.pack(0, *masses, *[0.0] * (_clouds.INLINE_CLOUDS - len(masses))), ()
+
+
+class _Kept(NamedTuple):
+    """What both sides keep of each other, not yet a plan; addresses, and the memory that they lie in."""
+
+    starts: tuple[int, int]  # of x and of y: uint32 [slots], where the entries of each begin
+    counts: tuple[int, int]  # and how many they are
+    total: int  # uint64 []
+    arrived: int  # uint32 [], 0
+    cursors: int  # uint32 [slots of x], how many entries of y name each
+    entries: int  # struct Entry [room]
+    room: int
+    held: tuple[Any, ...]
+
+
+def _search(
+    device: int, own: Search, other: Search, masses: tuple[bytes, tuple[_clouds.Part, ...]], *args: Any
+) -> None:
+    """Finds what each point of `own` keeps of `other`; `args` are the rest of search_balls'."""
+    packed, parts = masses
+    table = None
+    if parts:
+        table = _clouds.store(parts)
+        packed = _MASSES.pack(table.ptr, *[0.0] * _clouds.INLINE_CLOUDS)
+    queries = own.own
+    sides = queries.rows, queries.clouds, queries.layout.slots, other.packed, other.own.clouds
+    grid = -(-queries.layout.slots // (SEARCH_THREADS // 32))
+    _cuda.launch(_kernel(device, "search_balls"), grid=grid, block=SEARCH_THREADS, args=(*sides, packed, *args))
+    del table  # held until here
+
+
+def _keep(
+    device: int,
+    x: Search,
+    y: Search,
+    lengths: tuple[tuple[int, ...], tuple[int, ...]],
+    options: reference.Options,
+    room: int,
+) -> _Kept:
+    """Launches both searches. If there is not room for all entries, they are counted all the same."""
+    import cupy
+
+    if room > MOST_ENTRIES:
+        raise ValueError(
+            f"a plan has at most 2**32 - 1 entries, got max_entries = {room}: pass fewer clouds at a time."
+        )
+    slots = x.own.layout.slots, y.own.layout.slots
+    sizes = 4 * slots[0], 4 * slots[1]
+    memory, (cursors, total, arrived, *places) = _cuda.workspace(sizes[0], 8, 4, *sizes, *sizes)
+    memory.memset_async(0, places[0] - memory.ptr)
+    entries = cupy.cuda.alloc(8 * room)
+    limit, starts, counts = reference.log_threshold(options.threshold), (places[0], places[1]), (places[2], places[3])
+    for own, other, targets, start, count, named in (
+        (x, y, lengths[1], starts[0], counts[0], 0),
+        (y, x, lengths[0], starts[1], counts[1], cursors),
+    ):
+        masses = _masses(targets, options.p_min)
+        _search(device, own, other, masses, limit, room, total, start, count, named, entries.ptr)
+    return _Kept(starts, counts, total, arrived, cursors, entries.ptr, room, (memory, entries))
+
+
+def _array(address: int, shape: tuple[int, ...], dtype: Any, memory: Any) -> Any:
+    """What lies at an address inside a memory."""
+    import cupy
+
+    return cupy.ndarray(shape, dtype, memory + (address - memory.ptr))
+
+
+def _indices(side: Search) -> Any:
+    """int32 [slots], the point of each slot, or -1."""
+    import cupy
+
+    return cupy.ndarray((side.own.layout.slots, 4), _INT32, side.own.held[0])[:, 3]  # rows come first
+
+
+def _keep_counted(
+    device: int,
+    x: Search,
+    y: Search,
+    lengths: tuple[tuple[int, ...], tuple[int, ...]],
+    options: reference.Options,
+    max_entries: int | None,
+) -> _Kept:
+    """The same with exactly as much room as the entries take; an error if they are too many."""
+    points = sum(map(sum, lengths))
+    limit = ENTRIES_A_POINT * points if max_entries is None else max_entries
+    room = min(limit, FIRST_ROOM * points)
+    while True:
+        kept = _keep(device, x, y, lengths, options, room)
+        total = int(_array(kept.total, (), np.uint64, kept.held[0]))  # synchronizes
+        if total <= room:
+            return kept._replace(room=total)
+        if total > limit:
+            break
+        room = total
+    most = []
+    for side, name, count in ((x, "pred", kept.counts[0]), (y, "target", kept.counts[1])):
+        indices = _indices(side).get()
+        counts = _array(count, indices.shape, np.uint32, kept.held[0]).get()
+        order = np.lexsort((indices, -counts.astype(np.int64)))
+        most.append((int(counts[order[0]]), name, int(indices[order[0]])))
+    count, name, row = max(most, key=lambda candidate: candidate[0])
+    raise reference.too_many_entries(total, limit, max_entries, name, row, count)
+
 
 def _apml_cuda(
     pred: Any,
@@ -415,4 +568,64 @@ def _apml_cuda(
     "loss": float32 [] or [B]. "gradients": that, and those of pred and target as packed, in their dtypes. "plan": rows
     and cols int32 [nnz], values float32 [nnz], indptr int64 [N + 1].
     """
-    raise NotImplementedError("apml has no CUDA kernels yet: pass NumPy arrays, e.g. pred.get() and target.get().")
+    import cupy
+
+    device, clouds, lengths = cupy.cuda.runtime.getDevice(), len(pred_lengths), (pred_lengths, target_lengths)
+    origins = origins_cuda(target, target_lengths)
+    x, y = search_cuda(pred, pred_lengths, origins), search_cuda(target, target_lengths, origins)
+    if max_entries is None or what == "plan":
+        kept = _keep_counted(device, x, y, lengths, options, max_entries)
+    else:
+        kept = _keep(device, x, y, lengths, options, max_entries)
+
+    loss = cupy.ndarray((clouds,) if reduction == "none" else (), _FLOAT)
+    points = (pred, target) if what == "gradients" else ()
+    gradients = [cupy.ndarray((side.shape[0], 3), _FLOAT) for side in points]
+    to = [gradient.data.ptr for gradient in gradients] or [0, 0]
+    layouts = x.own.layout, y.own.layout
+    most = _cuda.device_limits(device)[0] * TRANSPORT_BLOCKS
+    blocks = max(1, min(most, -(-max(layout.slots for layout in layouts) // TRANSPORT_SLOTS)))
+    of_slots = [4 * (layout.slots + 1) for layout in layouts]
+    memory, (x_first, y_first, y_cursors, row_lengths, x_sums, y_sums, losses, of_blocks) = _cuda.workspace(
+        *of_slots, of_slots[1], of_slots[0], *(8 * layout.nodes for layout in layouts), 8 * layouts[0].slots, 4 * blocks
+    )
+    of_entries, (keys, spare) = _cuda.workspace(8 * kept.room, 8 * kept.room)
+    value, column = spare, spare + 4 * kept.room  # once rows are sorted
+    place, row = kept.entries, kept.entries + 4 * kept.room  # once the entries are keys
+    sides = (
+        _SIDE.pack(x.own.rows, kept.starts[0], kept.counts[0], kept.cursors, x_first, to[0], x_sums),
+        _SIDE.pack(y.own.rows, kept.starts[1], kept.counts[1], y_cursors, y_first, to[1], y_sums),
+    )
+    plan = _PLAN.pack(keys, spare, value, column, row_lengths, place, row)
+    each, all_of_them = (loss.data.ptr, 0) if reduction == "none" else (0, loss.data.ptr)
+    parts = float(clouds) if reduction == "mean" else 1.0
+    of_transport = kept.entries, kept.total, kept.room, options.iterations
+    args = (
+        *sides,
+        x.own.clouds,
+        y.own.clouds,
+        plan,
+        *of_transport,
+        losses,
+        of_blocks,
+        kept.arrived,
+        each,
+        all_of_them,
+        parts,
+    )
+    kernel = _kernel(device, "transport", (("MINIMUM", int(options.symmetrize == "min")),))
+    _cuda.launch(kernel, grid=blocks, block=TRANSPORT_THREADS, args=args)
+    if what == "plan":
+        rows = _array(row, (kept.room,), _INT32, kept.held[1])
+        there = rows >= 0
+        rows = _indices(x)[rows[there]]
+        columns = _indices(y)[_array(column, (kept.room,), _INT32, of_entries)[there]]
+        values = _array(value, (kept.room,), _FLOAT, of_entries)[there]
+        order = cupy.lexsort(cupy.stack((columns, rows)))
+        indptr = cupy.searchsorted(rows[order], cupy.arange(pred.shape[0] + 1, dtype=np.int32)).astype(_INT64)
+        return rows[order], columns[order], values[order], indptr
+    del memory, of_entries, kept  # held until here
+    return loss, *(
+        gradient[:, : side.shape[1]].astype(side.dtype, copy=False)
+        for gradient, side in zip(gradients, points, strict=True)
+    )

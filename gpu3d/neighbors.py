@@ -473,6 +473,7 @@ CHAMFER_THREADS = 256
 
 _FLOAT, _INT32, _INT64 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.int64)
 _INDEX = struct.Struct("<QQQQ")  # struct Index of neighbors.cuh
+INDEX_FORMAT = f"{_INDEX.size}s"
 _SIDE = struct.Struct("<9Q")  # struct Side of neighbors_chamfer.cu
 _ROW_BYTES, _BOX_BYTES = 16, 48
 _ZORDER_DIV = ("KEY", HASHES.index("zorder_div"))
@@ -490,7 +491,7 @@ _SIGNATURES = {
     "chamfer_give": "sscci",
     "chamfer_gradient": "ssccii",
 }
-_FORMATS = {"c": _clouds.FORMAT, "x": f"{_INDEX.size}s", "s": f"{_SIDE.size}s"}
+_FORMATS = {"c": _clouds.FORMAT, "x": INDEX_FORMAT, "s": f"{_SIDE.size}s"}
 
 
 def configurations() -> list[_cuda.Configuration]:

@@ -1,0 +1,391 @@
+// SPDX-License-Identifier: Apache-2.0
+// APML: the plan from what both sides keep, its Sinkhorn iterations, the loss and the gradients, in one cooperative launch.
+//
+// Rows are slots of pred, columns slots of target; both in bucket order, so that neighbours in space are neighbours in memory.
+//   merge     each row's entries of P1 and P2 are brought together, sorted by column and joined: P = (P1 + P2) / 2, or their
+//             minimum. A row keeps the room of both, so rows have gaps between them.
+//   columns   each column's entries are listed, sorted by row
+//   Sinkhorn  iterations times: rows /= (row sum + EPSILON), then columns /= (column sum + EPSILON)            (CUDA-APML, 3.3)
+//   loss      sum P_ij C_ij; dL/dx_i = sum_j P_ij (x_i - y_j) / C_ij, and for y_j likewise, P held constant
+// A lane owns a row or a column, a warp a long one. Entries come in any order, and are sorted: all sums have a fixed order.
+// Counts and cursors are integers, whose atomics give the same in any order. Between steps the whole grid waits.
+
+#ifndef MINIMUM
+#define MINIMUM 0           // symmetrize: 0 "mean", 1 "min"
+#endif
+#define THREADS 512         // mirrored by gpu3d/apml.py, as is the next
+#define BLOCKS 2            // a multiprocessor; all run at once
+#define ROW 256             // entries of a row that a warp sorts
+#define LONG 64             // entries of a row that a lane adds
+#define NODE 1024           // slots whose losses are added first; a node of the index
+
+#include "clouds.cuh"
+#include "neighbors.cuh"
+#include "sort.cuh"
+#include "apml.cuh"
+
+#define EPSILON 1e-8
+#define NAN_FLOAT __int_as_float(0x7fffffff)
+#define NAN_DOUBLE __longlong_as_double(0x7fffffffffffffffll)
+
+// One of the two batches of clouds.
+struct Side {
+    const Row *rows;        // [slots]
+    const u32 *starts;      // [slots] of the point's entries
+    const u32 *counts;      // [slots]
+    u32 *cursors;           // [slots] at first how many entries of the other side name the slot; then scratch
+    u32 *first;             // [slots + 1] where a row, or a column, of the plan begins
+    float *gradient;        // [points, 3], or null
+    double *sums;           // [nodes] of losses
+};
+
+// The plan, in rows with gaps.
+struct Plan {
+    u64 *keys;              // [room] column << 32 | bits of the weight << 1 | whether it is of P2
+    u64 *spare;             // [room] where long rows are sorted; then `value` and `column`
+    float *value;           // [room]
+    u32 *column;            // [room]
+    u32 *lengths;           // [slots of x] entries of each row
+    u32 *place;             // [room] where the entries of each column stand, without gaps
+    u32 *row;               // [room] of each entry; -1 in gaps
+};
+
+__device__ __forceinline__ void wait_for_grid(u32 *arrived, u32 &awaited) {
+    awaited += gridDim.x;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        atomicAdd(arrived, 1);
+        while (*(volatile u32 *)arrived < awaited) { }
+        __threadfence();
+    }
+    __syncthreads();
+}
+
+__device__ __forceinline__ int slots_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].slot; }
+__device__ __forceinline__ int nodes_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].tile; }
+
+__device__ __forceinline__ double sum_of_warp(double x) {
+#pragma unroll
+    for (int step = 16; step; step /= 2) x += __shfl_xor_sync(FULL, x, step);
+    return x;
+}
+
+// ---- prefix sums over the grid -------------------------------------------------------------------------------------
+
+// The slots that this block adds up.
+struct Range {
+    int begin, end;
+};
+__device__ __forceinline__ Range range_of(int slots) {
+    const int each = (slots + (int)gridDim.x - 1) / (int)gridDim.x;
+    return {min((int)blockIdx.x * each, slots), min(((int)blockIdx.x + 1) * each, slots)};
+}
+
+// The sum over the block of one number a thread, and where `before` is asked for that of the threads before.
+__device__ u32 sum_of_block(u32 x, u32 *before = nullptr) {
+    __shared__ u32 of_warps[WARPS];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    u32 scan = x;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const u32 left = __shfl_up_sync(FULL, scan, step);
+        if (lane >= step) scan += left;
+    }
+    __syncthreads();
+    if (lane == 31) of_warps[warp] = scan;
+    __syncthreads();
+    u32 sum = 0, earlier = 0;
+    for (int w = 0; w < WARPS; ++w) {
+        if (w == warp) earlier = sum;
+        sum += of_warps[w];
+    }
+    if (before) *before = earlier + scan - x;
+    return sum;
+}
+
+// first[i] = the sum of count(j) over j < i, for all slots and one more. The whole grid waits once.
+template <class Count>
+__device__ void prefix_sums(u32 *first, int slots, Count count, u32 *of_blocks, u32 *arrived, u32 &awaited) {
+    const Range range = range_of(slots);
+    u32 mine = 0;
+    for (int i = range.begin + threadIdx.x; i < range.end; i += THREADS) mine += count(i);
+    mine = sum_of_block(mine);
+    if (threadIdx.x == 0) of_blocks[blockIdx.x] = mine;
+    wait_for_grid(arrived, awaited);
+    u32 earlier = 0;
+    for (int block = threadIdx.x; block < blockIdx.x; block += THREADS) earlier += of_blocks[block];
+    u32 at = sum_of_block(earlier), before;
+    for (int base = range.begin; base < range.end; base += THREADS) {
+        const int i = base + (int)threadIdx.x;
+        const u32 sum = sum_of_block(i < range.end ? count(i) : 0, &before);
+        if (i < range.end) first[i] = at + before;
+        at += sum;
+    }
+    if (range.begin < range.end && range.end == slots && threadIdx.x == 0) first[slots] = at;
+    if (slots == 0 && blockIdx.x == 0 && threadIdx.x == 0) first[0] = 0;
+}
+
+// ---- rows and columns ----------------------------------------------------------------------------------------------
+
+// Calls visit(slot, lane, lanes) on the lanes that own each slot: one, or the whole warp where count(slot) > LONG. All lanes of
+// a warp must come here.
+template <class Count, class Visit>
+__device__ __forceinline__ void each_slot(int slots, Count count, Visit visit) {
+    const int lane = threadIdx.x & 31;
+    for (int base = (blockIdx.x * WARPS + (threadIdx.x >> 5)) * 32; base < slots; base += gridDim.x * THREADS) {
+        const int slot = base + lane;
+        const bool is_long = slot < slots && count(slot) > LONG;
+        if (slot < slots && !is_long) visit(slot, 0, 1);
+        for (u32 left = __ballot_sync(FULL, is_long); left; left &= left - 1) visit(base + __ffs(left) - 1, lane, 32);
+    }
+}
+
+// Sorts all rows of keys, which write(slot, number, key) puts in place.
+template <class Key, class First, class Count, class Write>
+__device__ __forceinline__ void sort_rows(
+    int slots, First first, Count count, Key *keys, Key *spare, Key *shared, Write write)
+{
+    const int warp = threadIdx.x >> 5;
+    for (int base = blockIdx.x * WARPS; base < slots; base += gridDim.x * WARPS) {
+        const int mine = base + warp, length = mine < slots ? count(mine) : 0;
+        if (length > 1 && length <= ROW)        // one is in order
+            sort_short(keys + first(mine), length, shared + warp * STAGED, [&](int e, Key key) { write(mine, e, key); });
+        if (!__syncthreads_or(length > ROW)) continue;
+        for (int slot = base; slot < min(base + WARPS, slots); ++slot) {
+            const u32 begin = first(slot);
+            const int long_one = count(slot);
+            if (long_one > ROW)
+                sort_long(keys + begin, spare + begin, shared, long_one, [&](int e, Key key) { write(slot, e, key); });
+        }
+    }
+}
+
+__device__ __forceinline__ float weight_of(u64 key) { return __uint_as_float((u32)key >> 1); }
+__device__ __forceinline__ u32 column_of(u64 key) { return key >> 32; }
+
+// Is the entry after keys[e] of the same column? Then the first is P1's and the second P2's.
+__device__ __forceinline__ bool is_pair(const u64 *keys, u32 e, u32 end) {
+    return e + 1 < end && column_of(keys[e]) == column_of(keys[e + 1]);
+}
+
+// Divides the entries of a row, or of a column, by their sum.
+template <class At>
+__device__ __forceinline__ void normalize(float *value, u32 begin, u32 end, int lane, int lanes, At at) {
+    double sum = 0;
+    for (u32 e = begin + lane; e < end; e += lanes) sum += value[at(e)];
+    if (lanes > 1) sum = sum_of_warp(sum);
+    const double share = 1 / (sum + EPSILON);
+    for (u32 e = begin + lane; e < end; e += lanes) value[at(e)] = (float)(value[at(e)] * share);
+}
+
+// What a row, or a column, adds to the loss, and its gradient; on lane 0. NaN where the point is not finite.
+struct Pull {
+    double loss, x, y, z;
+};
+template <class At, class Other>
+__device__ __forceinline__ Pull pull_of(
+    const Row &point, const Row *others, const float *value, u32 begin, u32 end, int lane, int lanes, At at, Other other)
+{
+    Pull pull = {0, 0, 0, 0};
+    for (u32 e = begin + lane; e < end; e += lanes) {
+        const Row to = others[other(at(e))];
+        const double x = (double)point.x - to.x, y = (double)point.y - to.y, z = (double)point.z - to.z;
+        const double c = sqrt(x * x + y * y + z * z), weight = value[at(e)], share = c > 0 ? weight / c : 0;
+        pull.loss += weight * c;
+        pull.x += share * x;
+        pull.y += share * y;
+        pull.z += share * z;
+    }
+    if (lanes > 1) pull = {sum_of_warp(pull.loss), sum_of_warp(pull.x), sum_of_warp(pull.y), sum_of_warp(pull.z)};
+    if (!is_finite(point)) pull = {NAN_DOUBLE, NAN_DOUBLE, NAN_DOUBLE, NAN_DOUBLE};
+    return pull;
+}
+
+__device__ __forceinline__ void write_gradient(float *gradient, int point, const Pull &pull, double parts) {
+    gradient[3 * (size_t)point] = (float)(pull.x / parts);
+    gradient[3 * (size_t)point + 1] = (float)(pull.y / parts);
+    gradient[3 * (size_t)point + 2] = (float)(pull.z / parts);
+}
+
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
+    const __grid_constant__ Side x,             // pred
+    const __grid_constant__ Side y,             // target
+    const __grid_constant__ Clouds x_clouds,
+    const __grid_constant__ Clouds y_clouds,
+    const __grid_constant__ Plan plan,
+    const Entry *entries,                       // [room] of both sides; plan.place and plan.row may lie there
+    const u64 *__restrict__ total,              // [] how many there are
+    u64 room,
+    int iterations,
+    double *losses,                             // [slots of x], each row's; then [clouds] in front
+    u32 *of_blocks,                             // [blocks]
+    u32 *arrived,                               // [] 0 at first
+    float *__restrict__ each,                   // [clouds] the losses, or null
+    float *__restrict__ loss,                   // [] their sum over `parts`, or null
+    double parts)
+{
+    __shared__ u64 shared[WARPS * STAGED];
+    const int x_slots = slots_of(x_clouds), y_slots = slots_of(y_clouds);
+    const int thread = blockIdx.x * THREADS + threadIdx.x, threads = gridDim.x * THREADS;
+    u32 awaited = 0;
+    if (*total > room) {                        // never a part of the plan
+        for (int side = 0; side < 2; ++side) {
+            const Side &of = side ? y : x;
+            for (int slot = thread; slot < (side ? y_slots : x_slots); slot += threads)
+                if (of.gradient && of.rows[slot].index >= 0)
+                    write_gradient(of.gradient, of.rows[slot].index, {0, NAN_DOUBLE, NAN_DOUBLE, NAN_DOUBLE}, 1);
+        }
+        for (int b = thread; each && b < x_clouds.count; b += threads) each[b] = NAN_FLOAT;
+        if (loss && thread == 0) *loss = NAN_FLOAT;
+        return;
+    }
+    const auto begin_of_row = [&](int i) { return x.first[i]; };
+    const auto both_of_row = [&](int i) { return (int)(x.first[i + 1] - x.first[i]); };
+    const auto length_of_row = [&](int i) { return (int)plan.lengths[i]; };
+
+    // merge
+    prefix_sums(x.first, x_slots, [&](int i) { return x.counts[i] + x.cursors[i]; }, of_blocks, arrived, awaited);
+    wait_for_grid(arrived, awaited);
+    each_slot(x_slots, [&](int i) { return (int)x.counts[i]; }, [&](int i, int lane, int lanes) {
+        for (u32 e = lane; e < x.counts[i]; e += lanes) {
+            const Entry entry = entries[x.starts[i] + e];
+            plan.keys[x.first[i] + e] = (u64)entry.other << 32 | __float_as_uint(entry.weight) << 1;
+        }
+    });
+    each_slot(y_slots, [&](int j) { return (int)y.counts[j]; }, [&](int j, int lane, int lanes) {
+        for (u32 e = lane; e < y.counts[j]; e += lanes) {
+            const Entry entry = entries[y.starts[j] + e];
+            const u32 i = entry.other, at = x.first[i] + x.counts[i] + atomicSub(&x.cursors[i], 1u) - 1;
+            plan.keys[at] = (u64)(u32)j << 32 | __float_as_uint(entry.weight) << 1 | 1;
+        }
+        if (lane == 0) y.cursors[j] = y.first[j] = 0;
+    });
+    wait_for_grid(arrived, awaited);
+    sort_rows(x_slots, begin_of_row, both_of_row, plan.keys, plan.spare, shared,
+              [&](int i, int e, u64 key) { plan.keys[x.first[i] + e] = key; });
+    wait_for_grid(arrived, awaited);
+#if MINIMUM
+    each_slot(x_slots, both_of_row, [&](int i, int lane, int lanes) {
+        for (u32 e = x.first[i] + lane; e < x.first[i + 1]; e += lanes)
+            if (is_pair(plan.keys, e, x.first[i + 1])) atomicAdd(&y.first[column_of(plan.keys[e])], 1u);
+    });
+    wait_for_grid(arrived, awaited);
+#endif
+    each_slot(x_slots, both_of_row, [&](int i, int lane, int lanes) {
+        const u32 begin = x.first[i], end = x.first[i + 1];
+        u32 to = begin;
+#if MINIMUM
+        bool has_pair = false;                  // else the row keeps what is P1's, as a column without pairs what is P2's
+        for (u32 e = begin + lane; e < end; e += lanes) has_pair |= is_pair(plan.keys, e, end);
+        if (lanes > 1) has_pair = __any_sync(FULL, has_pair);
+#endif
+        for (u32 base = begin; base < end; base += lanes) {
+            const u32 e = base + lane;
+            const u64 key = e < end ? plan.keys[e] : 0;
+            bool kept = e < end && !(e > begin && is_pair(plan.keys, e - 1, end));  // the second of a pair goes with the first
+            const bool pair = kept && is_pair(plan.keys, e, end);
+            const float weight = weight_of(key), other = pair ? weight_of(plan.keys[e + 1]) : 0;
+#if MINIMUM
+            kept = kept && (pair || !(key & 1 ? y.first[column_of(key)] : has_pair));
+            const float value = pair ? fminf(weight, other) : weight;
+#else
+            const float value = (weight + other) / 2;
+#endif
+            const u32 all = lanes > 1 ? __ballot_sync(FULL, kept) : kept, at = to + __popc(all & (1u << lane) - 1);
+            to += __popc(all);
+            if (!kept) continue;
+            plan.value[at] = value;
+            plan.column[at] = column_of(key);
+            plan.row[at] = i;
+            atomicAdd(&y.cursors[column_of(key)], 1u);
+        }
+        if (lane == 0) plan.lengths[i] = to - begin;
+        for (u32 e = to + lane; e < end; e += lanes) plan.row[e] = FULL;
+    });
+    wait_for_grid(arrived, awaited);
+
+    // columns
+    prefix_sums(y.first, y_slots, [&](int j) { return y.cursors[j]; }, of_blocks, arrived, awaited);
+    wait_for_grid(arrived, awaited);
+    each_slot(x_slots, length_of_row, [&](int i, int lane, int lanes) {
+        for (u32 e = x.first[i] + lane; e < x.first[i] + plan.lengths[i]; e += lanes) {
+            const u32 j = plan.column[e];
+            plan.place[y.first[j] + atomicSub(&y.cursors[j], 1u) - 1] = e;
+        }
+    });
+    wait_for_grid(arrived, awaited);
+    const auto begin_of_column = [&](int j) { return y.first[j]; };
+    const auto length_of_column = [&](int j) { return (int)(y.first[j + 1] - y.first[j]); };
+    sort_rows(y_slots, begin_of_column, length_of_column, plan.place, (u32 *)plan.keys, (u32 *)shared,
+              [&](int j, int e, u32 place) { plan.place[y.first[j] + e] = place; });
+    wait_for_grid(arrived, awaited);
+
+    // Sinkhorn
+    const auto as_is = [](u32 e) { return e; };
+    const auto placed = [&](u32 e) { return plan.place[e]; };
+    for (int iteration = 0; iteration < iterations; ++iteration) {
+        each_slot(x_slots, length_of_row, [&](int i, int lane, int lanes) {
+            normalize(plan.value, x.first[i], x.first[i] + plan.lengths[i], lane, lanes, as_is);
+        });
+        wait_for_grid(arrived, awaited);
+        each_slot(y_slots, length_of_column, [&](int j, int lane, int lanes) {
+            normalize(plan.value, y.first[j], y.first[j + 1], lane, lanes, placed);
+        });
+        wait_for_grid(arrived, awaited);
+    }
+
+    // loss
+    each_slot(x_slots, length_of_row, [&](int i, int lane, int lanes) {
+        const Row point = x.rows[i];
+        if (point.index < 0) { if (lane == 0) losses[i] = 0; return; }
+        const Pull pull = pull_of(point, y.rows, plan.value, x.first[i], x.first[i] + plan.lengths[i], lane, lanes, as_is,
+                                  [&](u32 e) { return plan.column[e]; });
+        if (lane) return;
+        losses[i] = pull.loss;
+        if (x.gradient) write_gradient(x.gradient, point.index, pull, parts);
+    });
+    if (y.gradient)
+        each_slot(y_slots, length_of_column, [&](int j, int lane, int lanes) {
+            const Row point = y.rows[j];
+            if (point.index < 0) return;
+            const Pull pull = pull_of(point, x.rows, plan.value, y.first[j], y.first[j + 1], lane, lanes, placed,
+                                      [&](u32 e) { return plan.row[e]; });
+            if (lane == 0) write_gradient(y.gradient, point.index, pull, parts);
+        });
+    wait_for_grid(arrived, awaited);
+    const int x_nodes = nodes_of(x_clouds), nodes = x_nodes + nodes_of(y_clouds);
+    for (int node = blockIdx.x * WARPS + (threadIdx.x >> 5); node < nodes; node += gridDim.x * WARPS) {
+        const bool of_x = node < x_nodes;
+        const Clouds &clouds = of_x ? x_clouds : y_clouds;
+        const int number = of_x ? node : node - x_nodes, b = cloud_of<&Cloud::tile>(clouds, number);
+        const int begin = rows_of(clouds)[b].slot + (number - rows_of(clouds)[b].tile) * NODE;
+        const int end = min(begin + NODE, rows_of(clouds)[b + 1].slot);
+        double sum = 0;
+        for (int slot = begin + (threadIdx.x & 31); slot < end; slot += 32)
+            if (of_x) sum += losses[slot];
+            else if (y.rows[slot].index >= 0 && !is_finite(y.rows[slot])) sum = NAN_DOUBLE;
+        sum = sum_of_warp(sum);
+        if ((threadIdx.x & 31) == 0) (of_x ? x : y).sums[number] = sum;
+    }
+    wait_for_grid(arrived, awaited);
+    for (int b = blockIdx.x * WARPS + (threadIdx.x >> 5); b < x_clouds.count; b += gridDim.x * WARPS) {
+        double sum = 0;
+        for (int side = 0; side < 2; ++side) {
+            const Cloud *rows = rows_of(side ? y_clouds : x_clouds);
+            const double *sums = side ? y.sums : x.sums;
+            for (int node = rows[b].tile + (threadIdx.x & 31); node < rows[b + 1].tile; node += 32) sum += sums[node];
+        }
+        sum = sum_of_warp(sum);
+        if (threadIdx.x & 31) continue;
+        losses[b] = sum;
+        if (each) each[b] = (float)sum;
+    }
+    if (!loss) return;
+    wait_for_grid(arrived, awaited);
+    if (blockIdx.x || threadIdx.x >= 32) return;
+    double sum = 0;
+    for (int b = threadIdx.x; b < x_clouds.count; b += 32) sum += losses[b];
+    sum = sum_of_warp(sum);
+    if (threadIdx.x == 0) *loss = (float)(sum / parts);
+}
