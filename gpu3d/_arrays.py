@@ -245,6 +245,8 @@ def check_lengths(lengths: Any, total: int, name: str, lengths_name: str = "leng
         raise TypeError(
             f"{lengths_name} must be host integers, e.g. {lengths_name}=[{total}], got {type(lengths).__name__}: {cure}"
         )
+    if set(map(type, lengths)) == {int} and min(lengths) >= 0 and sum(lengths) == total:
+        return tuple(lengths)  # the rest is for what is rare, and takes ten times as long
     if isinstance(lengths, np.ndarray) and lengths.ndim != 1:
         raise ValueError(f"{lengths_name} must be one-dimensional, got shape {list(lengths.shape)}.")
     out = []

@@ -413,7 +413,7 @@ FIRST_ROOM = 6  # entries a point that there is room for before they are counted
 MOST_ENTRIES = 2**32 - 1
 
 _FLOAT, _INT32, _INT64 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.int64)
-_SIDE = struct.Struct("<7Q")  # struct Side of apml_transport.cu
+_SIDE = struct.Struct("<9Q")  # struct Side of apml_transport.cu
 _PLAN = struct.Struct("<7Q")  # struct Plan of apml_transport.cu
 _MASSES = struct.Struct(f"<Q{_clouds.INLINE_CLOUDS}d")  # struct Masses of apml_search.cu
 
@@ -458,6 +458,7 @@ class _Kept(NamedTuple):
     total: int  # uint64 []
     arrived: int  # uint32 [], 0
     cursors: int  # uint32 [slots of x], how many entries of y name each
+    long_counts: tuple[int, int]  # of x and of y: uint32 [2], 0
     entries: int  # struct Entry [room]
     room: int
     held: tuple[Any, ...]
@@ -496,7 +497,7 @@ def _keep(
         )
     slots = x.own.layout.slots, y.own.layout.slots
     sizes = 4 * slots[0], 4 * slots[1]
-    memory, (cursors, total, arrived, *places) = _cuda.workspace(sizes[0], 8, 4, *sizes, *sizes)
+    memory, (cursors, total, arrived, x_longs, y_longs, *places) = _cuda.workspace(sizes[0], 8, 4, 8, 8, *sizes, *sizes)
     memory.memset_async(0, places[0] - memory.ptr)
     entries = cupy.cuda.alloc(8 * room)
     limit, starts, counts = reference.log_threshold(options.threshold), (places[0], places[1]), (places[2], places[3])
@@ -506,7 +507,7 @@ def _keep(
     ):
         masses = _masses(targets, options.p_min)
         _search(device, own, other, masses, limit, room, total, start, count, named, entries.ptr)
-    return _Kept(starts, counts, total, arrived, cursors, entries.ptr, room, (memory, entries))
+    return _Kept(starts, counts, total, arrived, cursors, (x_longs, y_longs), entries.ptr, room, (memory, entries))
 
 
 def _array(address: int, shape: tuple[int, ...], dtype: Any, memory: Any) -> Any:
@@ -586,16 +587,26 @@ def _apml_cuda(
     most = _cuda.device_limits(device)[0] * TRANSPORT_BLOCKS
     blocks = max(1, min(most, -(-max(layout.slots for layout in layouts) // TRANSPORT_SLOTS)))
     of_slots = [4 * (layout.slots + 1) for layout in layouts]
-    memory, (x_first, y_first, y_cursors, row_lengths, x_sums, y_sums, losses, of_blocks) = _cuda.workspace(
-        *of_slots, of_slots[1], of_slots[0], *(8 * layout.nodes for layout in layouts), 8 * layouts[0].slots, 4 * blocks
+    memory, (x_first, y_first, x_longs, y_longs, y_cursors, row_lengths, x_sums, y_sums, losses, of_blocks) = (
+        _cuda.workspace(
+            *of_slots,
+            *of_slots,
+            of_slots[1],
+            of_slots[0],
+            *(8 * layout.nodes for layout in layouts),
+            8 * layouts[0].slots,
+            4 * blocks,
+        )
     )
     of_entries, (keys, spare) = _cuda.workspace(8 * kept.room, 8 * kept.room)
     value, column = spare, spare + 4 * kept.room  # once rows are sorted
     place, row = kept.entries, kept.entries + 4 * kept.room  # once the entries are keys
-    sides = (
-        _SIDE.pack(x.own.rows, kept.starts[0], kept.counts[0], kept.cursors, x_first, to[0], x_sums),
-        _SIDE.pack(y.own.rows, kept.starts[1], kept.counts[1], y_cursors, y_first, to[1], y_sums),
-    )
+    sides = [
+        _SIDE.pack(side.own.rows, kept.starts[i], kept.counts[i], *of_side, kept.long_counts[i], to[i], sums)
+        for i, (side, sums, *of_side) in enumerate(
+            ((x, x_sums, kept.cursors, x_first, x_longs), (y, y_sums, y_cursors, y_first, y_longs))
+        )
+    ]
     plan = _PLAN.pack(keys, spare, value, column, row_lengths, place, row)
     each, all_of_them = (loss.data.ptr, 0) if reduction == "none" else (0, loss.data.ptr)
     parts = float(clouds) if reduction == "mean" else 1.0

@@ -7,8 +7,9 @@
 //   columns   each column's entries are listed, sorted by row
 //   Sinkhorn  iterations times: rows /= (row sum + EPSILON), then columns /= (column sum + EPSILON)            (CUDA-APML, 3.3)
 //   loss      sum P_ij C_ij; dL/dx_i = sum_j P_ij (x_i - y_j) / C_ij, and for y_j likewise, P held constant
-// A lane owns a row or a column, a warp a long one. Entries come in any order, and are sorted: all sums have a fixed order.
-// Counts and cursors are integers, whose atomics give the same in any order. Between steps the whole grid waits.
+// A lane owns a row or a column; long ones, which lie close together, are listed and shared out among all warps. Entries come in
+// any order, and are sorted: all sums have a fixed order. Counts and cursors are integers, whose atomics give the same in any
+// order. Between steps the whole grid waits, and what it read before comes from L2 again: lanes ask for BATCH values at a time.
 
 #ifndef MINIMUM
 #define MINIMUM 0           // symmetrize: 0 "mean", 1 "min"
@@ -16,7 +17,8 @@
 #define THREADS 512         // mirrored by gpu3d/apml.py, as is the next
 #define BLOCKS 2            // a multiprocessor; all run at once
 #define ROW 256             // entries of a row that a warp sorts
-#define LONG 64             // entries of a row that a lane adds
+#define LONG 16             // entries of a row that a lane adds
+#define BATCH 8             // of them at a time
 #define NODE 1024           // slots whose losses are added first; a node of the index
 
 #include "clouds.cuh"
@@ -35,6 +37,8 @@ struct Side {
     const u32 *counts;      // [slots]
     u32 *cursors;           // [slots] at first how many entries of the other side name the slot; then scratch
     u32 *first;             // [slots + 1] where a row, or a column, of the plan begins
+    u32 *longs;             // [slots] which of them have more than LONG entries, in any order; from behind, more than ROW
+    u32 *long_counts;       // [2] of both, 0 at first
     float *gradient;        // [points, 3], or null
     double *sums;           // [nodes] of losses
 };
@@ -141,23 +145,40 @@ __device__ __forceinline__ void each_slot(int slots, Count count, Visit visit) {
     }
 }
 
-// Sorts all rows of keys, which write(slot, number, key) puts in place.
-template <class Key, class First, class Count, class Write>
-__device__ __forceinline__ void sort_rows(
-    int slots, First first, Count count, Key *keys, Key *spare, Key *shared, Write write)
-{
+__device__ __forceinline__ u32 width(const Side &side, int slot) { return side.first[slot + 1] - side.first[slot]; }
+
+__device__ __forceinline__ void list_longs(const Side &side, int slots) {
+    for (int slot = blockIdx.x * THREADS + threadIdx.x; slot < slots; slot += gridDim.x * THREADS) {
+        const u32 count = width(side, slot);
+        if (count > ROW) side.longs[slots - 1 - atomicAdd(&side.long_counts[1], 1u)] = slot;
+        else if (count > LONG) side.longs[atomicAdd(&side.long_counts[0], 1u)] = slot;
+    }
+}
+
+// The same by side.first and the list.
+template <class Visit>
+__device__ __forceinline__ void each_line(const Side &side, int slots, Visit visit) {
+    for (int slot = blockIdx.x * THREADS + threadIdx.x; slot < slots; slot += gridDim.x * THREADS)
+        if (width(side, slot) <= LONG) visit(slot, 0, 1);
+    const u32 longs = side.long_counts[0], all = longs + side.long_counts[1];
+    for (u32 i = blockIdx.x + (threadIdx.x >> 5) * gridDim.x; i < all; i += gridDim.x * WARPS)
+        visit(side.longs[i < longs ? i : slots - 1 - (i - longs)], threadIdx.x & 31, 32);
+}
+
+// Sorts all rows of keys; write(slot, number, key) puts them in place.
+template <class Key, class Write>
+__device__ __forceinline__ void sort_lines(const Side &side, int slots, Key *keys, Key *spare, Key *shared, Write write) {
     const int warp = threadIdx.x >> 5;
-    for (int base = blockIdx.x * WARPS; base < slots; base += gridDim.x * WARPS) {
-        const int mine = base + warp, length = mine < slots ? count(mine) : 0;
-        if (length > 1 && length <= ROW)        // one is in order
-            sort_short(keys + first(mine), length, shared + warp * STAGED, [&](int e, Key key) { write(mine, e, key); });
-        if (!__syncthreads_or(length > ROW)) continue;
-        for (int slot = base; slot < min(base + WARPS, slots); ++slot) {
-            const u32 begin = first(slot);
-            const int long_one = count(slot);
-            if (long_one > ROW)
-                sort_long(keys + begin, spare + begin, shared, long_one, [&](int e, Key key) { write(slot, e, key); });
-        }
+    for (int slot = blockIdx.x * WARPS + warp; slot < slots; slot += gridDim.x * WARPS) {
+        const u32 count = width(side, slot);
+        if (count > 1 && count <= ROW)          // one is in order
+            sort_short(keys + side.first[slot], count, shared + warp * STAGED, [&](int e, Key key) { write(slot, e, key); });
+    }
+    __syncthreads();
+    for (u32 i = blockIdx.x; i < side.long_counts[1]; i += gridDim.x) {
+        const int slot = side.longs[slots - 1 - i];
+        const u32 first = side.first[slot];
+        sort_long(keys + first, spare + first, shared, width(side, slot), [&](int e, Key key) { write(slot, e, key); });
     }
 }
 
@@ -172,11 +193,32 @@ __device__ __forceinline__ bool is_pair(const u64 *keys, u32 e, u32 end) {
 // Divides the entries of a row, or of a column, by their sum.
 template <class At>
 __device__ __forceinline__ void normalize(float *value, u32 begin, u32 end, int lane, int lanes, At at) {
+    float x[BATCH];
+    u32 place[BATCH];
+    const auto load = [&](u32 base) {
+#pragma unroll
+        for (int k = 0; k < BATCH; ++k) {
+            const u32 e = base + k * lanes + lane;
+            place[k] = e < end ? at(e) : FULL;
+        }
+#pragma unroll
+        for (int k = 0; k < BATCH; ++k) x[k] = place[k] != FULL ? value[place[k]] : 0;
+    };
     double sum = 0;
-    for (u32 e = begin + lane; e < end; e += lanes) sum += value[at(e)];
+    for (u32 base = begin; base < end; base += BATCH * lanes) {
+        load(base);
+#pragma unroll
+        for (int k = 0; k < BATCH; ++k) sum += x[k];
+    }
     if (lanes > 1) sum = sum_of_warp(sum);
     const double share = 1 / (sum + EPSILON);
-    for (u32 e = begin + lane; e < end; e += lanes) value[at(e)] = (float)(value[at(e)] * share);
+    const bool loaded = end - begin <= BATCH * lanes;       // in one batch, which is still there
+    for (u32 base = begin; base < end; base += BATCH * lanes) {
+        if (!loaded) load(base);
+#pragma unroll
+        for (int k = 0; k < BATCH; ++k)
+            if (place[k] != FULL) value[place[k]] = (float)(x[k] * share);
+    }
 }
 
 // What a row, or a column, adds to the loss, and its gradient; on lane 0. NaN where the point is not finite.
@@ -240,20 +282,17 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
         if (loss && thread == 0) *loss = NAN_FLOAT;
         return;
     }
-    const auto begin_of_row = [&](int i) { return x.first[i]; };
-    const auto both_of_row = [&](int i) { return (int)(x.first[i + 1] - x.first[i]); };
-    const auto length_of_row = [&](int i) { return (int)plan.lengths[i]; };
-
     // merge
     prefix_sums(x.first, x_slots, [&](int i) { return x.counts[i] + x.cursors[i]; }, of_blocks, arrived, awaited);
     wait_for_grid(arrived, awaited);
-    each_slot(x_slots, [&](int i) { return (int)x.counts[i]; }, [&](int i, int lane, int lanes) {
+    list_longs(x, x_slots);
+    each_slot(x_slots, [&](int i) { return x.counts[i]; }, [&](int i, int lane, int lanes) {
         for (u32 e = lane; e < x.counts[i]; e += lanes) {
             const Entry entry = entries[x.starts[i] + e];
             plan.keys[x.first[i] + e] = (u64)entry.other << 32 | __float_as_uint(entry.weight) << 1;
         }
     });
-    each_slot(y_slots, [&](int j) { return (int)y.counts[j]; }, [&](int j, int lane, int lanes) {
+    each_slot(y_slots, [&](int j) { return y.counts[j]; }, [&](int j, int lane, int lanes) {
         for (u32 e = lane; e < y.counts[j]; e += lanes) {
             const Entry entry = entries[y.starts[j] + e];
             const u32 i = entry.other, at = x.first[i] + x.counts[i] + atomicSub(&x.cursors[i], 1u) - 1;
@@ -262,17 +301,16 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
         if (lane == 0) y.cursors[j] = y.first[j] = 0;
     });
     wait_for_grid(arrived, awaited);
-    sort_rows(x_slots, begin_of_row, both_of_row, plan.keys, plan.spare, shared,
-              [&](int i, int e, u64 key) { plan.keys[x.first[i] + e] = key; });
+    sort_lines(x, x_slots, plan.keys, plan.spare, shared, [&](int i, int e, u64 key) { plan.keys[x.first[i] + e] = key; });
     wait_for_grid(arrived, awaited);
 #if MINIMUM
-    each_slot(x_slots, both_of_row, [&](int i, int lane, int lanes) {
+    each_line(x, x_slots, [&](int i, int lane, int lanes) {
         for (u32 e = x.first[i] + lane; e < x.first[i + 1]; e += lanes)
             if (is_pair(plan.keys, e, x.first[i + 1])) atomicAdd(&y.first[column_of(plan.keys[e])], 1u);
     });
     wait_for_grid(arrived, awaited);
 #endif
-    each_slot(x_slots, both_of_row, [&](int i, int lane, int lanes) {
+    each_line(x, x_slots, [&](int i, int lane, int lanes) {
         const u32 begin = x.first[i], end = x.first[i + 1];
         u32 to = begin;
 #if MINIMUM
@@ -308,35 +346,34 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
     // columns
     prefix_sums(y.first, y_slots, [&](int j) { return y.cursors[j]; }, of_blocks, arrived, awaited);
     wait_for_grid(arrived, awaited);
-    each_slot(x_slots, length_of_row, [&](int i, int lane, int lanes) {
+    list_longs(y, y_slots);
+    each_line(x, x_slots, [&](int i, int lane, int lanes) {
         for (u32 e = x.first[i] + lane; e < x.first[i] + plan.lengths[i]; e += lanes) {
             const u32 j = plan.column[e];
             plan.place[y.first[j] + atomicSub(&y.cursors[j], 1u) - 1] = e;
         }
     });
     wait_for_grid(arrived, awaited);
-    const auto begin_of_column = [&](int j) { return y.first[j]; };
-    const auto length_of_column = [&](int j) { return (int)(y.first[j + 1] - y.first[j]); };
-    sort_rows(y_slots, begin_of_column, length_of_column, plan.place, (u32 *)plan.keys, (u32 *)shared,
-              [&](int j, int e, u32 place) { plan.place[y.first[j] + e] = place; });
+    sort_lines(y, y_slots, plan.place, (u32 *)plan.keys, (u32 *)shared,
+               [&](int j, int e, u32 place) { plan.place[y.first[j] + e] = place; });
     wait_for_grid(arrived, awaited);
 
     // Sinkhorn
     const auto as_is = [](u32 e) { return e; };
     const auto placed = [&](u32 e) { return plan.place[e]; };
     for (int iteration = 0; iteration < iterations; ++iteration) {
-        each_slot(x_slots, length_of_row, [&](int i, int lane, int lanes) {
+        each_line(x, x_slots, [&](int i, int lane, int lanes) {
             normalize(plan.value, x.first[i], x.first[i] + plan.lengths[i], lane, lanes, as_is);
         });
         wait_for_grid(arrived, awaited);
-        each_slot(y_slots, length_of_column, [&](int j, int lane, int lanes) {
+        each_line(y, y_slots, [&](int j, int lane, int lanes) {
             normalize(plan.value, y.first[j], y.first[j + 1], lane, lanes, placed);
         });
         wait_for_grid(arrived, awaited);
     }
 
     // loss
-    each_slot(x_slots, length_of_row, [&](int i, int lane, int lanes) {
+    each_line(x, x_slots, [&](int i, int lane, int lanes) {
         const Row point = x.rows[i];
         if (point.index < 0) { if (lane == 0) losses[i] = 0; return; }
         const Pull pull = pull_of(point, y.rows, plan.value, x.first[i], x.first[i] + plan.lengths[i], lane, lanes, as_is,
@@ -346,7 +383,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
         if (x.gradient) write_gradient(x.gradient, point.index, pull, parts);
     });
     if (y.gradient)
-        each_slot(y_slots, length_of_column, [&](int j, int lane, int lanes) {
+        each_line(y, y_slots, [&](int j, int lane, int lanes) {
             const Row point = y.rows[j];
             if (point.index < 0) return;
             const Pull pull = pull_of(point, x.rows, plan.value, y.first[j], y.first[j + 1], lane, lanes, placed,

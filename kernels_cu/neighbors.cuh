@@ -2,15 +2,16 @@
 // The index of the neighbour search, and the walk through it that skips what is too far. Include clouds.cuh first.
 //
 // A cloud in bucket order is cut into tiles of 32 points; 32 tiles make a node, 32 nodes a branch, none across clouds. Each has
-// a box, and a tile a slab besides: two planes along the surface that its points come from, which a box cannot follow. A query
-// is a warp, and reads 32 points, or 32 boxes, at a time, one a lane. Of the boxes it takes the nearest first and passes over
+// a box, and tiles and nodes a slab besides: two planes along the surface that the points come from, which a box cannot follow. A
+// query is a warp, and reads 32 points, or 32 boxes, at a time, one a lane. Of the boxes it takes the nearest first and passes over
 // those that hold nothing better than what it has found, so every answer is that of brute force:
 //   d2 = (dx * dx + dy * dy) + dz * dz      every operation rounded once
 // is monotone in |dx|, |dy|, |dz|, so that of a box is never above that of a point in it; slabs leave room for rounding.
 // At worst nothing is passed over, and the walk is brute force, 32 pairs a step.
 //
-// What a slab is worth (queries in a ball of 0.05 around the centre of a sphere of 131,072 points, k = 2, H100): 19.9 ms without,
-// see benchmarks/results for now. From there all tiles are about as far, and their boxes reach inwards by half a tile's width.
+// What slabs are worth: queries in a ball of 0.05 around the centre of a sphere of 131,072 points see all tiles about as far, and
+// boxes of slanted tiles reach far inwards. k = 2 took 19.9 ms without slabs, 4.3 with those of tiles (H100); other searches got up
+// to a tenth slower.
 //
 // In the index's table of clouds, Cloud::slot / 32 is the cloud's first tile, Cloud::tile its first node, Cloud::group its first
 // branch.
@@ -29,8 +30,8 @@ struct __align__(16) Box {
     float low[3];           // low > high where no point is finite
     int first;              // the lowest index of a finite point; -1 where there is none
     float high[3];
-    float below;            // of a tile: below <= normal . (point - middle) <= above, but for less than the rounding that
-    float normal[3];        // slab_distance2 allows for; |normal| < 1, 0 where the points have no plane
+    float below;            // below <= normal . (point - middle) <= above, but for less than the rounding that slab_distance2
+    float normal[3];        // allows for; |normal| < 1, and 0 where the points have no plane, and of branches
     float above;
 };
 
@@ -74,7 +75,7 @@ __device__ __forceinline__ float along_normal(const Box &box, const float from[3
     return __fmaf_rn(box.normal[0], from[0], __fmaf_rn(box.normal[1], from[1], __fmul_rn(box.normal[2], from[2])));
 }
 
-// A lower bound of d2, as it is rounded, of the points between the planes of a tile.
+// A lower bound of d2, as it is rounded, of the points between the planes.
 //
 // With u = 2^-24 the rounding of along_normal is below 5 u sum |from|, and SLACK is 8 u; normals are shortened by 32 u, so their
 // square by 64 u, and that of d2 is 5 u. Where a coordinate overflows, the result is NaN or d2 is infinite too.
@@ -88,7 +89,7 @@ __device__ __forceinline__ float slab_distance2(const Row &query, const Box &box
     return gap * gap;
 }
 
-// How far a point of a box is at least; SLABS: of a tile's.
+// How far a point of a box is at least.
 template <bool SLABS>
 __device__ __forceinline__ float bound2(const Row &query, const Box &box) {
     const float d2 = distance2(query, box);
@@ -148,7 +149,7 @@ __device__ __forceinline__ void walk_tiles(
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int tiles = cloud.slot / TILE, tiles_end = next.slot / TILE;
     const auto walk_nodes = [&](int nodes, int end) {
-        order.template walk<false>(query, index.nodes, nodes, end, [&](int node) {
+        order.template walk<true>(query, index.nodes, nodes, end, [&](int node) {
             const int first = tiles + (node - cloud.tile) * 32;
             order.template walk<true>(query, index.tiles, first, min(first + 32, tiles_end), visit);
         });

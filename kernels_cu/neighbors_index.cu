@@ -14,11 +14,44 @@ __device__ __forceinline__ float unordered(int i) { return __int_as_float(i ^ (i
 __device__ __forceinline__ float least(float x) { return unordered(__reduce_min_sync(FULL, ordered(x))); }
 __device__ __forceinline__ float most(float x) { return unordered(__reduce_max_sync(FULL, ordered(x))); }
 
-__device__ __forceinline__ float sum_of_warp(float x) {
+// What N numbers of all points add up to, of a warp or of the block; and the least and the most. On every thread.
+struct Warp {
+    template <int N>
+    __device__ __forceinline__ void add(float (&x)[N]) const {
 #pragma unroll
-    for (int step = 16; step; step /= 2) x += __shfl_xor_sync(FULL, x, step);
-    return x;
-}
+        for (int i = 0; i < N; ++i)
+#pragma unroll
+            for (int step = 16; step; step /= 2) x[i] += __shfl_xor_sync(FULL, x[i], step);
+    }
+    __device__ __forceinline__ void bound(float &low, float &high) const { low = least(low); high = most(high); }
+};
+
+struct Block {
+    float (*shared)[THREADS / 32];              // [6]
+    template <int N>
+    __device__ __forceinline__ void add(float (&x)[N]) const {
+        const int lane = threadIdx.x & 31;
+        Warp().add(x);
+        __syncthreads();
+        if (lane == 0)
+#pragma unroll
+            for (int i = 0; i < N; ++i) shared[i][threadIdx.x >> 5] = x[i];
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < N; ++i) x[i] = shared[i][lane];
+        Warp().add(x);
+    }
+    __device__ __forceinline__ void bound(float &low, float &high) const {
+        const int lane = threadIdx.x & 31;
+        Warp().bound(low, high);
+        __syncthreads();
+        if (lane == 0) { shared[0][threadIdx.x >> 5] = low; shared[1][threadIdx.x >> 5] = high; }
+        __syncthreads();
+        low = shared[0][lane];
+        high = shared[1][lane];
+        Warp().bound(low, high);
+    }
+};
 
 // The box around what holds nothing.
 __device__ __forceinline__ Box no_box() {
@@ -37,27 +70,27 @@ __device__ __forceinline__ Box joined(const Box &box) {
     return all;
 }
 
-// The slab of a tile, a point a lane, into its box: the planes across the direction in which the points vary least.
+// The slab of the points in a box, a point a thread, into the box: the planes across the direction in which they vary least.
 //
 // That is the eigenvector of their covariance's least eigenvalue, so the largest of its cofactors' matrix, to which the columns
 // of a power of that matrix converge. Any direction is right, and only a good one is useful.
-__device__ __forceinline__ void find_slab(Box &box, const Row &point, bool finite) {
-    float from[3], extent[3], scaled[3], mean[3];
+template <class Threads>
+__device__ __forceinline__ void find_slab(Box &box, const Row &point, bool finite, const Threads &threads) {
+    float from[3], extent[3], scaled[3], sums[4];
     from_middle(from, point, box);
 #pragma unroll
     for (int d = 0; d < 3; ++d) extent[d] = box.high[d] - box.low[d];
     const float size = fmaxf(extent[0], fmaxf(extent[1], extent[2]));
-    const float count = __popc(__ballot_sync(FULL, finite));
 #pragma unroll
-    for (int d = 0; d < 3; ++d) {
-        scaled[d] = finite && size > 0 ? from[d] / size : 0;
-        mean[d] = sum_of_warp(scaled[d]) / count;
-    }
+    for (int d = 0; d < 3; ++d) sums[d] = scaled[d] = finite && size > 0 ? from[d] / size : 0;
+    sums[3] = finite;
+    threads.add(sums);
 #pragma unroll
-    for (int d = 0; d < 3; ++d) scaled[d] = finite ? scaled[d] - mean[d] : 0;
-    const float xx = sum_of_warp(scaled[0] * scaled[0]), xy = sum_of_warp(scaled[0] * scaled[1]);
-    const float xz = sum_of_warp(scaled[0] * scaled[2]), yy = sum_of_warp(scaled[1] * scaled[1]);
-    const float yz = sum_of_warp(scaled[1] * scaled[2]), zz = sum_of_warp(scaled[2] * scaled[2]);
+    for (int d = 0; d < 3; ++d) scaled[d] = finite ? scaled[d] - sums[d] / sums[3] : 0;
+    float moments[6] = {scaled[0] * scaled[0], scaled[0] * scaled[1], scaled[0] * scaled[2],
+                        scaled[1] * scaled[1], scaled[1] * scaled[2], scaled[2] * scaled[2]};
+    threads.add(moments);
+    const float xx = moments[0], xy = moments[1], xz = moments[2], yy = moments[3], yz = moments[4], zz = moments[5];
     float m[6] = {yy * zz - yz * yz, xz * yz - xy * zz, xy * yz - xz * yy, xx * zz - xz * xz, xy * xz - xx * yz, xx * yy - xy * xy};
 #pragma unroll
     for (int power = 0; power < 3; ++power) {               // xx xy xz yy yz zz of the cofactors, squared thrice
@@ -75,12 +108,14 @@ __device__ __forceinline__ void find_slab(Box &box, const Row &point, bool finit
     if (m[3] > m[0]) { normal[0] = m[1]; normal[1] = m[3]; normal[2] = m[4]; }
     if (m[5] > fmaxf(m[0], m[3])) { normal[0] = m[2]; normal[1] = m[4]; normal[2] = m[5]; }
     const float length = sqrtf(normal[0] * normal[0] + normal[1] * normal[1] + normal[2] * normal[2]);
-    if (!(length > 0 && length < INFINITE)) return;         // collinear, or one point
+    if (!(length > 0 && length < INFINITE)) return;         // collinear, or one point; alike on all threads
 #pragma unroll
     for (int d = 0; d < 3; ++d) box.normal[d] = normal[d] / length * SHORTENED;
     const float s = along_normal(box, from), slack = SLACK * (extent[0] + extent[1] + extent[2]);
-    box.below = least(finite ? s : INFINITE) - slack;
-    box.above = most(finite ? s : -INFINITE) + slack;
+    float low = finite ? s : INFINITE, high = finite ? s : -INFINITE;
+    threads.bound(low, high);
+    box.below = low - slack;
+    box.above = high + slack;
 }
 
 // A block a node, a warp a tile. float64 coordinates are taken relative to `origins`, in float64, and then rounded.
@@ -97,7 +132,9 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int slot = cloud.slot + (blockIdx.x - cloud.tile) * THREADS + threadIdx.x;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    Box box = no_box();
+    const float nan = __int_as_float(0x7fffffff);
+    Row row = {nan, nan, nan, -1};
+    bool finite = false;
     if (slot < next.slot) {                     // by whole tiles
         const int i = slot_to_point[slot];
         float x[3];
@@ -111,29 +148,24 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
             x[d] = value;
 #endif
         }
-        const bool finite = i >= 0 && is_finite(x[0]) && is_finite(x[1]) && is_finite(x[2]);
         // Infinities become NaN: else one would be found, infinitely far, where nothing nearer is, or within an infinite radius.
-        const float nan = __int_as_float(0x7fffffff);
-        const Row row = finite ? Row{x[0], x[1], x[2], i} : Row{nan, nan, nan, i};
+        finite = i >= 0 && is_finite(x[0]) && is_finite(x[1]) && is_finite(x[2]);
+        row = finite ? Row{x[0], x[1], x[2], i} : Row{nan, nan, nan, i};
         rows[slot] = row;
-        if (!tiles) return;
-#pragma unroll
-        for (int d = 0; d < 3; ++d) {
-            box.low[d] = finite ? x[d] : INFINITE;
-            box.high[d] = finite ? x[d] : -INFINITE;
-        }
-        box.first = finite ? i : -1;
-        box = joined(box);
-        find_slab(box, row, finite);
-        if (lane == 0) tiles[slot / TILE] = box;
     }
     if (!tiles) return;
+    Box box = no_box();
+    if (finite) box = Box{{row.x, row.y, row.z}, row.index, {row.x, row.y, row.z}, 0, {0, 0, 0}, 0};
+    box = joined(box);
+    find_slab(box, row, finite, Warp());
+    if (lane == 0 && slot < next.slot) tiles[slot / TILE] = box;
     __shared__ Box boxes[THREADS / 32];
+    __shared__ float sums[6][THREADS / 32];
     if (lane == 0) boxes[warp] = box;
     __syncthreads();
-    if (warp) return;
     box = joined(boxes[lane]);
-    if (lane == 0) nodes[blockIdx.x] = box;
+    find_slab(box, row, finite, Block{sums});
+    if (threadIdx.x == 0) nodes[blockIdx.x] = box;
 }
 
 // A warp a branch: the box around up to 32 nodes.

@@ -96,6 +96,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void radius_sort(
         const int count = (int)(offsets[begin + warp + 1] - first);
         if (count <= ROW) sort_short(entries + first, count, shared + warp * STAGED, writer(first));
     }
+    __syncthreads();                            // the warps have read what they staged
     for (int query = begin; query < min(begin + WARPS, all); ++query) {
         const long long first = offsets[query];
         const int count = (int)(offsets[query + 1] - first);

@@ -67,7 +67,6 @@ __device__ __forceinline__ void sort_short(const Key *row, int count, Key *stage
 template <class Key, class Write>
 __device__ void sort_long(Key *row, Key *spare, Key *shared, int count, Write write) {
     Key *keys = row, *other = spare;
-    __syncthreads();
     if (count <= BLOCK_ROW) {
         keys = shared;
         other = shared + BLOCK_ROW;
@@ -98,4 +97,5 @@ __device__ void sort_long(Key *row, Key *spare, Key *shared, int count, Write wr
     }
     __syncthreads();
     for (int i = threadIdx.x; i < count; i += THREADS) write(i, keys[i]);
+    __syncthreads();                                        // then `shared` may hold other keys
 }
