@@ -25,7 +25,7 @@ from gpu3d.neighbors import (
     _Entered,
     _entered,
     origins_cuda,
-    search_cuda,
+    pair_cuda,
 )
 from gpu3d.reference import apml as reference
 from gpu3d.reference.neighbors import ENTRIES_A_POINT, REDUCTIONS
@@ -518,10 +518,8 @@ def _array(address: int, shape: tuple[int, ...], dtype: Any, memory: Any) -> Any
 
 
 def _indices(side: Search) -> Any:
-    """int32 [slots], the point of each slot, or -1."""
-    import cupy
-
-    return cupy.ndarray((side.own.layout.slots, 4), _INT32, side.own.held[0])[:, 3]  # rows come first
+    """int32 [slots], the point of each slot, or -1: the last of the four words of a row."""
+    return _array(side.own.rows, (side.own.layout.slots, 4), _INT32, side.own.held[0])[:, 3]
 
 
 def _keep_counted(
@@ -573,7 +571,7 @@ def _apml_cuda(
 
     device, clouds, lengths = cupy.cuda.runtime.getDevice(), len(pred_lengths), (pred_lengths, target_lengths)
     origins = origins_cuda(target, target_lengths)
-    x, y = search_cuda(pred, pred_lengths, origins), search_cuda(target, target_lengths, origins)
+    x, y = pair_cuda(pred, pred_lengths, target, target_lengths, origins)
     if max_entries is None or what == "plan":
         kept = _keep_counted(device, x, y, lengths, options, max_entries)
     else:

@@ -366,7 +366,7 @@ def _chamfer(
     _check_no_empty_cloud(entered_y, "y")
     origin = entered_x.origin
     with _arrays.on(origin):
-        x_index, y_index = _index(x, entered_x), _index(y, entered_y)
+        x_index, y_index = _pair(x, entered_x, y, entered_y)
         options = bool(squared), reduction, with_grad
         if origin.device is None:
             loss, *gradients = reference.chamfer(
@@ -463,6 +463,18 @@ def _index(points: Any, entered: _Entered) -> NeighborIndex:
         return NeighborIndex(*entered, build(entered.points, entered.lengths))
 
 
+def _pair(x: Any, entered_x: _Entered, y: Any, entered_y: _Entered) -> tuple[NeighborIndex, NeighborIndex]:
+    """Both indices; on a GPU made together, unless one is given or they have origins of their own."""
+    together = not any(
+        isinstance(points, NeighborIndex) or entered.origin.device is None or entered.points.dtype == np.float64
+        for points, entered in ((x, entered_x), (y, entered_y))
+    )
+    if not together:
+        return _index(x, entered_x), _index(y, entered_y)
+    searches = pair_cuda(entered_x.points, entered_x.lengths, entered_y.points, entered_y.lengths, None)
+    return NeighborIndex(*entered_x, searches[0]), NeighborIndex(*entered_y, searches[1])
+
+
 # ---- CUDA ----------------------------------------------------------------------------------------------------------
 
 TILE = 32  # points; and tiles of a node, nodes of a branch
@@ -480,7 +492,7 @@ _ZORDER_DIV = ("KEY", HASHES.index("zorder_div"))
 
 # The parameters of each kernel: formats of the module struct; c, x and s for struct Clouds, Index and Side.
 _SIGNATURES = {
-    "index_nodes": "QQcQQQQ",
+    "index_nodes": "QQciQQQQ",
     "index_branches": "QciQ",
     "knn": "QcixciiQQ",
     "radius_count": "QcixcfQ",
@@ -544,7 +556,8 @@ class Queries(NamedTuple):
     """Points in bucket order on a GPU, ready to search an index."""
 
     rows: int  # address of struct Row [slots], relative to the origins of the clouds that they search
-    slot_of: int  # address of int32 [N], the slot of each point
+    slot_of: int  # address of int32 [N], the slot of each point, counted from the row at `base`
+    base: int
     layout: _Layout
     clouds: bytes  # struct Clouds of the layout
     held: tuple[Any, ...]  # the memory that is named here
@@ -590,14 +603,17 @@ def origins_cuda(points: Any, lengths: tuple[int, ...]) -> Any:
 
 
 def rows_cuda(
-    points: Any, lengths: tuple[int, ...], origins: Any, boxes: bool = False
+    points: Any, lengths: tuple[int, ...], origins: Any, boxes: bool = False, second: int | None = None
 ) -> tuple[Queries, tuple[int, ...]]:
-    """Points [N, 2 or 3] of any strides and float dtype; and the boxes of their tiles, nodes and branches, if asked."""
+    """Points [N, 2 or 3] of any strides and float dtype; and the boxes of their tiles, nodes and branches, if asked.
+
+    At the cloud `second` another batch begins, whose indices count from 0 again.
+    """
     layout = _layout(lengths)
     ends = layout.ends if boxes else layout.ends[:4]
     memory, (rows, order, slot_of, *of_boxes) = _cuda.allocate(ends)
     clouds, table = _clouds.pack(layout.batch, TILE)
-    queries = Queries(rows, slot_of, layout, clouds, (memory, table))
+    queries = Queries(rows, slot_of, rows, layout, clouds, (memory, table))
     if layout.slots == 0:
         return queries, tuple(of_boxes)
     points = _xyz(points)
@@ -607,7 +623,7 @@ def rows_cuda(
         points, address = points.astype(np.float64, copy=False), origins.data.ptr
     device, macros = points.data.device_id, (_point_macro(points),)
     to = of_boxes[:2] or (0, 0)
-    args = points.data.ptr, order, clouds, address, rows, *to
+    args = points.data.ptr, order, clouds, len(lengths) if second is None else second, address, rows, *to
     _launch("index_nodes", device, layout.nodes, *args, block=INDEX_THREADS, macros=macros)
     if boxes and layout.branches:
         grid = -(-layout.branches // (BRANCH_THREADS // 32))
@@ -620,6 +636,36 @@ def search_cuda(points: Any, lengths: tuple[int, ...], origins: Any) -> Search:
     """What is searched, relative to the origins; points [N, 2 or 3] of any strides and float dtype."""
     own, (tiles, nodes, branches) = rows_cuda(points, lengths, origins, boxes=True)
     return Search(own, _INDEX.pack(own.rows, tiles, nodes, branches if own.layout.branches else 0), origins)
+
+
+def pair_cuda(
+    x: Any, x_lengths: tuple[int, ...], y: Any, y_lengths: tuple[int, ...], origins: Any
+) -> tuple[Search, Search]:
+    """Two batches of as many clouds, relative to the same origins: made ready together, in half the launches."""
+    import cupy
+
+    if x.dtype != y.dtype or x.dtype == np.float64:
+        dtype = np.float32 if origins is None else np.float64
+        x, y = x.astype(dtype, copy=False), y.astype(dtype, copy=False)
+    points = cupy.concatenate((x, y))
+    if origins is not None:
+        origins = cupy.concatenate((origins, origins))
+    both, boxes = rows_cuda(points, x_lengths + y_lengths, origins, boxes=True, second=len(x_lengths))
+    searches, before = [], (0, 0, 0)  # slots, nodes and branches
+    for lengths, first in ((x_lengths, 0), (y_lengths, x.shape[0])):
+        layout = _layout(lengths)
+        clouds, table = _clouds.pack(layout.batch, TILE)
+        slots, nodes, branches = before
+        rows = both.rows + _ROW_BYTES * slots
+        tiles, of_nodes, of_branches = (
+            address + _BOX_BYTES * count for address, count in zip(boxes, (slots // TILE, nodes, branches), strict=True)
+        )
+        packed = _INDEX.pack(rows, tiles, of_nodes, of_branches if both.layout.branches else 0)
+        held = *both.held, table
+        own = Queries(rows, both.slot_of + 4 * first, both.rows, layout, clouds, held)
+        searches.append(Search(own, packed, origins))
+        before = layout.slots, layout.nodes, layout.batch.groups
+    return searches[0], searches[1]
 
 
 def _index_cuda(points: Any, lengths: tuple[int, ...]) -> Search:
@@ -713,7 +759,7 @@ def _chamfer_cuda(
         nearest, d2, *sums = places[4 * i : 4 * i + 4]
         _nearest(device, queries, other.search, 1, True, d2, nearest)
         to = (gradients[i].data.ptr, given + 24 * i * counts[0]) if with_grad else (0, 0)
-        sides.append((_SIDE.pack(queries.rows, own.rows, own.slot_of, nearest, d2, *sums, *to), queries))
+        sides.append((_SIDE.pack(queries.rows, own.base, own.slot_of, nearest, d2, *sums, *to), queries))
         nodes, slots = nodes + own.layout.nodes, slots + own.layout.slots
     both = sides[0][0], sides[1][0], searches[0].own.clouds, searches[1].own.clouds
     losses, known = places[8:]

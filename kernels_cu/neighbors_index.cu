@@ -123,6 +123,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
     const point_t *__restrict__ points,         // [points, 3]
     const int *__restrict__ slot_to_point,      // [slots] in bucket order, -1 in padding
     const __grid_constant__ Clouds clouds,      // of these points
+    int second,                                 // cloud where a second batch begins, whose indices count from 0 again
     const double *__restrict__ origins,         // [clouds, 3] of the cloud that is searched; null: 0
     Row *__restrict__ rows,                     // [slots]
     Box *__restrict__ tiles,                    // [slots / TILE], or null: rows alone
@@ -150,7 +151,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
         }
         // Infinities become NaN: else one would be found, infinitely far, where nothing nearer is, or within an infinite radius.
         finite = i >= 0 && is_finite(x[0]) && is_finite(x[1]) && is_finite(x[2]);
-        row = finite ? Row{x[0], x[1], x[2], i} : Row{nan, nan, nan, i};
+        const int index = i >= 0 && b >= second ? i - rows_of(clouds)[second].point : i;
+        row = finite ? Row{x[0], x[1], x[2], index} : Row{nan, nan, nan, index};
         rows[slot] = row;
     }
     if (!tiles) return;
