@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import attention, buckets, data, neighbors, pooling, table, timing
+from benchmarks import apml, attention, buckets, data, neighbors, pooling, table, timing
 
 SUITES: dict[str, Callable[[table.Setting], Iterator[table.Row]]] = {
     "buckets": buckets.run,
     "attention": attention.run,
     "pooling": pooling.run,
     "neighbors": neighbors.run,
+    "apml": apml.run,
 }
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -17,7 +17,6 @@ Floors, of the forward and of the backward, and their sum for both: the largest 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,7 +99,7 @@ def run(setting: Setting) -> Iterator[Row]:
     for part in (_dense, _tables, _ragged, _host, _memory, _errors, _determinism):
         for row in part(setting):
             yield row
-            _free()
+            timing.free()
     _base_rows.cache_clear()
     _layout.cache_clear()
 
@@ -280,7 +279,7 @@ def _torch_peers(case: Case, scope: int, both: bool) -> tuple[Peer, ...]:
             continue
         figure = earlier[place][both] if earlier and place < len(earlier) else None
         peers.append(measured_peer(name, "eager", _torch_measure(case, scope, both, backend), figure))
-        _free()
+        timing.free()
     return tuple(peers)
 
 
@@ -316,15 +315,6 @@ def _windows(x: Any, scope: int, chosen: Sequence[int] | None = None) -> Any:
     rows = data.to_torch(x)
     rows = rows.view(-1, scope, *rows.shape[1:])
     return (rows if chosen is None else rows[list(chosen)]).transpose(1, 2).contiguous()
-
-
-def _free() -> None:
-    """Gives the memory of CuPy's pool and torch's back: they do not share it."""
-    import cupy
-
-    cupy.get_default_memory_pool().free_all_blocks()
-    if "torch" in sys.modules:
-        sys.modules["torch"].cuda.empty_cache()
 
 
 # ---- other scopes, ragged batches ----------------------------------------------------------------------------------
@@ -419,27 +409,9 @@ def _delta_bytes(case: Case) -> int:
 
 def _extra_bytes(call: timing.Call) -> int:
     """The most bytes of CuPy's pool that a call holds at a time, its results left out."""
-    import cupy
-
-    class Used(cupy.cuda.MemoryHook):
-        name = "used bytes"
-
-        def __init__(self) -> None:
-            self.now = self.peak = 0
-
-        def malloc_postprocess(self, **event: int) -> None:
-            self.now += event["mem_size"]
-            self.peak = max(self.peak, self.now)
-
-        def free_postprocess(self, **event: int) -> None:
-            self.now -= event["mem_size"]
-
-    call()  # kernels are loaded, constants uploaded
-    used = Used()
-    with used:
-        results = call()
+    results = call()
     results = results if isinstance(results, tuple) else (results,)
-    return used.peak - sum(-(-x.nbytes // 512) * 512 for x in results)  # the pool's unit
+    return timing.peak_bytes(call) - sum(-(-x.nbytes // 512) * 512 for x in results)  # the pool's unit
 
 
 # ---- error and determinism -----------------------------------------------------------------------------------------

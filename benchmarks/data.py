@@ -7,6 +7,7 @@ repeated instead, and the results say which one it was.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ sys.path.append(str(ROOT / "tests"))  # the only place where benchmarks reach fo
 import clouds  # noqa: E402
 
 PACKAGED = "pandaset_002_00.npz"
+PAIRS = ("near", "shell", "independent", "collapsed", "far")  # how two clouds lie to each other
 METRES_A_COPY = 1.3  # a car at 26 m/s, a sweep every 0.05 s (nuScenes)
 JITTER = 0.01
 
@@ -58,6 +60,33 @@ def sweep_cloud(n: int, folder: Path | None) -> np.ndarray:
     return np.ascontiguousarray(np.concatenate(copies)[:n])
 
 
+def pair(kind: str, n: int, copies: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """x and y float32 [copies * n, 3]: y is uniform on the unit sphere, n points of it a cloud, and x is
+
+    - near: y and noise of 0.25 times the mean distance from a point of y to its nearest
+    - shell: y and noise of 0.02
+    - independent: another sample of the sphere
+    - collapsed: a ball of radius 0.05 in the middle, from which all of y is about as far
+    - far: near, shifted by 5 along an axis
+    """
+    rng = np.random.default_rng(0)
+    y, x = (_unit(rng.standard_normal((copies * n, 3))) for _ in range(2))
+    noise = rng.standard_normal((copies * n, 3))
+    near = y + 0.25 * math.sqrt(math.pi / n) * noise  # the mean distance to the nearest is half of 1 / sqrt(density)
+    x = {
+        "near": near,
+        "shell": y + 0.02 * noise,
+        "independent": x,
+        "collapsed": 0.05 * np.cbrt(rng.random((copies * n, 1))) * x,
+        "far": near + [5, 0, 0],
+    }[kind]
+    return x.astype(np.float32), y.astype(np.float32)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
 def degenerate(n: int, *names: str) -> Iterator[tuple[str, np.ndarray]]:
     """The named ones of tests/clouds.py."""
     every = clouds.degenerate(n)
@@ -70,6 +99,23 @@ def real_sweeps(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     for name, points in clouds.real(folder):
         if name.startswith(("lidar_", "semantickitti/")):
             yield name, points
+
+
+def scenes(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The largest scan of every data set, without what is not finite; coordinates of maps are float64."""
+    largest: dict[str, tuple[str, np.ndarray]] = {}
+    for name, points in clouds.real(folder):
+        dataset = name.split("/")[0]
+        if dataset not in largest or len(points) > len(largest[dataset][1]):
+            largest[dataset] = name, points
+    for name, points in largest.values():
+        yield name, points[np.isfinite(points).all(axis=1)]
+
+
+def two_frames(folder: Path) -> tuple[str, list[np.ndarray]] | None:
+    """Two sweeps of one scene, 4 s apart and in one frame; None where they are absent."""
+    frames = [points for name, points in clouds.real(folder) if name.startswith("lidar_pandaset/002_")]
+    return ("lidar_pandaset/002_00 to 002_40", frames) if len(frames) == 2 else None
 
 
 def four_sweeps(folder: Path | None) -> dict[str, np.ndarray]:

@@ -5,12 +5,7 @@ Times are eager, of 10 calls in a row between two device events (a call of over 
 call puts its points into buckets anew, but where a row says that an index is reused.
 
 Clouds: a real sweep as it is (KITTI; without the data folder the packaged scan), the sweep that all suites repeat to
-any size, and pairs of x and y, where y is uniform on the unit sphere and x is
-- near: y and noise of 0.25 times the mean distance from a point of y to its nearest
-- shell: y and noise of 0.02
-- independent: another sample of the sphere
-- far: near, shifted by 5 along an axis
-- collapsed: a ball of radius 0.05 in the middle, from which all of y is about as far
+any size, and the pairs of x and y of `data.pair`.
 
 Checked against all pairs by the same float32 formula on the GPU (brute_force.cu): every query, but where the pairs are
 more than 2**40, of which a check takes every so many queries. The same kernel is timed as a peer.
@@ -24,7 +19,6 @@ is the brute force beside it.
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
@@ -35,14 +29,13 @@ import numpy as np
 from scipy.spatial import KDTree
 
 import gpu3d
-from benchmarks import data, timing
-from benchmarks.table import Peer, Row, Setting, measured_peer, number
+from benchmarks import data, losses, timing
+from benchmarks.table import Peer, Row, Setting, graph_peer, measured_peer, number
 
 SWEEP, MILLION, HARD = 122_880, 2**20, 2**17
 SIZES = (2**11, 2**13, 2**15, 2**17, 2**19, 2**20, 2**21, 2**22)
 QUICK_SIZE = 2**17  # with --quick no size above it
 RADIUS = 0.5  # m
-REPEATS, CALLS, SLOW_MS, ONCE_MS = 30, 10, 10.0, 100.0
 RUNS = 100
 
 # (must, aim) in ms.
@@ -55,10 +48,6 @@ HARD_MUST = 5.0  # k = 2, of far and collapsed
 RADIUS_MUST = 1.5
 CPU_MUST = 1.5  # times SciPy with all cores
 ULPS = 2  # between our distances and SciPy's
-
-# torch.cdist chamfer, forward and forward+backward, in ms, of an earlier run on an H100 80GB (driver 580, CUDA 13.0,
-# torch 2.11, 2026-11-22); 131,072 points do not fit.
-CDIST_EARLIER = {(32, 2048): (1.44, 4.37), (8, 8192): (5.45, 16.8), (1, 65_536): (41.6, 152.0)}
 
 # What limits the peers that look at all pairs.
 CHECKED_PAIRS = 2**40  # also of our brute force, as a peer
@@ -93,7 +82,7 @@ def run(setting: Setting) -> Iterator[Row]:
     ):
         for row in part(setting):
             yield row
-            _free()
+            timing.free()
 
 
 # ---- what is searched ----------------------------------------------------------------------------------------------
@@ -135,25 +124,10 @@ def _self_case(*clouds: np.ndarray) -> Case:
 
 
 def _pair(kind: str, n: int, clouds: int = 1) -> Case:
-    """x and y of the kinds above."""
+    """x and y, see `data.pair`."""
     import cupy
 
-    rng = np.random.default_rng(0)
-    y, x = (_unit(rng.standard_normal((clouds * n, 3))) for _ in range(2))
-    noise = rng.standard_normal((clouds * n, 3))
-    near = y + 0.25 * math.sqrt(math.pi / n) * noise  # the mean distance to the nearest is half of 1 / sqrt(density)
-    x = {
-        "near": near,
-        "shell": y + 0.02 * noise,
-        "independent": x,
-        "far": near + [5, 0, 0],
-        "collapsed": 0.05 * np.cbrt(rng.random((clouds * n, 1))) * x,
-    }[kind]
-    return Case(*(cupy.asarray(cloud.astype(np.float32)) for cloud in (x, y)), clouds * (n,))
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return Case(*(cupy.asarray(cloud) for cloud in data.pair(kind, n, clouds)), clouds * (n,))
 
 
 def _real_sweep(folder: Path | None) -> tuple[str, np.ndarray]:
@@ -168,14 +142,6 @@ def _real_sweep(folder: Path | None) -> tuple[str, np.ndarray]:
 # ---- time and floors -----------------------------------------------------------------------------------------------
 
 
-def _time(call: timing.Call) -> float:
-    """Eager. Events of CuPy's current stream time torch too: both run on the default stream."""
-    once = timing.eager_time(call, 1)
-    if once > ONCE_MS:
-        return once
-    return timing.eager_time(call, REPEATS, CALLS if once < SLOW_MS else 1)
-
-
 def _floor(setting: Setting, case: Case, result_bytes: int) -> float:
     """Milliseconds."""
     nbytes = case.query.nbytes + (0 if case.points is case.query else case.points.nbytes) + result_bytes
@@ -184,20 +150,6 @@ def _floor(setting: Setting, case: Case, result_bytes: int) -> float:
 
 def _knn_floor(setting: Setting, case: Case, k: int) -> float:
     return _floor(setting, case, 8 * k * len(case.query))
-
-
-def _graph_peer(call: timing.Call) -> Peer:
-    """What the device needs, with no gaps between its kernels."""
-    return measured_peer("ours", "graph", lambda: timing.graph_time(call, calls=5))
-
-
-def _free() -> None:
-    """Gives the memory of CuPy's pool and torch's back: they do not share it."""
-    import cupy
-
-    cupy.get_default_memory_pool().free_all_blocks()
-    if "torch" in sys.modules:
-        sys.modules["torch"].cuda.empty_cache()
 
 
 # ---- brute force, and what is checked against it -------------------------------------------------------------------
@@ -213,7 +165,7 @@ def _kernel(name: str, k: int = 1) -> Any:
     return cupy.RawModule(code=SOURCE.read_text(), options=(f"-DK={k}",)).get_function(name)
 
 
-def _brute_force(case: Case, k: int, step: int = 1) -> tuple[Any, Any]:
+def brute_force(case: Case, k: int, step: int = 1) -> tuple[Any, Any]:
     """Distances and indices [queries, k] from all pairs; of a single cloud also of every `step`th query alone."""
     import cupy
 
@@ -232,7 +184,7 @@ def _brute_force(case: Case, k: int, step: int = 1) -> tuple[Any, Any]:
 def _exact(case: Case, k: int, found: Sequence[Any]) -> dict[str, bool]:
     """Every bit, of every query or, of more pairs than can be checked, of every so many."""
     step = -(-case.pairs // CHECKED_PAIRS)
-    expected = _brute_force(case, k, step)
+    expected = brute_force(case, k, step)
     name = "every bit = brute force on the GPU" + (f", every {step}th query" if step > 1 else "")
     return {name: all(_same(x[::step], y) for x, y in zip(found, expected, strict=True))}
 
@@ -261,7 +213,7 @@ def _knn_row(
         what,
         "eager",
         "ms",
-        _time(partial(case.knn, k)),
+        timing.call_time(partial(case.knn, k)),
         must,
         aim,
         floor=_knn_floor(setting, case, k),
@@ -273,14 +225,16 @@ def _knn_row(
 
 def _knn_peers(case: Case, k: int, every: bool) -> Iterator[Peer]:
     if every:
-        yield _graph_peer(partial(case.knn, k))
+        yield graph_peer(partial(case.knn, k))
     if case.pairs <= CHECKED_PAIRS:
-        yield measured_peer("brute force (brute_force.cu)", "eager", lambda: _time(partial(_brute_force, case, k)))
+        yield measured_peer(
+            "brute force (brute_force.cu)", "eager", lambda: timing.call_time(partial(brute_force, case, k))
+        )
     for name, prepare in (ALL_PAIRS if every else ALL_PAIRS[:1]) if len(case.lengths) == 1 else ():
         if case.pairs > PEER_PAIRS:
             yield Peer(name, "eager", None, f"looks at all {case.pairs:.1e} pairs")
         else:
-            yield measured_peer(name, "eager", lambda prepare=prepare: _time(prepare(case, k)))
+            yield measured_peer(name, "eager", lambda prepare=prepare: timing.call_time(prepare(case, k)))
     if len(case.lengths) == 1 and len(case.points) <= TREE_POINTS:
         yield measured_peer("scipy KDTree, all cores", "CPU", lambda: _tree_time(case.on_host(), k))
 
@@ -387,7 +341,7 @@ def _growth(setting: Setting) -> Iterator[Row]:
         if setting.quick:
             yield Row(what, "eager", "exp", None, note="skipped: --quick")
             continue
-        small, large = (_time(partial(_pair("near", n).knn, k)) for n in (HARD, MILLION))
+        small, large = (timing.call_time(partial(_pair("near", n).knn, k)) for n in (HARD, MILLION))
         exponent = math.log(large / small) / math.log(MILLION / HARD)
         note = f"exponent of N: {number(small)} ms, and {number(large)} ms at {MILLION:,}"
         yield Row(what, "eager", "exp", exponent, GROWTH_MUST, note=note)
@@ -430,7 +384,7 @@ def _ragged(setting: Setting) -> Iterator[Row]:
         )
         return
     case = _self_case(*sweeps.values())
-    apart = [_time(partial(_self_case(sweep).knn, 16)) for sweep in sweeps.values()]
+    apart = [timing.call_time(partial(_self_case(sweep).knn, 16)) for sweep in sweeps.values()]
     note = f"{', '.join(sweeps)}; a call for each: {' + '.join(map(number, apart))} = {number(sum(apart))} ms"
     yield _knn_row(setting, f"knn, k 16: {len(sweeps)} sweeps on themselves", case, 16, note=note)
 
@@ -442,16 +396,16 @@ def _chamfer(setting: Setting) -> Iterator[Row]:
     for (clouds, n), must in CHAMFER_MUST.items():
         case = _pair("near", n, clouds)
         checks = _check_chamfer(case)
-        forward = _time(case.chamfer)
+        forward = timing.call_time(case.chamfer)
         for both, call in ((False, case.chamfer), (True, case.chamfer_value_and_grad)):
             yield Row(
                 f"chamfer, near, {clouds} x {n:,}: {'value and gradients' if both else 'value'}",
                 "eager",
                 "ms",
-                _time(call) if both else forward,
+                timing.call_time(call) if both else forward,
                 GRADIENT_MUST * forward if both else must,
                 floor=_floor(setting, case, both * (case.query.nbytes + case.points.nbytes)),
-                peers=(_graph_peer(call), *_chamfer_peers(case, both)),
+                peers=(graph_peer(call), *_chamfer_peers(case, both)),
                 checks=checks,
                 note=f"must: {GRADIENT_MUST} x the value ({number(forward)} ms)" if both else "",
             )
@@ -478,7 +432,7 @@ def _exact_chamfer(case: Case) -> tuple[Any, Any, Any]:
         (case, x, y, *gradients),
         (case.swapped(), y, x, *gradients[::-1]),
     ):
-        nearest = _brute_force(one_way, 1)[1][:, 0]
+        nearest = brute_force(one_way, 1)[1][:, 0]
         offsets = sources - targets[nearest]
         distances = cupy.linalg.norm(offsets, axis=1)
         terms = offsets / cupy.where(distances > 0, distances, 1)[:, None] / len(sources)
@@ -493,42 +447,16 @@ def _close(x: Any, exact: Any) -> bool:
 
 
 def _chamfer_peers(case: Case, both: bool) -> Iterator[Peer]:
-    clouds, n = len(case.lengths), case.lengths[0]
-    earlier = CDIST_EARLIER[clouds, n][both]
+    earlier = losses.CDIST_EARLIER[len(case.lengths), case.lengths[0]][both]
     for name, prepare, figure in (
-        ("torch.cdist chamfer", _torch_chamfer, earlier),
-        ("pytorch3d chamfer_distance, squared", _pytorch3d_chamfer, None),
+        ("torch.cdist chamfer", losses.cdist_chamfer, earlier),
+        ("pytorch3d chamfer_distance, squared", losses.pytorch3d_chamfer, None),
     ):
 
-        def measure(prepare: Callable[[], Any] = prepare) -> float:
-            chamfer = prepare()
-            inputs = [data.to_torch(rows).view(clouds, n, 3).requires_grad_(both) for rows in case[:2]]
-            return _time(_torch_call(chamfer, inputs, both))
+        def measure(prepare: losses.Prepare = prepare) -> float:
+            return timing.call_time(losses.call(prepare(), case.query, case.points, len(case.lengths), both))
 
         yield measured_peer(name, "eager", measure, figure)
-
-
-def _torch_call(chamfer: Callable[..., Any], inputs: Sequence[Any], both: bool) -> timing.Call:
-    """The value, or the gradients by autograd."""
-    import torch
-
-    return (lambda: torch.autograd.grad(chamfer(*inputs), inputs)) if both else lambda: chamfer(*inputs)
-
-
-def _torch_chamfer() -> Callable[..., Any]:
-    import torch
-
-    def chamfer(x: Any, y: Any) -> Any:
-        distances = torch.cdist(x, y)
-        return distances.min(2).values.mean() + distances.min(1).values.mean()
-
-    return chamfer
-
-
-def _pytorch3d_chamfer() -> Callable[..., Any]:
-    from pytorch3d.loss import chamfer_distance
-
-    return lambda x, y: chamfer_distance(x, y)[0]
 
 
 # ---- radius_search, a reused index, the CPU ------------------------------------------------------------------------
@@ -548,17 +476,21 @@ def _radius(setting: Setting) -> Iterator[Row]:
         f"radius_search, {RADIUS} m: real sweep of {len(points):,}",
         "eager",
         "ms",
-        _time(call),
+        timing.call_time(call),
         RADIUS_MUST,
         floor=_floor(setting, case, 8 * entries + 8 * len(points)),
         peers=(
-            _graph_peer(call),
-            measured_peer("ours, without max_entries", "eager", lambda: _time(lambda: call(None))),
+            graph_peer(call),
+            measured_peer("ours, without max_entries", "eager", lambda: timing.call_time(lambda: call(None))),
             measured_peer(
-                "brute force (brute_force.cu), counts alone", "eager", lambda: _time(lambda: _ball_counts(case))
+                "brute force (brute_force.cu), counts alone",
+                "eager",
+                lambda: timing.call_time(partial(_ball_counts, case)),
             ),
-            measured_peer("torch.cdist <= r, nonzero", "eager", lambda: _time(_torch_ball(case))),
-            measured_peer("torch_cluster radius", "eager", lambda: _time(_torch_cluster_ball(case, int(counts.max())))),
+            measured_peer("torch.cdist <= r, nonzero", "eager", lambda: timing.call_time(_torch_ball(case))),
+            measured_peer(
+                "torch_cluster radius", "eager", lambda: timing.call_time(_torch_cluster_ball(case, int(counts.max())))
+            ),
             measured_peer("scipy KDTree, all cores, counts alone", "CPU", lambda: _tree_ball_time(case.on_host())),
         ),
         checks=_check_balls(case, call(), counts),
@@ -634,17 +566,19 @@ def _reused(setting: Setting) -> Iterator[Row]:
     index = gpu3d.neighbor_index(case.points)
     for k in (1, 16):
         anew, again = partial(gpu3d.knn, moved, case.points, k), partial(gpu3d.knn, moved, index, k)
-        without = _time(anew)
+        without = timing.call_time(anew)
         yield Row(
             f"knn, k {k}: real sweep, index reused",
             "eager",
             "ms",
-            _time(again),
+            timing.call_time(again),
             without,
             floor=_knn_floor(setting, case._replace(query=moved), k),
             peers=(
                 Peer("ours, points given", "eager", without),
-                Peer("ours, neighbor_index alone", "eager", _time(partial(gpu3d.neighbor_index, case.points))),
+                Peer(
+                    "ours, neighbor_index alone", "eager", timing.call_time(partial(gpu3d.neighbor_index, case.points))
+                ),
             ),
             checks={"the same bits with and without": all(map(_same, again(), anew()))},
             note=f"must: no more than with points; queries: the sweep with {data.JITTER} m of jitter",

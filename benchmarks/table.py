@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import timing
 from benchmarks.timing import Ceilings
 
 # column: width; negative: flush left
@@ -56,6 +57,11 @@ def measured_peer(name: str, timed: str, measure: Callable[[], float], earlier: 
     except Exception as error:  # whatever a peer raises must not end our run
         why = str(error).strip().splitlines() or [type(error).__name__]
         return Peer(name, timed, None, why[0][:200], earlier)
+
+
+def graph_peer(call: timing.Call) -> Peer:
+    """What the device needs of our call, with no gaps between its kernels."""
+    return measured_peer("ours", "graph", lambda: timing.graph_time(call, calls=5))
 
 
 def absent_peer(name: str, timed: str, earlier: float | None, note: str = "") -> Peer:
