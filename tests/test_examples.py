@@ -151,3 +151,46 @@ def test_compare_scans_of_no_scan(tmp_path):
         assert done.returncode == 1
         assert "nan.npy holds no finite points" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+NUMBER = r" +[\d.]+e[+-]\d+"
+
+
+@pytest.mark.parametrize("name", clouds())
+def test_threshold_study(name, tmp_path):
+    np.save(tmp_path / f"{name}.npy", clouds()[name])
+    options = "--points", "150", "--out", "picture.png", "--device", "cpu"
+    done = run("threshold_study.py", tmp_path, f"{name}.npy", *options)
+    if name in ("point", "equal"):
+        assert done.returncode == 1
+        assert "two samples need at least 16 different points, got 1" in done.stderr
+        assert "Traceback" not in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    studies = re.split(r"\n(?=.*: samples of 150 points, [\d.e+-]+ apart\n)", done.stdout)[1:]
+    assert [study.partition(":")[0] for study in studies] == ["sphere", "torus", "terrain", f"{name}.npy"]
+    for study in studies:
+        rows = re.findall(rf"^ {{16}} +(1e-\d\d) +([\d.]+) +([\d,]+)((?:{NUMBER}){{6}})$", study, re.M)
+        assert [row[0] for row in rows] == 2 * [f"1e-{power:02}" for power in range(2, 15, 2)]
+        pairs = np.array([row[1] for row in rows], float).reshape(2, 7)
+        assert (np.diff(pairs, axis=1) >= 0).all() and (pairs[:, 0] < 3).all() and (pairs[:, -1] > 5).all()
+        errors = np.array([row[3].split() for row in rows], float).reshape(2, 7, 6)
+        for found in errors:
+            dropped, dropped_bound, plan, plan_bound, loss, gradient = found.T
+            assert (dropped <= dropped_bound).all() and (plan <= 1.01 * plan_bound + 1e-7).all()
+            for of_one in (plan, loss, gradient):
+                assert of_one[0] > 1e-4 and of_one[-1] < 0.1 * of_one[0] + 1e-6
+        assert (
+            len(
+                re.findall(
+                    rf"gradient at 1e-08 by (?:iterations|spacing):(?: [\d.e+-]+:{NUMBER},?){{4,7}}$", study, re.M
+                )
+            )
+            == 4
+        )
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.npy", "picture.png"}
+    if name == "sweep":  # each cloud and each plot shows something, in colour
+        image = matplotlib.image.imread(tmp_path / "picture.png")[..., :3]
+        for strip in (image[100:390], image[470:790], image[890:1210]):
+            for panel in np.array_split(strip[:, 20:1780], 4, axis=1):
+                assert (np.ptp(panel, axis=-1) > 0.25).sum() > 500
