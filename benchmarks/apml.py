@@ -12,7 +12,7 @@ of which every second point is one cloud and the others are the other, equal poi
 Checked against all pairs (`_exact`): distances, the choice of what is kept, weights, Sinkhorn, loss and gradients in
 float64 of CuPy, every distance computed, in parts that fit; what is not kept is 0 in the dense plan and stays 0. The
 pairs must be the same to the last. That is done of 32 x 2048 and 8 x 8192 for all kinds of clouds, of 1 x 131,072 for
-near and far (both not with --quick), and not of a million points: there near is compared with the CPU, which is float64
+near and far (not with --quick), and not of a million points: there near is compared with the CPU, which is float64
 too but finds the pairs by k-d trees.
 
 Memory: the most bytes of CuPy's pool that a call holds at a time, results included, inputs not: a hook on the pool adds
