@@ -132,6 +132,9 @@ def leave(array: Any, origin: Origin) -> Any:
     if origin.library == "torch":
         torch = sys.modules["torch"]
         if origin.device is not None:
+            owner = getattr(array.data.mem, "_owner", None)
+            if isinstance(owner, torch.Tensor):  # torch's own memory (interop.torch): a tensor of it, not of DLPack's
+                return _tensor_of(owner, array, torch)
             return torch.from_dlpack(array)
         if array.dtype == BFLOAT16:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
@@ -140,6 +143,14 @@ def leave(array: Any, origin: Origin) -> Any:
     if origin.device is not None:
         return jax.dlpack.from_dlpack(array)
     return jax.device_put(array, jax.devices("cpu")[0])
+
+
+def _tensor_of(owner: Any, array: Any, torch: Any) -> Any:
+    """The CuPy array as a view of the tensor whose memory it lies in."""
+    storage, size = owner.untyped_storage(), array.itemsize
+    first = (array.data.ptr - storage.data_ptr()) // size
+    out = torch.empty(0, dtype=getattr(torch, array.dtype.name), device=owner.device)
+    return out.set_(storage, first, array.shape, tuple(step // size for step in array.strides))
 
 
 # ---- device and stream ---------------------------------------------------------------------------------------------
@@ -206,10 +217,30 @@ def check_points(
     lengths_name: str = "lengths",
     dimensions: tuple[int, ...] = (3,),
 ) -> tuple[Any, tuple[int, ...]]:
-    """Points as [N, 3], and the cloud lengths as a tuple of ints that sum to N; or [N, d], d one of `dimensions`.
+    """`pack_points` of a NumPy or CuPy array, whose dtype is checked.
 
-    [B, n, 3] becomes [B * n, 3] with B equal lengths. A float dtype is asked for: integer coordinates have lost their
-    scale, and which voxel they fall into would depend on it.
+    A float dtype is asked for: integer coordinates have lost their scale, and which voxel they fall into would depend
+    on it.
+    """
+    packed, packed_lengths = pack_points(points, lengths, name, lengths_name, dimensions)
+    if points.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} must be float32, float64, float16 or bfloat16, got {points.dtype}: "
+            f"convert by {name}.astype('float32')."
+        )
+    return packed, packed_lengths
+
+
+def pack_points(
+    points: Any,
+    lengths: Any,
+    name: str = "points",
+    lengths_name: str = "lengths",
+    dimensions: tuple[int, ...] = (3,),
+) -> tuple[Any, tuple[int, ...]]:
+    """Points of any library as [N, 3], and the cloud lengths as a tuple of ints that sum to N; or [N, d].
+
+    d is one of `dimensions`. [B, n, 3] becomes [B * n, 3] with B equal lengths.
     """
     if points.ndim not in (2, 3):
         raise ValueError(f"{name} must have shape [N, 3] (or [B, n, 3]), got {list(points.shape)}.")
@@ -217,11 +248,6 @@ def check_points(
         raise ValueError(
             f"{name} must have {' or '.join(map(str, dimensions))} coordinates in its last dimension, got shape "
             f"{list(points.shape)}: take {name}[..., :3]."
-        )
-    if points.dtype not in FLOATS:
-        raise TypeError(
-            f"{name} must be float32, float64, float16 or bfloat16, got {points.dtype}: "
-            f"convert by {name}.astype('float32')."
         )
     if points.ndim == 3:
         if lengths is not None:

@@ -166,8 +166,7 @@ def bucket_attention_backward(
 # ---- checks --------------------------------------------------------------------------------------------------------
 
 
-def _checked_inputs(named: dict[str, Any], buckets: Buckets, scopes: Scopes) -> tuple[list[Any], _arrays.Origin, Any]:
-    """The arrays as NumPy or CuPy, q's origin, and the scopes' table."""
+def _check_layout(buckets: Any, scopes: Any) -> None:
     if not isinstance(buckets, Buckets):
         raise TypeError(f"buckets must be the Buckets that gpu3d.bucketize returns, got {type(buckets).__name__}.")
     if not isinstance(scopes, Scopes):
@@ -178,6 +177,11 @@ def _checked_inputs(named: dict[str, Any], buckets: Buckets, scopes: Scopes) -> 
             f"offsets {_brief(scopes.bucket_offsets)}; buckets has {buckets.num_buckets} of {buckets.bucket_size}, "
             f"offsets {_brief(buckets.bucket_offsets)}. Make them by gpu3d.scopes(buckets)."
         )
+
+
+def _checked_inputs(named: dict[str, Any], buckets: Buckets, scopes: Scopes) -> tuple[list[Any], _arrays.Origin, Any]:
+    """The arrays as NumPy or CuPy, q's origin, and the scopes' table."""
+    _check_layout(buckets, scopes)
     entered = [_arrays.enter(x, name) for name, x in named.items()]
     first, origin = entered[0]
     table, table_origin = _arrays.enter(scopes.table, "scopes")
@@ -423,8 +427,8 @@ def _backward_cuda(
     import cupy
 
     shape, dtype, size = q.shape, q.dtype, q.nbytes
-    memory = cupy.cuda.alloc(3 * size)  # the three results in one allocation
-    gradients = tuple([cupy.ndarray(shape, dtype, memory + part * size) for part in range(3)])
+    memory = _cuda.results((0, size, 2 * size, 3 * size))
+    gradients = tuple([cupy.ndarray(shape, dtype, part) for part in memory])
     if size:
         key = dtype, shape[1], shape[2], buckets.bucket_size, buckets.lengths, table.shape
         batch, (dq, dkdv) = _plans(q.data.device_id, ("dq", "dkdv"), *key)
@@ -435,8 +439,8 @@ def _backward_cuda(
         delta = cupy.cuda.alloc(lse.nbytes)
         scope = clouds, table.data.ptr, table.shape[1], shape[1]
         numbers = *_exponent(scale, dtype), scale
-        first, saved = memory.ptr, lse.data.ptr
-        _launch(dq, *views, saved, *scope, dq.tiles, *numbers, first, delta.ptr)
-        _launch(dkdv, *views[:4], saved, delta.ptr, *scope, dkdv.tiles, *numbers, first + size, first + 2 * size)
+        saved, (of_q, of_k, of_v) = lse.data.ptr, (part.ptr for part in memory)
+        _launch(dq, *views, saved, *scope, dq.tiles, *numbers, of_q, delta.ptr)
+        _launch(dkdv, *views[:4], saved, delta.ptr, *scope, dkdv.tiles, *numbers, of_k, of_v)
         del kept, held, delta  # held until here: the pool hands them on in stream order
     return gradients

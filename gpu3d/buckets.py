@@ -302,14 +302,14 @@ def _bucketize_cuda(
     if not points.flags.c_contiguous:
         points = cupy.ascontiguousarray(points)
     n, slots = points.shape[0], bucket_offsets[-1] * bucket_size
-    memory = cupy.cuda.alloc(4 * (slots + n + 1))  # the three results in one allocation
-    slot_to_point = cupy.ndarray((slots,), _INT32, memory)
-    point_to_slot = cupy.ndarray((n,), _INT32, memory + 4 * slots)
-    moved = cupy.ndarray((), _INT32, memory + 4 * (slots + n))
+    memory = _cuda.results((0, 4 * slots, 4 * (slots + n), 4 * (slots + n + 1)))
+    slot_to_point = cupy.ndarray((slots,), _INT32, memory[0])
+    point_to_slot = cupy.ndarray((n,), _INT32, memory[1])
+    moved = cupy.ndarray((), _INT32, memory[2])
     if n == 0:
         moved.fill(0)
         return slot_to_point, point_to_slot, moved
-    results = memory.ptr, memory.ptr + 4 * slots, memory.ptr + 4 * (slots + n)
+    results = tuple(part.ptr for part in memory)
     macros = (("POINT", _arrays.FLOATS.index(points.dtype)), ("KEY", reference.HASHES.index(hash)))
     cell = -1.0 if voxel_size == "per_axis" else float(voxel_size or 0.0)
     if balance == "probe":

@@ -440,7 +440,7 @@ def _layout(lengths: tuple[int, ...], bucket_size: int, ratio: int) -> _Layout:
 def _results(
     slots: int, points: int, columns: int, dtype: np.dtype, point_dtype: np.dtype, ratio: int, extremes: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Where results begin in two allocations: what is as wide as the features, and what is as long as the children."""
+    """Where results end in two runs of memory: what is as wide as the features, and what is as long as the children."""
     wide = _cuda.ends(slots * columns * dtype.itemsize, slots * columns * extremes)
     return wide, _cuda.ends(slots * ratio * 4, slots * 3 * point_dtype.itemsize, slots * 4, points * 4, 4)
 
@@ -513,14 +513,14 @@ def _pool_cuda(
     extremes = reduce in ("min", "max")
     dtype, point_dtype = features.dtype, points.dtype
     wide_ends, long_ends = _results(slots, layout.points, columns, dtype, point_dtype, ratio, extremes)
-    wide, long = cupy.cuda.alloc(wide_ends[-1]), cupy.cuda.alloc(long_ends[-1])
-    pooled = cupy.ndarray((slots, columns), dtype, wide)
-    argmember = cupy.ndarray((slots, columns), _UINT8, wide + wide_ends[1]) if extremes else None
-    members = cupy.ndarray((slots, ratio), _INT32, long)
-    pooled_points = cupy.ndarray((slots, 3), point_dtype, long + long_ends[1])
-    slot_to_point = cupy.ndarray((slots,), _INT32, long + long_ends[2])
-    point_to_slot = cupy.ndarray((layout.points,), _INT32, long + long_ends[3])
-    moved = cupy.ndarray((), _INT32, long + long_ends[4])
+    wide, long = _cuda.results(wide_ends), _cuda.results(long_ends)
+    pooled = cupy.ndarray((slots, columns), dtype, wide[0])
+    argmember = cupy.ndarray((slots, columns), _UINT8, wide[1]) if extremes else None
+    members = cupy.ndarray((slots, ratio), _INT32, long[0])
+    pooled_points = cupy.ndarray((slots, 3), point_dtype, long[1])
+    slot_to_point = cupy.ndarray((slots,), _INT32, long[2])
+    point_to_slot = cupy.ndarray((layout.points,), _INT32, long[3])
+    moved = cupy.ndarray((), _INT32, long[4])
     results = pooled, pooled_points, members, argmember, slot_to_point, point_to_slot, moved
     if not slots:
         moved.fill(0)
@@ -530,15 +530,14 @@ def _pool_cuda(
     children, held_too = _clouds.pack(layout.children, buckets.bucket_size)
     macros = (("POINT", _arrays.FLOATS.index(point_dtype)),)
     kernel = _kernel(points.data.device_id, "pooling_group", "pool_groups", macros)
-    at = long.ptr
-    args = points.data.ptr, parents, children, ratio, *[at + end for end in long_ends[:-1]]
+    args = points.data.ptr, parents, children, ratio, *[part.ptr for part in long]
     _cuda.launch(kernel, grid=layout.parents.tiles, block=GROUP_TILE, args=args)
     if columns:
         features = _columns(features)
         function, flag = ("pool_extremes", reduce == "max") if extremes else ("pool_sums", reduce == "mean")
         walk, places = _rows(function, (features,), ratio, slots)
-        out = (wide.ptr, wide.ptr + wide_ends[1]) if extremes else (wide.ptr,)
-        _launch(walk, *places, at, slots, walk.words, walk.lane_bits, flag, *out)
+        out = [part.ptr for part in wide[: 1 + extremes]]
+        _launch(walk, *places, long[0].ptr, slots, walk.words, walk.lane_bits, flag, *out)
     del held, held_too  # held until here, as are copies: the pool hands them on in stream order
     return results
 

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gpu3d inside other frameworks: `gpu3d.interop.torch`, and converters between ways to hold a batch of clouds.
+
+Importing this package imports no framework.
+"""
+
+from gpu3d.interop.batches import (
+    batch_from_lengths,
+    cu_seqlens_from_lengths,
+    lengths_from_batch,
+    lengths_from_cu_seqlens,
+    lengths_from_offset,
+    offset_from_lengths,
+    pack,
+    pad,
+)
+
+__all__ = [
+    "batch_from_lengths",
+    "cu_seqlens_from_lengths",
+    "lengths_from_batch",
+    "lengths_from_cu_seqlens",
+    "lengths_from_offset",
+    "offset_from_lengths",
+    "pack",
+    "pad",
+]

@@ -1,0 +1,920 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gpu3d for torch: the same calls as functions with gradients, as registered operators, and as modules.
+
+Each operator `torch.ops.gpu3d.*` is a plain call of gpu3d: the same kernels and the same bits, on torch's current
+stream. Its outputs and workspaces are torch's own memory. torch.library knows its shapes (torch.compile), its gradient,
+which is the hand-written backward, and what autocast does to it.
+
+Operators take tensors and numbers only, so a layout travels as its tensors and its lengths. The functions here take
+`Buckets`, `Scopes` and `Pooling` apart and put them together again, which torch.compile traces through: they may be
+made inside a compiled function, passed into it and returned from it. Lengths are host integers: torch.compile takes
+those of another batch as symbols, and the number of clouds as fixed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+try:
+    import torch
+except ImportError as error:
+    raise ImportError('gpu3d.interop.torch needs torch: pip install "gpu3d[torch]".') from error
+
+import gpu3d
+from gpu3d import _arrays, attention, pooling
+from gpu3d import buckets as layouts
+from gpu3d.buckets import Buckets, Scopes
+from gpu3d.pooling import Pooling
+
+__all__ = [
+    "BucketAttention",
+    "ChamferLoss",
+    "bucket_attention",
+    "bucket_pool",
+    "bucket_unpool",
+    "bucketize",
+    "chamfer",
+    "gather",
+    "scatter",
+    "scopes",
+    "use_torch_allocator",
+]
+
+if torch.__version__ < "2.6":  # a TorchVersion, which compares as versions do
+    raise ImportError(
+        f'gpu3d.interop.torch needs torch >= 2.6, got {torch.__version__}: pip install --upgrade "gpu3d[torch]".'
+    )
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+class _Allocator:
+    """A CuPy allocator: torch's memory, of torch's current stream. Each allocation is a tensor."""
+
+    apart = True  # results that are returned together have an allocation each, for tensors own their memory
+
+    def __call__(self, size: int) -> Any:
+        import cupy
+
+        tensor = torch.empty(size, dtype=torch.uint8, device="cuda")  # CuPy and torch have one current device: CUDA's
+        memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), size, tensor, tensor.device.index)
+        return cupy.cuda.MemoryPointer(memory, 0)
+
+
+class _StreamAllocator(_Allocator):
+    """The same of CuPy's current stream, which need not be torch's where somebody mixes both."""
+
+    def __call__(self, size: int) -> Any:
+        import cupy
+
+        stream = cupy.cuda.get_current_stream().ptr
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=torch.cuda.current_device())):
+            return super().__call__(size)
+
+
+_allocator = _Allocator()
+
+
+def use_torch_allocator() -> None:
+    """Let CuPy allocate from torch's caching allocator, from now on, in every thread.
+
+    For programs that use CuPy and torch by hand: the two libraries then share one pool, and CuPy's arrays can be made
+    while torch captures a CUDA graph. The functions of this module do so by themselves, and need no call of this one.
+
+    Notes
+    -----
+    Memory belongs to the stream that is CuPy's current one when it is allocated, as in CuPy's own pool. Arrays made
+    before keep theirs; ``cupy.get_default_memory_pool().free_all_blocks()`` gives back what that pool holds. The way
+    back is ``cupy.cuda.set_allocator(cupy.get_default_memory_pool().malloc)``.
+
+    Raises
+    ------
+    ImportError
+        CuPy is not installed.
+    RuntimeError
+        This torch has no CUDA.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            f"use_torch_allocator needs a torch with CUDA and a GPU, got torch {torch.__version__} that finds none."
+        )
+    _arrays.require_cupy("what use_torch_allocator allocates").cuda.set_allocator(_StreamAllocator())
+
+
+def _from_torch(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """What gpu3d allocates in here, beside x, is torch's."""
+    if x.device.type == "cpu":
+        return contextlib.nullcontext()
+    return _arrays.require_cupy("a tensor").cuda.using_allocator(_allocator)
+
+
+# ---- operators -----------------------------------------------------------------------------------------------------
+
+_LIBRARY = torch.library.Library("gpu3d", "DEF")
+_OPS = torch.ops.gpu3d
+
+
+def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Defines ``gpu3d::<schema>`` with the decorated function as its kernel on CPU and CUDA.
+
+    `fake` makes empty results from the same arguments; lengths are symbols in it where torch.compile says so.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def kernel(x: torch.Tensor, *args: Any) -> Any:
+            with _from_torch(x):
+                return function(x, *args)
+
+        name = schema.partition("(")[0]
+        _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        for key in ("CPU", "CUDA"):
+            _LIBRARY.impl(name, kernel, key)
+        torch.library.register_fake(f"gpu3d::{name}", fake, lib=_LIBRARY)
+        return function
+
+    return register
+
+
+def _gradient(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    torch.library.register_autograd(f"gpu3d::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def _no_second_derivative(name: str) -> None:
+    """The backward of a backward is an error: without one, torch would take second derivatives for zero."""
+
+    def backward(ctx: Any, *gradients: Any) -> None:
+        raise RuntimeError(
+            f"gpu3d has no second derivatives: torch asked for the gradient of {name}, which is one already. "
+            "Call backward or torch.autograd.grad without create_graph."
+        )
+
+    _gradient(name, backward, lambda ctx, inputs, output: None)
+
+
+def _num_slots(lengths: Sequence[int], bucket_size: int) -> int:
+    return sum((n + bucket_size - 1) // bucket_size for n in lengths) * bucket_size
+
+
+@functools.lru_cache(maxsize=1024)
+def _cached_layout(lengths: tuple[int, ...], bucket_size: int) -> Buckets:
+    return Buckets(None, None, None, bucket_size, lengths, layouts._bucket_offsets(lengths, bucket_size))
+
+
+def _layout(lengths: Sequence[int], bucket_size: int) -> Buckets:
+    """What ops other than scatter and gather need of a Buckets: all but its arrays."""
+    return _cached_layout(tuple(lengths), bucket_size)
+
+
+def _children(lengths: Sequence[int], ratio: int) -> tuple[int, ...]:
+    return tuple([(n + ratio - 1) // ratio for n in lengths])
+
+
+# ---- operators: buckets --------------------------------------------------------------------------------------------
+
+
+def _bucketize_fake(points: torch.Tensor, bucket_size: int, lengths: Sequence[int], *options: Any) -> Any:
+    shapes = (_num_slots(lengths, bucket_size),), (points.shape[0],), ()
+    return tuple([points.new_empty(shape, dtype=torch.int32) for shape in shapes])
+
+
+@_operator(
+    "bucketize(Tensor points, int bucket_size, SymInt[] lengths, str hash, str balance, float? voxel_size, "
+    "bool per_axis, int seed, bool? check_finite) -> (Tensor, Tensor, Tensor)",
+    _bucketize_fake,
+)
+def _bucketize(
+    points: torch.Tensor,
+    bucket_size: int,
+    lengths: Sequence[int],
+    hash: str,
+    balance: str,
+    voxel_size: float | None,
+    per_axis: bool,
+    seed: int,
+    check_finite: bool | None,
+) -> Any:
+    made = gpu3d.bucketize(
+        points,
+        bucket_size,
+        lengths=lengths,
+        hash=hash,
+        balance=balance,
+        voxel_size="per_axis" if per_axis else voxel_size,
+        seed=seed,
+        check_finite=check_finite,
+    )
+    return made.slot_to_point, made.point_to_slot, made.moved
+
+
+def _scopes_fake(
+    slot_to_point: torch.Tensor, bucket_size: int, lengths: Sequence[int], size: int, shift: int, stride: int
+) -> torch.Tensor:
+    rows = 0
+    for n in lengths:
+        buckets = (n + bucket_size - 1) // bucket_size
+        rows += buckets // (size * stride) * stride + torch.sym_min(buckets % (size * stride), stride)
+    return slot_to_point.new_empty((rows, size))
+
+
+@_operator(
+    "scopes(Tensor slot_to_point, int bucket_size, SymInt[] lengths, int size, int shift, int stride) -> Tensor",
+    _scopes_fake,
+)
+def _scopes(
+    slot_to_point: torch.Tensor, bucket_size: int, lengths: Sequence[int], size: int, shift: int, stride: int
+) -> torch.Tensor:
+    layout = _layout(lengths, bucket_size)
+    buckets = Buckets(slot_to_point, None, None, bucket_size, layout.lengths, layout.bucket_offsets)
+    return gpu3d.scopes(buckets, size, shift=shift, stride=stride).table
+
+
+def _move_rows_fake(x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor, fill: Any, name: str) -> torch.Tensor:
+    return x.new_empty((index.shape[0], *x.shape[1:]))
+
+
+@_operator("move_rows(Tensor x, Tensor index, Tensor inverse, Scalar fill, str name) -> Tensor", _move_rows_fake)
+def _move_rows(x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor, fill: Any, name: str) -> torch.Tensor:
+    """Rows x[index], `fill` where the index is -1; `inverse` is where each row of x goes, or -1."""
+    return layouts._move(x, inverse.shape[0], name, index, fill)
+
+
+def _save_move(ctx: Any, inputs: Any, output: Any) -> None:
+    _, index, inverse, _, name = inputs
+    ctx.save_for_backward(index, inverse)
+    ctx.name = name
+
+
+def _move_backward(ctx: Any, dout: torch.Tensor) -> Any:
+    index, inverse = ctx.saved_tensors  # every row goes to one place, so the way back is a move too
+    return _OPS.move_rows(dout, inverse, index, 0, f"d{ctx.name}"), None, None, None, None
+
+
+_gradient("move_rows", _move_backward, _save_move)
+
+
+# ---- operators: attention ------------------------------------------------------------------------------------------
+
+
+def _lse_dtype(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _attention_fake(q: torch.Tensor, *args: Any) -> Any:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=_lse_dtype(q))
+
+
+@_operator(
+    "bucket_attention(Tensor q, Tensor k, Tensor v, Tensor table, int bucket_size, SymInt[] lengths, float? scale) "
+    "-> (Tensor, Tensor)",
+    _attention_fake,
+)
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: torch.Tensor,
+    bucket_size: int,
+    lengths: Sequence[int],
+    scale: float | None,
+) -> Any:
+    layout = _layout(lengths, bucket_size)
+    return gpu3d.bucket_attention(q, k, v, layout, _scopes_of(table, layout), scale=scale, return_lse=True)
+
+
+def _scopes_of(table: torch.Tensor, layout: Buckets) -> Scopes:
+    return Scopes(table, table.shape[1], 0, 1, layout.bucket_size, layout.bucket_offsets)
+
+
+def _attention_backward_fake(dout: torch.Tensor, q: torch.Tensor, *args: Any) -> Any:
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+@_operator(
+    "bucket_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor table, "
+    "int bucket_size, SymInt[] lengths, float? scale) -> (Tensor, Tensor, Tensor)",
+    _attention_backward_fake,
+)
+def _attention_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    table: torch.Tensor,
+    bucket_size: int,
+    lengths: Sequence[int],
+    scale: float | None,
+) -> Any:
+    layout = _layout(lengths, bucket_size)
+    return gpu3d.bucket_attention_backward(dout, q, k, v, out, lse, layout, _scopes_of(table, layout), scale=scale)
+
+
+def _save_attention(ctx: Any, inputs: Any, output: Any) -> None:
+    q, k, v, table, *ctx.layout = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, table)
+
+
+def _backward_of_attention(ctx: Any, dout: torch.Tensor, dlse: Any) -> Any:
+    gradients = _OPS.bucket_attention_backward(dout, *ctx.saved_tensors, *ctx.layout)
+    return *gradients, None, None, None, None
+
+
+_gradient("bucket_attention", _backward_of_attention, _save_attention)
+_no_second_derivative("bucket_attention_backward")
+
+
+def _autocast_attention(device_type: str) -> Callable[..., Any]:
+    """To autocast's dtype of the moment, as torch's own attention (torch.library.register_autocast has a fixed one)."""
+
+    def cast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *layout: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+            return _OPS.bucket_attention(q, k, v, *layout)
+
+    return cast
+
+
+for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    _LIBRARY.impl("bucket_attention", _autocast_attention(_device_type), _key)
+
+
+# ---- operators: pooling --------------------------------------------------------------------------------------------
+
+
+def _pool_fake(
+    features: torch.Tensor, points: torch.Tensor, bucket_size: int, lengths: Sequence[int], ratio: int, reduce: str
+) -> Any:
+    children, columns = _children(lengths, ratio), features.shape[1]
+    slots = _num_slots(children, bucket_size)
+
+    def integers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return features.new_empty(shape, dtype=dtype)
+
+    extremes = reduce in ("min", "max")
+    return (
+        features.new_empty((slots, columns)),
+        points.new_empty((slots, 3)),
+        integers(slots, ratio),
+        integers(slots if extremes else 0, columns, dtype=torch.uint8),
+        integers(slots),
+        integers(sum(children)),
+        integers(),
+    )
+
+
+@_operator(
+    "bucket_pool(Tensor features, Tensor points, int bucket_size, SymInt[] lengths, int ratio, str reduce) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _pool_fake,
+)
+def _pool(
+    features: torch.Tensor, points: torch.Tensor, bucket_size: int, lengths: Sequence[int], ratio: int, reduce: str
+) -> Any:
+    pooled = gpu3d.bucket_pool(features, points, _layout(lengths, bucket_size), ratio=ratio, reduce=reduce)
+    argmember, child = pooled.argmember, pooled.buckets
+    if argmember is None:  # an operator's result cannot be None
+        argmember = features.new_empty((0, features.shape[1]), dtype=torch.uint8)
+    structure = child.slot_to_point, child.point_to_slot, child.moved
+    return pooled.features, pooled.points, pooled.members, argmember, *structure
+
+
+def _pooling(
+    features: Any, members: Any, argmember: Any, bucket_size: int, lengths: Sequence[int], ratio: int, reduce: str
+) -> Pooling:
+    """What the backwards and unpooling need of a Pooling."""
+    parent, child = _layout(lengths, bucket_size), _layout(_children(lengths, ratio), bucket_size)
+    return Pooling(features, None, child, members, ratio, reduce, argmember, parent)
+
+
+def _pool_backward_fake(
+    dchild: torch.Tensor, members: torch.Tensor, argmember: Any, bucket_size: int, lengths: Sequence[int], *rest: Any
+) -> torch.Tensor:
+    return dchild.new_empty((_num_slots(lengths, bucket_size), dchild.shape[1]))
+
+
+@_operator(
+    "bucket_pool_backward(Tensor dchild, Tensor members, Tensor argmember, int bucket_size, SymInt[] lengths, "
+    "int ratio, str reduce) -> Tensor",
+    _pool_backward_fake,
+)
+def _pool_backward(
+    dchild: torch.Tensor,
+    members: torch.Tensor,
+    argmember: torch.Tensor,
+    bucket_size: int,
+    lengths: Sequence[int],
+    ratio: int,
+    reduce: str,
+) -> torch.Tensor:
+    first = argmember if reduce in ("min", "max") else None
+    pooled = _pooling(dchild, members, first, bucket_size, lengths, ratio, reduce)
+    return gpu3d.bucket_pool_backward(dchild, pooled)
+
+
+def _save_pool(ctx: Any, inputs: Any, output: Any) -> None:
+    _, points, members, argmember, *structure = output
+    ctx.mark_non_differentiable(points, members, argmember, *structure)
+    ctx.save_for_backward(members, argmember)
+    ctx.layout = inputs[2:]
+
+
+def _backward_of_pool(ctx: Any, dchild: torch.Tensor, *others: Any) -> Any:
+    return _OPS.bucket_pool_backward(dchild, *ctx.saved_tensors, *ctx.layout), None, None, None, None, None
+
+
+_gradient("bucket_pool", _backward_of_pool, _save_pool)
+_no_second_derivative("bucket_pool_backward")
+
+
+def _unpool_fake(
+    child: torch.Tensor, members: torch.Tensor, skip: Any, bucket_size: int, lengths: Sequence[int], ratio: int
+) -> torch.Tensor:
+    return child.new_empty((_num_slots(lengths, bucket_size), child.shape[1]))
+
+
+@_operator(
+    "bucket_unpool(Tensor child, Tensor members, Tensor? skip, int bucket_size, SymInt[] lengths, int ratio) -> Tensor",
+    _unpool_fake,
+)
+def _unpool(
+    child: torch.Tensor, members: torch.Tensor, skip: Any, bucket_size: int, lengths: Sequence[int], ratio: int
+) -> torch.Tensor:
+    return gpu3d.bucket_unpool(child, _pooling(None, members, None, bucket_size, lengths, ratio, "sum"), skip)
+
+
+def _unpool_backward_fake(dout: torch.Tensor, members: torch.Tensor, *rest: Any) -> Any:
+    return dout.new_empty((members.shape[0], dout.shape[1])), dout.new_empty(dout.shape)
+
+
+@_operator(
+    "bucket_unpool_backward(Tensor dout, Tensor members, int bucket_size, SymInt[] lengths, int ratio) "
+    "-> (Tensor, Tensor)",
+    _unpool_backward_fake,
+)
+def _unpool_backward(
+    dout: torch.Tensor, members: torch.Tensor, bucket_size: int, lengths: Sequence[int], ratio: int
+) -> Any:
+    return gpu3d.bucket_unpool_backward(dout, _pooling(None, members, None, bucket_size, lengths, ratio, "sum"))
+
+
+def _save_unpool(ctx: Any, inputs: Any, output: Any) -> None:
+    _, members, skip, *ctx.layout = inputs
+    ctx.save_for_backward(members)
+    ctx.skip = skip is not None
+
+
+def _backward_of_unpool(ctx: Any, dout: torch.Tensor) -> Any:
+    dchild, dskip = _OPS.bucket_unpool_backward(dout, *ctx.saved_tensors, *ctx.layout)
+    return dchild, None, dskip if ctx.skip else None, None, None, None
+
+
+_gradient("bucket_unpool", _backward_of_unpool, _save_unpool)
+_no_second_derivative("bucket_unpool_backward")
+
+
+# ---- operators: losses ---------------------------------------------------------------------------------------------
+
+
+def _loss_fake(
+    x: torch.Tensor, y: torch.Tensor, x_lengths: Sequence[int], reduction: str, with_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    loss = x.new_empty((len(x_lengths),) if reduction == "none" else (), dtype=torch.float32)
+    dx, dy = (z.new_empty(z.shape if with_grad else (0,)) for z in (x, y))
+    return loss, dx, dy
+
+
+def _chamfer_fake(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    x_lengths: Sequence[int],
+    y_lengths: Sequence[int],
+    squared: bool,
+    reduction: str,
+    with_grad: bool,
+) -> Any:
+    return _loss_fake(x, y, x_lengths, reduction, with_grad)
+
+
+@_operator(
+    "chamfer(Tensor x, Tensor y, SymInt[] x_lengths, SymInt[] y_lengths, bool squared, str reduction, bool with_grad) "
+    "-> (Tensor, Tensor, Tensor)",
+    _chamfer_fake,
+)
+def _chamfer(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    x_lengths: Sequence[int],
+    y_lengths: Sequence[int],
+    squared: bool,
+    reduction: str,
+    with_grad: bool,
+) -> Any:
+    """The loss and, with_grad, what it pulls x and y by: the search that finds one has found the other."""
+    options: dict[str, Any] = {
+        "x_lengths": x_lengths,
+        "y_lengths": y_lengths,
+        "squared": squared,
+        "reduction": reduction,
+    }
+    if not with_grad:
+        return gpu3d.chamfer(x, y, **options), x.new_empty(0), y.new_empty(0)
+    loss, (dx, dy) = gpu3d.chamfer_value_and_grad(x, y, **options)
+    return loss, dx.contiguous(), dy.contiguous()
+
+
+def _save_loss(ctx: Any, inputs: Any, output: Any) -> None:
+    x, y, x_lengths, y_lengths, *options = inputs
+    _, dx, dy = output
+    ctx.mark_non_differentiable(dx, dy)
+    ctx.save_for_backward(dx, dy, x, y)
+    ctx.lengths = x_lengths, y_lengths
+    ctx.options = len(options)
+
+
+def _backward_of_loss(ctx: Any, dloss: torch.Tensor, *others: Any) -> Any:
+    gradients = _OPS.loss_backward(dloss, *ctx.saved_tensors, *ctx.lengths)
+    return *gradients, *[None] * (2 + ctx.options)
+
+
+def _loss_backward_fake(dloss: torch.Tensor, dx: torch.Tensor, dy: torch.Tensor, *rest: Any) -> Any:
+    return dx.new_empty(dx.shape), dy.new_empty(dy.shape)
+
+
+# x and y stand here so that torch knows what the result depends on: a second derivative is refused, not taken for 0.
+@_operator(
+    "loss_backward(Tensor dloss, Tensor dx, Tensor dy, Tensor x, Tensor y, SymInt[] x_lengths, SymInt[] y_lengths) "
+    "-> (Tensor, Tensor)",
+    _loss_backward_fake,
+)
+def _loss_backward(
+    dloss: torch.Tensor,
+    dx: torch.Tensor,
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    x_lengths: Sequence[int],
+    y_lengths: Sequence[int],
+) -> Any:
+    return _pulled(dx, dloss, x_lengths), _pulled(dy, dloss, y_lengths)
+
+
+def _pulled(gradient: torch.Tensor, dloss: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """The gradient of each cloud times that of its loss."""
+    if dloss.ndim and lengths:  # no repeat_interleave: its counts would have to come from the host
+        dloss = torch.cat([part.expand(n, 1) for part, n in zip(dloss, lengths, strict=True)])
+    return (gradient * dloss).to(gradient.dtype)
+
+
+_gradient("chamfer", _backward_of_loss, _save_loss)
+_no_second_derivative("loss_backward")
+for _device_type in ("cpu", "cuda"):
+    torch.library.register_autocast("gpu3d::chamfer", _device_type, torch.float32, lib=_LIBRARY)
+
+
+# ---- functions -----------------------------------------------------------------------------------------------------
+
+
+def _check_tensors(**named: Any) -> None:
+    for name, x in named.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(
+                f"{name} must be a torch tensor, got {type(x).__name__}: convert it, or call the gpu3d function of the "
+                "same name, which takes arrays of any library."
+            )
+
+
+def _buckets(structure: Sequence[torch.Tensor], bucket_size: int, lengths: tuple[int, ...]) -> Buckets:
+    slot_to_point, point_to_slot, moved = structure
+    # torch.compile warns of every cache that it sees and goes past.
+    offsets = layouts._bucket_offsets.__wrapped__ if torch.compiler.is_compiling() else layouts._bucket_offsets
+    return Buckets(slot_to_point, point_to_slot, moved, bucket_size, lengths, offsets(lengths, bucket_size))
+
+
+def bucketize(
+    points: torch.Tensor,
+    bucket_size: int = 512,
+    *,
+    lengths: Sequence[int] | None = None,
+    hash: str = "zorder_div",
+    balance: str = "spill",
+    voxel_size: float | str | None = None,
+    seed: int = 0,
+    check_finite: bool | None = None,
+) -> Buckets:
+    """`gpu3d.bucketize` under torch.compile too. Not differentiable: no gradient flows to `points`.
+
+    Parameters
+    ----------
+    points : Tensor [N, 3] or [B, n, 3]
+        As in `gpu3d.bucketize`, and so are the options.
+    bucket_size, lengths, hash, balance, voxel_size, seed, check_finite
+        As in `gpu3d.bucketize`.
+
+    Returns
+    -------
+    Buckets
+        Its arrays are tensors. Its methods scatter and gather are the plain ones, without gradients: use `scatter` and
+        `gather` of this module.
+    """
+    _check_tensors(points=points)
+    bucket_size = layouts._checked_bucket_size(bucket_size)
+    packed, lengths = _arrays.pack_points(points.detach(), lengths)
+    per_axis = isinstance(voxel_size, str) and voxel_size == "per_axis"
+    if not per_axis:
+        layouts._check_voxel_size(voxel_size)
+    options = hash, balance, None if per_axis else voxel_size, per_axis, seed, check_finite
+    return _buckets(_OPS.bucketize(packed, bucket_size, lengths, *options), bucket_size, lengths)
+
+
+def scopes(buckets: Buckets, size: int = 8, *, shift: int = 0, stride: int = 1) -> Scopes:
+    """`gpu3d.scopes` under torch.compile too. A hand-made table is checked on the host: make that by `gpu3d.scopes`.
+
+    Parameters
+    ----------
+    buckets : Buckets
+        With tensors.
+    size, shift, stride : int
+        As in `gpu3d.scopes`.
+
+    Returns
+    -------
+    Scopes
+        Its table is a tensor.
+    """
+    pooling._check_buckets(buckets)
+    _check_tensors(buckets=buckets.slot_to_point)
+    table = _OPS.scopes(buckets.slot_to_point, buckets.bucket_size, buckets.lengths, size, shift, stride)
+    return Scopes(table, size, shift, stride, buckets.bucket_size, buckets.bucket_offsets)
+
+
+def scatter(x: torch.Tensor, buckets: Buckets, fill: float = 0) -> torch.Tensor:
+    """Rows of points into slots, as `Buckets.scatter`, with a gradient: `gather` of the result's.
+
+    Parameters
+    ----------
+    x : Tensor [N, ...]
+        One row a point.
+    buckets : Buckets
+        With tensors on x's device.
+    fill : scalar
+        What padding holds.
+
+    Returns
+    -------
+    Tensor [num_slots, ...]
+    """
+    pooling._check_buckets(buckets)
+    _check_tensors(x=x, buckets=buckets.slot_to_point)
+    return _OPS.move_rows(x, buckets.slot_to_point, buckets.point_to_slot, fill, "x")
+
+
+def gather(y: torch.Tensor, buckets: Buckets) -> torch.Tensor:
+    """Rows of slots back to points, as `Buckets.gather`, with a gradient: `scatter` of the result's, 0 in padding.
+
+    Parameters
+    ----------
+    y : Tensor [num_slots, ...]
+        One row a slot.
+    buckets : Buckets
+        With tensors on y's device.
+
+    Returns
+    -------
+    Tensor [N, ...]
+    """
+    pooling._check_buckets(buckets)
+    _check_tensors(y=y, buckets=buckets.slot_to_point)
+    return _OPS.move_rows(y, buckets.point_to_slot, buckets.slot_to_point, 0, "y")
+
+
+def bucket_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    buckets: Buckets,
+    scopes: Scopes,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """`gpu3d.bucket_attention` with gradients. Under autocast q, k and v are cast to its dtype.
+
+    Parameters
+    ----------
+    q, k, v : Tensor [num_slots, H, D]
+        As in `gpu3d.bucket_attention`: any strides, so the parts of a packed projection are not copied.
+    buckets : Buckets
+        The layout of the slots.
+    scopes : Scopes
+        Which buckets attend to each other, with a tensor as table.
+    scale, return_lse
+        As in `gpu3d.bucket_attention`.
+
+    Returns
+    -------
+    out : Tensor [num_slots, H, D]
+    lse : Tensor float32 [num_slots, H]
+        Only with return_lse. Not differentiated.
+    """
+    _check_tensors(q=q, k=k, v=v)
+    attention._check_layout(buckets, scopes)
+    _check_tensors(scopes=scopes.table)
+    if scale is not None:
+        scale = attention._checked_scale(scale, q.shape[-1])
+    out, lse = _OPS.bucket_attention(q, k, v, scopes.table, buckets.bucket_size, buckets.lengths, scale)
+    return (out, lse) if return_lse else out
+
+
+def bucket_pool(
+    features: torch.Tensor, points: torch.Tensor, buckets: Buckets, *, ratio: int = 2, reduce: str = "mean"
+) -> Pooling:
+    """`gpu3d.bucket_pool` with the gradient of `features`; points are not differentiated. Autocast changes no dtype.
+
+    Parameters
+    ----------
+    features : Tensor [num_slots, C]
+        As in `gpu3d.bucket_pool`.
+    points : Tensor [num_slots, 3]
+    buckets : Buckets
+        The layout of the slots.
+    ratio, reduce
+        As in `gpu3d.bucket_pool`.
+
+    Returns
+    -------
+    Pooling
+        Its arrays are tensors.
+    """
+    _check_tensors(features=features, points=points)
+    pooling._check_buckets(buckets)
+    ratio = pooling._checked_ratio(ratio)
+    layout = buckets.bucket_size, buckets.lengths
+    pooled, pooled_points, members, argmember, *structure = _OPS.bucket_pool(
+        features, points.detach(), *layout, ratio, reduce
+    )
+    child = _buckets(structure, buckets.bucket_size, _children(buckets.lengths, ratio))
+    first = argmember if reduce in ("min", "max") else None
+    return Pooling(pooled, pooled_points, child, members, ratio, reduce, first, buckets)
+
+
+def bucket_unpool(child_features: torch.Tensor, pooled: Pooling, skip: torch.Tensor | None = None) -> torch.Tensor:
+    """`gpu3d.bucket_unpool` with the gradients of child_features and skip. Autocast changes no dtype.
+
+    Parameters
+    ----------
+    child_features : Tensor [child slots, C]
+        As in `gpu3d.bucket_unpool`.
+    pooled : Pooling
+        Which slots became which child.
+    skip : Tensor [num_slots, C], optional
+        Rows of the parent's slots, of child_features' dtype, that are added.
+
+    Returns
+    -------
+    Tensor [num_slots, C]
+    """
+    _check_tensors(child_features=child_features)
+    pooling._check_pooling(pooled)
+    _check_tensors(pooled=pooled.members)
+    if skip is not None:
+        _check_tensors(skip=skip)
+    parent = pooled.parent
+    return _OPS.bucket_unpool(child_features, pooled.members, skip, parent.bucket_size, parent.lengths, pooled.ratio)
+
+
+def chamfer(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    x_lengths: Sequence[int] | None = None,
+    y_lengths: Sequence[int] | None = None,
+    squared: bool = False,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """`gpu3d.chamfer` with the gradients of x and y. Under autocast both are cast to float32.
+
+    Parameters
+    ----------
+    x, y : Tensor [N, 3], [N, 2], [B, n, 3] or [B, n, 2]
+        As in `gpu3d.chamfer`; tensors, not a NeighborIndex.
+    x_lengths, y_lengths, squared, reduction
+        As in `gpu3d.chamfer`.
+
+    Returns
+    -------
+    Tensor float32 [], or [B] for reduction "none"
+    """
+    _check_tensors(x=x, y=y)
+    packed_x, x_lengths = _arrays.pack_points(x, x_lengths, "x", "x_lengths", dimensions=(2, 3))
+    packed_y, y_lengths = _arrays.pack_points(y, y_lengths, "y", "y_lengths", dimensions=(2, 3))
+    with_grad = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    loss, _, _ = _OPS.chamfer(packed_x, packed_y, x_lengths, y_lengths, squared, reduction, with_grad)
+    return loss
+
+
+# ---- modules -------------------------------------------------------------------------------------------------------
+
+
+class BucketAttention(torch.nn.Module):
+    """Multi-head attention within scopes of buckets: a projection to q, k and v, attention, and a projection back.
+
+    Parameters
+    ----------
+    channels : int
+        Of the rows in and out.
+    heads : int
+        channels / heads, the head dimension, is at most 128 and divisible by 8.
+    bias : bool
+        Of both projections.
+    scale : float, optional
+        Factor of the scores. Default: 1 / sqrt(channels / heads).
+    device, dtype
+        Of the parameters, as in torch.nn.Linear.
+
+    Notes
+    -----
+    q, k and v are views of one packed projection [num_slots, 3, heads, channels / heads]; nothing is copied. Padding
+    rows must be finite, as those of `scatter` are: the gradient of a weight is a sum over all rows.
+
+    Examples
+    --------
+    >>> buckets = bucketize(torch.rand(1000, 3), 64)
+    >>> block = BucketAttention(channels=32, heads=4)
+    >>> x = scatter(torch.rand(1000, 32), buckets)
+    >>> block(x, buckets, scopes(buckets, 4, shift=2)).shape
+    torch.Size([1024, 32])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        *,
+        bias: bool = True,
+        scale: float | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or channels % heads or channels // heads % 8 or not 0 < channels // heads <= 128:
+            raise ValueError(
+                f"channels / heads, the head dimension, must be at most 128 and divisible by 8, got {channels} "
+                f"channels for {heads} heads."
+            )
+        self.heads, self.scale = heads, scale
+        self.qkv = torch.nn.Linear(channels, 3 * channels, bias=bias, device=device, dtype=dtype)
+        self.projection = torch.nn.Linear(channels, channels, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor, buckets: Buckets, scopes: Scopes) -> torch.Tensor:
+        """Rows [num_slots, channels] in slot order to rows of the same shape."""
+        q, k, v = self.qkv(x).unflatten(1, (3, self.heads, -1)).unbind(1)
+        return self.projection(bucket_attention(q, k, v, buckets, scopes, scale=self.scale).flatten(1))
+
+    def extra_repr(self) -> str:
+        """What print shows beside the projections."""
+        return f"heads={self.heads}, scale={self.scale}"
+
+
+class ChamferLoss(torch.nn.Module):
+    """The Chamfer distance as a module: `chamfer` with its options kept.
+
+    Parameters
+    ----------
+    squared, reduction
+        As in `chamfer`.
+
+    Examples
+    --------
+    >>> x = torch.rand(2, 100, 3, requires_grad=True)
+    >>> ChamferLoss(squared=True)(x, torch.rand(2, 80, 3)).backward()
+    >>> x.grad.shape
+    torch.Size([2, 100, 3])
+    """
+
+    def __init__(self, *, squared: bool = False, reduction: str = "mean") -> None:
+        super().__init__()
+        self.squared, self.reduction = squared, reduction
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        x_lengths: Sequence[int] | None = None,
+        y_lengths: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """The loss of x and y, which are packed as in `chamfer`."""
+        options: dict[str, Any] = {"squared": self.squared, "reduction": self.reduction}
+        return chamfer(x, y, x_lengths=x_lengths, y_lengths=y_lengths, **options)
+
+    def extra_repr(self) -> str:
+        """What print shows."""
+        return f"squared={self.squared}, reduction={self.reduction!r}"
