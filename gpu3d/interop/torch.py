@@ -156,6 +156,25 @@ def _no_second_derivative(name: str) -> None:
     _gradient(name, backward, lambda ctx, inputs, output: None)
 
 
+def _autocast(name: str, tensors: int, dtype: torch.dtype | None) -> None:
+    """Under autocast the first arguments, so many tensors, are cast to `dtype`, or to autocast's own where it is None.
+
+    float64 stays, as in torch's operators. (torch.library.register_autocast is of 2.7, and knows fixed dtypes only.)
+    """
+
+    def register(device_type: str, key: str) -> None:
+        def cast(*args: Any) -> Any:
+            to = dtype or torch.get_autocast_dtype(device_type)
+            with torch.autocast(device_type, enabled=False):
+                xs = [x.to(to) if x.is_floating_point() and x.dtype != torch.float64 else x for x in args[:tensors]]
+                return getattr(_OPS, name)(*xs, *args[tensors:])
+
+        _LIBRARY.impl(name, cast, key)
+
+    register("cpu", "AutocastCPU")
+    register("cuda", "AutocastCUDA")
+
+
 def _num_slots(lengths: Sequence[int], bucket_size: int) -> int:
     return sum((n + bucket_size - 1) // bucket_size for n in lengths) * bucket_size
 
@@ -214,10 +233,9 @@ def _bucketize(
 def _scopes_fake(
     slot_to_point: torch.Tensor, bucket_size: int, lengths: Sequence[int], size: int, shift: int, stride: int
 ) -> torch.Tensor:
-    rows = 0
-    for n in lengths:
-        buckets = (n + bucket_size - 1) // bucket_size
-        rows += buckets // (size * stride) * stride + torch.sym_min(buckets % (size * stride), stride)
+    counts, chunk = [(n + bucket_size - 1) // bucket_size for n in lengths], size * stride
+    # How many chunks have a scope j, for each j: with a minimum in it torch 2.6 would compile anew for each outcome.
+    rows = sum((buckets + chunk - 1 - j) // chunk for buckets in counts for j in range(stride))
     return slot_to_point.new_empty((rows, size))
 
 
@@ -329,22 +347,7 @@ def _backward_of_attention(ctx: Any, dout: torch.Tensor, dlse: Any) -> Any:
 
 _gradient("bucket_attention", _backward_of_attention, _save_attention)
 _no_second_derivative("bucket_attention_backward")
-
-
-def _autocast_attention(device_type: str) -> Callable[..., Any]:
-    """To autocast's dtype of the moment, as torch's own attention (torch.library.register_autocast has a fixed one)."""
-
-    def cast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *layout: Any) -> Any:
-        dtype = torch.get_autocast_dtype(device_type)
-        with torch.autocast(device_type, enabled=False):
-            q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
-            return _OPS.bucket_attention(q, k, v, *layout)
-
-    return cast
-
-
-for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    _LIBRARY.impl("bucket_attention", _autocast_attention(_device_type), _key)
+_autocast("bucket_attention", 3, None)
 
 
 # ---- operators: pooling --------------------------------------------------------------------------------------------
@@ -576,8 +579,7 @@ def _pulled(gradient: torch.Tensor, dloss: torch.Tensor, lengths: Sequence[int])
 
 _gradient("chamfer", _backward_of_loss, _save_loss)
 _no_second_derivative("loss_backward")
-for _device_type in ("cpu", "cuda"):
-    torch.library.register_autocast("gpu3d::chamfer", _device_type, torch.float32, lib=_LIBRARY)
+_autocast("chamfer", 2, torch.float32)
 
 
 # ---- functions -----------------------------------------------------------------------------------------------------
