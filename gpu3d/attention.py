@@ -167,6 +167,7 @@ def bucket_attention_backward(
 
 
 def _check_layout(buckets: Any, scopes: Any) -> None:
+    """Buckets, and Scopes made for them; interop.torch asks this where torch.compile looks on."""
     if not isinstance(buckets, Buckets):
         raise TypeError(f"buckets must be the Buckets that gpu3d.bucketize returns, got {type(buckets).__name__}.")
     if not isinstance(scopes, Scopes):
