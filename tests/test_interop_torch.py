@@ -461,6 +461,7 @@ def train_step(rank, store):
     loss_of(block, rank).backward()
     if rank == 0:
         torch.save([p.grad for p in block.module.parameters()], store + ".gradients")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
