@@ -18,7 +18,8 @@ RECORD = ROOT / "tests" / "gpu_record.json"
 
 def tree_hash() -> str:
     """Hash of the kernels and of the modules that launch them."""
-    folders = ROOT / "kernels_cu", ROOT / "gpu3d", ROOT / "gpu3d" / "reference"  # which gives kernels constants
+    package = ROOT / "gpu3d"
+    folders = ROOT / "kernels_cu", package, package / "interop", package / "reference"  # which gives kernels constants
     files = sorted(file for folder in folders for file in folder.iterdir() if file.suffix in (".cu", ".cuh", ".py"))
     skipped = {"cli.py", "io.py", "plot.py"}  # they launch nothing
     digest = hashlib.sha256()
