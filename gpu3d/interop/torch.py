@@ -140,8 +140,18 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
     return register
 
 
-def _gradient(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    torch.library.register_autograd(f"gpu3d::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+def _gradient(name: str, backward: Callable[..., Any], save: Callable[..., None]) -> None:
+    """`backward` takes the gradient of the operator's first result; the others are not differentiable."""
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)  # else torch fills zeros for every other result
+        ctx.arguments = len(inputs)
+        save(ctx, inputs, output)
+
+    def backward_of_first(ctx: Any, gradient: Any, *others: None) -> Any:
+        return (None,) * ctx.arguments if gradient is None else backward(ctx, gradient)
+
+    torch.library.register_autograd(f"gpu3d::{name}", backward_of_first, setup_context=setup_context, lib=_LIBRARY)
 
 
 def _no_second_derivative(name: str) -> None:
@@ -153,7 +163,7 @@ def _no_second_derivative(name: str) -> None:
             "Call backward or torch.autograd.grad without create_graph."
         )
 
-    _gradient(name, backward, lambda ctx, inputs, output: None)
+    torch.library.register_autograd(f"gpu3d::{name}", backward, lib=_LIBRARY)
 
 
 def _autocast(name: str, tensors: int, dtype: torch.dtype | None) -> None:
@@ -340,7 +350,7 @@ def _save_attention(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(q, k, v, out, lse, table)
 
 
-def _backward_of_attention(ctx: Any, dout: torch.Tensor, dlse: Any) -> Any:
+def _backward_of_attention(ctx: Any, dout: torch.Tensor) -> Any:
     gradients = _OPS.bucket_attention_backward(dout, *ctx.saved_tensors, *ctx.layout)
     return *gradients, None, None, None, None
 
@@ -430,7 +440,7 @@ def _save_pool(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.layout = inputs[2:]
 
 
-def _backward_of_pool(ctx: Any, dchild: torch.Tensor, *others: Any) -> Any:
+def _backward_of_pool(ctx: Any, dchild: torch.Tensor) -> Any:
     return _OPS.bucket_pool_backward(dchild, *ctx.saved_tensors, *ctx.layout), None, None, None, None, None
 
 
@@ -535,17 +545,16 @@ def _chamfer(
 
 
 def _save_loss(ctx: Any, inputs: Any, output: Any) -> None:
-    x, y, x_lengths, y_lengths, *options = inputs
+    x, y, x_lengths, y_lengths, *_ = inputs
     _, dx, dy = output
     ctx.mark_non_differentiable(dx, dy)
     ctx.save_for_backward(dx, dy, x, y)
     ctx.lengths = x_lengths, y_lengths
-    ctx.options = len(options)
 
 
-def _backward_of_loss(ctx: Any, dloss: torch.Tensor, *others: Any) -> Any:
+def _backward_of_loss(ctx: Any, dloss: torch.Tensor) -> Any:
     gradients = _OPS.loss_backward(dloss, *ctx.saved_tensors, *ctx.lengths)
-    return *gradients, *[None] * (2 + ctx.options)
+    return *gradients, *[None] * (ctx.arguments - 2)
 
 
 def _loss_backward_fake(dloss: torch.Tensor, dx: torch.Tensor, dy: torch.Tensor, *rest: Any) -> Any:
