@@ -176,6 +176,29 @@ def test_chamfer(dtype, squared, reduction):
         assert not g.chamfer(x, y, **options).requires_grad
 
 
+@pytest.mark.parametrize("options", [{}, {"reduction": "none", "symmetrize": "min"}, {"iterations": 3, "p_min": 0.5}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_apml(dtype, options):
+    x, y = normal(60, 3, dtype=dtype), normal(50, 3, dtype=dtype, seed=1)
+    options = {"pred_lengths": [20, 40], "target_lengths": [45, 5], **options}
+    loss = g.apml(x, y, **options)
+    expected, plain = gpu3d.apml_value_and_grad(x, y, **options)
+    assert_same([loss, *torch.autograd.grad(loss.sum(), (x, y))], [expected, *plain])
+    assert_same([g.apml(x.detach(), y.detach(), **options)], [expected])
+    too_small = g.apml(x, y, **options, max_entries=10)
+    assert bool(torch.isnan(too_small).all())
+    assert all(bool(torch.isnan(z).all()) for z in torch.autograd.grad(too_small.sum(), (x, y)))
+
+
+@compiling
+def test_apml_compiled():
+    compiled = torch.compile(g.apml, fullgraph=True, backend="aot_eager")
+    for n in (20, 30, 50):
+        x, y = normal(3, n, 3), normal(3, n + 2, 3, seed=1)
+        results = [(loss, *torch.autograd.grad(loss, (x, y))) for loss in (g.apml(x, y), compiled(x, y))]
+        assert_same(results[1], [z.detach() for z in results[0]])
+
+
 @pytest.mark.parametrize("d", [2, 3])
 def test_chamfer_of_a_batch_and_of_one_side(d):
     x, y = normal(4, 20, d), normal(4, 30, d, seed=1).detach()
@@ -213,6 +236,8 @@ def samples():
     for reduction in ("mean", "none"):
         yield OPS.chamfer, x, y, *lengths, False, reduction, True
     yield OPS.chamfer, x.detach(), y.detach(), *lengths, True, "sum", False
+    yield OPS.apml, x, y, *lengths, 0.8, 1e-8, 20, "mean", "none", 5000, True
+    yield OPS.apml, x.detach(), y.detach(), *lengths, 0.8, 1e-8, 20, "min", "sum", None, False
     _, dx, dy = OPS.chamfer(x, y, *lengths, False, "none", True)
     yield OPS.loss_backward, torch.rand(2), dx, dy, x.detach(), y.detach(), *lengths
 
@@ -328,17 +353,17 @@ def test_autocast(dtype, compiled):
         q, k, v = x.unflatten(1, (3, 2, 8)).unbind(1)
         out = g.bucket_attention(q, k, v, buckets, scopes)
         pooled = g.bucket_pool(x, at, buckets)
-        return out, pooled.features, g.bucket_unpool(pooled.features, pooled, x), g.chamfer(at.half(), at * 1.5)
+        losses = g.chamfer(at.half(), at * 1.5), g.apml(at.half(), at * 1.5)
+        return out, pooled.features, g.bucket_unpool(pooled.features, pooled, x), *losses
 
     x, at = normal(layout()[0].num_slots, 48), g.scatter(points(), layout()[0])
     with torch.autocast("cpu", dtype=dtype):
-        out, features, back, loss = (torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run)(
-            x, at
-        )
-    assert (out.dtype, features.dtype, back.dtype, loss.dtype) == (dtype, *[torch.float32] * 3)
+        run = torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run
+        out, features, back, near, moved = run(x, at)
+    assert out.dtype == dtype and {z.dtype for z in (features, back, near, moved)} == {torch.float32}
     q, k, v = x.to(dtype).unflatten(1, (3, 2, 8)).unbind(1)
     assert_same([out], [gpu3d.bucket_attention(q, k, v, *layout())])
-    assert_same([loss], [gpu3d.chamfer(at.half().float(), at * 1.5)])
+    assert_same([near, moved], [loss(at.half().float(), at * 1.5) for loss in (gpu3d.chamfer, gpu3d.apml)])
     dout, (dx,) = gradients(out, [x])
     saved = gpu3d.bucket_attention(q, k, v, *layout(), return_lse=True)
     exact = gpu3d.bucket_attention_backward(dout, q, k, v, *saved, *layout())
@@ -376,6 +401,7 @@ def test_second_derivatives_are_refused():
         (features, g.bucket_pool(features, pooled.points.new_zeros(buckets.num_slots, 3), buckets).features),
         (child, g.bucket_unpool(child, pooled)),
         (x, g.chamfer(x, x.detach() + 1)),
+        (x, g.apml(x, x.detach() + 1)),
     )
     for z, result in losses:
         (dz,) = torch.autograd.grad(result.square().sum(), z, create_graph=True)
@@ -416,6 +442,9 @@ def test_losses_as_modules():
         [gpu3d.chamfer(x[0], y[0], x_lengths=[5, 15], y_lengths=[15, 15], squared=True, reduction="sum")],
     )
     assert repr(loss) == "ChamferLoss(squared=True, reduction='sum')"
+    loss = g.APMLLoss(iterations=5, symmetrize="min")
+    assert_same([loss(x, y)], [gpu3d.apml(x, y, iterations=5, symmetrize="min")])
+    assert "iterations=5, symmetrize='min', reduction='mean'" in repr(loss)
 
 
 def test_training_with_a_block_learns():

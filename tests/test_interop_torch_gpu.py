@@ -100,6 +100,23 @@ def test_chamfer(cp, d, reduction):
     assert_same([loss, *torch.autograd.grad(loss.sum(), (x, y))], [expected, *gradients])
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_apml(cp, reduction):
+    x, y = (on_gpu(normal(n, 3, seed=n)) for n in (600, 500))
+    options = {"pred_lengths": [200, 400], "target_lengths": [450, 50], "reduction": reduction}
+    expected, gradients = gpu3d.apml_value_and_grad(x, y, **options)
+    for room in ({}, {"max_entries": 20_000}):
+        loss = g.apml(x, y, **options, **room)
+        assert_same([loss, *torch.autograd.grad(loss.sum(), (x, y))], [expected, *gradients])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = g.apml(x, y, **options)  # with room for 16 entries a point
+        captured = torch.autograd.grad(loss.sum(), (x, y))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same([loss, *captured], [expected, *gradients])
+
+
 @pytest.mark.parametrize("balance", ["spill", "probe"])
 def test_bucketize(cp, balance):
     for n, dtype in ((1000, torch.float32), (300_000, torch.float64), (700_000, torch.bfloat16)):

@@ -30,8 +30,10 @@ from gpu3d.buckets import Buckets, Scopes
 from gpu3d.pooling import Pooling
 
 __all__ = [
+    "APMLLoss",
     "BucketAttention",
     "ChamferLoss",
+    "apml",
     "bucket_attention",
     "bucket_pool",
     "bucket_unpool",
@@ -591,6 +593,61 @@ _no_second_derivative("loss_backward")
 _autocast("chamfer", 2, torch.float32)
 
 
+def _apml_fake(
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    pred_lengths: Sequence[int],
+    target_lengths: Sequence[int],
+    p_min: float,
+    threshold: float,
+    iterations: int,
+    symmetrize: str,
+    reduction: str,
+    max_entries: int | None,
+    with_grad: bool,
+) -> Any:
+    return _loss_fake(pred, target, pred_lengths, reduction, with_grad)
+
+
+@_operator(
+    "apml(Tensor pred, Tensor target, SymInt[] pred_lengths, SymInt[] target_lengths, float p_min, float threshold, "
+    "int iterations, str symmetrize, str reduction, SymInt? max_entries, bool with_grad) -> (Tensor, Tensor, Tensor)",
+    _apml_fake,
+)
+def _apml(
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    pred_lengths: Sequence[int],
+    target_lengths: Sequence[int],
+    p_min: float,
+    threshold: float,
+    iterations: int,
+    symmetrize: str,
+    reduction: str,
+    max_entries: int | None,
+    with_grad: bool,
+) -> Any:
+    """The loss and, with_grad, its gradients of pred and target: one plan gives both."""
+    options: dict[str, Any] = {
+        "pred_lengths": pred_lengths,
+        "target_lengths": target_lengths,
+        "p_min": p_min,
+        "threshold": threshold,
+        "iterations": iterations,
+        "symmetrize": symmetrize,
+        "reduction": reduction,
+        "max_entries": max_entries,
+    }
+    if not with_grad:
+        return gpu3d.apml(pred, target, **options), pred.new_empty(0), target.new_empty(0)
+    loss, (dpred, dtarget) = gpu3d.apml_value_and_grad(pred, target, **options)
+    return loss, dpred.contiguous(), dtarget.contiguous()
+
+
+_gradient("apml", _backward_of_loss, _save_loss)
+_autocast("apml", 2, torch.float32)
+
+
 # ---- functions -----------------------------------------------------------------------------------------------------
 
 
@@ -832,6 +889,52 @@ def chamfer(
     return loss
 
 
+def apml(
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    pred_lengths: Sequence[int] | None = None,
+    target_lengths: Sequence[int] | None = None,
+    p_min: float = 0.8,
+    threshold: float = 1e-8,
+    iterations: int = 20,
+    symmetrize: str = "mean",
+    reduction: str = "mean",
+    max_entries: int | None = None,
+) -> torch.Tensor:
+    """`gpu3d.apml` with the gradients of pred and target, the plan held constant. Under autocast both are float32.
+
+    Parameters
+    ----------
+    pred, target : Tensor [N, 3], [N, 2], [B, n, 3] or [B, n, 2]
+        As in `gpu3d.apml`.
+    pred_lengths, target_lengths, p_min, threshold, iterations, symmetrize, reduction
+        As in `gpu3d.apml`.
+    max_entries : int, optional
+        As in `gpu3d.apml`; under torch.compile and while a CUDA graph is captured the default is 16 * (N + M), for the
+        entries cannot be counted there.
+
+    Returns
+    -------
+    Tensor float32 [], or [B] for reduction "none"
+    """
+    _check_tensors(pred=pred, target=target)
+    dimensions = (2, 3)
+    packed_pred, pred_lengths = _arrays.pack_points(pred, pred_lengths, "pred", "pred_lengths", dimensions)
+    packed_target, target_lengths = _arrays.pack_points(target, target_lengths, "target", "target_lengths", dimensions)
+    if max_entries is None and (torch.compiler.is_compiling() or _capturing(pred)):
+        max_entries = 16 * (packed_pred.shape[0] + packed_target.shape[0])
+    with_grad = torch.is_grad_enabled() and (pred.requires_grad or target.requires_grad)
+    clouds = packed_pred, packed_target, pred_lengths, target_lengths
+    options = p_min, threshold, iterations, symmetrize, reduction, max_entries
+    loss, _, _ = _OPS.apml(*clouds, *options, with_grad)
+    return loss
+
+
+def _capturing(x: torch.Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 # ---- modules -------------------------------------------------------------------------------------------------------
 
 
@@ -929,3 +1032,54 @@ class ChamferLoss(torch.nn.Module):
     def extra_repr(self) -> str:
         """What print shows."""
         return f"squared={self.squared}, reduction={self.reduction!r}"
+
+
+class APMLLoss(torch.nn.Module):
+    """The APML loss as a module: `apml` with its options kept.
+
+    Parameters
+    ----------
+    p_min, threshold, iterations, symmetrize, reduction, max_entries
+        As in `apml`.
+
+    Examples
+    --------
+    >>> pred = torch.rand(2, 100, 3, requires_grad=True)
+    >>> APMLLoss(iterations=10)(pred, torch.rand(2, 100, 3)).backward()
+    >>> pred.grad.shape
+    torch.Size([2, 100, 3])
+    """
+
+    def __init__(
+        self,
+        *,
+        p_min: float = 0.8,
+        threshold: float = 1e-8,
+        iterations: int = 20,
+        symmetrize: str = "mean",
+        reduction: str = "mean",
+        max_entries: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {
+            "p_min": p_min,
+            "threshold": threshold,
+            "iterations": iterations,
+            "symmetrize": symmetrize,
+            "reduction": reduction,
+            "max_entries": max_entries,
+        }
+
+    def forward(
+        self,
+        pred: torch.Tensor,
+        target: torch.Tensor,
+        pred_lengths: Sequence[int] | None = None,
+        target_lengths: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """The loss of pred and target, which are packed as in `apml`."""
+        return apml(pred, target, pred_lengths=pred_lengths, target_lengths=target_lengths, **self.options)
+
+    def extra_repr(self) -> str:
+        """What print shows."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
