@@ -10,6 +10,7 @@ import gpu_record
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX takes three quarters of the GPU's memory
 
 
 def _why_no_gpu() -> str | None:

@@ -10,7 +10,10 @@ import pytest
 
 import gpu3d
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),  # torch's own, of its compiler
+]
 torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("this torch has no CUDA, or finds no GPU", allow_module_level=True)
@@ -110,8 +113,9 @@ def test_apml(cp, reduction):
         assert_same([loss, *torch.autograd.grad(loss.sum(), (x, y))], [expected, *gradients])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss = g.apml(x, y, **options)  # with room for 16 entries a point
-        captured = torch.autograd.grad(loss.sum(), (x, y))
+        leaves = [z.detach().requires_grad_() for z in (x, y)]  # those above belong to the default stream
+        loss = g.apml(*leaves, **options)  # with room for 16 entries a point
+        captured = torch.autograd.grad(loss.sum(), leaves)
     graph.replay()
     torch.cuda.synchronize()
     assert_same([loss, *captured], [expected, *gradients])
