@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import tempfile
 from pathlib import Path
 
 import gpu_record
@@ -51,6 +53,19 @@ def cp():
 
     poison(cupy)
     return cupy
+
+
+@pytest.fixture
+def large_memory(cp):
+    """40 GiB of the GPU's memory, where they are free; one test at a time has them, of all processes."""
+    pool = cp.get_default_memory_pool()
+    with open(Path(tempfile.gettempdir()) / "gpu3d-large-memory", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        pool.free_all_blocks()  # what earlier tests left there counts as taken
+        if cp.cuda.Device().mem_info[0] < 40 << 30:
+            pytest.skip("needs 40 GiB of GPU memory")
+        yield
+        pool.free_all_blocks()
 
 
 def pytest_collection_modifyitems(items):

@@ -405,10 +405,9 @@ def test_rows_far_apart(cp):
     cp.get_default_memory_pool().free_all_blocks()
 
 
+@pytest.mark.usefixtures("large_memory")
 def test_more_than_2_31_elements(cp):
     """The last buckets, whose rows lie beyond 2**31 elements, against the same rows alone."""
-    if cp.cuda.Device().mem_info[0] < 40 << 30:
-        pytest.skip("needs 40 GiB of GPU memory")
     heads, dim, tail = 64, 128, 1500
     points = cp.asarray(clouds.uniform(2**18 + tail))
     buckets, last = gpu3d.bucketize(points, 512), gpu3d.bucketize(points[:tail], 512)
@@ -423,8 +422,6 @@ def test_more_than_2_31_elements(cp):
     got = attend(x, x, x, x, buckets, scopes)
     assert_same_bits({name: y[2**18 :] for name, y in got.items()}, expected)
     assert all(bool(cp.isfinite(y[:tail]).all()) and bool(y[:tail].any()) for y in expected.values())
-    del x, got
-    cp.get_default_memory_pool().free_all_blocks()
 
 
 # ---- errors, streams, graphs, libraries ----------------------------------------------------------------------------

@@ -342,11 +342,9 @@ def test_scatter_and_gather_of_the_child(cp):
 
 
 @pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.usefixtures("large_memory")
 def test_more_than_2_31_elements(cp, reduce):
     """The last cloud, whose rows lie beyond 2**31 elements, against the same cloud alone."""
-    cp.get_default_memory_pool().free_all_blocks()  # what earlier tests left there counts as taken
-    if cp.cuda.Device().mem_info[0] < 40 << 30:
-        pytest.skip("needs 40 GiB of GPU memory")
     many, tail, channels = 2**19 + 1024, 3000, 4096
     assert many * channels > 2**31 and many % 1024 == 0  # whole buckets, of children too
     last = layout([tail], 512)
