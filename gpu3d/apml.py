@@ -475,7 +475,7 @@ def _search(
         packed = _MASSES.pack(table.ptr, *[0.0] * _clouds.INLINE_CLOUDS)
     queries = own.own
     sides = queries.rows, queries.clouds, queries.layout.slots, other.packed, other.own.clouds
-    grid = -(-queries.layout.slots // (SEARCH_THREADS // 32))
+    grid = -(-queries.layout.slots // SEARCH_THREADS)
     _cuda.launch(_kernel(device, "search_balls"), grid=grid, block=SEARCH_THREADS, args=(*sides, packed, *args))
     del table  # held until here
 

@@ -481,6 +481,8 @@ NODE = reference.SUM_TILE  # points, of which an index keeps a box and a Chamfer
 INDEX_THREADS = NODE
 BRANCH_THREADS = KNN_THREADS = RADIUS_THREADS = 128
 CHAMFER_THREADS = 256
+KNN_ROOMS = (1, 2, 32, 64)  # neighbours that neighbors_knn.cu has room for: NEAREST
+LANE_ROOM = 2  # up to here a query is a lane there, above a warp
 
 _FLOAT, _INT32, _INT64 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.int64)
 _INDEX = struct.Struct("<QQQQ")  # struct Index of neighbors.cuh
@@ -508,7 +510,7 @@ _FORMATS = {"c": _clouds.FORMAT, "x": INDEX_FORMAT, "s": f"{_SIDE.size}s"}
 def configurations() -> list[_cuda.Configuration]:
     """Every module this file can ask for."""
     found = [_cuda.Configuration("neighbors_index", (("POINT", p),)) for p in range(len(_arrays.FLOATS))]
-    found += [_cuda.Configuration("neighbors_knn", (("LISTS", lists),)) for lists in range(3)]
+    found += [_cuda.Configuration("neighbors_knn", (("NEAREST", room),)) for room in KNN_ROOMS]
     return [*found, _cuda.Configuration("neighbors_radius"), _cuda.Configuration("neighbors_chamfer")]
 
 
@@ -682,9 +684,10 @@ def _nearest(
     device: int, queries: Queries, search: Search, k: int, squared: bool, distances: int, indices: int
 ) -> None:
     """Writes distances, or their squares, and indices [queries, k] to these addresses."""
-    slots, macros = queries.layout.slots, (("LISTS", 0 if k == 1 else -(-k // 32)),)
+    slots, room = queries.layout.slots, next(room for room in KNN_ROOMS if room >= k)
     args = queries.rows, queries.clouds, slots, search.packed, search.own.clouds, k, squared, distances, indices
-    _launch("knn", device, -(-slots // (KNN_THREADS // 32)), *args, block=KNN_THREADS, macros=macros)
+    grid = -(-slots // (KNN_THREADS if room <= LANE_ROOM else KNN_THREADS // 32))
+    _launch("knn", device, grid, *args, block=KNN_THREADS, macros=(("NEAREST", room),))
 
 
 def _knn_cuda(query: Any, query_lengths: tuple[int, ...], index: NeighborIndex, k: int) -> tuple[Any, Any]:
