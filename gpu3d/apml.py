@@ -406,9 +406,9 @@ def _apml(
 # ---- CUDA ----------------------------------------------------------------------------------------------------------
 
 SEARCH_THREADS = 128
-TRANSPORT_THREADS = 512  # mirrored by apml_transport.cu, as is the next
-TRANSPORT_BLOCKS = 2  # of a multiprocessor, which run at once
-TRANSPORT_SLOTS = 128  # a block at least, so that small clouds wait for few blocks
+TRANSPORT_THREADS = 1024  # mirrored by apml_transport.cu
+TRANSPORT_SLOTS = 256  # a block at least, so that small clouds wait for few blocks
+TRANSPORT_STATIC = 1024  # bytes of shared memory that are not its to give, at most
 FIRST_ROOM = 6  # entries a point that there is room for before they are counted; measured clouds have 2.4 to 3.7
 MOST_ENTRIES = 2**32 - 1
 
@@ -419,7 +419,7 @@ _MASSES = struct.Struct(f"<Q{_clouds.INLINE_CLOUDS}d")  # struct Masses of apml_
 
 # The parameters of each kernel: formats of the module struct; c, x, m, s, p for struct Clouds, Index, Masses, Side and
 # Plan.
-_SIGNATURES = {"search_balls": "QcixcmdQQQQQQ", "transport": "ssccpQQQiQQQQQd"}
+_SIGNATURES = {"search_balls": "QcixcmdQQQQQQ", "transport": "ssccpQQQiQQQQQdi"}
 _FORMATS = {"c": _clouds.FORMAT, "x": INDEX_FORMAT} | {
     kind: f"{packed.size}s" for kind, packed in (("m", _MASSES), ("s", _SIDE), ("p", _PLAN))
 }
@@ -432,13 +432,10 @@ def configurations() -> list[_cuda.Configuration]:
 
 
 @functools.lru_cache(maxsize=64)
-def _kernel(device: int, function: str, macros: _cuda.Macros = ()) -> _cuda.Kernel:
+def _kernel(device: int, function: str, macros: _cuda.Macros = (), **options: Any) -> _cuda.Kernel:
     """search_balls of apml_search.cu, or transport of apml_transport.cu; for the current device, which is `device`."""
     signature = "".join(_FORMATS.get(kind, kind) for kind in _SIGNATURES[function])
-    is_transport = function == "transport"
-    return _cuda.kernel(
-        "apml_transport" if is_transport else "apml_search", function, signature, macros, cooperative=is_transport
-    )
+    return _cuda.kernel("apml_" + function.split("_")[0], function, signature, macros, **options)
 
 
 @functools.lru_cache(maxsize=256)
@@ -582,8 +579,9 @@ def _apml_cuda(
     gradients = [cupy.ndarray((side.shape[0], 3), _FLOAT) for side in points]
     to = [gradient.data.ptr for gradient in gradients] or [0, 0]
     layouts = x.own.layout, y.own.layout
-    most = _cuda.device_limits(device)[0] * TRANSPORT_BLOCKS
-    blocks = max(1, min(most, -(-max(layout.slots for layout in layouts) // TRANSPORT_SLOTS)))
+    multiprocessors, most_shared = _cuda.device_limits(device)
+    shared_mem = most_shared - TRANSPORT_STATIC
+    blocks = max(1, min(multiprocessors, -(-max(layout.slots for layout in layouts) // TRANSPORT_SLOTS)))
     of_slots = [4 * (layout.slots + 1) for layout in layouts]
     memory, (x_first, y_first, x_longs, y_longs, y_cursors, row_lengths, x_sums, y_sums, losses, of_blocks) = (
         _cuda.workspace(
@@ -621,9 +619,11 @@ def _apml_cuda(
         each,
         all_of_them,
         parts,
+        shared_mem,
     )
-    kernel = _kernel(device, "transport", (("MINIMUM", int(options.symmetrize == "min")),))
-    _cuda.launch(kernel, grid=blocks, block=TRANSPORT_THREADS, args=args)
+    macros = (("MINIMUM", int(options.symmetrize == "min")),)
+    kernel = _kernel(device, "transport", macros, shared_mem=shared_mem, cooperative=True)
+    _cuda.launch(kernel, grid=blocks, block=TRANSPORT_THREADS, shared_mem=shared_mem, args=args)
     if what == "plan":
         rows = _array(row, (kept.room,), _INT32, kept.held[1])
         there = rows >= 0

@@ -10,12 +10,13 @@
 // A lane owns a row or a column; long ones, which lie close together, are listed and shared out among all warps. Entries come in
 // any order, and are sorted: all sums have a fixed order. Counts and cursors are integers, whose atomics give the same in any
 // order. Between steps the whole grid waits, and what it read before comes from L2 again: lanes ask for BATCH values at a time.
+// Where every cloud's plan fits into shared memory (of 4096 points, on an H100), a block runs all iterations of a cloud there; the
+// same sums in the same order give the same bits.
 
 #ifndef MINIMUM
 #define MINIMUM 0           // symmetrize: 0 "mean", 1 "min"
 #endif
-#define THREADS 512         // mirrored by gpu3d/apml.py, as is the next
-#define BLOCKS 2            // a multiprocessor; all run at once
+#define THREADS 1024        // mirrored by gpu3d/apml.py; one block a multiprocessor, all run at once
 #define ROW 256             // entries of a row that a warp sorts
 #define LONG 16             // entries of a row that a lane adds
 #define BATCH 8             // of them at a time
@@ -221,6 +222,96 @@ __device__ __forceinline__ void normalize(float *value, u32 begin, u32 end, int 
     }
 }
 
+// ---- Sinkhorn in shared memory -------------------------------------------------------------------------------------
+
+// One side of a cloud there.
+struct Lines {
+    u32 *first;             // [count + 1]
+    unsigned short *longs;  // [count] which have more than LONG entries, in any order
+    u32 *long_count;        // []
+    int count;              // slots
+};
+
+// The plan of cloud b in `memory`; bytes() of it are needed.
+struct Chip {
+    Lines rows, columns;
+    u32 entry, place;       // the cloud's first of Plan::value and of Plan::place
+    u32 entries, places;
+    float *value;           // [entries]
+    u32 *end;               // [rows] where they end: there are gaps behind
+    unsigned short *at;     // [places]
+
+    __device__ __forceinline__ Chip(const Side &x, const Side &y, const Clouds &x_clouds, const Clouds &y_clouds, int b, void *memory) {
+        const int i = rows_of(x_clouds)[b].slot, j = rows_of(y_clouds)[b].slot;
+        rows.count = rows_of(x_clouds)[b + 1].slot - i;
+        columns.count = rows_of(y_clouds)[b + 1].slot - j;
+        entry = x.first[i];
+        place = y.first[j];
+        entries = x.first[i + rows.count] - entry;
+        places = y.first[j + columns.count] - place;
+        rows.long_count = (u32 *)memory;
+        columns.long_count = rows.long_count + 1;
+        rows.first = rows.long_count + 2;
+        columns.first = rows.first + rows.count + 1;
+        end = columns.first + columns.count + 1;
+        value = (float *)(end + rows.count);
+        rows.longs = (unsigned short *)(value + entries);
+        columns.longs = rows.longs + rows.count;
+        at = columns.longs + columns.count;
+    }
+    __device__ __forceinline__ size_t bytes() const {
+        return 4 * ((size_t)2 + 2 * rows.count + columns.count + 2 + entries) + 2 * ((size_t)rows.count + columns.count + places);
+    }
+};
+
+__device__ __forceinline__ void load_lines(const Lines &lines, const u32 *first, u32 base) {
+    for (int i = threadIdx.x; i <= lines.count; i += THREADS) lines.first[i] = first[i] - base;
+    for (int i = threadIdx.x; i < lines.count; i += THREADS)
+        if (first[i + 1] - first[i] > LONG) lines.longs[atomicAdd(lines.long_count, 1u)] = i;
+}
+
+template <class Visit>
+__device__ __forceinline__ void each_line(const Lines &lines, Visit visit) {
+    for (int i = threadIdx.x; i < lines.count; i += THREADS)
+        if (lines.first[i + 1] - lines.first[i] <= LONG) visit(i, 0, 1);
+    for (u32 i = threadIdx.x >> 5; i < *lines.long_count; i += WARPS) visit(lines.longs[i], threadIdx.x & 31, 32);
+    __syncthreads();
+}
+
+// All iterations of cloud b, by a block.
+__device__ void balance_on_chip(
+    const Side &x, const Side &y, const Clouds &x_clouds, const Clouds &y_clouds, const Plan &plan, int b, int iterations, void *memory)
+{
+    const Chip chip(x, y, x_clouds, y_clouds, b, memory);
+    const int i = rows_of(x_clouds)[b].slot, j = rows_of(y_clouds)[b].slot;
+    __syncthreads();
+    if (threadIdx.x < 2) chip.rows.long_count[threadIdx.x] = 0;
+    __syncthreads();
+    load_lines(chip.rows, x.first + i, chip.entry);
+    load_lines(chip.columns, y.first + j, chip.place);
+    for (int row = threadIdx.x; row < chip.rows.count; row += THREADS)
+        chip.end[row] = x.first[i + row] - chip.entry + plan.lengths[i + row];
+    for (u32 e = threadIdx.x; e < chip.places; e += THREADS) chip.at[e] = plan.place[chip.place + e] - chip.entry;
+    __syncthreads();
+    each_line(chip.rows, [&](int row, int lane, int lanes) {                    // without the gaps
+        for (u32 e = chip.rows.first[row] + lane; e < chip.end[row]; e += lanes) chip.value[e] = plan.value[chip.entry + e];
+    });
+    for (int iteration = 0; iteration < iterations; ++iteration) {
+        each_line(chip.rows, [&](int row, int lane, int lanes) {
+            normalize(chip.value, chip.rows.first[row], chip.end[row], lane, lanes, [](u32 e) { return e; });
+        });
+        each_line(chip.columns, [&](int column, int lane, int lanes) {
+            normalize(chip.value, chip.columns.first[column], chip.columns.first[column + 1], lane, lanes,
+                      [&](u32 e) { return (u32)chip.at[e]; });
+        });
+    }
+    each_line(chip.rows, [&](int row, int lane, int lanes) {
+        for (u32 e = chip.rows.first[row] + lane; e < chip.end[row]; e += lanes) plan.value[chip.entry + e] = chip.value[e];
+    });
+}
+
+// ---- the loss ------------------------------------------------------------------------------------------------------
+
 // What a row, or a column, adds to the loss, and its gradient; on lane 0. NaN where the point is not finite.
 struct Pull {
     double loss, x, y, z;
@@ -250,7 +341,7 @@ __device__ __forceinline__ void write_gradient(float *gradient, int point, const
     gradient[3 * (size_t)point + 2] = (float)(pull.z / parts);
 }
 
-extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
+extern "C" __global__ __launch_bounds__(THREADS, 1) void transport(
     const __grid_constant__ Side x,             // pred
     const __grid_constant__ Side y,             // target
     const __grid_constant__ Clouds x_clouds,
@@ -265,9 +356,10 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
     u32 *arrived,                               // [] 0 at first
     float *__restrict__ each,                   // [clouds] the losses, or null
     float *__restrict__ loss,                   // [] their sum over `parts`, or null
-    double parts)
+    double parts,
+    int shared_bytes)                           // of dynamic shared memory, at least those of WARPS * STAGED keys
 {
-    __shared__ u64 shared[WARPS * STAGED];
+    extern __shared__ u64 shared[];
     const int x_slots = slots_of(x_clouds), y_slots = slots_of(y_clouds);
     const int thread = blockIdx.x * THREADS + threadIdx.x, threads = gridDim.x * THREADS;
     u32 awaited = 0;
@@ -361,15 +453,26 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
     // Sinkhorn
     const auto as_is = [](u32 e) { return e; };
     const auto placed = [&](u32 e) { return plan.place[e]; };
-    for (int iteration = 0; iteration < iterations; ++iteration) {
-        each_line(x, x_slots, [&](int i, int lane, int lanes) {
-            normalize(plan.value, x.first[i], x.first[i] + plan.lengths[i], lane, lanes, as_is);
-        });
+    bool large = false;                         // alike on all blocks, in the end
+    for (int b = threadIdx.x; b < x_clouds.count; b += THREADS) {
+        const Chip chip(x, y, x_clouds, y_clouds, b, shared);
+        large |= chip.bytes() > shared_bytes || chip.entries > 65536;
+    }
+    if (!__syncthreads_or(large)) {
+        for (int b = blockIdx.x; b < x_clouds.count; b += gridDim.x)
+            balance_on_chip(x, y, x_clouds, y_clouds, plan, b, iterations, shared);
         wait_for_grid(arrived, awaited);
-        each_line(y, y_slots, [&](int j, int lane, int lanes) {
-            normalize(plan.value, y.first[j], y.first[j + 1], lane, lanes, placed);
-        });
-        wait_for_grid(arrived, awaited);
+    } else {
+        for (int iteration = 0; iteration < iterations; ++iteration) {
+            each_line(x, x_slots, [&](int i, int lane, int lanes) {
+                normalize(plan.value, x.first[i], x.first[i] + plan.lengths[i], lane, lanes, as_is);
+            });
+            wait_for_grid(arrived, awaited);
+            each_line(y, y_slots, [&](int j, int lane, int lanes) {
+                normalize(plan.value, y.first[j], y.first[j + 1], lane, lanes, placed);
+            });
+            wait_for_grid(arrived, awaited);
+        }
     }
 
     // loss
