@@ -55,6 +55,7 @@ PEER_PAIRS = 2**35
 CDIST_BYTES = 4e9  # of distances at a time, in knn
 TREE_POINTS = 2**20  # of SciPy's tree, which takes seconds beyond
 TREE_ONCE_MS = 500.0
+TREE_COLLAPSED_MS = 37_919.0  # k = 2 of 131,072, 16 cores beside an H100, 2026-11-22
 
 LANE_OPS_A_SECOND = 2.96e13  # float32 operations of an H100, measured; a pair takes eight
 
@@ -206,9 +207,16 @@ def _near_scipy(case: Case, k: int, distances: Any) -> dict[str, bool]:
 
 
 def _knn_row(
-    setting: Setting, what: str, case: Case, k: int, must: float | None = None, aim: float | None = None, note: str = ""
+    setting: Setting,
+    what: str,
+    case: Case,
+    k: int,
+    must: float | None = None,
+    aim: float | None = None,
+    note: str = "",
+    tree_ms: float | None = None,
 ) -> Row:
-    """With all peers where something is asked for."""
+    """With all peers where something is asked for; SciPy's tree is not run where what it took earlier is given."""
     return Row(
         what,
         "eager",
@@ -217,13 +225,13 @@ def _knn_row(
         must,
         aim,
         floor=_knn_floor(setting, case, k),
-        peers=tuple(_knn_peers(case, k, every=must is not None)),
+        peers=tuple(_knn_peers(case, k, must is not None, tree_ms)),
         checks=_exact(case, k, case.knn(k)),
         note=note,
     )
 
 
-def _knn_peers(case: Case, k: int, every: bool) -> Iterator[Peer]:
+def _knn_peers(case: Case, k: int, every: bool, tree_ms: float | None) -> Iterator[Peer]:
     if every:
         yield graph_peer(partial(case.knn, k))
     if case.pairs <= CHECKED_PAIRS:
@@ -235,7 +243,9 @@ def _knn_peers(case: Case, k: int, every: bool) -> Iterator[Peer]:
             yield Peer(name, "eager", None, f"looks at all {case.pairs:.1e} pairs")
         else:
             yield measured_peer(name, "eager", lambda prepare=prepare: timing.call_time(prepare(case, k)))
-    if len(case.lengths) == 1 and len(case.points) <= TREE_POINTS:
+    if tree_ms is not None:
+        yield Peer("scipy KDTree, all cores", "CPU", None, "takes half a minute", tree_ms)
+    elif len(case.lengths) == 1 and len(case.points) <= TREE_POINTS:
         yield measured_peer("scipy KDTree, all cores", "CPU", lambda: _tree_time(case.on_host(), k))
 
 
@@ -355,7 +365,8 @@ def _hard(setting: Setting) -> Iterator[Row]:
         for what, one_way in ((f"{kind}, x in y", case), (f"{kind}, y in x", case.swapped())):
             must = HARD_MUST if kind in ("far", "collapsed") else None
             note = f"all pairs at the full rate of the float32 units: {number(scan)} ms"
-            yield _knn_row(setting, f"knn, k 2: {what}, {HARD:,}", one_way, 2, must, note=note)
+            tree_ms = TREE_COLLAPSED_MS if what == "collapsed, x in y" else None
+            yield _knn_row(setting, f"knn, k 2: {what}, {HARD:,}", one_way, 2, must, note=note, tree_ms=tree_ms)
 
 
 def _sizes(setting: Setting) -> Iterator[Row]:

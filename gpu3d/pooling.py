@@ -439,10 +439,10 @@ def _layout(lengths: tuple[int, ...], bucket_size: int, ratio: int) -> _Layout:
 @functools.lru_cache(maxsize=256)
 def _results(
     slots: int, points: int, columns: int, dtype: np.dtype, point_dtype: np.dtype, ratio: int, extremes: bool
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Where results end in two runs of memory: what is as wide as the features, and what is as long as the children."""
-    wide = _cuda.ends(slots * columns * dtype.itemsize, slots * columns * extremes)
-    return wide, _cuda.ends(slots * ratio * 4, slots * 3 * point_dtype.itemsize, slots * 4, points * 4, 4)
+) -> tuple[int, ...]:
+    """Where results end in memory, which Pooling holds together: features, argmember, then what pool_groups writes."""
+    of_groups = slots * ratio * 4, slots * 3 * point_dtype.itemsize, slots * 4, points * 4, 4
+    return _cuda.ends(slots * columns * dtype.itemsize, slots * columns * extremes, *of_groups)
 
 
 @functools.lru_cache(maxsize=256)
@@ -512,15 +512,14 @@ def _pool_cuda(
     slots, columns = layout.slots, features.shape[1]
     extremes = reduce in ("min", "max")
     dtype, point_dtype = features.dtype, points.dtype
-    wide_ends, long_ends = _results(slots, layout.points, columns, dtype, point_dtype, ratio, extremes)
-    wide, long = _cuda.results(wide_ends), _cuda.results(long_ends)
-    pooled = cupy.ndarray((slots, columns), dtype, wide[0])
-    argmember = cupy.ndarray((slots, columns), _UINT8, wide[1]) if extremes else None
-    members = cupy.ndarray((slots, ratio), _INT32, long[0])
-    pooled_points = cupy.ndarray((slots, 3), point_dtype, long[1])
-    slot_to_point = cupy.ndarray((slots,), _INT32, long[2])
-    point_to_slot = cupy.ndarray((layout.points,), _INT32, long[3])
-    moved = cupy.ndarray((), _INT32, long[4])
+    memory = _cuda.results(_results(slots, layout.points, columns, dtype, point_dtype, ratio, extremes))
+    pooled = cupy.ndarray((slots, columns), dtype, memory[0])
+    argmember = cupy.ndarray((slots, columns), _UINT8, memory[1]) if extremes else None
+    members = cupy.ndarray((slots, ratio), _INT32, memory[2])
+    pooled_points = cupy.ndarray((slots, 3), point_dtype, memory[3])
+    slot_to_point = cupy.ndarray((slots,), _INT32, memory[4])
+    point_to_slot = cupy.ndarray((layout.points,), _INT32, memory[5])
+    moved = cupy.ndarray((), _INT32, memory[6])
     results = pooled, pooled_points, members, argmember, slot_to_point, point_to_slot, moved
     if not slots:
         moved.fill(0)
@@ -530,14 +529,15 @@ def _pool_cuda(
     children, held_too = _clouds.pack(layout.children, buckets.bucket_size)
     macros = (("POINT", _arrays.FLOATS.index(point_dtype)),)
     kernel = _kernel(points.data.device_id, "pooling_group", "pool_groups", macros)
-    args = points.data.ptr, parents, children, ratio, *[part.ptr for part in long]
+    addresses = [part.ptr for part in memory]
+    args = points.data.ptr, parents, children, ratio, *addresses[2:]
     _cuda.launch(kernel, grid=layout.parents.tiles, block=GROUP_TILE, args=args)
     if columns:
         features = _columns(features)
         function, flag = ("pool_extremes", reduce == "max") if extremes else ("pool_sums", reduce == "mean")
         walk, places = _rows(function, (features,), ratio, slots)
-        out = [part.ptr for part in wide[: 1 + extremes]]
-        _launch(walk, *places, long[0].ptr, slots, walk.words, walk.lane_bits, flag, *out)
+        out = addresses[: 1 + extremes]
+        _launch(walk, *places, addresses[2], slots, walk.words, walk.lane_bits, flag, *out)
     del held, held_too  # held until here, as are copies: the pool hands them on in stream order
     return results
 

@@ -25,6 +25,7 @@
 #include "clouds.cuh"
 #include "neighbors.cuh"
 #include "sort.cuh"
+#include "grid.cuh"
 #include "apml.cuh"
 
 #define EPSILON 1e-8
@@ -54,21 +55,6 @@ struct Plan {
     u32 *place;             // [room] where the entries of each column stand, without gaps
     u32 *row;               // [room] of each entry; -1 in gaps
 };
-
-__device__ __forceinline__ void wait_for_grid(u32 *arrived, u32 &awaited) {
-    awaited += gridDim.x;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        atomicAdd(arrived, 1);
-        while (*(volatile u32 *)arrived < awaited) { }
-        __threadfence();
-    }
-    __syncthreads();
-}
-
-__device__ __forceinline__ int slots_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].slot; }
-__device__ __forceinline__ int nodes_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].tile; }
 
 __device__ __forceinline__ double sum_of_warp(double x) {
 #pragma unroll

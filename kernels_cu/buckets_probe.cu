@@ -20,21 +20,10 @@
 #include "clouds.cuh"
 #include "voxels.cuh"
 #include "buckets.cuh"
+#include "grid.cuh"
 
 // Offsets of the candidates in steps, one packed word each: (x + 4) | (y + 4) << 4 | (z + 4) << 8.
 struct Candidates { unsigned short packed[CANDIDATES]; };
-
-__device__ __forceinline__ void wait_for_grid(u32 *arrived, u32 &awaited) {
-    awaited += gridDim.x;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        atomicAdd(arrived, 1);
-        while (*(volatile u32 *)arrived < awaited) { }
-        __threadfence();
-    }
-    __syncthreads();
-}
 
 // Sum over the block; every thread returns it.
 __device__ int sum_block(int x) {

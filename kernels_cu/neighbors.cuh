@@ -42,6 +42,9 @@ struct Index {
     const Box *branches;    // null where no cloud has more than one
 };
 
+__device__ __forceinline__ int slots_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].slot; }
+__device__ __forceinline__ int nodes_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].tile; }
+
 // (d2, index) as one number of the same order: d2 is not negative. A NaN comes after everything.
 __device__ __forceinline__ u64 key_of(float d2, int index) { return (u64)__float_as_uint(d2) << 32 | (u32)index; }
 __device__ __forceinline__ float distance2_of(u64 key) { return __uint_as_float(key >> 32); }

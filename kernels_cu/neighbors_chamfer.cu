@@ -24,9 +24,6 @@ struct Side {
     u64 *given;             // [points, 3] what the points of the other give to it, zeros at first
 };
 
-__device__ __forceinline__ int tiles_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].tile; }
-__device__ __forceinline__ int slots_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].slot; }
-
 // The sum of the block's SUM_TILE values, one a thread, on every thread: the second half added to the first, and again.
 __device__ double halved(double value) {
     __shared__ double sums[SUM_TILE];
@@ -70,10 +67,10 @@ extern "C" __global__ __launch_bounds__(SUM_TILE) void chamfer_tiles(
     u32 *__restrict__ known,                    // [] set to 0, for chamfer_losses
     int squared)                                // 1: of their squares
 {
-    const int tile = blockIdx.x, x_tiles = tiles_of(x_clouds);
+    const int tile = blockIdx.x, x_tiles = nodes_of(x_clouds);
     if (tile == 0 && threadIdx.x == 0) *known = 0;
     if (tile < x_tiles) sum_tile(x, x_clouds, tile, squared);
-    else if (tile < x_tiles + tiles_of(y_clouds)) sum_tile(y, y_clouds, tile - x_tiles, squared);
+    else if (tile < x_tiles + nodes_of(y_clouds)) sum_tile(y, y_clouds, tile - x_tiles, squared);
 }
 
 // The sum of count values by halving tiles of them; by a whole block, which overwrites them.
