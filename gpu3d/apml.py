@@ -549,6 +549,73 @@ def _keep_counted(
     raise reference.too_many_entries(total, limit, max_entries, name, row, count)
 
 
+class _Plan(NamedTuple):
+    """The plan in rows of slots, with gaps between them: where column and value of its entries lie, and their rows."""
+
+    value: int  # float32 [room]
+    column: int  # uint32 [room]
+    row: int  # uint32 [room], -1 in gaps; among the entries of what is kept
+    held: Any  # the memory of the first two
+
+
+def _transport(
+    device: int,
+    x: Search,
+    y: Search,
+    kept: _Kept,
+    options: reference.Options,
+    gradients: list[Any],
+    loss: Any,
+    parts: int,
+) -> _Plan:
+    """Launches what makes the plan of what is kept: the losses [B] or [], over `parts`, and the gradients if any."""
+    layouts, (x_slots, y_slots) = (x.own.layout, y.own.layout), (4 * (s.own.layout.slots + 1) for s in (x, y))
+    multiprocessors, most_shared = _cuda.device_limits(device)
+    blocks = max(1, min(multiprocessors, -(-max(layout.slots for layout in layouts) // TRANSPORT_SLOTS)))
+    memory, (x_first, y_first, x_longs, y_longs, y_cursors, row_lengths, losses, x_sums, y_sums, of_blocks) = (
+        _cuda.workspace(
+            *(x_slots, y_slots) * 2,
+            y_slots,
+            x_slots,
+            2 * x_slots,
+            *(8 * layout.nodes for layout in layouts),
+            4 * blocks,
+        )
+    )
+    of_plan, (keys, spare) = _cuda.workspace(8 * kept.room, 8 * kept.room)
+    value, column = spare, spare + 4 * kept.room  # once rows are sorted
+    place, row = kept.entries, kept.entries + 4 * kept.room  # once the entries are keys
+    x_to, y_to = [gradient.data.ptr for gradient in gradients] or (0, 0)
+    of_x = kept.starts[0], kept.counts[0], kept.cursors, x_first, x_longs, kept.long_counts[0], x_to, x_sums
+    of_y = kept.starts[1], kept.counts[1], y_cursors, y_first, y_longs, kept.long_counts[1], y_to, y_sums
+    sides = _SIDE.pack(x.own.rows, *of_x), _SIDE.pack(y.own.rows, *of_y), x.own.clouds, y.own.clouds
+    plan = _PLAN.pack(keys, spare, value, column, row_lengths, place, row)
+    each, of_all = (0, loss.data.ptr) if loss.ndim == 0 else (loss.data.ptr, 0)
+    counts = kept.entries, kept.total, kept.room, options.iterations
+    shared_mem = most_shared - TRANSPORT_STATIC
+    args = *sides, plan, *counts, losses, of_blocks, kept.arrived, each, of_all, float(parts), shared_mem
+    macros = (("MINIMUM", int(options.symmetrize == "min")),)
+    kernel = _kernel(device, "transport", macros, shared_mem=shared_mem, cooperative=True)
+    _cuda.launch(kernel, grid=blocks, block=TRANSPORT_THREADS, shared_mem=shared_mem, args=args)
+    del memory  # held until here
+    return _Plan(value, column, row, of_plan)
+
+
+def _sorted_plan(x: Search, y: Search, kept: _Kept, plan: _Plan, points: int) -> tuple[Any, Any, Any, Any]:
+    """The entries in order of (row, col) as pred's `points` and target's are packed, and where each row begins."""
+    import cupy
+
+    row = _array(plan.row, (kept.room,), _INT32, kept.held[1])
+    there = row >= 0
+    column = _array(plan.column, (kept.room,), _INT32, plan.held)
+    rows, columns = _indices(x)[row[there]], _indices(y)[column[there]]
+    order = cupy.lexsort(cupy.stack((columns, rows)))
+    rows = rows[order]
+    indptr = cupy.searchsorted(rows, cupy.arange(points + 1, dtype=np.int32)).astype(_INT64)
+    values = _array(plan.value, (kept.room,), _FLOAT, plan.held)[there]
+    return rows, columns[order], values[order], indptr
+
+
 def _apml_cuda(
     pred: Any,
     pred_lengths: tuple[int, ...],
@@ -567,73 +634,17 @@ def _apml_cuda(
     import cupy
 
     device, clouds, lengths = cupy.cuda.runtime.getDevice(), len(pred_lengths), (pred_lengths, target_lengths)
-    origins = origins_cuda(target, target_lengths)
-    x, y = pair_cuda(pred, pred_lengths, target, target_lengths, origins)
+    x, y = pair_cuda(pred, pred_lengths, target, target_lengths, origins_cuda(target, target_lengths))
     if max_entries is None or what == "plan":
         kept = _keep_counted(device, x, y, lengths, options, max_entries)
     else:
         kept = _keep(device, x, y, lengths, options, max_entries)
-
     loss = cupy.ndarray((clouds,) if reduction == "none" else (), _FLOAT)
     points = (pred, target) if what == "gradients" else ()
     gradients = [cupy.ndarray((side.shape[0], 3), _FLOAT) for side in points]
-    to = [gradient.data.ptr for gradient in gradients] or [0, 0]
-    layouts = x.own.layout, y.own.layout
-    multiprocessors, most_shared = _cuda.device_limits(device)
-    shared_mem = most_shared - TRANSPORT_STATIC
-    blocks = max(1, min(multiprocessors, -(-max(layout.slots for layout in layouts) // TRANSPORT_SLOTS)))
-    of_slots = [4 * (layout.slots + 1) for layout in layouts]
-    memory, (x_first, y_first, x_longs, y_longs, y_cursors, row_lengths, x_sums, y_sums, losses, of_blocks) = (
-        _cuda.workspace(
-            *of_slots,
-            *of_slots,
-            of_slots[1],
-            of_slots[0],
-            *(8 * layout.nodes for layout in layouts),
-            8 * layouts[0].slots,
-            4 * blocks,
-        )
-    )
-    of_entries, (keys, spare) = _cuda.workspace(8 * kept.room, 8 * kept.room)
-    value, column = spare, spare + 4 * kept.room  # once rows are sorted
-    place, row = kept.entries, kept.entries + 4 * kept.room  # once the entries are keys
-    sides = [
-        _SIDE.pack(side.own.rows, kept.starts[i], kept.counts[i], *of_side, kept.long_counts[i], to[i], sums)
-        for i, (side, sums, *of_side) in enumerate(
-            ((x, x_sums, kept.cursors, x_first, x_longs), (y, y_sums, y_cursors, y_first, y_longs))
-        )
-    ]
-    plan = _PLAN.pack(keys, spare, value, column, row_lengths, place, row)
-    each, all_of_them = (loss.data.ptr, 0) if reduction == "none" else (0, loss.data.ptr)
-    parts = float(clouds) if reduction == "mean" else 1.0
-    of_transport = kept.entries, kept.total, kept.room, options.iterations
-    args = (
-        *sides,
-        x.own.clouds,
-        y.own.clouds,
-        plan,
-        *of_transport,
-        losses,
-        of_blocks,
-        kept.arrived,
-        each,
-        all_of_them,
-        parts,
-        shared_mem,
-    )
-    macros = (("MINIMUM", int(options.symmetrize == "min")),)
-    kernel = _kernel(device, "transport", macros, shared_mem=shared_mem, cooperative=True)
-    _cuda.launch(kernel, grid=blocks, block=TRANSPORT_THREADS, shared_mem=shared_mem, args=args)
+    plan = _transport(device, x, y, kept, options, gradients, loss, clouds if reduction == "mean" else 1)
     if what == "plan":
-        rows = _array(row, (kept.room,), _INT32, kept.held[1])
-        there = rows >= 0
-        rows = _indices(x)[rows[there]]
-        columns = _indices(y)[_array(column, (kept.room,), _INT32, of_entries)[there]]
-        values = _array(value, (kept.room,), _FLOAT, of_entries)[there]
-        order = cupy.lexsort(cupy.stack((columns, rows)))
-        indptr = cupy.searchsorted(rows[order], cupy.arange(pred.shape[0] + 1, dtype=np.int32)).astype(_INT64)
-        return rows[order], columns[order], values[order], indptr
-    del memory, of_entries, kept  # held until here
+        return _sorted_plan(x, y, kept, plan, pred.shape[0])
     return loss, *(
         gradient[:, : side.shape[1]].astype(side.dtype, copy=False)
         for gradient, side in zip(gradients, points, strict=True)
