@@ -72,7 +72,7 @@ template <class Visit>
 __device__ __forceinline__ void each_in_ball(
     const Row &query, float radius2, const Index &index, const Clouds &clouds, int b, Visit visit)
 {
-    walk_tiles(query, index, clouds, b, Within{radius2}, [&](int tile) {
+    walk_tiles(query, index, clouds, b, Within{radius2}, Always(), [&](int tile) {
         const int slot = tile * TILE + (threadIdx.x & 31);
         const Row point = index.rows[slot];
         visit(distance2(query, point) <= radius2, slot, distance(query, point));
@@ -111,9 +111,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void search_balls(
     find_nearest(nearest, query, searches, index, clouds, b);
     const float radius2 = searches ? radius2_of(nearest, mass, limit) : -1;     // no square is below 0
     int listed = 0;                             // or more than LISTED
-    walk_tiles(box_of(query, searches), index, clouds, b, Within{most(radius2)}, [&](int tile) {
-        const Box box = index.tiles[tile];
-        if (!__any_sync(FULL, bound2<true>(query, box) <= radius2)) return;
+    const auto reaches = [&](const Box &box) { return (bool)__any_sync(FULL, bound2<true>(query, box) <= radius2); };
+    walk_tiles(box_of(query, searches), index, clouds, b, Within{most(radius2)}, reaches, [&](int tile) {
         each_point(index, tile, [&](const Row &point, int at) {
             if (!(distance2(query, point) <= radius2)) return;                  // NaN: not a point
             if (listed < LISTED) {

@@ -176,17 +176,21 @@ struct Within {
     }
 };
 
-// Calls visit(tile) for the tiles of cloud b, in the order and of the boxes that `order` says. The index's batch is `clouds`.
-template <class Order, class Query, class Visit>
+// Calls visit(tile) for the tiles of cloud b, in the order and of the boxes that `order` says, and of these only those that
+// opens(box) says yes to, of tiles and of nodes. The index's batch is `clouds`.
+template <class Order, class Query, class Opens, class Visit>
 __device__ __forceinline__ void walk_tiles(
-    const Query &query, const Index &index, const Clouds &clouds, int b, const Order &order, Visit visit)
+    const Query &query, const Index &index, const Clouds &clouds, int b, const Order &order, Opens opens, Visit visit)
 {
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int tiles = cloud.slot / TILE, tiles_end = next.slot / TILE;
     const auto walk_nodes = [&](int nodes, int end) {
         order.template walk<true>(query, index.nodes, nodes, end, [&](int node) {
+            if (!opens(index.nodes[node])) return;
             const int first = tiles + (node - cloud.tile) * 32;
-            order.template walk<true>(query, index.tiles, first, min(first + 32, tiles_end), visit);
+            order.template walk<true>(query, index.tiles, first, min(first + 32, tiles_end), [&](int tile) {
+                if (opens(index.tiles[tile])) visit(tile);
+            });
         });
     };
     if (!index.branches) { walk_nodes(cloud.tile, next.tile); return; }
@@ -195,6 +199,11 @@ __device__ __forceinline__ void walk_tiles(
         walk_nodes(nodes, min(nodes + 32, next.tile));
     });
 }
+
+// For a query that is a warp: what `order` says is all there is to say.
+struct Always {
+    __device__ __forceinline__ bool operator()(const Box &) const { return true; }
+};
 
 // ---- a query a lane ------------------------------------------------------------------------------------------------
 
@@ -238,9 +247,10 @@ __device__ __forceinline__ void find_nearest(
     for (int i = 0; i < K; ++i) best[i] = searches ? NOTHING : 0;               // below 0 there is nothing to find
     u64 worst_of_all = most_of(best[K - 1]);
     const auto bound = [&] { return worst_of_all; };
-    walk_tiles(box_of(query, searches), index, clouds, b, NearestFirst<decltype(bound)>{bound}, [&](int tile) {
-        const Box box = index.tiles[tile];
-        if (!__any_sync(FULL, key_of(bound2<true>(query, box), box.first) < best[K - 1])) return;
+    const auto helps = [&](const Box &box) {    // one of the queries, which may lie far apart
+        return (bool)__any_sync(FULL, key_of(bound2<true>(query, box), box.first) < best[K - 1]);
+    };
+    walk_tiles(box_of(query, searches), index, clouds, b, NearestFirst<decltype(bound)>{bound}, helps, [&](int tile) {
         each_point(index, tile, [&](const Row &point, int) {
             const u64 key = key_of(distance2(query, point), point.index);
             if (K == 2) best[1] = min(best[1], max(best[0], key));

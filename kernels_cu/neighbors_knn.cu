@@ -127,7 +127,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn(
     best.worst = NOTHING;
     if (is_finite(query)) {
         const auto bound = [&] { return best.worst; };
-        walk_tiles(query, index, clouds, b, NearestFirst<decltype(bound)>{bound}, [&](int tile) {
+        walk_tiles(query, index, clouds, b, NearestFirst<decltype(bound)>{bound}, Always(), [&](int tile) {
             const Row point = index.rows[(size_t)tile * TILE + lane];
             take(best, point.index < 0 ? NOTHING : key_of(distance2(query, point), point.index), k);
         });
