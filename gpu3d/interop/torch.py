@@ -27,6 +27,7 @@ import gpu3d
 from gpu3d import _arrays, attention, pooling
 from gpu3d import buckets as layouts
 from gpu3d.buckets import Buckets, Scopes
+from gpu3d.interop import _layouts
 from gpu3d.pooling import Pooling
 
 __all__ = [
@@ -187,29 +188,11 @@ def _autocast(name: str, tensors: int, dtype: torch.dtype | None) -> None:
     register("cuda", "AutocastCUDA")
 
 
-def _num_slots(lengths: Sequence[int], bucket_size: int) -> int:
-    return sum((n + bucket_size - 1) // bucket_size for n in lengths) * bucket_size
-
-
-@functools.lru_cache(maxsize=1024)
-def _cached_layout(lengths: tuple[int, ...], bucket_size: int) -> Buckets:
-    return Buckets(None, None, None, bucket_size, lengths, layouts._bucket_offsets(lengths, bucket_size))
-
-
-def _layout(lengths: Sequence[int], bucket_size: int) -> Buckets:
-    """What ops other than scatter and gather need of a Buckets: all but its arrays."""
-    return _cached_layout(tuple(lengths), bucket_size)
-
-
-def _children(lengths: Sequence[int], ratio: int) -> tuple[int, ...]:
-    return tuple([(n + ratio - 1) // ratio for n in lengths])
-
-
 # ---- operators: buckets --------------------------------------------------------------------------------------------
 
 
 def _bucketize_fake(points: torch.Tensor, bucket_size: int, lengths: Sequence[int], *options: Any) -> Any:
-    shapes = (_num_slots(lengths, bucket_size),), (points.shape[0],), ()
+    shapes = (_layouts.num_slots(lengths, bucket_size),), (points.shape[0],), ()
     return tuple([points.new_empty(shape, dtype=torch.int32) for shape in shapes])
 
 
@@ -258,7 +241,7 @@ def _scopes_fake(
 def _scopes(
     slot_to_point: torch.Tensor, bucket_size: int, lengths: Sequence[int], size: int, shift: int, stride: int
 ) -> torch.Tensor:
-    layout = _layout(lengths, bucket_size)
+    layout = _layouts.layout(lengths, bucket_size)
     buckets = Buckets(slot_to_point, None, None, bucket_size, layout.lengths, layout.bucket_offsets)
     return gpu3d.scopes(buckets, size, shift=shift, stride=stride).table
 
@@ -312,12 +295,8 @@ def _attention(
     lengths: Sequence[int],
     scale: float | None,
 ) -> Any:
-    layout = _layout(lengths, bucket_size)
-    return gpu3d.bucket_attention(q, k, v, layout, _scopes_of(table, layout), scale=scale, return_lse=True)
-
-
-def _scopes_of(table: torch.Tensor, layout: Buckets) -> Scopes:
-    return Scopes(table, table.shape[1], 0, 1, layout.bucket_size, layout.bucket_offsets)
+    layout = _layouts.layout(lengths, bucket_size)
+    return gpu3d.bucket_attention(q, k, v, layout, _layouts.scopes_of(table, layout), scale=scale, return_lse=True)
 
 
 def _attention_backward_fake(dout: torch.Tensor, q: torch.Tensor, *args: Any) -> Any:
@@ -341,8 +320,10 @@ def _attention_backward(
     lengths: Sequence[int],
     scale: float | None,
 ) -> Any:
-    layout = _layout(lengths, bucket_size)
-    return gpu3d.bucket_attention_backward(dout, q, k, v, out, lse, layout, _scopes_of(table, layout), scale=scale)
+    layout = _layouts.layout(lengths, bucket_size)
+    return gpu3d.bucket_attention_backward(
+        dout, q, k, v, out, lse, layout, _layouts.scopes_of(table, layout), scale=scale
+    )
 
 
 def _save_attention(ctx: Any, inputs: Any, output: Any) -> None:
@@ -368,8 +349,8 @@ _autocast("bucket_attention", 3, None)
 def _pool_fake(
     features: torch.Tensor, points: torch.Tensor, bucket_size: int, lengths: Sequence[int], ratio: int, reduce: str
 ) -> Any:
-    children, columns = _children(lengths, ratio), features.shape[1]
-    slots = _num_slots(children, bucket_size)
+    children, columns = _layouts.children(lengths, ratio), features.shape[1]
+    slots = _layouts.num_slots(children, bucket_size)
 
     def integers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return features.new_empty(shape, dtype=dtype)
@@ -394,7 +375,7 @@ def _pool_fake(
 def _pool(
     features: torch.Tensor, points: torch.Tensor, bucket_size: int, lengths: Sequence[int], ratio: int, reduce: str
 ) -> Any:
-    pooled = gpu3d.bucket_pool(features, points, _layout(lengths, bucket_size), ratio=ratio, reduce=reduce)
+    pooled = gpu3d.bucket_pool(features, points, _layouts.layout(lengths, bucket_size), ratio=ratio, reduce=reduce)
     argmember, child = pooled.argmember, pooled.buckets
     if argmember is None:  # an operator's result cannot be None
         argmember = features.new_empty((0, features.shape[1]), dtype=torch.uint8)
@@ -402,18 +383,10 @@ def _pool(
     return pooled.features, pooled.points, pooled.members, argmember, *structure
 
 
-def _pooling(
-    features: Any, members: Any, argmember: Any, bucket_size: int, lengths: Sequence[int], ratio: int, reduce: str
-) -> Pooling:
-    """What the backwards and unpooling need of a Pooling."""
-    parent, child = _layout(lengths, bucket_size), _layout(_children(lengths, ratio), bucket_size)
-    return Pooling(features, None, child, members, ratio, reduce, argmember, parent)
-
-
 def _pool_backward_fake(
     dchild: torch.Tensor, members: torch.Tensor, argmember: Any, bucket_size: int, lengths: Sequence[int], *rest: Any
 ) -> torch.Tensor:
-    return dchild.new_empty((_num_slots(lengths, bucket_size), dchild.shape[1]))
+    return dchild.new_empty((_layouts.num_slots(lengths, bucket_size), dchild.shape[1]))
 
 
 @_operator(
@@ -431,7 +404,7 @@ def _pool_backward(
     reduce: str,
 ) -> torch.Tensor:
     first = argmember if reduce in ("min", "max") else None
-    pooled = _pooling(dchild, members, first, bucket_size, lengths, ratio, reduce)
+    pooled = _layouts.pooling(dchild, members, first, bucket_size, lengths, ratio, reduce)
     return gpu3d.bucket_pool_backward(dchild, pooled)
 
 
@@ -453,7 +426,7 @@ _no_second_derivative("bucket_pool_backward")
 def _unpool_fake(
     child: torch.Tensor, members: torch.Tensor, skip: Any, bucket_size: int, lengths: Sequence[int], ratio: int
 ) -> torch.Tensor:
-    return child.new_empty((_num_slots(lengths, bucket_size), child.shape[1]))
+    return child.new_empty((_layouts.num_slots(lengths, bucket_size), child.shape[1]))
 
 
 @_operator(
@@ -463,7 +436,7 @@ def _unpool_fake(
 def _unpool(
     child: torch.Tensor, members: torch.Tensor, skip: Any, bucket_size: int, lengths: Sequence[int], ratio: int
 ) -> torch.Tensor:
-    return gpu3d.bucket_unpool(child, _pooling(None, members, None, bucket_size, lengths, ratio, "sum"), skip)
+    return gpu3d.bucket_unpool(child, _layouts.pooling(None, members, None, bucket_size, lengths, ratio, "sum"), skip)
 
 
 def _unpool_backward_fake(dout: torch.Tensor, members: torch.Tensor, *rest: Any) -> Any:
@@ -478,7 +451,7 @@ def _unpool_backward_fake(dout: torch.Tensor, members: torch.Tensor, *rest: Any)
 def _unpool_backward(
     dout: torch.Tensor, members: torch.Tensor, bucket_size: int, lengths: Sequence[int], ratio: int
 ) -> Any:
-    return gpu3d.bucket_unpool_backward(dout, _pooling(None, members, None, bucket_size, lengths, ratio, "sum"))
+    return gpu3d.bucket_unpool_backward(dout, _layouts.pooling(None, members, None, bucket_size, lengths, ratio, "sum"))
 
 
 def _save_unpool(ctx: Any, inputs: Any, output: Any) -> None:
@@ -829,7 +802,7 @@ def bucket_pool(
     pooled, pooled_points, members, argmember, *structure = _OPS.bucket_pool(
         features, points.detach(), *layout, ratio, reduce
     )
-    child = _buckets(structure, buckets.bucket_size, _children(buckets.lengths, ratio))
+    child = _buckets(structure, buckets.bucket_size, _layouts.children(buckets.lengths, ratio))
     first = argmember if reduce in ("min", "max") else None
     return Pooling(pooled, pooled_points, child, members, ratio, reduce, first, buckets)
 
