@@ -156,8 +156,8 @@ def _tensor_of(owner: Any, array: Any, torch: Any) -> Any:
 # ---- device and stream ---------------------------------------------------------------------------------------------
 
 
-class _TorchStream:
-    """torch.cuda.Stream speaks `__cuda_stream__` from torch 2.10 on; this says it for the older ones."""
+class ForeignStream:
+    """A framework's stream for CuPy, by its address; torch.cuda.Stream says `__cuda_stream__` itself from 2.10 on."""
 
     def __init__(self, pointer: int) -> None:
         self.pointer = pointer
@@ -184,7 +184,7 @@ def on(origin: Origin) -> AbstractContextManager[Any]:
     stack = ExitStack()
     stack.enter_context(cupy.cuda.Device(origin.device))
     if torch_stream is not None:
-        stack.enter_context(cupy.cuda.Stream.from_external(_TorchStream(torch_stream)))
+        stack.enter_context(cupy.cuda.Stream.from_external(ForeignStream(torch_stream)))
     return stack
 
 

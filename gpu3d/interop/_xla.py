@@ -1,0 +1,447 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A foreign function of XLA, written in Python: it runs plain gpu3d calls on XLA's buffers, device and stream.
+
+XLA calls `handler("cpu")` and `handler("CUDA")` with the address of a call frame. They wrap its buffers, without a
+copy, as NumPy or CuPy arrays, run the plain call that the attribute `call` names, and see to it that its results lie in
+XLA's buffers. The structures are those of xla/ffi/api/c_api.h, which jaxlib carries; they grow only at their ends.
+
+On CUDA the plain call allocates from XLA, on XLA's stream. What has the size of a result that is still to come gets the
+memory of that result, so results are born where XLA wants them; `_land` looks whether they were, and copies those that
+were not. Whatever else was allocated goes back to XLA when the handler returns, in stream order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import math
+import traceback
+from collections.abc import Callable, Sequence
+from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import gpu3d
+from gpu3d import _arrays
+from gpu3d.interop import _layouts
+
+# ---- calls ---------------------------------------------------------------------------------------------------------
+
+
+def _bucketize(points: Any, bucket_size: int, **options: Any) -> Sequence[Any]:
+    made = gpu3d.bucketize(points, bucket_size, **options)
+    return made.slot_to_point, made.point_to_slot, made.moved
+
+
+def _attention(
+    q: Any, k: Any, v: Any, table: Any, bucket_size: int, lengths: tuple[int, ...], scale: float | None
+) -> Sequence[Any]:
+    layout = _layouts.layout(lengths, bucket_size)
+    scopes = _layouts.scopes_of(table, layout)
+    return gpu3d.bucket_attention(q, k, v, layout, scopes, scale=scale, return_lse=True)
+
+
+def _attention_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    table: Any,
+    bucket_size: int,
+    lengths: tuple[int, ...],
+    scale: float | None,
+) -> Sequence[Any]:
+    layout = _layouts.layout(lengths, bucket_size)
+    scopes = _layouts.scopes_of(table, layout)
+    return gpu3d.bucket_attention_backward(dout, q, k, v, out, lse, layout, scopes, scale=scale)
+
+
+def _pool(features: Any, points: Any, bucket_size: int, lengths: tuple[int, ...], **options: Any) -> Sequence[Any]:
+    pooled = gpu3d.bucket_pool(features, points, _layouts.layout(lengths, bucket_size), **options)
+    child = pooled.buckets
+    structure = child.slot_to_point, child.point_to_slot, child.moved
+    extremes = () if pooled.argmember is None else (pooled.argmember,)
+    return pooled.features, pooled.points, pooled.members, *structure, *extremes
+
+
+def _pool_backward(dchild: Any, members: Any, argmember: Any = None, **layout: Any) -> Sequence[Any]:
+    return [gpu3d.bucket_pool_backward(dchild, _layouts.pooling(dchild, members, argmember, **layout))]
+
+
+def _unpool(child: Any, members: Any, skip: Any = None, **layout: Any) -> Sequence[Any]:
+    return [gpu3d.bucket_unpool(child, _layouts.pooling(None, members, None, reduce="sum", **layout), skip)]
+
+
+def _unpool_backward(dout: Any, members: Any, **layout: Any) -> Sequence[Any]:
+    return gpu3d.bucket_unpool_backward(dout, _layouts.pooling(None, members, None, reduce="sum", **layout))
+
+
+def _loss(function: Callable[..., Any]) -> Callable[..., Sequence[Any]]:
+    return lambda x, y, **options: [function(x, y, **options)]
+
+
+def _loss_and_gradients(function: Callable[..., Any]) -> Callable[..., Sequence[Any]]:
+    def call(x: Any, y: Any, **options: Any) -> Sequence[Any]:
+        loss, gradients = function(x, y, **options)
+        return loss, *gradients
+
+    return call
+
+
+CALLS: dict[str, Callable[..., Sequence[Any]]] = {
+    "bucketize": _bucketize,
+    "bucket_attention": _attention,
+    "bucket_attention_backward": _attention_backward,
+    "bucket_pool": _pool,
+    "bucket_pool_backward": _pool_backward,
+    "bucket_unpool": _unpool,
+    "bucket_unpool_backward": _unpool_backward,
+    "chamfer": _loss(gpu3d.chamfer),
+    "chamfer_value_and_grad": _loss_and_gradients(gpu3d.chamfer_value_and_grad),
+    "apml": _loss(gpu3d.apml),
+    "apml_value_and_grad": _loss_and_gradients(gpu3d.apml_value_and_grad),
+}
+
+
+def attribute(name: str, options: dict[str, Any]) -> str:
+    """The attribute `call`: all that is static, as text, so that a compiled or exported program carries it."""
+    return json.dumps([name, options], sort_keys=True, separators=(",", ":"))
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(call: bytes) -> Callable[..., Sequence[Any]]:
+    name, options = json.loads(call)
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    return functools.partial(CALLS[name], **options)
+
+
+# ---- xla/ffi/api/c_api.h -------------------------------------------------------------------------------------------
+
+API_VERSION = 0, 1  # the oldest that has all that is used here; XLA takes handlers of older ones
+METADATA = 1  # XLA_FFI_Extension_Metadata
+EXECUTE = 3  # XLA_FFI_ExecutionStage_EXECUTE
+STRING = 4  # XLA_FFI_AttrType_STRING
+INVALID_ARGUMENT, RESOURCE_EXHAUSTED, INTERNAL = 3, 8, 13  # of XLA_FFI_Error_Code
+ALIGNMENT = 16  # of an allocation: the largest that XLA takes, and what kernels load at a time
+
+# XLA_FFI_DataType of the dtypes that gpu3d's calls take or return.
+DTYPES = {
+    4: np.dtype(np.int32),
+    6: np.dtype(np.uint8),
+    10: np.dtype(np.float16),
+    11: np.dtype(np.float32),
+    12: np.dtype(np.float64),
+    16: _arrays.BFLOAT16,
+}
+
+
+class Extension(ctypes.Structure):
+    _fields_ = [("struct_size", c_size_t), ("type", c_int), ("next", c_void_p)]
+
+
+class ApiVersion(ctypes.Structure):
+    _fields_ = [("struct_size", c_size_t), ("extension", c_void_p), ("major", c_int), ("minor", c_int)]
+
+
+class Metadata(ctypes.Structure):
+    _fields_ = [("struct_size", c_size_t), ("api_version", ApiVersion), ("traits", c_uint32)]
+
+
+class MetadataExtension(ctypes.Structure):
+    _fields_ = [("base", Extension), ("metadata", POINTER(Metadata))]
+
+
+class ByteSpan(ctypes.Structure):
+    _fields_ = [("pointer", c_void_p), ("size", c_size_t)]
+
+
+class Buffer(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("extension", c_void_p),
+        ("dtype", c_int),
+        ("data", c_void_p),
+        ("rank", c_int64),
+        ("dims", POINTER(c_int64)),
+    ]
+
+
+class Buffers(ctypes.Structure):
+    """XLA_FFI_Args and XLA_FFI_Rets."""
+
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("extension", c_void_p),
+        ("size", c_int64),
+        ("types", POINTER(c_int)),
+        ("items", POINTER(POINTER(Buffer))),
+    ]
+
+
+class Attributes(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("extension", c_void_p),
+        ("size", c_int64),
+        ("types", POINTER(c_int)),
+        ("names", POINTER(POINTER(ByteSpan))),
+        ("items", POINTER(POINTER(ByteSpan))),
+    ]
+
+
+class Api(ctypes.Structure):
+    """The functions of XLA, which are called by `_ask`."""
+
+    functions = (
+        "Error_Create",
+        "Error_GetMessage",
+        "Error_Destroy",
+        "Handler_Register",
+        "Stream_Get",
+        "Type_Register",
+        "ExecutionContext_Get",
+        "State_Set",
+        "State_Get",
+        "DeviceMemory_Allocate",
+        "DeviceMemory_Free",
+        "ThreadPool_Schedule",
+        "ThreadPool_NumThreads",
+        "Future_Create",
+        "Future_SetAvailable",
+        "Future_SetError",
+        "RunId_Get",
+        "DeviceOrdinal_Get",
+    )
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("extension", c_void_p),
+        ("api_version", ApiVersion),
+        ("internal_api", c_void_p),
+        *((name, c_void_p) for name in functions),
+    ]
+
+
+class CallFrame(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("extension", POINTER(Extension)),
+        ("api", POINTER(Api)),
+        ("context", c_void_p),
+        ("stage", c_int),
+        ("args", Buffers),
+        ("rets", Buffers),
+        ("attrs", Attributes),
+    ]
+
+
+def _arguments(name: str, *fields: tuple[str, Any]) -> type[ctypes.Structure]:
+    """The structure that a function of XLA takes."""
+    return type(name, (ctypes.Structure,), {"_fields_": [("struct_size", c_size_t), ("extension", c_void_p), *fields]})
+
+
+ARGUMENTS = {
+    "Error_Create": _arguments("Error_Create", ("message", c_char_p), ("code", c_int)),
+    "Error_GetMessage": _arguments("Error_GetMessage", ("error", c_void_p), ("message", c_char_p)),
+    "Error_Destroy": _arguments("Error_Destroy", ("error", c_void_p)),
+    "Stream_Get": _arguments("Stream_Get", ("context", c_void_p), ("stream", c_void_p)),
+    "DeviceOrdinal_Get": _arguments("DeviceOrdinal_Get", ("context", c_void_p), ("ordinal", c_int32)),
+    "DeviceMemory_Allocate": _arguments(
+        "DeviceMemory_Allocate", ("context", c_void_p), ("size", c_size_t), ("alignment", c_size_t), ("data", c_void_p)
+    ),
+    "DeviceMemory_Free": _arguments("DeviceMemory_Free", ("context", c_void_p), ("size", c_size_t), ("data", c_void_p)),
+}
+
+
+def size_of(structure: type[ctypes.Structure]) -> int:
+    """What XLA calls the size of a structure: up to the end of its last field."""
+    last = getattr(structure, structure._fields_[-1][0])
+    return last.offset + last.size
+
+
+# An error or null. The GIL is released meanwhile: XLA may wait for a thread that wants it.
+_function = functools.lru_cache(maxsize=None)(ctypes.CFUNCTYPE(c_void_p, c_void_p))
+
+
+def _call(api: Api, name: str, **fields: Any) -> tuple[Any, int | None]:
+    """Calls a function of XLA: its arguments, with what it wrote, and what it returned."""
+    structure = ARGUMENTS[name]
+    arguments = structure(struct_size=size_of(structure), **fields)
+    return arguments, _function(getattr(api, name))(ctypes.addressof(arguments))
+
+
+def _ask(api: Api, name: str, **fields: Any) -> Any:
+    """The same, an error raised."""
+    arguments, error = _call(api, name, **fields)
+    if error is not None:
+        message = _call(api, "Error_GetMessage", error=error)[0].message.decode(errors="replace")
+        _call(api, "Error_Destroy", error=error)
+        raise (MemoryError if name == "DeviceMemory_Allocate" else RuntimeError)(f"XLA_FFI_{name}: {message}")
+    return arguments
+
+
+# ---- the handler ---------------------------------------------------------------------------------------------------
+
+
+class _Place(NamedTuple):
+    """A buffer of XLA's."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    size: int  # bytes
+
+
+def _places(buffers: Buffers) -> list[_Place]:
+    places = []
+    for i in range(buffers.size):
+        buffer = buffers.items[i].contents
+        shape, dtype = tuple(buffer.dims[: buffer.rank]), DTYPES[buffer.dtype]
+        places.append(_Place(buffer.data or 0, shape, dtype, math.prod(shape) * dtype.itemsize))
+    return places
+
+
+def _call_of(attrs: Attributes) -> Callable[..., Sequence[Any]]:
+    span = attrs.items[0].contents  # `call` is the only attribute
+    return _parsed(ctypes.string_at(span.pointer, span.size))
+
+
+def _check(result: Any, place: _Place) -> None:
+    """What was promised to XLA when the program was traced."""
+    if result.shape != place.shape or result.dtype != place.dtype:
+        raise RuntimeError(
+            f"a result is {result.dtype} {list(result.shape)} where {place.dtype} {list(place.shape)} was announced: "
+            "please report this to gpu3d."
+        )
+
+
+def _host_array(place: _Place) -> np.ndarray:
+    if not place.size:
+        return np.empty(place.shape, place.dtype)
+    memory = memoryview((ctypes.c_char * place.size).from_address(place.address))
+    return np.ndarray(place.shape, place.dtype, memory)
+
+
+def _run_cpu(frame: CallFrame) -> None:
+    arrays = [_host_array(place) for place in _places(frame.args)]
+    for array in arrays:
+        array.flags.writeable = False
+    results = _call_of(frame.attrs)(*arrays)
+    for result, place in zip(results, _places(frame.rets), strict=True):
+        _check(result, place)
+        _host_array(place)[...] = result
+
+
+class _Allocator:
+    """A CuPy allocator for one call: the buffers of results where the size fits, else XLA's memory until `free`."""
+
+    apart = True  # results that are returned together have an allocation each, for XLA gave each a buffer
+
+    def __init__(self, frame: CallFrame, device: int, rets: Sequence[_Place]) -> None:
+        self.api, self.context, self.device = frame.api.contents, frame.context, device
+        self.rets = list(rets)  # not handed out yet
+        self.blocks: list[tuple[int, int]] = []
+
+    def __call__(self, size: int) -> Any:
+        import cupy
+
+        memory = cupy.cuda.UnownedMemory(self.address(size), size, None, self.device)
+        return cupy.cuda.MemoryPointer(memory, 0)
+
+    def address(self, size: int) -> int:
+        if size == 0:
+            return 0
+        for place in self.rets:
+            if -place.size // 16 == -size // 16:  # results that share an allocation elsewhere begin at multiples of 16
+                self.rets.remove(place)
+                return place.address
+        fields = {"size": size, "alignment": ALIGNMENT}
+        address = _ask(self.api, "DeviceMemory_Allocate", context=self.context, **fields).data
+        self.blocks.append((address, size))
+        return address
+
+    def free(self) -> None:
+        for address, size in self.blocks:
+            _ask(self.api, "DeviceMemory_Free", context=self.context, size=size, data=address)
+
+
+def _land(results: Sequence[Any], places: Sequence[_Place], array_at: Callable[[_Place], Any]) -> None:
+    """Copies each result that does not lie in its buffer there; `array_at` makes an array of a buffer."""
+    strays = []
+    for result, place in zip(results, places, strict=True):
+        _check(result, place)
+        at = result.data.ptr
+        if place.size and not (at == place.address and result.flags.c_contiguous):
+            in_a_buffer = any(other.address <= at < other.address + other.size for other in places)
+            strays.append((result.copy() if in_a_buffer else result, place))  # out of the way, before that is written
+    for result, place in strays:
+        array_at(place)[...] = result
+
+
+@functools.lru_cache(maxsize=64)
+def _stream(pointer: int) -> Any:
+    import cupy
+
+    return cupy.cuda.Stream.from_external(_arrays.ForeignStream(pointer))
+
+
+def _run_cuda(frame: CallFrame) -> None:
+    cupy = _arrays.require_cupy("an array")
+    api = frame.api.contents
+    device = _ask(api, "DeviceOrdinal_Get", context=frame.context).ordinal
+    stream = _ask(api, "Stream_Get", context=frame.context).stream or 0
+
+    def array_at(place: _Place) -> Any:
+        memory = cupy.cuda.UnownedMemory(place.address, place.size, None, device)
+        return cupy.ndarray(place.shape, place.dtype, cupy.cuda.MemoryPointer(memory, 0))
+
+    places = _places(frame.rets)
+    allocator = _Allocator(frame, device, places)
+    try:
+        with cupy.cuda.Device(device), _stream(stream), cupy.cuda.using_allocator(allocator):
+            results = _call_of(frame.attrs)(*map(array_at, _places(frame.args)))
+            allocator.rets.clear()  # a copy that makes way must not take what is about to be written
+            _land(results, places, array_at)
+    finally:
+        allocator.free()
+
+
+def _metadata(extension: Any) -> None:
+    """XLA asks what it deals with, once. No traits: not compatible with command buffers."""
+    metadata = ctypes.cast(extension, POINTER(MetadataExtension)).contents.metadata.contents
+    metadata.api_version.major, metadata.api_version.minor = API_VERSION
+    metadata.traits = 0
+
+
+def _error(frame: CallFrame, error: BaseException) -> int | None:
+    if isinstance(error, (TypeError, ValueError)):
+        code, message = INVALID_ARGUMENT, str(error)
+    elif isinstance(error, MemoryError):
+        code, message = RESOURCE_EXHAUSTED, str(error) or "out of memory"
+    else:
+        code, message = INTERNAL, "".join(traceback.format_exception(error))
+    return _call(frame.api.contents, "Error_Create", message=message.encode(), code=code)[1]
+
+
+@functools.cache
+def handler(platform: str) -> Any:
+    """The C function of a platform, "cpu" or "CUDA", to be kept for as long as XLA may call it: for ever."""
+    run = {"cpu": _run_cpu, "CUDA": _run_cuda}[platform]
+
+    def handle(address: int) -> int | None:
+        frame = CallFrame.from_address(address)
+        if frame.extension and frame.extension.contents.type == METADATA:
+            _metadata(frame.extension)
+            return None
+        if frame.stage != EXECUTE:
+            return None
+        try:
+            run(frame)
+        except BaseException as error:  # nothing may pass through XLA
+            return _error(frame, error)
+        return None
+
+    return ctypes.CFUNCTYPE(c_void_p, c_void_p)(handle)
