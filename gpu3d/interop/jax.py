@@ -112,7 +112,9 @@ def _no_second_derivative(name: str, options: _Options, results: Any, primals: A
 
 # What JAX releases call it that an array differs along axes of a mesh, in its type and as a cast.
 _MANUAL = "manual_axis_type" if hasattr(jax.typeof(0), "manual_axis_type") else "vma"  # from 0.10 on
-_vary = functools.partial(jax.lax.pcast, to="varying") if hasattr(jax.lax, "pcast") else getattr(jax.lax, "pvary", None)
+_vary: Any = (
+    functools.partial(jax.lax.pcast, to="varying") if hasattr(jax.lax, "pcast") else getattr(jax.lax, "pvary", None)
+)
 
 
 def _varying(x: Any) -> frozenset[Any]:
