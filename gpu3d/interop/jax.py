@@ -85,7 +85,7 @@ def _like(x: Any, shape: Sequence[int] | None = None, dtype: Any = None) -> jax.
     return jax.ShapeDtypeStruct(x.shape if shape is None else tuple(shape), x.dtype if dtype is None else dtype)
 
 
-def _call(name: str, options: _Options, results: Sequence[jax.ShapeDtypeStruct], *arrays: jax.Array) -> Any:
+def _call(name: str, options: _Options, results: Sequence[jax.ShapeDtypeStruct], *arrays: jax.Array) -> tuple[Any, ...]:
     """The results of a call of _xla.CALLS."""
     if _varying(arrays[0]):  # and so do all: see _alike
         of = jax.typeof(arrays[0])
@@ -93,7 +93,7 @@ def _call(name: str, options: _Options, results: Sequence[jax.ShapeDtypeStruct],
         manual = {"sharding": sharding, _MANUAL: getattr(of, _MANUAL)}
         results = [jax.ShapeDtypeStruct(x.shape, x.dtype, **manual) for x in results]
     run = jax.ffi.ffi_call(_TARGET, list(results), vmap_method="sequential")
-    return run(*arrays, call=_xla.attribute(name, dict(options)))
+    return tuple(run(*arrays, call=_xla.attribute(name, dict(options))))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
@@ -291,7 +291,7 @@ def _check_rows(x: Any, rows: int, name: str, what: str) -> None:
 def _move(x: jax.Array, index: jax.Array, inverse: jax.Array, fill: Any) -> jax.Array:
     """Rows x[index], `fill` where the index is -1; `inverse` is where each row of x goes, or -1."""
     beyond = jnp.where(index < 0, x.shape[0], index)  # JAX counts -1 from the end
-    return x.at[beyond].get(mode="fill", fill_value=fill)
+    return jnp.take(x, beyond, axis=0, mode="fill", fill_value=fill)
 
 
 def _move_forward(x: jax.Array, index: jax.Array, inverse: jax.Array, fill: Any) -> Any:
