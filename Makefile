@@ -2,7 +2,7 @@
 #
 #   make demo       bucket a real LiDAR scan and draw it
 #   make test       the tests (those that need a GPU skip without one)
-#   make test-torch the tests that use torch, which it installs
+#   make test-interop  the tests that use torch or JAX, which it installs
 #   make kernels    compile every CUDA kernel with no GPU; prints registers and spills
 #   make lint       ruff and mypy
 #   make clean      remove .venv and everything built
@@ -20,7 +20,7 @@ ifneq ($(DRIVER_CUDA),)
 CUDA := $(shell if [ $(DRIVER_CUDA) -ge 13 ]; then echo ,cuda13; elif [ $(DRIVER_CUDA) -eq 12 ]; then echo ,cuda12; fi)
 endif
 
-.PHONY: demo test test-torch kernels lint clean
+.PHONY: demo test test-interop kernels lint clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.has-io$(CUDA)
@@ -29,8 +29,8 @@ demo: $(VENV)/.has-io$(CUDA)
 test: $(VENV)/.has-test$(CUDA)
 	$(BIN)/python -m pytest
 
-test-torch: $(VENV)/.has-test,torch$(CUDA)
-	$(BIN)/python -m pytest -k "torch or interop"
+test-interop: $(VENV)/.has-test,torch,jax$(CUDA)
+	$(BIN)/python -m pytest -k "torch or jax or interop"
 
 kernels: $(VENV)/.has-kernels
 	$(BIN)/python tests/compile_kernels.py

@@ -377,14 +377,15 @@ def test_vmap():
         return jnp.square(back).sum() + near
 
     buckets, *results = jax.jit(jax.vmap(run))(at, rows)
-    each = [run(a, r) for a, r in zip(at, rows, strict=True)]
+    once, one_gradient = jax.jit(run), jax.jit(jax.grad(loss, 1))
+    each = [once(a, r) for a, r in zip(at, rows, strict=True)]
     assert buckets.lengths == (60,)
     np.testing.assert_array_equal(buckets.slot_to_point, jnp.stack([one[0].slot_to_point for one in each]))
     assert_same(results, [jnp.stack([one[i] for one in each]) for i in (1, 2)])
-    one_by_one = [jax.grad(loss, 1)(a, r) for a, r in zip(at, rows, strict=True)]
-    assert_same([jax.vmap(jax.grad(loss, 1))(at, rows)], [jnp.stack(one_by_one)], bits=False)
-    assert_same([jax.grad(lambda rows: jax.vmap(loss)(at, rows).sum())(rows)], [jnp.stack(one_by_one)], bits=False)
-    shared = jax.vmap(lambda r: run(at[0], r)[1])(rows)  # one layout for all
+    one_by_one = jnp.stack([one_gradient(a, r) for a, r in zip(at, rows, strict=True)])
+    assert_same([jax.jit(jax.vmap(jax.grad(loss, 1)))(at, rows)], [one_by_one], bits=False)
+    assert_same([jax.jit(jax.grad(lambda rows: jax.vmap(loss)(at, rows).sum()))(rows)], [one_by_one], bits=False)
+    shared = jax.jit(jax.vmap(lambda r: run(at[0], r)[1]))(rows)  # one layout for all
     assert_same([shared[0]], [each[0][1]])
 
 
@@ -469,9 +470,9 @@ def test_shard_map_over_one_device():
 
 def run_here(script, **environment):
     here = Path(__file__).resolve().parent
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", script]
-    return subprocess.run(command, env={**env, **environment}, capture_output=True, text=True, timeout=300)
+    defaults = {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]), "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, **defaults, **environment}
+    return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.skipif(shard_map is None, reason="this JAX has no jax.shard_map")

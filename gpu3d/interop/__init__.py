@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gpu3d inside other frameworks: `gpu3d.interop.torch`, and converters between ways to hold a batch of clouds.
+"""gpu3d in frameworks: `gpu3d.interop.torch`, `gpu3d.interop.jax`, and converters between ways to hold a batch.
 
 Importing this package imports no framework.
 """
