@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The examples run as a newcomer runs them: in a process of their own, in an empty folder, on the CPU."""
 
+import os
 import re
 import subprocess
 import sys
@@ -194,3 +195,43 @@ def test_threshold_study(name, tmp_path):
         for strip in (image[100:390], image[470:790], image[890:1210]):
             for panel in np.array_split(strip[:, 20:1780], 4, axis=1):
                 assert (np.ptp(panel, axis=-1) > 0.25).sum() > 500
+
+
+SMALL = "--epochs", "2", "--crops", "1", "--points", "128", "--voxel", "1.5", "--channels", "16", "--device", "cpu"
+EPOCH = r"^(\d) +([\d.]+) +([\d.]+) +[\d,]+ +([\d.]+) +([\d.]+) +[\d,]+$"
+
+
+def test_torch_segmentation_block(tmp_path):
+    pytest.importorskip("torch")
+    runs = [run("torch_segmentation_block.py", tmp_path, *SMALL, "--batch", "6") for _ in range(2)]
+    assert [done.returncode for done in runs] == [0, 0], runs[0].stderr
+    assert "made-up streets" in runs[0].stdout
+    first, again = (np.array(re.findall(EPOCH, done.stdout, re.M), float) for done in runs)
+    assert first[:, 0].tolist() == [1, 2]
+    assert (first == again).all()
+    assert (first[1, [1, 3]] < first[0, [1, 3]]).all()  # it learns
+    assert ((first[:, [2, 4]] > 0) & (first[:, [2, 4]] < 1)).all()
+    assert not list(tmp_path.iterdir())
+
+
+def test_torch_segmentation_block_in_two_processes(tmp_path):
+    torch = pytest.importorskip("torch")
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    alone = run("torch_segmentation_block.py", tmp_path, *SMALL, "--batch", "6")
+    torchrun = "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--local-addr", "127.0.0.1"
+    command = [sys.executable, "-m", *torchrun, str(EXAMPLES / "torch_segmentation_block.py"), *SMALL, "--batch", "3"]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    both = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert both.returncode == 0, both.stderr
+    assert "2 processes" in both.stdout
+    one, two = (np.array(re.findall(EPOCH, done.stdout, re.M), float) for done in (alone, both))
+    assert two == pytest.approx(one, rel=5e-3)  # the same crops and the same gradients; only sums differ
+
+
+def test_torch_segmentation_block_without_sweeps(tmp_path):
+    pytest.importorskip("torch")
+    done = run("torch_segmentation_block.py", tmp_path, *SMALL, "--data", "nothing")
+    assert done.returncode == 1
+    assert "semantickitti must hold sweeps" in done.stderr
+    assert "Traceback" not in done.stderr

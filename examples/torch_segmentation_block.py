@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One stage of a Flash3D transformer as a torch module, trained to label LiDAR points, beside one without attention.
+
+The stage puts the points into buckets once. Two blocks attend in scopes of buckets, the second in shifted ones; pooling
+makes one point of four, and what a layer finds there comes back to the four. The baseline has a layer a point, of as
+many weights, in place of each attention: what the one knows beyond the other, it knows from neighbours.
+
+Points come from sweeps of SemanticKITTI, with --data: files semantickitti/SS_FFFFFF.npz with xyz int16 [N, 3] in units
+of 5 mm, remission uint8 and label uint8, of the 19 training classes, 255 where there is none. Sequences 04 and 10
+validate. Without --data both halves are made-up streets, which teach nothing about real ones.
+
+Runs on the GPU where torch has one. torchrun starts it on several: each process takes its part of every batch, and the
+gradients are those of one process with the joined batch.
+
+    python examples/torch_segmentation_block.py --data ../shared/data
+    torchrun --nproc-per-node 2 examples/torch_segmentation_block.py --data ../shared/data --batch 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import gpu3d
+from gpu3d.interop.torch import BucketAttention, bucket_pool, bucket_unpool, bucketize, gather, scatter, scopes
+
+CLASSES = [
+    "car",
+    "bicycle",
+    "motorcycle",
+    "truck",
+    "other-vehicle",
+    "person",
+    "bicyclist",
+    "motorcyclist",
+    "road",
+    "parking",
+    "sidewalk",
+    "other-ground",
+    "building",
+    "fence",
+    "vegetation",
+    "trunk",
+    "terrain",
+    "pole",
+    "traffic-sign",
+]
+IGNORED = 255
+VALIDATION = "04", "10"  # sequences
+BUCKET_SIZE, SCOPE, RATIO = 32, 4, 4
+WAVES = 16
+WAVELENGTHS = 1, 20  # metres, shortest and longest
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train both stages and print what they reach after each epoch; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", metavar="FOLDER", type=Path, help="real sweeps; without it, made-up streets")
+    parser.add_argument("--epochs", metavar="N", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument(
+        "--crops", metavar="N", type=int, default=24, help="of a sweep, an epoch (default: %(default)s)"
+    )
+    parser.add_argument("--batch", metavar="N", type=int, default=8, help="crops a process (default: %(default)s)")
+    parser.add_argument("--points", metavar="N", type=int, default=512, help="of a crop (default: %(default)s)")
+    parser.add_argument("--voxel", metavar="M", type=float, default=0.3, help="one point each (default: %(default)s m)")
+    parser.add_argument("--channels", metavar="N", type=int, default=32, help="(default: %(default)s)")
+    parser.add_argument("--rate", metavar="X", type=float, default=1e-2, help="of learning (default: %(default)s)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--bfloat16", action="store_true", help="autocast: matrix products and attention in bfloat16")
+    parser.add_argument("--compile", action="store_true", help="torch.compile")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto: the GPU if there is one"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        with joined(arguments.device) as group:
+            run(arguments, group)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"{parser.prog}: {error or type(error).__name__}", file=sys.stderr)
+        return 1
+    return 0
+
+
+# ---- the stage -----------------------------------------------------------------------------------------------------
+
+
+class Pointwise(nn.Sequential):
+    """What stands for attention in the baseline: as many weights, and no neighbours."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__(nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels))
+
+    def forward(self, x: torch.Tensor, buckets: Any, scopes: Any) -> torch.Tensor:
+        """Rows [num_slots, C] to rows of the same shape."""
+        return super().forward(x)
+
+
+class Block(nn.Module):
+    """Attention in scopes of buckets and layers a point, both beside what passes by.
+
+    Attention sees where points are, too: near ones have like waves.
+    """
+
+    def __init__(self, channels: int, heads: int, shift: int, attention: bool) -> None:
+        super().__init__()
+        self.shift = shift
+        self.before = nn.LayerNorm(channels)
+        self.places = nn.Linear(2 * WAVES, channels)
+        self.attention = (BucketAttention if attention else Pointwise)(channels, heads)
+        self.layers = nn.Sequential(nn.LayerNorm(channels), *perceptron(channels, 2 * channels, channels))
+
+    def forward(self, x: torch.Tensor, waves: torch.Tensor, buckets: gpu3d.Buckets) -> torch.Tensor:
+        """Rows [num_slots, C] to rows of the same shape."""
+        at = self.before(x) + self.places(waves)
+        x = x + self.attention(at, buckets, scopes(buckets, SCOPE, shift=self.shift))
+        return x + self.layers(x)
+
+
+class Stage(nn.Module):
+    """Two blocks, the second in shifted scopes, and pooling. What it returns is what a next stage takes."""
+
+    def __init__(self, channels: int, heads: int, attention: bool = True) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(channels, heads, shift, attention) for shift in (0, SCOPE // 2))
+        directions = nn.functional.normalize(torch.randn(3, WAVES), dim=0)
+        shortest, longest = np.log(WAVELENGTHS)
+        self.register_buffer(
+            "wavevectors", 2 * np.pi * directions / torch.empty(WAVES).uniform_(shortest, longest).exp()
+        )
+
+    def forward(
+        self, x: torch.Tensor, points: torch.Tensor, buckets: gpu3d.Buckets
+    ) -> tuple[torch.Tensor, gpu3d.Pooling]:
+        """Rows [num_slots, C], and a quarter as many: pooled, with points and a layout of their own."""
+        phases = points @ self.wavevectors
+        waves = torch.cat([phases.sin(), phases.cos()], dim=1)
+        for block in self.blocks:
+            x = block(x, waves, buckets)
+        return x, bucket_pool(x, points, buckets, ratio=RATIO, reduce="max")
+
+
+class Segmentation(nn.Module):
+    """From points [N, 3] and features [N, F] of clouds of so many points to logits [N, classes]."""
+
+    def __init__(self, features: int, channels: int, classes: int, attention: bool = True) -> None:
+        super().__init__()
+        self.embedding = nn.Sequential(*perceptron(features, 2 * channels, channels))
+        self.stage = Stage(channels, channels // 16, attention)
+        self.coarse = nn.Sequential(nn.LayerNorm(channels), *perceptron(channels, 2 * channels, channels))
+        self.head = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, classes))
+
+    def forward(self, points: torch.Tensor, features: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Logits, in the order of the points."""
+        buckets = bucketize(points, BUCKET_SIZE, lengths=lengths)  # once: all below runs in slot order
+        x, pooled = self.stage(scatter(self.embedding(features), buckets), scatter(points, buckets), buckets)
+        coarse = pooled.features + self.coarse(pooled.features)
+        return self.head(gather(bucket_unpool(coarse.to(x.dtype), pooled, skip=x), buckets))
+
+
+def perceptron(inside: int, hidden: int, outside: int) -> tuple[nn.Module, ...]:
+    """Two layers with a GELU between them."""
+    return nn.Linear(inside, hidden), nn.GELU(), nn.Linear(hidden, outside)
+
+
+# ---- sweeps --------------------------------------------------------------------------------------------------------
+
+
+class Sweep(NamedTuple):
+    """Labelled points, relative to the sensor."""
+
+    points: np.ndarray  # float32 [n, 3], metres
+    remission: np.ndarray  # float32 [n], 0 to 1
+    labels: np.ndarray  # uint8 [n]
+
+
+def load(folder: Path | None, voxel: float) -> tuple[list[Sweep], list[Sweep], str]:
+    """Sweeps to train on and sweeps to validate on, thinned to a point a voxel, and what they are."""
+    if folder is None:
+        streets = [thin(made_up_street(seed), voxel) for seed in range(24)]
+        return streets[:18], streets[18:], "made-up streets, for there is no --data"
+    files = sorted((folder / "semantickitti").glob("[0-9][0-9]_*.npz"))
+    parts: list[list[Sweep]] = [[], []]
+    for file in files:
+        with np.load(file, allow_pickle=False) as arrays:
+            points = arrays["xyz"] * np.float32(0.005)
+            sweep = Sweep(points, arrays["remission"] / np.float32(255), arrays["label"])
+        parts[file.name[:2] in VALIDATION].append(thin(sweep, voxel))
+    if not all(parts):
+        raise ValueError(
+            f"{folder / 'semantickitti'} must hold sweeps SS_FFFFFF.npz of sequences {' and '.join(VALIDATION)} and of "
+            f"others, got {len(files)} sweeps."
+        )
+    return parts[0], parts[1], "SemanticKITTI"
+
+
+def thin(sweep: Sweep, voxel: float) -> Sweep:
+    """The first point of every voxel."""
+    cells = np.floor(sweep.points / voxel).astype(np.int64)
+    cells -= cells.min(axis=0)
+    first = np.unique(np.ravel_multi_index(tuple(cells.T), tuple(cells.max(axis=0) + 1)), return_index=True)[1]
+    return Sweep(*(values[first] for values in sweep))
+
+
+def made_up_street(seed: int) -> Sweep:
+    """A road with pavements, houses, cars, trees and poles around a sensor, thinner the farther away."""
+    rng = np.random.default_rng(seed)
+    parts: list[tuple[np.ndarray, str]] = []
+
+    def add(name: str, low: Any, high: Any, count: int) -> None:
+        low, high = np.minimum(low, high), np.maximum(low, high)
+        parts.append((rng.uniform(low, high, (count, 3)), name))
+
+    ground = -1.73  # below the sensor
+    road, pavement = rng.uniform(3, 6), rng.uniform(2, 4)
+    add("road", (-50, -road, ground), (50, road, ground), 12_000)
+    for side in (-1, 1):
+        kerb, wall = side * road, side * (road + pavement)
+        add("sidewalk", (-50, kerb, ground + 0.12), (50, wall, ground + 0.12), 4_000)
+        for x in np.arange(-50, 50, 12):
+            if rng.random() < 0.6:
+                add("building", (x, wall, ground), (x + 10, wall + 0.1, ground + rng.uniform(4, 9)), 1_500)
+            else:
+                add("terrain", (x, wall, ground), (x + 12, wall + side * 8, ground + 0.2), 700)
+                tree = np.array([x + 6, wall + side * rng.uniform(1, 4), 0])
+                add("trunk", tree + (-0.2, -0.2, ground), tree + (0.2, 0.2, 1), 120)
+                parts.append((tree + (0, 0, 2.5) + rng.standard_normal((900, 3)), "vegetation"))
+            if rng.random() < 0.5:
+                at = np.array([x + 3, kerb - side * 1.2, ground])
+                add("car", at + (-2.1, -0.9, 0.3), at + (2.1, 0.9, 0.9), 500)
+                add("car", at + (-1.2, -0.8, 0.9), at + (1.0, 0.8, 1.5), 250)
+            if rng.random() < 0.4:
+                at = np.array([x, kerb + side * 0.4, ground])
+                add("pole", at + (-0.08, -0.08, 0.1), at + (0.08, 0.08, 5), 120)
+    points = np.concatenate([part for part, _ in parts])
+    labels = np.concatenate([np.full(len(part), CLASSES.index(name), np.uint8) for part, name in parts])
+    seen = rng.random(len(points)) < np.minimum(1, 12 / np.linalg.norm(points, axis=1))
+    points = points[seen] + rng.normal(0, 0.02, (np.count_nonzero(seen), 3))
+    remission = rng.random(len(CLASSES))[labels[seen]] * rng.random(len(points))
+    return Sweep(points.astype(np.float32), remission.astype(np.float32), labels[seen])
+
+
+def crop(sweep: Sweep, count: int, rng: np.random.Generator) -> Sweep:
+    """The points nearest to one of them, seen from above, turned about the sensor."""
+    away = sweep.points[:, :2] - sweep.points[rng.integers(len(sweep.points)), :2]
+    rows = np.argsort((away * away).sum(axis=1), kind="stable")[:count]
+    angle = rng.uniform(0, 2 * np.pi)
+    turn = np.array([[np.cos(angle), np.sin(angle), 0], [-np.sin(angle), np.cos(angle), 0], [0, 0, 1]], np.float32)
+    return Sweep(sweep.points[rows] @ turn, sweep.remission[rows], sweep.labels[rows])
+
+
+class Batch(NamedTuple):
+    """Clouds one after another."""
+
+    points: torch.Tensor  # [N, 3]
+    features: torch.Tensor  # [N, 3]: height, distance, remission
+    lengths: tuple[int, ...]
+    labels: torch.Tensor  # int64 [N]
+
+
+def collate(sweeps: list[Sweep], device: torch.device) -> Batch:
+    """The sweeps as one batch."""
+    points = np.concatenate([sweep.points for sweep in sweeps])
+    distance = np.linalg.norm(points[:, :2], axis=1)
+    remission = np.concatenate([sweep.remission for sweep in sweeps])
+    features = np.stack([points[:, 2] / 2, distance / 20, 4 * remission], axis=1)
+    labels = np.concatenate([sweep.labels for sweep in sweeps]).astype(np.int64)
+    points, features, labels = (torch.from_numpy(x).to(device) for x in (points, features, labels))
+    return Batch(points, features, tuple(len(sweep.points) for sweep in sweeps), labels)
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+class Group(NamedTuple):
+    """The processes that torchrun started, or this one alone."""
+
+    device: torch.device
+    rank: int = 0
+    count: int = 1
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes, in place."""
+        if self.count > 1:
+            dist.all_reduce(x)
+        return x
+
+    def print(self, text: str) -> None:
+        """Once, not once a process."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[Group]:
+    """The group of processes, of which each has a GPU or all share the CPU."""
+    gpu = torch.cuda.is_available() if device == "auto" else device == "gpu"
+    if gpu and not torch.cuda.is_available():
+        raise ImportError(f"torch {torch.__version__} finds no GPU")
+    place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(place)
+    if "WORLD_SIZE" not in os.environ:
+        yield Group(place)
+        return
+    dist.init_process_group("nccl" if gpu else "gloo")
+    try:
+        yield Group(place, dist.get_rank(), dist.get_world_size())
+        dist.barrier()  # or the first to end would take the store of the others along
+    finally:
+        dist.destroy_process_group()
+
+
+class Trained(NamedTuple):
+    """A network in training."""
+
+    network: Any  # in DDP where there are several processes
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+
+
+def run(arguments: argparse.Namespace, group: Group) -> None:
+    """Train with and without attention on the same batches."""
+    training, validation, title = load(arguments.data, arguments.voxel)
+    steps = max(1, len(training) * arguments.crops // (arguments.batch * group.count))
+    both = [start(arguments, group, attention, arguments.epochs * steps) for attention in (True, False)]
+    weights = class_weights(training).to(group.device)
+    group.print(f"{title}: {len(training)} sweeps to train on, {len(validation)} to validate, on {device_name(group)}")
+    sizes = " and ".join(f"{sum(p.numel() for p in of.network.parameters()):,}" for of in both)
+    crops = arguments.batch * group.count
+    group.print(f"{sizes} weights; {steps} steps an epoch, of {crops} crops of at most {arguments.points:,} points\n")
+    group.print(f"{'':<7}{'with attention':>32}{'without attention':>36}")
+    group.print(f"{'epoch':<7}" + "    ".join([f"{'loss':>8}{'mean IoU':>11}{'points/s':>13}"] * 2))
+    for epoch in range(arguments.epochs):
+        batches = list(epoch_of(training, epoch, steps, arguments, group))
+        cells, ious = [], []
+        for of in both:
+            loss, rate = train(of, batches, weights, arguments, group)
+            shares = validate(of, validation, arguments, group)
+            cells.append(f"{loss:>8.4f}{np.nanmean(shares):>11.4f}{rate:>13,.0f}")
+            ious.append(shares)
+        group.print(f"{epoch + 1:<7}" + "    ".join(cells))
+    group.print(f"\nIoU of the classes that the sweeps to validate have{'':>8}with{'without':>12}")
+    for name, shares in zip(CLASSES, np.transpose(ious), strict=True):
+        if not np.isnan(shares[0]):
+            group.print(f"{name:<16}{shares[0]:>46.4f}{shares[1]:>12.4f}")
+
+
+def start(arguments: argparse.Namespace, group: Group, attention: bool, steps: int) -> Trained:
+    """A network at its beginning."""
+    torch.manual_seed(arguments.seed)
+    network: Any = Segmentation(3, arguments.channels, len(CLASSES), attention).to(group.device)
+    if arguments.compile:
+        network = torch.compile(network, fullgraph=True)
+    if group.count > 1:
+        network = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+    optimizer = torch.optim.AdamW(network.parameters(), arguments.rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, arguments.rate, total_steps=steps, pct_start=0.15)
+    return Trained(network, optimizer, schedule)
+
+
+def class_weights(sweeps: list[Sweep]) -> torch.Tensor:
+    """One over the root of a class's share; 0 where there is none, and for what is ignored."""
+    counts = np.bincount(np.concatenate([sweep.labels for sweep in sweeps]), minlength=256)[: len(CLASSES)]
+    weights = np.sqrt(counts.sum() / np.maximum(counts, 1)) * (counts > 0)
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def epoch_of(
+    sweeps: list[Sweep], epoch: int, steps: int, arguments: argparse.Namespace, group: Group
+) -> Iterator[Batch]:
+    """Of every batch this process's part: the crops do not depend on how many processes there are."""
+    order = np.random.default_rng([arguments.seed, epoch]).permutation(len(sweeps) * arguments.crops)
+    for step in range(steps):
+        first = (step * group.count + group.rank) * arguments.batch
+        chosen = [order[number % len(order)] for number in range(first, first + arguments.batch)]
+        rngs = [np.random.default_rng([arguments.seed, epoch, number]) for number in chosen]
+        crops = [crop(sweeps[i % len(sweeps)], arguments.points, rng) for i, rng in zip(chosen, rngs, strict=True)]
+        yield collate(crops, group.device)
+
+
+def train(
+    of: Trained, batches: list[Batch], weights: torch.Tensor, arguments: argparse.Namespace, group: Group
+) -> tuple[float, float]:
+    """The mean loss of an epoch, and points a second of all processes."""
+    of.network.train()
+    losses = []
+    synchronize(group)
+    begin = time.perf_counter()
+    for points, features, lengths, labels in batches:
+        with torch.autocast(group.device.type, torch.bfloat16, enabled=arguments.bfloat16):
+            logits = of.network(points, features, lengths)
+        loss = cross_entropy(logits.float(), labels, weights, ignore_index=IGNORED, reduction="sum")
+        # DDP means gradients over processes, whose labels differ: the mean over points is that of all of them.
+        mass = group.sum(torch.cat([weights, weights.new_zeros(256 - len(weights))])[labels].sum())
+        of.optimizer.zero_grad()
+        (loss * group.count / mass).backward()
+        of.optimizer.step()
+        of.schedule.step()
+        losses.append(loss.detach() / mass)
+    synchronize(group)
+    rate = sum(len(batch.points) for batch in batches) / (time.perf_counter() - begin)
+    return float(group.sum(torch.stack(losses).mean())), rate * group.count
+
+
+@torch.no_grad()
+def validate(of: Trained, sweeps: list[Sweep], arguments: argparse.Namespace, group: Group) -> np.ndarray:
+    """The IoU of every class over whole sweeps; NaN of a class that they do not have."""
+    of.network.eval()
+    network = of.network.module if group.count > 1 else of.network  # processes have sweeps of their own
+    classes = len(CLASSES)
+    table = torch.zeros(classes, classes, dtype=torch.int64, device=group.device)  # [true, said]
+    for sweep in sweeps[group.rank :: group.count]:
+        points, features, lengths, labels = collate([sweep], group.device)
+        with torch.autocast(group.device.type, torch.bfloat16, enabled=arguments.bfloat16):
+            said = network(points, features, lengths).argmax(dim=1)
+        known = labels != IGNORED
+        pairs = labels[known] * classes + said[known]
+        table += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+    counts = group.sum(table).cpu().numpy().astype(np.float64)
+    true, said, right = counts.sum(axis=1), counts.sum(axis=0), counts.diagonal()
+    return np.where(true > 0, right / np.maximum(true + said - right, 1), np.nan)
+
+
+def synchronize(group: Group) -> None:
+    """Wait for the GPU."""
+    if group.device.type == "cuda":
+        torch.cuda.synchronize(group.device)
+
+
+def device_name(group: Group) -> str:
+    """What the networks run on."""
+    gpu = group.device.type == "cuda"
+    name = torch.cuda.get_device_name(group.device) if gpu else f"the CPU, torch {torch.__version__}"
+    return name if group.count == 1 else f"{name}, {group.count} processes"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
