@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The examples run as a newcomer runs them: in a process of their own, in an empty folder, on the CPU."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -235,3 +236,49 @@ def test_torch_segmentation_block_without_sweeps(tmp_path):
     assert done.returncode == 1
     assert "semantickitti must hold sweeps" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("library", ["torch", "jax"])
+def test_completion(library, tmp_path):
+    pytest.importorskip(library)
+    if importlib.util.find_spec(f"gpu3d.interop.{library}") is None:
+        pytest.skip(f"no gpu3d.interop.{library} yet")
+    small = "--steps", "25", "--batch", "4", "--points", "64", "--seeds", "1", "--device", "cpu", "--out", "picture.png"
+    done = run("completion.py", tmp_path, "--library", library, *small)
+    assert done.returncode == 0, done.stderr
+    assert "made-up boxes and rings" in done.stdout
+    rows = re.findall(r"^0 +(APML|Chamfer) +([\d.]+) +([\d.]+) +[\d.]+ ms$", done.stdout, re.M)
+    assert [row[0] for row in rows] == ["APML", "Chamfer"]
+    distances = np.array([row[1:] for row in rows], float)
+    assert (distances[0] != distances[1]).all() and ((distances > 0.05) & (distances < 0.5)).all()
+    change = float(re.search(r"^EMD with APML: ([+-][\d.]+) %", done.stdout, re.M)[1])
+    assert change == pytest.approx(100 * (distances[0, 0] / distances[1, 0] - 1), abs=0.1)
+    assert {path.name for path in tmp_path.iterdir()} == {"picture.png"}
+    image = matplotlib.image.imread(tmp_path / "picture.png")[..., :3]
+    for row in range(4):  # all but what is seen, which is grey, in colour
+        for panel in np.array_split(image[115 + 276 * row : 350 + 276 * row], 4, axis=1)[1:]:
+            assert (np.ptp(panel, axis=-1) > 0.25).sum() > 500
+
+
+def test_completion_in_torch_without_shapes(tmp_path):
+    pytest.importorskip("torch")
+    done = run("completion.py", tmp_path, "--data", "nothing")
+    assert done.returncode == 1
+    assert "modelnet10_vox32_train.npz" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["sweep", "far", "spoiled"])
+def test_cupy_torch_jax(name, tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("jax")
+    np.save(tmp_path / f"{name}.npy", clouds()[name])
+    done = run("cupy_torch_jax.py", tmp_path, f"{name}.npy", "--points", "700", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(\w+) +\[(\d+), 3\] +(0x[0-9a-f]+) +(\w+) +the same$", done.stdout, re.M)
+    assert [row[0] for row in rows] == [row[3] for row in rows] == ["numpy", "torch", "jax"]
+    assert len({row[1:3] for row in rows}) == 1
+    end = re.search(r"^the end +([\d.]+), by JAX; by torch ([\d.]+)$", done.stdout, re.M)
+    assert float(end[1]) == pytest.approx(float(end[2]), abs=2e-5)
+    first = float(re.search(r"^1 +([\d.]+)$", done.stdout, re.M)[1])
+    assert float(end[1]) < 0.9 * first
