@@ -329,6 +329,7 @@ def draw(validation: Shapes, results: dict[str, list[Result]], title: str, path:
 
     figure = Figure(figsize=SIZE, dpi=100, facecolor=BACKGROUND)
     FigureCanvasAgg(figure)
+    half = 1.1 * np.abs(project(validation.whole[:ROWS])).max()
     for row in range(min(ROWS, len(validation))):
         clouds = validation.seen[row], *(results[name][0].said[row] for name in LOSSES), validation.whole[row]
         _, *middle, _ = COLUMNS
@@ -338,7 +339,7 @@ def draw(validation: Shapes, results: dict[str, list[Result]], title: str, path:
             axes = figure.add_axes(place, facecolor=BACKGROUND)
             axes.spines[:].set_color(GRID)
             axes.scatter(*project(points[np.argsort(-points[:, 1])]).T, s=13, c=color, linewidths=0)
-            axes.set(xlim=(-1.5, 1.5), ylim=(-1.19, 1.19), xticks=[], yticks=[])
+            axes.set(xlim=(-1.26 * half, 1.26 * half), ylim=(-half, half), xticks=[], yticks=[])
             axes.text(0.03, 0.05, note, transform=axes.transAxes, color=BRIGHT, size=12)
             if row == 0:
                 axes.set_title(name, color=BRIGHT, size=14, loc="left", pad=7)
