@@ -1,11 +1,11 @@
 # gpu3d on a machine with Python >= 3.10 and make: every target sets up what it needs in .venv, once.
 #
-#   make demo       bucket a real LiDAR scan and draw it
-#   make test       the tests (those that need a GPU skip without one)
-#   make test-interop  the tests that use torch or JAX, which it installs
-#   make kernels    compile every CUDA kernel with no GPU; prints registers and spills
-#   make lint       ruff and mypy
-#   make clean      remove .venv and everything built
+#   make demo         bucket a real LiDAR scan and draw it
+#   make test         the tests (those that need a GPU skip without one)
+#   make test-interop the tests that use torch or JAX, which it installs
+#   make kernels      compile every CUDA kernel with no GPU; prints registers and spills
+#   make lint         ruff and mypy
+#   make clean        remove .venv and everything built
 #
 # Another Python: PYTHON=python3.12 make test (make clean first where .venv already has a different one).
 

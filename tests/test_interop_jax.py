@@ -420,6 +420,18 @@ def test_threads():
             np.testing.assert_array_equal(got[i][k], expected[(i + k) % 6])
 
 
+@pytest.mark.parametrize("line", ["held = step(x, at)", "step(x, at)", "step(x, at); step(x + 1, at)"])
+def test_the_interpreter_ends_while_programs_run(line):
+    """Whether somebody holds their results or not."""
+    done = run_here(
+        "import jax, test_interop_jax as t\n"
+        "x, at = t.normal(6000, 48), t.points(6000)\n"
+        "step = jax.jit(jax.grad(lambda x, at: t.stage_loss(x, at, (6000,))))\n"
+        f"{line}\nprint('the end')\n"
+    )
+    assert done.returncode == 0 and done.stdout == "the end\n", done.stderr
+
+
 # ---- shard_map -----------------------------------------------------------------------------------------------------
 
 
@@ -472,7 +484,7 @@ def run_here(script, **environment):
     here = Path(__file__).resolve().parent
     defaults = {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]), "JAX_PLATFORMS": "cpu"}
     env = {**os.environ, **defaults, **environment}
-    return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.skipif(shard_map is None, reason="this JAX has no jax.shard_map")

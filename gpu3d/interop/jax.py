@@ -20,6 +20,8 @@ device then has its own clouds, and all of them the same lengths.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
@@ -72,6 +74,26 @@ _TARGET = "gpu3d"
 for _platform in ("cpu", "CUDA"):
     jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(_xla.handler(_platform)), platform=_platform)
 
+
+def _finish() -> None:
+    """Waits for programs that are still running: the interpreter lets no thread call it once it has begun to end.
+
+    JAX would wait for such a call for ever. Arrays that somebody holds say when they are ready. A program whose results
+    nobody holds ends before a later one of its thread.
+    """
+    with contextlib.suppress(Exception):  # what a program failed with is told to whoever reads its results
+        bucketize(jnp.zeros((0, 3))).moved.block_until_ready()
+    for array in jax.live_arrays():
+        with contextlib.suppress(Exception):
+            array.block_until_ready()
+
+
+@functools.cache
+def _finish_at_exit() -> None:
+    """From the first call on: a program without one is not held up."""
+    atexit.register(_finish)
+
+
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 _Options = tuple[tuple[str, Any], ...]  # static arguments, which JAX hashes
 
@@ -92,6 +114,7 @@ def _call(name: str, options: _Options, results: Sequence[jax.ShapeDtypeStruct],
         sharding = jax.sharding.NamedSharding(of.sharding.mesh, jax.sharding.PartitionSpec())
         manual = {"sharding": sharding, _MANUAL: getattr(of, _MANUAL)}
         results = [jax.ShapeDtypeStruct(x.shape, x.dtype, **manual) for x in results]
+    _finish_at_exit()
     run = jax.ffi.ffi_call(_TARGET, list(results), vmap_method="sequential")
     return tuple(run(*arrays, call=_xla.attribute(name, dict(options))))
 
