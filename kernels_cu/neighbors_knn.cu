@@ -3,8 +3,8 @@
 // queries look at much the same tiles, and share their boxes. For more a query is a warp, and the best keys so far lie ascending
 // across the lanes. A tile of which few points are closer is taken a point at a time, one of which many are is sorted and merged.
 // Counted on a sweep of 122,880 points, k = 16: a query looks at 10 x 32 boxes and about 20 tiles, of which 175 points are closer
-// than what was found before them. k = 2, near clouds of 131,072 points: 32 queries together look at 4 nodes, 16 tiles and the points
-// of 9, where each of them alone needs 2 nodes and the points of 3.
+// than what was found before them. k = 2, near clouds of 131,072 points: 32 queries together look at 4 nodes, 16 tiles and the
+// points of 9, where each of them alone needs 2 nodes and the points of 3.
 
 #ifndef NEAREST
 #define NEAREST 32          // neighbours that there is room for: 1, 2, 32 or 64
