@@ -34,7 +34,7 @@ def precompile(*, progress: bool = True) -> int:
     Examples
     --------
     >>> gpu3d.precompile()  # doctest: +SKIP
-    gpu3d kernels for sm_90a: 100%|██████████| 89/89
-    89
+    gpu3d kernels for sm_90a: 100%|██████████| 217/217
+    217
     """
     return _cuda.precompile(configurations(), progress=progress)

@@ -603,7 +603,7 @@ def origins_cuda(points: Any, lengths: tuple[int, ...]) -> Any:
     return origins
 
 
-def rows_cuda(
+def _rows(
     points: Any, lengths: tuple[int, ...], origins: Any, boxes: bool = False, second: int | None = None
 ) -> tuple[Queries, tuple[int, ...]]:
     """Points [N, 2 or 3] of any strides and float dtype; and the boxes of their tiles, nodes and branches, if asked.
@@ -633,25 +633,24 @@ def rows_cuda(
     return queries, tuple(of_boxes)
 
 
-def search_cuda(points: Any, lengths: tuple[int, ...], origins: Any) -> Search:
-    """What is searched, relative to the origins; points [N, 2 or 3] of any strides and float dtype."""
-    own, (tiles, nodes, branches) = rows_cuda(points, lengths, origins, boxes=True)
-    return Search(own, _INDEX.pack(own.rows, tiles, nodes, branches if own.layout.branches else 0), origins)
-
-
 def pair_cuda(
     x: Any, x_lengths: tuple[int, ...], y: Any, y_lengths: tuple[int, ...], origins: Any
 ) -> tuple[Search, Search]:
     """Two batches of as many clouds, relative to the same origins: made ready together, in half the launches."""
     import cupy
 
+    if x.shape[0] + y.shape[0] > MAX_POINTS:
+        raise ValueError(
+            f"two batches on a GPU must be at most 2**31 - 1 points together, got {x.shape[0]} and {y.shape[0]}: pass "
+            "fewer clouds at a time."
+        )
     if x.dtype != y.dtype or x.dtype == np.float64:
         dtype = np.float32 if origins is None else np.float64
         x, y = x.astype(dtype, copy=False), y.astype(dtype, copy=False)
     points = cupy.concatenate((x, y))
     if origins is not None:
         origins = cupy.concatenate((origins, origins))
-    both, boxes = rows_cuda(points, x_lengths + y_lengths, origins, boxes=True, second=len(x_lengths))
+    both, boxes = _rows(points, x_lengths + y_lengths, origins, boxes=True, second=len(x_lengths))
     searches, before = [], (0, 0, 0)  # slots, nodes and branches
     for lengths, first in ((x_lengths, 0), (y_lengths, x.shape[0])):
         layout = _layout(lengths)
@@ -670,14 +669,17 @@ def pair_cuda(
 
 
 def _index_cuda(points: Any, lengths: tuple[int, ...]) -> Search:
-    return search_cuda(points, lengths, origins_cuda(points, lengths))
+    """What NeighborIndex.search holds of points [N, 2 or 3], of any strides and float dtype."""
+    origins = origins_cuda(points, lengths)
+    own, (tiles, nodes, branches) = _rows(points, lengths, origins, boxes=True)
+    return Search(own, _INDEX.pack(own.rows, tiles, nodes, branches if own.layout.branches else 0), origins)
 
 
 def _queries(query: Any, lengths: tuple[int, ...], index: NeighborIndex) -> Queries:
     """What searches the index; its own rows where the queries are its points."""
     if query is index.points and lengths == index.lengths:
         return index.search.own
-    return rows_cuda(query, lengths, index.search.origins)[0]
+    return _rows(query, lengths, index.search.origins)[0]
 
 
 def _nearest(

@@ -7,13 +7,14 @@
 //   (C_ij - d1) * T_i < -ln(threshold)
 // decides, without the exponential: the same entries on every device. See gpu3d/reference/apml.py.
 //
-// A lane lists its candidates; of those that have more than LISTED, the whole warp searches the ball again, whenever they are needed.
+// A lane lists its candidates; where they are more than LISTED, the whole warp searches the ball again whenever they are needed.
 // A warp reserves room for its entries by one atomic. Where rows come to lie differs from run to run, what is in them does not.
 
 #define THREADS 128
 #define BLOCKS 5            // a multiprocessor at least
 #define WARPS (THREADS / 32)
-#define LISTED 12           // candidates of a query; of surfaces with noise 99 % have fewer
+#define LISTED 12           // candidates of a query; counted, p_min 0.8 and threshold 1e-8: 0 to 8 % of all queries have more of
+                            // 2048 points, and 0 to 4 % of 131,072
 
 #include "clouds.cuh"
 #include "neighbors.cuh"
@@ -199,7 +200,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void search_balls(
         wide.t = __shfl_sync(FULL, choice.t, from);
         const double sum = __shfl_sync(FULL, choice.sum, from);
         Entry *wide_to = entries + __shfl_sync(FULL, start, from);
-        each_in_ball(row_of_lane(query, from), __shfl_sync(FULL, radius2, from), index, clouds, b, [&](bool is, int other, double c) {
+        const auto write = [&](bool is, int other, double c) {
             const bool kept = is && wide.keeps(c);
             const u32 all = __ballot_sync(FULL, kept);
             if (kept) {
@@ -207,6 +208,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void search_balls(
                 if (named) atomicAdd(&named[other], 1u);
             }
             wide_to += __popc(all);
-        });
+        };
+        each_in_ball(row_of_lane(query, from), __shfl_sync(FULL, radius2, from), index, clouds, b, write);
     }
 }

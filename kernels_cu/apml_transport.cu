@@ -227,7 +227,9 @@ struct Chip {
     u32 *end;               // [rows] where they end: there are gaps behind
     unsigned short *at;     // [places]
 
-    __device__ __forceinline__ Chip(const Side &x, const Side &y, const Clouds &x_clouds, const Clouds &y_clouds, int b, void *memory) {
+    __device__ __forceinline__ Chip(
+        const Side &x, const Side &y, const Clouds &x_clouds, const Clouds &y_clouds, int b, void *memory)
+    {
         const int i = rows_of(x_clouds)[b].slot, j = rows_of(y_clouds)[b].slot;
         rows.count = rows_of(x_clouds)[b + 1].slot - i;
         columns.count = rows_of(y_clouds)[b + 1].slot - j;
@@ -266,7 +268,8 @@ __device__ __forceinline__ void each_line(const Lines &lines, Visit visit) {
 
 // All iterations of cloud b, by a block.
 __device__ void balance_on_chip(
-    const Side &x, const Side &y, const Clouds &x_clouds, const Clouds &y_clouds, const Plan &plan, int b, int iterations, void *memory)
+    const Side &x, const Side &y, const Clouds &x_clouds, const Clouds &y_clouds, const Plan &plan, int b, int iterations,
+    void *memory)
 {
     const Chip chip(x, y, x_clouds, y_clouds, b, memory);
     const int i = rows_of(x_clouds)[b].slot, j = rows_of(y_clouds)[b].slot;

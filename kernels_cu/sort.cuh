@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sorts many short rows of keys: a row of up to ROW by a warp in registers, a longer one by the whole block. Include clouds.cuh
-// first; define THREADS, and ROW as 32 times a power of two up to 512.
+// first; define THREADS, and ROW as 256 or 512.
 
 #define WARPS (THREADS / 32)
 #define STAGED (ROW + 32)       // keys that a warp stages

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import tempfile
 from pathlib import Path
@@ -58,6 +57,8 @@ def cp():
 @pytest.fixture
 def large_memory(cp):
     """40 GiB of the GPU's memory, where they are free; one test at a time has them, of all processes."""
+    import fcntl  # not on Windows, whose CPU tests need this file
+
     pool = cp.get_default_memory_pool()
     with open(Path(tempfile.gettempdir()) / "gpu3d-large-memory", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
