@@ -207,6 +207,15 @@ class Kernel(NamedTuple):
 
 
 _kernels: dict[tuple[Any, ...], Kernel] = {}
+_thread = threading.local()
+
+
+def _make_context_current() -> None:
+    """The driver launches on the calling thread's context, which a new thread (torch's backward) has none of yet."""
+    from cupy.cuda import runtime
+
+    runtime.setDevice(runtime.getDevice())
+    _thread.has_context = True
 
 
 def kernel(
@@ -267,6 +276,8 @@ def launch(
         return
     if not 0 < grid <= 0x7FFFFFFF:
         raise ValueError(f"a launch has at most 2**31 - 1 blocks, got {grid}.")
+    if not hasattr(_thread, "has_context"):
+        _make_context_current()
     stream = kernel.current_stream().ptr
     with kernel.lock:
         kernel.arguments.pack_into(kernel.buffer, 0, *args)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import math
 
 import clouds
@@ -325,6 +326,17 @@ def test_a_hundred_runs_give_the_same_bits(cp, dim, dtype):
         for name in RESULTS:
             word = "u4" if name == "lse" else words
             assert bool((got[name].view(word) == expected[name].view(word)).all()), name
+
+
+def test_a_new_thread(cp):
+    """Whose first act on the device is a launch: no context is current yet, and the pool's memory needs none."""
+    buckets = gpu3d.bucketize(cp.zeros((100, 3), np.float32), 16)
+    table = gpu3d.scopes(buckets, 2)
+    q = cp.ones((buckets.num_slots, 1, 16), np.float16)
+    expected = gpu3d.bucket_attention(q, q, q, buckets, table).get()
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        got = thread.submit(gpu3d.bucket_attention, q, q, q, buckets, table).result()
+    assert np.array_equal(got.get(), expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

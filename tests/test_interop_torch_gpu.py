@@ -222,7 +222,8 @@ def test_cuda_graph(cp):
             out.square().mean()
             + g.chamfer(out[:, :3], at, x_lengths=lengths, y_lengths=lengths, reduction="none").sum()
         )
-        return loss, *torch.autograd.grad(loss, (x, *block.parameters()))
+        gradients = torch.autograd.grad(loss, (x, *block.parameters()))
+        return loss.detach(), *gradients  # else what is captured keeps its graph, whose leaves are of another stream
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
