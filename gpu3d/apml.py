@@ -406,22 +406,23 @@ def _apml(
 # ---- CUDA ----------------------------------------------------------------------------------------------------------
 
 SEARCH_THREADS = 128
-TRANSPORT_THREADS = 1024  # mirrored by apml_transport.cu
-TRANSPORT_SLOTS = 256  # a block at least, so that small clouds wait for few blocks
-TRANSPORT_STATIC = 1024  # bytes of shared memory that are not its to give, at most
+TRANSPORT_THREADS = 512  # mirrored by apml_transport.cu, as is the next
+TRANSPORT_BLOCKS = 2  # a multiprocessor
+TRANSPORT_SLOTS = 128  # a block at least, so that small clouds wait for few blocks
 FIRST_ROOM = 6  # entries a point that there is room for before they are counted; measured clouds have 2.4 to 3.7
 MOST_ENTRIES = 2**32 - 1
 
 _FLOAT, _INT32, _INT64 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.int64)
-_SIDE = struct.Struct("<9Q")  # struct Side of apml_transport.cu
-_PLAN = struct.Struct("<7Q")  # struct Plan of apml_transport.cu
+_SIDE = struct.Struct("<10Q")  # struct Side of apml_transport.cu
+_PLAN = struct.Struct("<5Q")  # struct Plan of apml_transport.cu
 _MASSES = struct.Struct(f"<Q{_clouds.INLINE_CLOUDS}d")  # struct Masses of apml_search.cu
+_KEPT = struct.Struct("<d6Q")  # struct Kept of apml_search.cu
 
-# The parameters of each kernel: formats of the module struct; c, x, m, s, p for struct Clouds, Index, Masses, Side and
-# Plan.
-_SIGNATURES = {"search_balls": "QcixcmdQQQQQQ", "transport": "ssccpQQQiQQQQQdi"}
+# The parameters of each kernel: formats of the module struct; c, x, m, k, s, p for struct Clouds, Index, Masses, Kept,
+# Side and Plan.
+_SIGNATURES = {"search_balls": "Qcixcmk", "transport": "ssccpQQQiQQQQQd"}
 _FORMATS = {"c": _clouds.FORMAT, "x": INDEX_FORMAT} | {
-    kind: f"{packed.size}s" for kind, packed in (("m", _MASSES), ("s", _SIDE), ("p", _PLAN))
+    kind: f"{packed.size}s" for kind, packed in (("m", _MASSES), ("k", _KEPT), ("s", _SIDE), ("p", _PLAN))
 }
 
 
@@ -453,7 +454,7 @@ class _Kept(NamedTuple):
     starts: tuple[int, int]  # of x and of y: uint32 [slots], where the entries of each begin
     counts: tuple[int, int]  # and how many they are
     total: int  # uint64 []
-    arrived: int  # uint32 [], 0
+    arrived: int  # uint32 [2], 0
     cursors: int  # uint32 [slots of x], how many entries of y name each
     long_counts: tuple[int, int]  # of x and of y: uint32 [2], 0
     entries: int  # struct Entry [room]
@@ -462,9 +463,9 @@ class _Kept(NamedTuple):
 
 
 def _search(
-    device: int, own: Search, other: Search, masses: tuple[bytes, tuple[_clouds.Part, ...]], *args: Any
+    device: int, own: Search, other: Search, masses: tuple[bytes, tuple[_clouds.Part, ...]], *kept: float
 ) -> None:
-    """Finds what each point of `own` keeps of `other`; `args` are the rest of search_balls'."""
+    """Finds what each point of `own` keeps of `other`; `kept` are the fields of struct Kept."""
     packed, parts = masses
     table = None
     if parts:
@@ -472,8 +473,9 @@ def _search(
         packed = _MASSES.pack(table.ptr, *[0.0] * _clouds.INLINE_CLOUDS)
     queries = own.own
     sides = queries.rows, queries.clouds, queries.layout.slots, other.packed, other.own.clouds
-    grid = -(-queries.layout.slots // SEARCH_THREADS)
-    _cuda.launch(_kernel(device, "search_balls"), grid=grid, block=SEARCH_THREADS, args=(*sides, packed, *args))
+    args = *sides, packed, _KEPT.pack(*kept)
+    grid = -(-queries.layout.slots // (SEARCH_THREADS // 32))
+    _cuda.launch(_kernel(device, "search_balls"), grid=grid, block=SEARCH_THREADS, args=args)
     del table  # held until here
 
 
@@ -494,7 +496,7 @@ def _keep(
         )
     slots = x.own.layout.slots, y.own.layout.slots
     sizes = 4 * slots[0], 4 * slots[1]
-    memory, (cursors, total, arrived, x_longs, y_longs, *places) = _cuda.workspace(sizes[0], 8, 4, 8, 8, *sizes, *sizes)
+    memory, (cursors, total, arrived, x_longs, y_longs, *places) = _cuda.workspace(sizes[0], 8, 8, 8, 8, *sizes, *sizes)
     memory.memset_async(0, places[0] - memory.ptr)
     entries = cupy.cuda.alloc(8 * room)
     limit, starts, counts = reference.log_threshold(options.threshold), (places[0], places[1]), (places[2], places[3])
@@ -550,12 +552,11 @@ def _keep_counted(
 
 
 class _Plan(NamedTuple):
-    """The plan in rows of slots, with gaps between them: where column and value of its entries lie, and their rows."""
+    """The plan in rows of slots, with gaps between them: column and value of its entries, and their rows."""
 
-    value: int  # float32 [room]
-    column: int  # uint32 [room]
+    entries: int  # struct Entry [room]: uint32 column, float32 value
     row: int  # uint32 [room], -1 in gaps; among the entries of what is kept
-    held: Any  # the memory of the first two
+    held: Any  # the memory of the first
 
 
 def _transport(
@@ -570,35 +571,37 @@ def _transport(
 ) -> _Plan:
     """Launches what makes the plan of what is kept: the losses [B] or [], over `parts`, and the gradients if any."""
     layouts, (x_slots, y_slots) = (x.own.layout, y.own.layout), (4 * (s.own.layout.slots + 1) for s in (x, y))
-    multiprocessors, most_shared = _cuda.device_limits(device)
-    blocks = max(1, min(multiprocessors, -(-max(layout.slots for layout in layouts) // TRANSPORT_SLOTS)))
-    memory, (x_first, y_first, x_longs, y_longs, y_cursors, row_lengths, losses, x_sums, y_sums, of_blocks) = (
+    multiprocessors, _ = _cuda.device_limits(device)
+    most = max(layout.slots for layout in layouts)
+    blocks = max(1, min(TRANSPORT_BLOCKS * multiprocessors, -(-most // TRANSPORT_SLOTS)))
+    memory, (x_first, y_first, x_longs, y_longs, y_cursors, row_lengths, losses, *scales_and_sums, of_blocks) = (
         _cuda.workspace(
             *(x_slots, y_slots) * 2,
             y_slots,
             x_slots,
             2 * x_slots,
+            2 * x_slots,
+            2 * y_slots,
             *(8 * layout.nodes for layout in layouts),
             4 * blocks,
         )
     )
-    of_plan, (keys, spare) = _cuda.workspace(8 * kept.room, 8 * kept.room)
-    value, column = spare, spare + 4 * kept.room  # once rows are sorted
-    place, row = kept.entries, kept.entries + 4 * kept.room  # once the entries are keys
+    x_scale, y_scale, x_sums, y_sums = scales_and_sums
+    of_plan, (keys, entries) = _cuda.workspace(8 * kept.room, 8 * kept.room)
+    place, row = kept.entries, kept.entries + 4 * kept.room  # once what is kept is keys
     x_to, y_to = [gradient.data.ptr for gradient in gradients] or (0, 0)
-    of_x = kept.starts[0], kept.counts[0], kept.cursors, x_first, x_longs, kept.long_counts[0], x_to, x_sums
-    of_y = kept.starts[1], kept.counts[1], y_cursors, y_first, y_longs, kept.long_counts[1], y_to, y_sums
+    of_x = kept.starts[0], kept.counts[0], kept.cursors, x_first, x_longs, kept.long_counts[0], x_scale, x_to, x_sums
+    of_y = kept.starts[1], kept.counts[1], y_cursors, y_first, y_longs, kept.long_counts[1], y_scale, y_to, y_sums
     sides = _SIDE.pack(x.own.rows, *of_x), _SIDE.pack(y.own.rows, *of_y), x.own.clouds, y.own.clouds
-    plan = _PLAN.pack(keys, spare, value, column, row_lengths, place, row)
+    plan = _PLAN.pack(keys, entries, row_lengths, place, row)
     each, of_all = (0, loss.data.ptr) if loss.ndim == 0 else (loss.data.ptr, 0)
     counts = kept.entries, kept.total, kept.room, options.iterations
-    shared_mem = most_shared - TRANSPORT_STATIC
-    args = *sides, plan, *counts, losses, of_blocks, kept.arrived, each, of_all, float(parts), shared_mem
+    args = *sides, plan, *counts, losses, of_blocks, kept.arrived, each, of_all, float(parts)
     macros = (("MINIMUM", int(options.symmetrize == "min")),)
-    kernel = _kernel(device, "transport", macros, shared_mem=shared_mem, cooperative=True)
-    _cuda.launch(kernel, grid=blocks, block=TRANSPORT_THREADS, shared_mem=shared_mem, args=args)
+    kernel = _kernel(device, "transport", macros, cooperative=True)
+    _cuda.launch(kernel, grid=blocks, block=TRANSPORT_THREADS, args=args)
     del memory  # held until here
-    return _Plan(value, column, row, of_plan)
+    return _Plan(entries, row, of_plan)
 
 
 def _sorted_plan(x: Search, y: Search, kept: _Kept, plan: _Plan, points: int) -> tuple[Any, Any, Any, Any]:
@@ -607,13 +610,14 @@ def _sorted_plan(x: Search, y: Search, kept: _Kept, plan: _Plan, points: int) ->
 
     row = _array(plan.row, (kept.room,), _INT32, kept.held[1])
     there = row >= 0
-    column = _array(plan.column, (kept.room,), _INT32, plan.held)
+    column, value = (
+        _array(plan.entries, (kept.room, 2), dtype, plan.held)[:, i] for i, dtype in enumerate((_INT32, _FLOAT))
+    )
     rows, columns = _indices(x)[row[there]], _indices(y)[column[there]]
     order = cupy.lexsort(cupy.stack((columns, rows)))
     rows = rows[order]
     indptr = cupy.searchsorted(rows, cupy.arange(points + 1, dtype=np.int32)).astype(_INT64)
-    values = _array(plan.value, (kept.room,), _FLOAT, plan.held)[there]
-    return rows, columns[order], values[order], indptr
+    return rows, columns[order], value[there][order], indptr
 
 
 def _apml_cuda(

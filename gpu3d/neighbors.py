@@ -481,8 +481,8 @@ NODE = reference.SUM_TILE  # points, of which an index keeps a box and a Chamfer
 INDEX_THREADS = NODE
 BRANCH_THREADS = KNN_THREADS = RADIUS_THREADS = 128
 CHAMFER_THREADS = 256
-KNN_ROOMS = (1, 2, 32, 64)  # neighbours that neighbors_knn.cu has room for: NEAREST
-LANE_ROOM = 2  # up to here a query is a lane there, above a warp
+MOST_QUERIES = 8  # that a warp takes
+FEWEST_WARPS = 8192  # from which on it takes more than one
 
 _FLOAT, _INT32, _INT64 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.int64)
 _INDEX = struct.Struct("<QQQQ")  # struct Index of neighbors.cuh
@@ -495,7 +495,7 @@ _ZORDER_DIV = ("KEY", HASHES.index("zorder_div"))
 _SIGNATURES = {
     "index_nodes": "QQciQQQQ",
     "index_branches": "QciQ",
-    "knn": "QcixciiQQ",
+    "knn": "QciixciiQQ",
     "radius_count": "QcixcfQ",
     "radius_fill": "QcixcfQiqQ",
     "radius_sort": "QiqQQQQ",
@@ -510,7 +510,7 @@ _FORMATS = {"c": _clouds.FORMAT, "x": INDEX_FORMAT, "s": f"{_SIDE.size}s"}
 def configurations() -> list[_cuda.Configuration]:
     """Every module this file can ask for."""
     found = [_cuda.Configuration("neighbors_index", (("POINT", p),)) for p in range(len(_arrays.FLOATS))]
-    found += [_cuda.Configuration("neighbors_knn", (("NEAREST", room),)) for room in KNN_ROOMS]
+    found += [_cuda.Configuration("neighbors_knn", (("LISTS", lists),)) for lists in range(3)]
     return [*found, _cuda.Configuration("neighbors_radius"), _cuda.Configuration("neighbors_chamfer")]
 
 
@@ -633,12 +633,20 @@ def _rows(
     return queries, tuple(of_boxes)
 
 
+def _joined(first: Any, second: Any) -> Any:
+    """Two contiguous arrays of one dtype, one behind the other; cupy.concatenate takes ten times the host's time."""
+    import cupy
+
+    joined = cupy.ndarray((first.shape[0] + second.shape[0], *first.shape[1:]), first.dtype)
+    joined.data.copy_from_device_async(first.data, first.nbytes)
+    (joined.data + first.nbytes).copy_from_device_async(second.data, second.nbytes)
+    return joined
+
+
 def pair_cuda(
     x: Any, x_lengths: tuple[int, ...], y: Any, y_lengths: tuple[int, ...], origins: Any
 ) -> tuple[Search, Search]:
     """Two batches of as many clouds, relative to the same origins: made ready together, in half the launches."""
-    import cupy
-
     if x.shape[0] + y.shape[0] > MAX_POINTS:
         raise ValueError(
             f"two batches on a GPU must be at most 2**31 - 1 points together, got {x.shape[0]} and {y.shape[0]}: pass "
@@ -647,9 +655,9 @@ def pair_cuda(
     if x.dtype != y.dtype or x.dtype == np.float64:
         dtype = np.float32 if origins is None else np.float64
         x, y = x.astype(dtype, copy=False), y.astype(dtype, copy=False)
-    points = cupy.concatenate((x, y))
+    points = _joined(_xyz(x), _xyz(y))
     if origins is not None:
-        origins = cupy.concatenate((origins, origins))
+        origins = _joined(origins, origins)
     both, boxes = _rows(points, x_lengths + y_lengths, origins, boxes=True, second=len(x_lengths))
     searches, before = [], (0, 0, 0)  # slots, nodes and branches
     for lengths, first in ((x_lengths, 0), (y_lengths, x.shape[0])):
@@ -686,10 +694,12 @@ def _nearest(
     device: int, queries: Queries, search: Search, k: int, squared: bool, distances: int, indices: int
 ) -> None:
     """Writes distances, or their squares, and indices [queries, k] to these addresses."""
-    slots, room = queries.layout.slots, next(room for room in KNN_ROOMS if room >= k)
-    args = queries.rows, queries.clouds, slots, search.packed, search.own.clouds, k, squared, distances, indices
-    grid = -(-slots // (KNN_THREADS if room <= LANE_ROOM else KNN_THREADS // 32))
-    _launch("knn", device, grid, *args, block=KNN_THREADS, macros=(("NEAREST", room),))
+    macros = (("LISTS", 0 if k == 1 else -(-k // 32)),)
+    slots, most = queries.layout.slots, MOST_QUERIES if k > 2 else 2
+    group = min(most, 1 << max(0, (slots // FEWEST_WARPS).bit_length() - 1))
+    of_queries, of_points = (queries.rows, queries.clouds, slots, group), (search.packed, search.own.clouds)
+    args = *of_queries, *of_points, k, squared, distances, indices
+    _launch("knn", device, -(-slots // (KNN_THREADS // 32 * group)), *args, block=KNN_THREADS, macros=macros)
 
 
 def _knn_cuda(query: Any, query_lengths: tuple[int, ...], index: NeighborIndex, k: int) -> tuple[Any, Any]:

@@ -5,21 +5,24 @@
 //   merge     each row's entries of P1 and P2 are brought together, sorted by column and joined: P = (P1 + P2) / 2, or their
 //             minimum. A row keeps the room of both, so rows have gaps between them.
 //   columns   each column's entries are listed, sorted by row
-//   Sinkhorn  iterations times: rows /= (row sum + EPSILON), then columns /= (column sum + EPSILON)            (CUDA-APML, 3.3)
+//   Sinkhorn  iterations times: rows /= (row sum + EPSILON), then columns /= (column sum + EPSILON)            (CUDA-APML, 3.3);
+//             the weights stay as they are, and each row and column has a scale: P_ij = weight_ij (scale_i scale_j)
 //   loss      sum P_ij C_ij; dL/dx_i = sum_j P_ij (x_i - y_j) / C_ij, and for y_j likewise, P held constant
 // A lane owns a row or a column; long ones, which lie close together, are listed and shared out among all warps. Entries come in
 // any order, and are sorted: all sums have a fixed order. Counts and cursors are integers, whose atomics give the same in any
 // order. Between steps the whole grid waits, and what it read before comes from L2 again: lanes ask for BATCH values at a time.
-// Where every cloud's plan fits into shared memory (of 4096 points, on an H100), a block runs all iterations of a cloud there; the
-// same sums in the same order give the same bits.
+// For Sinkhorn each block keeps its part of the rows and of the columns in shared memory, if all blocks can: then only scales go
+// back and forth. The same sums in the same order give the same bits either way.
 
 #ifndef MINIMUM
 #define MINIMUM 0           // symmetrize: 0 "mean", 1 "min"
 #endif
-#define THREADS 1024        // mirrored by gpu3d/apml.py; one block a multiprocessor, all run at once
+#define THREADS 512         // mirrored by gpu3d/apml.py, as is the next
+#define BLOCKS 2            // a multiprocessor; all run at once
 #define ROW 256             // entries of a row that a warp sorts
 #define LONG 16             // entries of a row that a lane adds
 #define BATCH 8             // of them at a time
+#define OWNED 5248          // entries that a block keeps in shared memory: with the rest of it 48 KiB
 #define NODE 1024           // slots whose losses are added first; a node of the index
 
 #include "clouds.cuh"
@@ -41,19 +44,21 @@ struct Side {
     u32 *first;             // [slots + 1] where a row, or a column, of the plan begins
     u32 *longs;             // [slots] which of them have more than LONG entries, in any order; from behind, more than ROW
     u32 *long_counts;       // [2] of both, 0 at first
+    double *scale;          // [slots]
     float *gradient;        // [points, 3], or null
     double *sums;           // [nodes] of losses
 };
 
 // The plan, in rows with gaps.
 struct Plan {
-    u64 *keys;              // [room] column << 32 | bits of the weight << 1 | whether it is of P2
-    u64 *spare;             // [room] where long rows are sorted; then `value` and `column`
-    float *value;           // [room]
-    u32 *column;            // [room]
+    u64 *keys;              // [room] column << 32 | bits of the weight << 1 | whether it is of P2; then the columns' entries
+    u64 *spare;             // [room] where long rows are sorted; then the rows' entries
     u32 *lengths;           // [slots of x] entries of each row
-    u32 *place;             // [room] where the entries of each column stand, without gaps
+    u32 *place;             // [room] where the entries of each column stand among the rows', without gaps
     u32 *row;               // [room] of each entry; -1 in gaps
+
+    __device__ __forceinline__ Entry *rows() const { return (Entry *)spare; }
+    __device__ __forceinline__ Entry *columns() const { return (Entry *)keys; }
 };
 
 __device__ __forceinline__ double sum_of_warp(double x) {
@@ -177,126 +182,63 @@ __device__ __forceinline__ bool is_pair(const u64 *keys, u32 e, u32 end) {
     return e + 1 < end && column_of(keys[e]) == column_of(keys[e + 1]);
 }
 
-// Divides the entries of a row, or of a column, by their sum.
+// ---- Sinkhorn ------------------------------------------------------------------------------------------------------
+
+// Divides a row, or a column, by its sum: its own scale, from those of the others.
 template <class At>
-__device__ __forceinline__ void normalize(float *value, u32 begin, u32 end, int lane, int lanes, At at) {
-    float x[BATCH];
-    u32 place[BATCH];
-    const auto load = [&](u32 base) {
+__device__ __forceinline__ void rescale(double *own, const double *others, u32 begin, u32 end, int lane, int lanes, At at) {
+    if (begin == end) return;
+    const double before = *own;
+    double sum = 0;
+    for (u32 base = begin; base < end; base += BATCH * lanes) {
+        Entry entry[BATCH];
+        double scale[BATCH];
 #pragma unroll
         for (int k = 0; k < BATCH; ++k) {
             const u32 e = base + k * lanes + lane;
-            place[k] = e < end ? at(e) : FULL;
+            entry[k] = e < end ? at(e) : Entry{FULL, 0};
         }
 #pragma unroll
-        for (int k = 0; k < BATCH; ++k) x[k] = place[k] != FULL ? value[place[k]] : 0;
-    };
-    double sum = 0;
-    for (u32 base = begin; base < end; base += BATCH * lanes) {
-        load(base);
+        for (int k = 0; k < BATCH; ++k) scale[k] = entry[k].other != FULL ? others[entry[k].other] : 0;
 #pragma unroll
-        for (int k = 0; k < BATCH; ++k) sum += x[k];
+        for (int k = 0; k < BATCH; ++k) sum = fma((double)entry[k].weight, scale[k], sum);
     }
     if (lanes > 1) sum = sum_of_warp(sum);
-    const double share = 1 / (sum + EPSILON);
-    const bool loaded = end - begin <= BATCH * lanes;       // in one batch, which is still there
-    for (u32 base = begin; base < end; base += BATCH * lanes) {
-        if (!loaded) load(base);
-#pragma unroll
-        for (int k = 0; k < BATCH; ++k)
-            if (place[k] != FULL) value[place[k]] = (float)(x[k] * share);
-    }
+    if (lane == 0) *own = before / (before * sum + EPSILON);
 }
 
-// ---- Sinkhorn in shared memory -------------------------------------------------------------------------------------
-
-// One side of a cloud there.
-struct Lines {
-    u32 *first;             // [count + 1]
-    unsigned short *longs;  // [count] which have more than LONG entries, in any order
-    u32 *long_count;        // []
-    int count;              // slots
+// The rows, or the columns, that a block owns, in shared memory.
+struct Owned {
+    unsigned short begin[THREADS], end[THREADS];    // of the entries of each
+    unsigned short longs[THREADS];                  // which have more than LONG, in any order
+    u32 long_count;
 };
-
-// The plan of cloud b in `memory`; bytes() of it are needed.
-struct Chip {
-    Lines rows, columns;
-    u32 entry, place;       // the cloud's first of Plan::value and of Plan::place
-    u32 entries, places;
-    float *value;           // [entries]
-    u32 *end;               // [rows] where they end: there are gaps behind
-    unsigned short *at;     // [places]
-
-    __device__ __forceinline__ Chip(
-        const Side &x, const Side &y, const Clouds &x_clouds, const Clouds &y_clouds, int b, void *memory)
-    {
-        const int i = rows_of(x_clouds)[b].slot, j = rows_of(y_clouds)[b].slot;
-        rows.count = rows_of(x_clouds)[b + 1].slot - i;
-        columns.count = rows_of(y_clouds)[b + 1].slot - j;
-        entry = x.first[i];
-        place = y.first[j];
-        entries = x.first[i + rows.count] - entry;
-        places = y.first[j + columns.count] - place;
-        rows.long_count = (u32 *)memory;
-        columns.long_count = rows.long_count + 1;
-        rows.first = rows.long_count + 2;
-        columns.first = rows.first + rows.count + 1;
-        end = columns.first + columns.count + 1;
-        value = (float *)(end + rows.count);
-        rows.longs = (unsigned short *)(value + entries);
-        columns.longs = rows.longs + rows.count;
-        at = columns.longs + columns.count;
-    }
-    __device__ __forceinline__ size_t bytes() const {
-        return 4 * ((size_t)2 + 2 * rows.count + columns.count + 2 + entries) + 2 * ((size_t)rows.count + columns.count + places);
-    }
-};
-
-__device__ __forceinline__ void load_lines(const Lines &lines, const u32 *first, u32 base) {
-    for (int i = threadIdx.x; i <= lines.count; i += THREADS) lines.first[i] = first[i] - base;
-    for (int i = threadIdx.x; i < lines.count; i += THREADS)
-        if (first[i + 1] - first[i] > LONG) lines.longs[atomicAdd(lines.long_count, 1u)] = i;
-}
 
 template <class Visit>
-__device__ __forceinline__ void each_line(const Lines &lines, Visit visit) {
-    for (int i = threadIdx.x; i < lines.count; i += THREADS)
-        if (lines.first[i + 1] - lines.first[i] <= LONG) visit(i, 0, 1);
-    for (u32 i = threadIdx.x >> 5; i < *lines.long_count; i += WARPS) visit(lines.longs[i], threadIdx.x & 31, 32);
-    __syncthreads();
+__device__ __forceinline__ void each_line(const Owned &owned, int lines, Visit visit) {
+    const int line = threadIdx.x;
+    if (line < lines && owned.end[line] - owned.begin[line] <= LONG) visit(line, 0, 1);
+    for (u32 i = threadIdx.x >> 5; i < owned.long_count; i += WARPS) visit(owned.longs[i], threadIdx.x & 31, 32);
 }
 
-// All iterations of cloud b, by a block.
-__device__ void balance_on_chip(
-    const Side &x, const Side &y, const Clouds &x_clouds, const Clouds &y_clouds, const Plan &plan, int b, int iterations,
-    void *memory)
-{
-    const Chip chip(x, y, x_clouds, y_clouds, b, memory);
-    const int i = rows_of(x_clouds)[b].slot, j = rows_of(y_clouds)[b].slot;
+// Takes over the lines of a range behind `used` entries; at(e) is one of those behind first(line), of which there are count(line).
+// Returns how many entries are used then, or more than OWNED where there is not room. The whole block.
+template <class First, class Count, class At>
+__device__ __forceinline__ u32 take_over(Owned &owned, Entry *entries, u32 used, Range range, First first, Count count, At at) {
+    const int lines = range.end - range.begin, mine = range.begin + (int)threadIdx.x;
+    if (threadIdx.x == 0) owned.long_count = 0;
+    u32 before;
+    const u32 own = mine < range.end ? count(mine) : 0, all = used + sum_of_block(own, &before);
+    if (lines > THREADS || all > OWNED) return OWNED + 1;
+    owned.begin[threadIdx.x] = used + before;
+    owned.end[threadIdx.x] = used + before + own;
+    if (own > LONG) owned.longs[atomicAdd(&owned.long_count, 1u)] = threadIdx.x;
     __syncthreads();
-    if (threadIdx.x < 2) chip.rows.long_count[threadIdx.x] = 0;
-    __syncthreads();
-    load_lines(chip.rows, x.first + i, chip.entry);
-    load_lines(chip.columns, y.first + j, chip.place);
-    for (int row = threadIdx.x; row < chip.rows.count; row += THREADS)
-        chip.end[row] = x.first[i + row] - chip.entry + plan.lengths[i + row];
-    for (u32 e = threadIdx.x; e < chip.places; e += THREADS) chip.at[e] = plan.place[chip.place + e] - chip.entry;
-    __syncthreads();
-    each_line(chip.rows, [&](int row, int lane, int lanes) {                    // without the gaps
-        for (u32 e = chip.rows.first[row] + lane; e < chip.end[row]; e += lanes) chip.value[e] = plan.value[chip.entry + e];
+    each_line(owned, lines, [&](int line, int lane, int lanes) {
+        const u32 to = owned.begin[line], from = first(range.begin + line);
+        for (u32 e = lane; e < owned.end[line] - to; e += lanes) entries[to + e] = at(from + e);
     });
-    for (int iteration = 0; iteration < iterations; ++iteration) {
-        each_line(chip.rows, [&](int row, int lane, int lanes) {
-            normalize(chip.value, chip.rows.first[row], chip.end[row], lane, lanes, [](u32 e) { return e; });
-        });
-        each_line(chip.columns, [&](int column, int lane, int lanes) {
-            normalize(chip.value, chip.columns.first[column], chip.columns.first[column + 1], lane, lanes,
-                      [&](u32 e) { return (u32)chip.at[e]; });
-        });
-    }
-    each_line(chip.rows, [&](int row, int lane, int lanes) {
-        for (u32 e = chip.rows.first[row] + lane; e < chip.end[row]; e += lanes) plan.value[chip.entry + e] = chip.value[e];
-    });
+    return all;
 }
 
 // ---- the loss ------------------------------------------------------------------------------------------------------
@@ -305,15 +247,19 @@ __device__ void balance_on_chip(
 struct Pull {
     double loss, x, y, z;
 };
-template <class At, class Other>
+template <class Write>
 __device__ __forceinline__ Pull pull_of(
-    const Row &point, const Row *others, const float *value, u32 begin, u32 end, int lane, int lanes, At at, Other other)
+    const Row &point, double scale, const Row *others, const double *scales, const Entry *entries, u32 begin, u32 end, int lane,
+    int lanes, Write write)
 {
     Pull pull = {0, 0, 0, 0};
     for (u32 e = begin + lane; e < end; e += lanes) {
-        const Row to = others[other(at(e))];
+        const Entry entry = entries[e];
+        const Row to = others[entry.other];
         const double x = (double)point.x - to.x, y = (double)point.y - to.y, z = (double)point.z - to.z;
-        const double c = sqrt(x * x + y * y + z * z), weight = value[at(e)], share = c > 0 ? weight / c : 0;
+        const float value = (float)(entry.weight * (scale * scales[entry.other]));
+        const double c = sqrt(x * x + y * y + z * z), weight = value, share = c > 0 ? weight / c : 0;
+        write(e, value);
         pull.loss += weight * c;
         pull.x += share * x;
         pull.y += share * y;
@@ -330,7 +276,7 @@ __device__ __forceinline__ void write_gradient(float *gradient, int point, const
     gradient[3 * (size_t)point + 2] = (float)(pull.z / parts);
 }
 
-extern "C" __global__ __launch_bounds__(THREADS, 1) void transport(
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
     const __grid_constant__ Side x,             // pred
     const __grid_constant__ Side y,             // target
     const __grid_constant__ Clouds x_clouds,
@@ -342,13 +288,13 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void transport(
     int iterations,
     double *losses,                             // [slots of x], each row's; then [clouds] in front
     u32 *of_blocks,                             // [blocks]
-    u32 *arrived,                               // [] 0 at first
+    u32 *arrived,                               // [2] 0 at first; blocks that wait, and blocks that have not room for what they own
     float *__restrict__ each,                   // [clouds] the losses, or null
     float *__restrict__ loss,                   // [] their sum over `parts`, or null
-    double parts,
-    int shared_bytes)                           // of dynamic shared memory, at least those of WARPS * STAGED keys
+    double parts)
 {
-    extern __shared__ u64 shared[];
+    __shared__ u64 shared[OWNED > WARPS * STAGED ? OWNED : WARPS * STAGED];
+    __shared__ Owned own_rows, own_columns;
     const int x_slots = slots_of(x_clouds), y_slots = slots_of(y_clouds);
     const int thread = blockIdx.x * THREADS + threadIdx.x, threads = gridDim.x * THREADS;
     u32 awaited = 0;
@@ -414,8 +360,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void transport(
             const u32 all = lanes > 1 ? __ballot_sync(FULL, kept) : kept, at = to + __popc(all & (1u << lane) - 1);
             to += __popc(all);
             if (!kept) continue;
-            plan.value[at] = value;
-            plan.column[at] = column_of(key);
+            plan.rows()[at] = Entry{column_of(key), value};
             plan.row[at] = i;
             atomicAdd(&y.cursors[column_of(key)], 1u);
         }
@@ -430,7 +375,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void transport(
     list_longs(y, y_slots);
     each_line(x, x_slots, [&](int i, int lane, int lanes) {
         for (u32 e = x.first[i] + lane; e < x.first[i] + plan.lengths[i]; e += lanes) {
-            const u32 j = plan.column[e];
+            const u32 j = plan.rows()[e].other;
             plan.place[y.first[j] + atomicSub(&y.cursors[j], 1u) - 1] = e;
         }
     });
@@ -440,25 +385,43 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void transport(
     wait_for_grid(arrived, awaited);
 
     // Sinkhorn
-    const auto as_is = [](u32 e) { return e; };
-    const auto placed = [&](u32 e) { return plan.place[e]; };
-    bool large = false;                         // alike on all blocks, in the end
-    for (int b = threadIdx.x; b < x_clouds.count; b += THREADS) {
-        const Chip chip(x, y, x_clouds, y_clouds, b, shared);
-        large |= chip.bytes() > shared_bytes || chip.entries > 65536;
-    }
-    if (!__syncthreads_or(large)) {
-        for (int b = blockIdx.x; b < x_clouds.count; b += gridDim.x)
-            balance_on_chip(x, y, x_clouds, y_clouds, plan, b, iterations, shared);
-        wait_for_grid(arrived, awaited);
+    Entry *kept = (Entry *)shared;
+    const Range rows = range_of(x_slots), columns = range_of(y_slots);
+    for (int i = rows.begin + threadIdx.x; i < rows.end; i += THREADS) x.scale[i] = 1;
+    for (int j = columns.begin + threadIdx.x; j < columns.end; j += THREADS) y.scale[j] = 1;
+    if (columns.begin < columns.end)
+        for (u32 e = y.first[columns.begin] + threadIdx.x; e < y.first[columns.end]; e += THREADS) {
+            const u32 place = plan.place[e];
+            plan.columns()[e] = Entry{plan.row[place], plan.rows()[place].weight};
+        }
+    __syncthreads();
+    const u32 used = take_over(own_rows, kept, 0, rows, [&](int i) { return x.first[i]; }, [&](int i) { return plan.lengths[i]; },
+                               [&](u32 e) { return plan.rows()[e]; });
+    const u32 all = used > OWNED ? used : take_over(own_columns, kept, used, columns, [&](int j) { return y.first[j]; },
+        [&](int j) { return width(y, j); }, [&](u32 e) { return plan.columns()[e]; });
+    if (all > OWNED && threadIdx.x == 0) atomicAdd(&arrived[1], 1u);
+    wait_for_grid(arrived, awaited);
+    if (*(volatile u32 *)&arrived[1] == 0) {
+        const auto at = [&](u32 e) { return kept[e]; };
+        for (int iteration = 0; iteration < iterations; ++iteration) {
+            each_line(own_rows, rows.end - rows.begin, [&](int i, int lane, int lanes) {
+                rescale(&x.scale[rows.begin + i], y.scale, own_rows.begin[i], own_rows.end[i], lane, lanes, at);
+            });
+            wait_for_grid(arrived, awaited);
+            each_line(own_columns, columns.end - columns.begin, [&](int j, int lane, int lanes) {
+                rescale(&y.scale[columns.begin + j], x.scale, own_columns.begin[j], own_columns.end[j], lane, lanes, at);
+            });
+            wait_for_grid(arrived, awaited);
+        }
     } else {
         for (int iteration = 0; iteration < iterations; ++iteration) {
             each_line(x, x_slots, [&](int i, int lane, int lanes) {
-                normalize(plan.value, x.first[i], x.first[i] + plan.lengths[i], lane, lanes, as_is);
+                rescale(&x.scale[i], y.scale, x.first[i], x.first[i] + plan.lengths[i], lane, lanes,
+                        [&](u32 e) { return plan.rows()[e]; });
             });
             wait_for_grid(arrived, awaited);
             each_line(y, y_slots, [&](int j, int lane, int lanes) {
-                normalize(plan.value, y.first[j], y.first[j + 1], lane, lanes, placed);
+                rescale(&y.scale[j], x.scale, y.first[j], y.first[j + 1], lane, lanes, [&](u32 e) { return plan.columns()[e]; });
             });
             wait_for_grid(arrived, awaited);
         }
@@ -468,8 +431,8 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void transport(
     each_line(x, x_slots, [&](int i, int lane, int lanes) {
         const Row point = x.rows[i];
         if (point.index < 0) { if (lane == 0) losses[i] = 0; return; }
-        const Pull pull = pull_of(point, y.rows, plan.value, x.first[i], x.first[i] + plan.lengths[i], lane, lanes, as_is,
-                                  [&](u32 e) { return plan.column[e]; });
+        const Pull pull = pull_of(point, x.scale[i], y.rows, y.scale, plan.rows(), x.first[i], x.first[i] + plan.lengths[i], lane,
+                                  lanes, [&](u32 e, float value) { plan.rows()[e].weight = value; });
         if (lane) return;
         losses[i] = pull.loss;
         if (x.gradient) write_gradient(x.gradient, point.index, pull, parts);
@@ -478,8 +441,8 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void transport(
         each_line(y, y_slots, [&](int j, int lane, int lanes) {
             const Row point = y.rows[j];
             if (point.index < 0) return;
-            const Pull pull = pull_of(point, x.rows, plan.value, y.first[j], y.first[j + 1], lane, lanes, placed,
-                                      [&](u32 e) { return plan.row[e]; });
+            const Pull pull = pull_of(point, y.scale[j], x.rows, x.scale, plan.columns(), y.first[j], y.first[j + 1], lane, lanes,
+                                      [](u32, float) {});
             if (lane == 0) write_gradient(y.gradient, point.index, pull, parts);
         });
     wait_for_grid(arrived, awaited);

@@ -2,17 +2,16 @@
 // The index of the neighbour search, and the walk through it that skips what is too far. Include clouds.cuh first.
 //
 // A cloud in bucket order is cut into tiles of 32 points; 32 tiles make a node, 32 nodes a branch, none across clouds. Each has
-// a box, and tiles and nodes a slab besides: two planes along the surface that the points come from, which a box cannot follow.
-// Who searches is a warp, for one query or, where few neighbours are wanted, for a tile of 32 of them, one a lane. It looks at 32
-// boxes at a time, one a lane, takes the nearest first and passes over those that hold nothing better than what it has found, so
-// every answer is that of brute force:
+// a box, and tiles and nodes a slab besides: two planes along the surface that the points come from, which a box cannot follow. A
+// query is a warp, and reads 32 points, or 32 boxes, at a time, one a lane. Of the boxes it takes the nearest first and passes over
+// those that hold nothing better than what it has found, so every answer is that of brute force:
 //   d2 = (dx * dx + dy * dy) + dz * dz      every operation rounded once
 // is monotone in |dx|, |dy|, |dz|, so that of a box is never above that of a point in it; slabs leave room for rounding.
 // At worst nothing is passed over, and the walk is brute force, 32 pairs a step.
 //
 // What slabs are worth: queries in a ball of 0.05 around the centre of a sphere of 131,072 points see all tiles about as far, and
-// boxes of slanted tiles reach far inwards. k = 2, a query a warp, took 19.9 ms without slabs and 4.3 with those of tiles (H100);
-// other searches got up to a tenth slower.
+// boxes of slanted tiles reach far inwards. k = 2 took 19.9 ms without slabs, 4.3 with those of tiles (H100); other searches got up
+// to a tenth slower.
 //
 // In the index's table of clouds, Cloud::slot / 32 is the cloud's first tile, Cloud::tile its first node, Cloud::group its first
 // branch.
@@ -93,40 +92,9 @@ __device__ __forceinline__ float slab_distance2(const Row &query, const Box &box
     return gap * gap;
 }
 
-// A tile of queries: the box around them.
-struct QueryBox {
-    float low[3], high[3];
-};
-
-__device__ __forceinline__ float distance2(const QueryBox &queries, const Box &box) {
-    float d[3];
-#pragma unroll
-    for (int e = 0; e < 3; ++e)
-        d[e] = fmaxf(fmaxf(__fsub_rn(box.low[e], queries.high[e]), __fsub_rn(queries.low[e], box.high[e])), 0);
-    return norm2(d[0], d[1], d[2]);
-}
-
-// As above: a query is the middle and as much along the normal as `reach`.
-__device__ __forceinline__ float slab_distance2(const QueryBox &queries, const Box &box) {
-    Row middle;
-    middle.x = 0.5f * queries.low[0] + 0.5f * queries.high[0];
-    middle.y = 0.5f * queries.low[1] + 0.5f * queries.high[1];
-    middle.z = 0.5f * queries.low[2] + 0.5f * queries.high[2];
-    float from[3];
-    from_middle(from, middle, box);
-    const float x = fmaxf(queries.high[0] - middle.x, middle.x - queries.low[0]);
-    const float y = fmaxf(queries.high[1] - middle.y, middle.y - queries.low[1]);
-    const float z = fmaxf(queries.high[2] - middle.z, middle.z - queries.low[2]);
-    const float reach = fabsf(box.normal[0]) * x + fabsf(box.normal[1]) * y + fabsf(box.normal[2]) * z;
-    const float slack = SLACK * (fabsf(from[0]) + fabsf(from[1]) + fabsf(from[2]) + x + y + z);
-    const float s = along_normal(box, from);
-    const float gap = fmaxf(fmaxf(box.below - s, s - box.above) - reach - slack, 0);
-    return gap * gap;
-}
-
 // How far a point of a box is at least.
-template <bool SLABS, class Query>
-__device__ __forceinline__ float bound2(const Query &query, const Box &box) {
+template <bool SLABS>
+__device__ __forceinline__ float bound2(const Row &query, const Box &box) {
     const float d2 = distance2(query, box);
     return SLABS ? fmaxf(d2, slab_distance2(query, box)) : d2;
 }
@@ -147,8 +115,8 @@ __device__ __forceinline__ Nearest nearest_of(u32 bits) {
 template <class Bound>
 struct NearestFirst {
     Bound bound;
-    template <bool SLABS, class Query, class Visit>
-    __device__ __forceinline__ void walk(const Query &query, const Box *boxes, int first, int end, Visit visit) const {
+    template <bool SLABS, class Visit>
+    __device__ __forceinline__ void walk(const Row &query, const Box *boxes, int first, int end, Visit visit) const {
         for (int base = first; base < end; base += 32) {
             const int mine = base + (threadIdx.x & 31);
             u64 key = NOTHING;
@@ -166,8 +134,8 @@ struct NearestFirst {
 // Calls visit(i) for each box i of [first, end) that may hold a point within a radius.
 struct Within {
     float radius2;
-    template <bool SLABS, class Query, class Visit>
-    __device__ __forceinline__ void walk(const Query &query, const Box *boxes, int first, int end, Visit visit) const {
+    template <bool SLABS, class Visit>
+    __device__ __forceinline__ void walk(const Row &query, const Box *boxes, int first, int end, Visit visit) const {
         for (int base = first; base < end; base += 32) {
             const int mine = base + (threadIdx.x & 31);
             u32 near = __ballot_sync(FULL, mine < end && bound2<SLABS>(query, boxes[mine]) <= radius2);
@@ -176,21 +144,17 @@ struct Within {
     }
 };
 
-// Calls visit(tile) for the tiles of cloud b, in the order and of the boxes that `order` says, and of these only those that
-// opens(box) says yes to, of tiles and of nodes. The index's batch is `clouds`.
-template <class Order, class Query, class Opens, class Visit>
+// Calls visit(tile) for the tiles of cloud b, in the order and of the boxes that `order` says. The index's batch is `clouds`.
+template <class Order, class Visit>
 __device__ __forceinline__ void walk_tiles(
-    const Query &query, const Index &index, const Clouds &clouds, int b, const Order &order, Opens opens, Visit visit)
+    const Row &query, const Index &index, const Clouds &clouds, int b, const Order &order, Visit visit)
 {
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int tiles = cloud.slot / TILE, tiles_end = next.slot / TILE;
     const auto walk_nodes = [&](int nodes, int end) {
         order.template walk<true>(query, index.nodes, nodes, end, [&](int node) {
-            if (!opens(index.nodes[node])) return;
             const int first = tiles + (node - cloud.tile) * 32;
-            order.template walk<true>(query, index.tiles, first, min(first + 32, tiles_end), [&](int tile) {
-                if (opens(index.tiles[tile])) visit(tile);
-            });
+            order.template walk<true>(query, index.tiles, first, min(first + 32, tiles_end), visit);
         });
     };
     if (!index.branches) { walk_nodes(cloud.tile, next.tile); return; }
@@ -198,67 +162,4 @@ __device__ __forceinline__ void walk_tiles(
         const int nodes = cloud.tile + (branch - cloud.group) * 32;
         walk_nodes(nodes, min(nodes + 32, next.tile));
     });
-}
-
-// For a query that is a warp: what `order` says is all there is to say.
-struct Always {
-    __device__ __forceinline__ bool operator()(const Box &) const { return true; }
-};
-
-// ---- a query a lane ------------------------------------------------------------------------------------------------
-
-// Floats as integers of the same order, for min and max in one instruction a warp.
-__device__ __forceinline__ int ordered(float x) { const int i = __float_as_int(x); return i ^ (i >> 31 & 0x7fffffff); }
-__device__ __forceinline__ float unordered(int i) { return __int_as_float(i ^ (i >> 31 & 0x7fffffff)); }
-__device__ __forceinline__ float least(float x) { return unordered(__reduce_min_sync(FULL, ordered(x))); }
-__device__ __forceinline__ float most(float x) { return unordered(__reduce_max_sync(FULL, ordered(x))); }
-
-// The box around the queries of a warp's lanes; those that do not search are left out.
-__device__ __forceinline__ QueryBox box_of(const Row &query, bool searches) {
-    const float x[3] = {query.x, query.y, query.z}, infinite = __int_as_float(0x7f800000);
-    QueryBox box;
-#pragma unroll
-    for (int d = 0; d < 3; ++d) {
-        box.low[d] = least(searches ? x[d] : infinite);
-        box.high[d] = most(searches ? x[d] : -infinite);
-    }
-    return box;
-}
-
-__device__ __forceinline__ u64 most_of(u64 key) {
-    const u32 high = __reduce_max_sync(FULL, (u32)(key >> 32));
-    return (u64)high << 32 | __reduce_max_sync(FULL, (u32)(key >> 32) == high ? (u32)key : 0);
-}
-
-// Calls look(point, slot) on all lanes for each point of a tile, at most 32 and the same on every lane.
-template <class Look>
-__device__ __forceinline__ void each_point(const Index &index, int tile, Look look) {
-#pragma unroll 8
-    for (int i = 0; i < TILE; ++i) look(index.rows[(size_t)tile * TILE + i], tile * TILE + i);
-}
-
-// The K nearest of each lane's query, K = 1 or 2, as keys in ascending order; NOTHING where there is none, or the lane does not
-// search. The queries are of one cloud, b. A tile is looked at if it may help one of them.
-template <int K>
-__device__ __forceinline__ void find_nearest(
-    u64 (&best)[K], const Row &query, bool searches, const Index &index, const Clouds &clouds, int b)
-{
-#pragma unroll
-    for (int i = 0; i < K; ++i) best[i] = searches ? NOTHING : 0;               // below 0 there is nothing to find
-    u64 worst_of_all = most_of(best[K - 1]);
-    const auto bound = [&] { return worst_of_all; };
-    const auto helps = [&](const Box &box) {    // one of the queries, which may lie far apart
-        return (bool)__any_sync(FULL, key_of(bound2<true>(query, box), box.first) < best[K - 1]);
-    };
-    walk_tiles(box_of(query, searches), index, clouds, b, NearestFirst<decltype(bound)>{bound}, helps, [&](int tile) {
-        each_point(index, tile, [&](const Row &point, int) {
-            const u64 key = key_of(distance2(query, point), point.index);
-            if (K == 2) best[1] = min(best[1], max(best[0], key));
-            best[0] = min(best[0], key);
-        });
-        worst_of_all = most_of(best[K - 1]);
-    });
-#pragma unroll
-    for (int i = 0; i < K; ++i)
-        if (!searches) best[i] = NOTHING;
 }

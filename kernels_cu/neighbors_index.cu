@@ -8,6 +8,12 @@
 #include "voxels.cuh"
 #include "neighbors.cuh"
 
+// Floats as integers of the same order, for min and max in one instruction a warp.
+__device__ __forceinline__ int ordered(float x) { const int i = __float_as_int(x); return i ^ (i >> 31 & 0x7fffffff); }
+__device__ __forceinline__ float unordered(int i) { return __int_as_float(i ^ (i >> 31 & 0x7fffffff)); }
+__device__ __forceinline__ float least(float x) { return unordered(__reduce_min_sync(FULL, ordered(x))); }
+__device__ __forceinline__ float most(float x) { return unordered(__reduce_max_sync(FULL, ordered(x))); }
+
 // What N numbers of all points add up to, of a warp or of the block; and the least and the most. On every thread.
 struct Warp {
     template <int N>

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// The k nearest neighbours of each query, exactly, by (d2, index); see neighbors.cuh. For k <= 2 a query is a lane: 32 neighbouring
-// queries look at much the same tiles, and share their boxes. For more a query is a warp, and the best keys so far lie ascending
-// across the lanes. A tile of which few points are closer is taken a point at a time, one of which many are is sorted and merged.
-// Counted on a sweep of 122,880 points, k = 16: a query looks at 10 x 32 boxes and about 20 tiles, of which 175 points are closer
-// than what was found before them. k = 2, near clouds of 131,072 points: 32 queries together look at 4 nodes, 16 tiles and the
-// points of 9, where each of them alone needs 2 nodes and the points of 3.
+// The k nearest neighbours of each query, exactly, by (d2, index); see neighbors.cuh.
+//
+// A warp takes neighbouring queries one after another. Each begins in the tile where the one before found its nearest, so that what
+// is far is passed over from the start. How many a warp takes changes no result.
+//
+// The best keys so far lie ascending across the lanes. A tile of which few points are closer is taken a point at a time, one of
+// which many are is sorted and merged. Counted on a sweep of 122,880 points, k = 16: a query looks at 10 x 32 boxes and about
+// 20 tiles, of which 175 points are closer than what was found before them.
 
-#ifndef NEAREST
-#define NEAREST 32          // neighbours that there is room for: 1, 2, 32 or 64
+#ifndef LISTS
+#define LISTS 1             // neighbours a lane keeps: k <= 32 * LISTS; 0 for k = 1
 #endif
-#define LISTS (NEAREST / 32)    // neighbours a lane keeps of a query that is a warp
-#define QUERIES (NEAREST <= 2 ? 32 : 1)     // a warp; mirrored by gpu3d/neighbors.py, as is the next
 #define THREADS 128
 #define BLOCKS 8            // a multiprocessor at least: without it, ptxas spills for the sake of more
 #define MANY 12             // closer points from which sorting costs less
@@ -18,12 +18,14 @@
 #include "clouds.cuh"
 #include "neighbors.cuh"
 
-#if LISTS
-
 struct Best {
+#if LISTS
     u64 key[LISTS];         // number i in list i / 32 of lane i % 32
-    u64 worst;              // of the k that are asked for
+#endif
+    u64 worst;              // of the k that are asked for: where k = 1, all there is
 };
+
+#if LISTS
 
 // The smaller of this lane's and another's key for the lane that takes the smaller, else the larger.
 __device__ __forceinline__ u64 exchanged(u64 key, int step, bool smaller) {
@@ -84,19 +86,29 @@ __device__ __forceinline__ void merge(Best &best, u64 key, int k) {
     set_worst(best, k);
 }
 
-// Takes in a key a lane.
-__device__ __forceinline__ void take(Best &best, u64 key, int k) {
-    u32 closer = __ballot_sync(FULL, key < best.worst);
-    if (__popc(closer) >= MANY) { merge(best, key, k); return; }
-    for (; closer; closer = __ballot_sync(FULL, key < best.worst)) {
-        const int from = __ffs(closer) - 1;
-        const u64 next = __shfl_sync(FULL, key, from);
-        if ((threadIdx.x & 31) == from) key = NOTHING;
-        insert(best, next, k);
-    }
-}
-
 #endif
+
+// Takes in a key a lane; says whether the nearest is another now.
+__device__ __forceinline__ bool take(Best &best, u64 key, int k) {
+    u32 closer = __ballot_sync(FULL, key < best.worst);
+    if (!closer) return false;
+#if LISTS == 0
+    const u32 high = (u32)(key >> 32), least = __reduce_min_sync(FULL, high);
+    best.worst = min(best.worst, (u64)least << 32 | __reduce_min_sync(FULL, high == least ? (u32)key : FULL));
+    return true;
+#else
+    const u64 nearest = best.key[0];
+    if (__popc(closer) >= MANY) merge(best, key, k);
+    else
+        for (; closer; closer = __ballot_sync(FULL, key < best.worst)) {
+            const int from = __ffs(closer) - 1;
+            const u64 next = __shfl_sync(FULL, key, from);
+            if ((threadIdx.x & 31) == from) key = NOTHING;
+            insert(best, next, k);
+        }
+    return __shfl_sync(FULL, best.key[0] < nearest, 0);
+#endif
+}
 
 __device__ __forceinline__ void write(u64 key, size_t at, int squared, float *distances, int *indices) {
     const int found = (int)(u32)key;
@@ -108,6 +120,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn(
     const Row *__restrict__ queries,            // [query slots] in bucket order, relative to the target cloud's origin
     const __grid_constant__ Clouds query_clouds,
     int query_slots,
+    int group,                                  // queries a warp, a power of two up to TILE
     const __grid_constant__ Index index,
     const __grid_constant__ Clouds clouds,
     int k,
@@ -115,33 +128,38 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn(
     float *__restrict__ distances,              // [queries, k]; NaN where there is no neighbour
     int *__restrict__ indices)                  // [queries, k]
 {
-    const int lane = threadIdx.x & 31, warp = blockIdx.x * (THREADS / 32) + (threadIdx.x >> 5);
-    const int slot = warp * QUERIES + (QUERIES > 1 ? lane : 0);
-    if (slot >= query_slots) return;            // slots come in whole tiles
-    const Row query = queries[slot];
-    const int b = cloud_of<&Cloud::slot>(query_clouds, slot);
+    const int first = (blockIdx.x * (THREADS / 32) + (threadIdx.x >> 5)) * group, lane = threadIdx.x & 31;
+    if (first >= query_slots) return;
+    const int b = cloud_of<&Cloud::slot>(query_clouds, first);
+    int near = -1;                              // the tile where the query before found its nearest
+    for (int slot = first; slot < first + group; ++slot) {
+        const Row query = queries[slot];
+        if (query.index < 0) continue;          // padding
+        Best best;
 #if LISTS
-    if (query.index < 0) return;                // padding
-    Best best;
 #pragma unroll
-    for (int i = 0; i < LISTS; ++i) best.key[i] = NOTHING;
-    best.worst = NOTHING;
-    if (is_finite(query)) {
-        const auto bound = [&] { return best.worst; };
-        walk_tiles(query, index, clouds, b, NearestFirst<decltype(bound)>{bound}, Always(), [&](int tile) {
-            const Row point = index.rows[(size_t)tile * TILE + lane];
-            take(best, point.index < 0 ? NOTHING : key_of(distance2(query, point), point.index), k);
-        });
-    }
-    const size_t row = (size_t)query.index * k;
-#pragma unroll
-    for (int i = 0; i < LISTS; ++i)
-        if (i * 32 + lane < k) write(best.key[i], row + i * 32 + lane, squared, distances, indices);
-#else
-    u64 best[NEAREST];
-    find_nearest(best, query, query.index >= 0 && is_finite(query), index, clouds, b);
-    if (query.index < 0) return;                // padding
-#pragma unroll
-    for (int i = 0; i < NEAREST; ++i) write(best[i], (size_t)query.index * NEAREST + i, squared, distances, indices);
+        for (int i = 0; i < LISTS; ++i) best.key[i] = NOTHING;
 #endif
+        best.worst = NOTHING;
+        if (is_finite(query)) {
+            const int begin = near;
+            const auto bound = [&] { return best.worst; };
+            const auto look = [&](int tile) {
+                const Row point = index.rows[(size_t)tile * TILE + lane];
+                if (take(best, point.index < 0 ? NOTHING : key_of(distance2(query, point), point.index), k)) near = tile;
+            };
+            if (begin >= 0) look(begin);
+            walk_tiles(query, index, clouds, b, NearestFirst<decltype(bound)>{bound}, [&](int tile) {
+                if (tile != begin) look(tile);
+            });
+        }
+        const size_t row = (size_t)query.index * k;
+#if LISTS
+#pragma unroll
+        for (int i = 0; i < LISTS; ++i)
+            if (i * 32 + lane < k) write(best.key[i], row + i * 32 + lane, squared, distances, indices);
+#else
+        if (lane == 0) write(best.worst, row, squared, distances, indices);
+#endif
+    }
 }

@@ -13,7 +13,7 @@ template <class Found>
 __device__ __forceinline__ void walk_ball(
     const Row &query, const Index &index, const Clouds &clouds, int b, float radius2, Found found)
 {
-    walk_tiles(query, index, clouds, b, Within{radius2}, Always(), [&](int tile) {
+    walk_tiles(query, index, clouds, b, Within{radius2}, [&](int tile) {
         const Row point = index.rows[(size_t)tile * TILE + (threadIdx.x & 31)];
         const float d2 = distance2(query, point);
         const bool hit = point.index >= 0 && d2 <= radius2;
