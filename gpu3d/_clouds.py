@@ -15,7 +15,7 @@ import numpy as np
 
 from gpu3d import _cuda
 
-INLINE_CLOUDS = 32  # mirrored by clouds.cuh
+INLINE_CLOUDS = 64  # mirrored by clouds.cuh
 CLOUDS_A_LAUNCH = 240  # mirrored by clouds.cu, as is the next
 CLOUDS_THREADS = 256
 

@@ -493,8 +493,9 @@ _ZORDER_DIV = ("KEY", HASHES.index("zorder_div"))
 
 # The parameters of each kernel: formats of the module struct; c, x and s for struct Clouds, Index and Side.
 _SIGNATURES = {
-    "index_nodes": "QQciQQQQ",
+    "index_nodes": "QQciQQQQQ",
     "index_branches": "QciQ",
+    "index_join": "QqQqQ",
     "knn": "QciixciiQQ",
     "radius_count": "QcixcfQ",
     "radius_fill": "QcixcfQiqQ",
@@ -624,7 +625,7 @@ def _rows(
         points, address = points.astype(np.float64, copy=False), origins.data.ptr
     device, macros = points.data.device_id, (_point_macro(points),)
     to = of_boxes[:2] or (0, 0)
-    args = points.data.ptr, order, clouds, len(lengths) if second is None else second, address, rows, *to
+    args = points.data.ptr, order, clouds, len(lengths) if second is None else second, address, rows, slot_of, *to
     _launch("index_nodes", device, layout.nodes, *args, block=INDEX_THREADS, macros=macros)
     if boxes and layout.branches:
         grid = -(-layout.branches // (BRANCH_THREADS // 32))
@@ -634,12 +635,13 @@ def _rows(
 
 
 def _joined(first: Any, second: Any) -> Any:
-    """Two contiguous arrays of one dtype, one behind the other; cupy.concatenate takes ten times the host's time."""
+    """Two contiguous float arrays [n, 3], one behind the other; cupy.concatenate takes ten times the host's time."""
     import cupy
 
-    joined = cupy.ndarray((first.shape[0] + second.shape[0], *first.shape[1:]), first.dtype)
-    joined.data.copy_from_device_async(first.data, first.nbytes)
-    (joined.data + first.nbytes).copy_from_device_async(second.data, second.nbytes)
+    joined = cupy.ndarray((first.shape[0] + second.shape[0], 3), first.dtype)
+    args = first.data.ptr, first.size, second.data.ptr, joined.size, joined.data.ptr
+    grid, macros = -(-joined.size // INDEX_THREADS), (_point_macro(joined),)
+    _launch("index_join", joined.data.device_id, grid, *args, block=INDEX_THREADS, macros=macros)
     return joined
 
 

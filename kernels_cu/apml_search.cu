@@ -12,7 +12,7 @@
 
 #define THREADS 128
 #define BLOCKS 8            // a multiprocessor at least
-#define LISTED 128          // candidates that a warp keeps; of more it repeats the search
+#define LISTED 512          // candidates that a warp keeps; of more it repeats the search, and others have long ended
 
 #include "clouds.cuh"
 #include "neighbors.cuh"
@@ -183,6 +183,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void search_balls(
     }
     const int b = cloud_of<&Cloud::slot>(query_clouds, slot);
 
+
     Two two = {NOTHING, NOTHING};
     const auto bound = [&] { return two.second; };
     walk_tiles(query, index, clouds, b, NearestFirst<decltype(bound)>{bound}, [&](int tile) {
@@ -194,11 +195,12 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void search_balls(
     const double mass = masses.table ? masses.table[b] : masses.inlined[b];
     const float radius2 = radius2_of(two, __fdiv_ru(__double2float_ru(kept.limit), __double2float_rd(mass)));
     walk_tiles(query, index, clouds, b, Within{radius2}, [&](int tile) {
-        const Row point = index.rows[(size_t)tile * TILE + lane];
-        const bool hit = point.index >= 0 && distance2(query, point) <= radius2;
+        const int slot = tile * TILE + lane;
+        const bool hit = distance2(query, index.rows[slot]) <= radius2;        // not where there is no point, or it is not finite
         const u32 hits = __ballot_sync(FULL, hit);
+        if (!hits) return;
         const int at = count + __popc(hits & (1u << lane) - 1);
-        if (hit && at < LISTED) slots[at] = tile * TILE + lane;
+        if (hit && at < LISTED) slots[at] = slot;
         count = min(count + __popc(hits), LISTED + 1);
     });
     __syncwarp();

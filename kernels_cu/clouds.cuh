@@ -4,7 +4,7 @@
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-#define INLINE_CLOUDS 32    // mirrored by gpu3d/_clouds.py
+#define INLINE_CLOUDS 64    // mirrored by gpu3d/_clouds.py
 #define FULL 0xffffffffu
 
 // Row b says where cloud b begins, row `count` where the batch ends.

@@ -30,8 +30,8 @@ struct __align__(16) Box {
     float low[3];           // low > high where no point is finite
     int first;              // the lowest index of a finite point; -1 where there is none
     float high[3];
-    float below;            // below <= normal . (point - middle) <= above, but for less than the rounding that slab_distance2
-    float normal[3];        // allows for; |normal| < 1, and 0 where the points have no plane, and of branches
+    float below;            // below <= normal . point <= above, but for less than the rounding that slab_distance2 allows for;
+    float normal[3];        // |normal| < 1, and 0 where the points have no plane, and of branches
     float above;
 };
 
@@ -67,36 +67,20 @@ __device__ __forceinline__ float distance2(const Row &query, const Box &box) {
                  outside(query.z, box.low[2], box.high[2]));
 }
 
-// A point relative to the middle of a box: any point would do, if all take the same.
-__device__ __forceinline__ void from_middle(float from[3], const Row &point, const Box &box) {
-    from[0] = __fsub_rn(point.x, __fmaf_rn(0.5f, box.low[0], __fmul_rn(0.5f, box.high[0])));
-    from[1] = __fsub_rn(point.y, __fmaf_rn(0.5f, box.low[1], __fmul_rn(0.5f, box.high[1])));
-    from[2] = __fsub_rn(point.z, __fmaf_rn(0.5f, box.low[2], __fmul_rn(0.5f, box.high[2])));
-}
-
-__device__ __forceinline__ float along_normal(const Box &box, const float from[3]) {
-    return __fmaf_rn(box.normal[0], from[0], __fmaf_rn(box.normal[1], from[1], __fmul_rn(box.normal[2], from[2])));
+__device__ __forceinline__ float along_normal(const Box &box, float x, float y, float z) {
+    return __fmaf_rn(box.normal[0], x, __fmaf_rn(box.normal[1], y, __fmul_rn(box.normal[2], z)));
 }
 
 // A lower bound of d2, as it is rounded, of the points between the planes.
 //
-// With u = 2^-24 the rounding of along_normal is below 5 u sum |from|, and SLACK is 8 u; normals are shortened by 32 u, so their
-// square by 64 u, and that of d2 is 5 u. Where a coordinate overflows, the result is NaN or d2 is infinite too.
+// With u = 2^-24 the rounding of along_normal is below 4 u (|x| + |y| + |z|), and SLACK is 8 u, of a query and, in the planes, of a
+// point; normals are shortened by 32 u, so their square by 64 u, and that of d2 is 5 u.
 #define SLACK 0x1p-21f
 #define SHORTENED 0x1.fffffp-1f
 __device__ __forceinline__ float slab_distance2(const Row &query, const Box &box) {
-    float from[3];
-    from_middle(from, query, box);
-    const float s = along_normal(box, from), slack = SLACK * (fabsf(from[0]) + fabsf(from[1]) + fabsf(from[2]));
+    const float s = along_normal(box, query.x, query.y, query.z), slack = SLACK * (fabsf(query.x) + fabsf(query.y) + fabsf(query.z));
     const float gap = fmaxf(fmaxf(box.below - s, s - box.above) - slack, 0);
     return gap * gap;
-}
-
-// How far a point of a box is at least.
-template <bool SLABS>
-__device__ __forceinline__ float bound2(const Row &query, const Box &box) {
-    const float d2 = distance2(query, box);
-    return SLABS ? fmaxf(d2, slab_distance2(query, box)) : d2;
 }
 
 // Of lanes that hold distances d2 as bits, one with the least; all ones where none is left.
@@ -110,6 +94,19 @@ __device__ __forceinline__ Nearest nearest_of(u32 bits) {
     return {least, __ffs(__ballot_sync(FULL, bits == least)) - 1};
 }
 
+// How far a point of each lane's box is at least, if one of them may hold a point as near as `reach2`: slabs, which are quicker to
+// tell, rule most out where all boxes are about as far. Says whether there is one.
+template <bool SLABS>
+__device__ __forceinline__ bool bounds(float &d2, const Row &query, const Box *box, float reach2) {
+    d2 = __int_as_float(0x7f800000);
+    if (SLABS) {
+        if (box) d2 = slab_distance2(query, *box);
+        if (!__any_sync(FULL, box && d2 <= reach2)) return false;
+        if (box) d2 = fmaxf(d2, distance2(query, *box));
+    } else if (box) d2 = distance2(query, *box);
+    return true;
+}
+
 // Calls visit(i) for each box i of [first, end) that may hold a key below bound(), which shrinks meanwhile: of each 32 the
 // nearest first.
 template <class Bound>
@@ -119,8 +116,9 @@ struct NearestFirst {
     __device__ __forceinline__ void walk(const Row &query, const Box *boxes, int first, int end, Visit visit) const {
         for (int base = first; base < end; base += 32) {
             const int mine = base + (threadIdx.x & 31);
-            u64 key = NOTHING;
-            if (mine < end) key = key_of(bound2<SLABS>(query, boxes[mine]), boxes[mine].first);
+            float d2;
+            if (!bounds<SLABS>(d2, query, mine < end ? &boxes[mine] : nullptr, distance2_of(bound()))) continue;
+            u64 key = mine < end ? key_of(d2, boxes[mine].first) : NOTHING;
             for (;;) {
                 const Nearest next = nearest_of(key < bound() ? (u32)(key >> 32) : FULL);
                 if (next.bits == FULL) break;
@@ -138,7 +136,9 @@ struct Within {
     __device__ __forceinline__ void walk(const Row &query, const Box *boxes, int first, int end, Visit visit) const {
         for (int base = first; base < end; base += 32) {
             const int mine = base + (threadIdx.x & 31);
-            u32 near = __ballot_sync(FULL, mine < end && bound2<SLABS>(query, boxes[mine]) <= radius2);
+            float d2;
+            if (!bounds<SLABS>(d2, query, mine < end ? &boxes[mine] : nullptr, radius2)) continue;
+            u32 near = __ballot_sync(FULL, mine < end && d2 <= radius2);
             for (; near; near &= near - 1) visit(base + __ffs(near) - 1);
         }
     }

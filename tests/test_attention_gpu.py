@@ -30,7 +30,7 @@ pytestmark = pytest.mark.gpu
 
 DIMS = (8, 16, 24, 32, 40, 64, 80, 128)
 EDGES = (1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 1000, 3000)  # around the tiles of rows and of keys
-RAGGED = ([0, 700, 1, 16, 0, 333, 0], list(range(40)), [1024] * 15)
+RAGGED = ([0, 700, 1, 16, 0, 333, 0], list(range(70)), [1024] * 15)
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ RATIOS = (2, 4, 8)
 REDUCTIONS = ("sum", "mean", "min", "max")
 BUCKET_SIZES = (16, 48, 512, 1040, 2048)  # below a tile and above it, dividing it and not
 EDGES = (1, 2, 3, 7, 8, 9, 1022, 1023, 1024, 1025, 1026, 2047, 2048, 2049, 3000)
-RAGGED = ([0, 700, 1, 16, 0, 2100, 3, 0], list(range(40)), [1024, 1025, 1023, 5])
+RAGGED = ([0, 700, 1, 16, 0, 2100, 3, 0], list(range(70)), [1024, 1025, 1023, 5])
 
 
 # ---- inputs, and the ops as the tests call them (test_pooling_gpu.py too) ------------------------------------------
