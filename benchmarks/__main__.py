@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import apml, attention, buckets, data, neighbors, pooling, table, timing
+from benchmarks import apml, attention, buckets, data, interop, neighbors, pooling, table, timing
 
 SUITES: dict[str, Callable[[table.Setting], Iterator[table.Row]]] = {
     "buckets": buckets.run,
@@ -25,6 +25,7 @@ SUITES: dict[str, Callable[[table.Setting], Iterator[table.Row]]] = {
     "pooling": pooling.run,
     "neighbors": neighbors.run,
     "apml": apml.run,
+    "interop": interop.run,
 }
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -93,6 +94,7 @@ def _environment(setting: table.Setting) -> dict[str, Any]:
         "NVRTC": ".".join(map(str, cupy.cuda.nvrtc.getVersion())),
         "CuPy": cupy.__version__,
         "torch": _version("torch"),
+        "JAX": _version("jax"),
         "NumPy": np.__version__,
         "CPU": _cpu(),
         "data": data.describe(setting.folder),

@@ -1,0 +1,471 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gpu3d.interop: what torch and JAX take beyond the plain call, in host time, device time, memory and at import.
+
+Inputs are small, so that the host binds: 4096 points of a real sweep in buckets of 512, scopes of 1024, 4 heads of
+D = 16 and 64 channels, bfloat16; the losses of two clouds of 1024 points, APML with room for its entries, so that
+nothing waits for the GPU. forward+backward is torch.autograd.grad of a forward, and of the plain calls the forward and
+its backward, or the loss with its gradients.
+
+- torch: the host time of the operator less that of the plain call with CuPy arrays, both taken in turns. Autograd takes
+  its share whatever the operator does: a peer shows what it takes of a torch.autograd.Function that does nothing.
+- JAX: XLA may run our handler in a thread of its own, behind the call that returns at once. So it is many calls in a
+  row and the wait for the last one, divided; and so is the plain call beside it. Where the GPU takes longer it binds.
+- graph: the operator captured by torch.cuda.graph, beside the plain call in a graph of CuPy's. Autograd multiplies the
+  gradients of a loss by the gradient of the loss, which the plain call does not.
+- import: gpu3d.interop.torch where torch is imported already, in new processes.
+- memory: what torch's allocator and CuPy's pool hold after 1,000 steps of training, and after 10.
+- two GPUs: see `parallel`. Each has a batch of the size that one GPU has alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_dtypes import bfloat16
+
+import gpu3d
+from benchmarks import data, timing
+from benchmarks.table import Peer, Row, Setting, number
+
+SIZE, BUCKET_SIZE, SCOPE = 4096, 512, 2
+HEADS, DIM, CHANNELS = 4, 16, 64
+LOSS_SIZE = 1024
+DIRECTIONS = ("forward", "forward+backward")  # by `both`
+ROUNDS = 3  # of what is taken in turns
+IN_A_ROW = 50
+STEPS = 10, 1000
+
+TORCH_MUST = (15, 40)  # us over the plain call, by `both`
+JAX_MUST = 40  # us a call
+GRAPH_MUST = 1.03  # times the plain call: none, to what two runs of one graph differ by
+IMPORT_MUST = 50  # ms
+IMPORTS = 5
+SPEEDUP_MUST = 1.8  # of two GPUs
+GRADIENT_MUST = 1e-4  # relative: float32 sums in another order
+SECONDS = 70  # that a run of `parallel` may take
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(setting: Setting) -> Iterator[Row]:
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # else JAX takes three quarters of the GPU's memory
+    for part in (_torch_host, _jax_host, _graphs, _compiled, _import, _memory, _ddp, _shards):
+        yield from part(setting)
+        timing.free()
+    _inputs.cache_clear()
+
+
+def _why_no_torch() -> str:
+    try:
+        import torch
+    except ImportError as error:
+        return str(error)
+    return "" if torch.cuda.is_available() else "this torch has no CUDA device"
+
+
+def _why_no_jax() -> str:
+    try:
+        import jax
+    except ImportError as error:
+        return str(error)
+    return "" if jax.default_backend() == "gpu" else "this JAX has no CUDA device"
+
+
+# ---- the calls -----------------------------------------------------------------------------------------------------
+
+
+class Inputs(NamedTuple):
+    """Arrays of one library."""
+
+    points: Any  # [n, 3]
+    slots: Any  # the same in slot order, [num_slots, 3]
+    q: Any  # [num_slots, H, D], as k, v and dout
+    k: Any
+    v: Any
+    dout: Any
+    features: Any  # [num_slots, C]
+    dchild: Any  # [child slots, C]
+    x: Any  # clouds of the losses
+    y: Any
+
+
+@functools.cache
+def _inputs(folder: Path | None) -> Inputs:
+    """In CuPy."""
+    import cupy
+
+    cloud = data.sweep_cloud(SIZE, folder)
+    slots = gpu3d.bucketize(cloud, BUCKET_SIZE).scatter(cloud)
+    rng = np.random.default_rng(0)
+    shapes = *[(len(slots), HEADS, DIM)] * 4, (len(slots), CHANNELS), (len(slots) // 2, CHANNELS)
+    rows = [rng.standard_normal(shape, np.float32).astype(bfloat16) for shape in shapes]
+    return Inputs(*map(cupy.asarray, (cloud, slots, *rows, *data.pair("shell", LOSS_SIZE))))
+
+
+class Function(NamedTuple):
+    """What is differentiated, where, and the gradient of its result; None: 1, of a loss."""
+
+    call: Callable[..., Any]
+    at: tuple[Any, ...]
+    gradient: Any
+
+
+def _functions(library: Any, inputs: Inputs) -> dict[str, Function]:
+    """Of gpu3d, gpu3d.interop.torch or gpu3d.interop.jax."""
+    buckets = library.bucketize(inputs.points, BUCKET_SIZE)
+    scopes = library.scopes(buckets, SCOPE)
+
+    def attention(q: Any, k: Any, v: Any) -> Any:
+        return library.bucket_attention(q, k, v, buckets, scopes)
+
+    def pool(features: Any) -> Any:
+        return library.bucket_pool(features, inputs.slots, buckets).features
+
+    apml = functools.partial(library.apml, max_entries=16 * 2 * LOSS_SIZE)
+    return {
+        "attention": Function(attention, inputs[2:5], inputs.dout),
+        "pool": Function(pool, (inputs.features,), inputs.dchild),
+        "chamfer": Function(library.chamfer, inputs[-2:], None),
+        "apml": Function(apml, inputs[-2:], None),
+    }
+
+
+def _plain_calls(inputs: Inputs) -> dict[tuple[str, bool], timing.Call]:
+    """By name and `both`."""
+    buckets = gpu3d.bucketize(inputs.points, BUCKET_SIZE)
+    scopes = gpu3d.scopes(buckets, SCOPE)
+    q, k, v = inputs[2:5]
+
+    def attention() -> Any:
+        out, lse = gpu3d.bucket_attention(q, k, v, buckets, scopes, return_lse=True)
+        return out, gpu3d.bucket_attention_backward(inputs.dout, q, k, v, out, lse, buckets, scopes)
+
+    def pool() -> Any:
+        pooled = gpu3d.bucket_pool(inputs.features, inputs.slots, buckets)
+        return pooled, gpu3d.bucket_pool_backward(inputs.dchild, pooled)
+
+    functions = _functions(gpu3d, inputs)
+    calls = {(name, False): functools.partial(call, *at) for name, (call, at, _) in functions.items()}
+    options = functions["apml"].call.keywords
+    return calls | {
+        ("attention", True): attention,
+        ("pool", True): pool,
+        ("chamfer", True): lambda: gpu3d.chamfer_value_and_grad(*inputs[-2:]),
+        ("apml", True): lambda: gpu3d.apml_value_and_grad(*inputs[-2:], **options),
+    }
+
+
+def _torch_calls(inputs: Inputs) -> dict[tuple[str, bool], timing.Call]:
+    from gpu3d.interop import torch as library
+
+    functions = _functions(library, Inputs(*map(data.to_torch, inputs)))
+    return {
+        (name, both): _torch_both(function) if both else functools.partial(function.call, *function.at)
+        for name, function in functions.items()
+        for both in (False, True)
+    }
+
+
+def _torch_both(function: Function) -> timing.Call:
+    """Leaves are made in the call: a graph that is captured must have none of another stream."""
+    import torch
+
+    def both() -> Any:
+        leaves = [x.detach().requires_grad_() for x in function.at]
+        return torch.autograd.grad(function.call(*leaves), leaves, function.gradient)
+
+    return both
+
+
+def _jax_calls(inputs: Inputs) -> dict[tuple[str, bool], timing.Call]:
+    import jax
+
+    from gpu3d.interop import jax as library
+
+    functions = _functions(library, Inputs(*(jax.device_put(x.get()) for x in inputs)))
+    return {
+        (name, both): functools.partial(jax.jit(_jax_both(function) if both else function.call), *function.at)
+        for name, function in functions.items()
+        for both in (False, True)
+    }
+
+
+def _jax_both(function: Function) -> Callable[..., Any]:
+    import jax
+
+    def both(*at: Any) -> Any:
+        result, pull = jax.vjp(function.call, *at)
+        return result, pull(jax.numpy.ones_like(result) if function.gradient is None else function.gradient)
+
+    return both
+
+
+# ---- host time -----------------------------------------------------------------------------------------------------
+
+
+def _torch_host(setting: Setting) -> Iterator[Row]:
+    why_not = _why_no_torch()
+    if why_not:
+        yield Row("torch over plain", "host", "us", None, TORCH_MUST[0], note=f"skipped: {why_not}")
+        return
+    inputs = _inputs(setting.folder)
+    plain, ours, nothing = _plain_calls(inputs), _torch_calls(inputs), _nothing(inputs)
+    for name, both in plain:
+        calls = {"plain": plain[name, both], "ours": ours[name, both], "nothing": nothing[both]}
+        times = dict.fromkeys(calls, np.inf)
+        for turn in range(ROUNDS):
+            for which in sorted(calls, reverse=turn % 2 == 1):
+                times[which] = min(times[which], 1e3 * timing.host_time(calls[which]))
+        yield Row(
+            f"torch over plain, {name}: {DIRECTIONS[both]}",
+            "host",
+            "us",
+            times["ours"] - times["plain"],
+            TORCH_MUST[both],
+            peers=(Peer("an autograd.Function that does nothing", "host", times["nothing"]),),
+            note=f"{number(times['ours'])} us, the plain call {number(times['plain'])} us",
+        )
+
+
+def _nothing(inputs: Inputs) -> dict[bool, timing.Call]:
+    """Of three tensors, as attention."""
+    import torch
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
+            return q.new_empty(q.shape)
+
+        @staticmethod
+        def backward(ctx: Any, dout: Any) -> Any:
+            return dout, dout, dout
+
+    function = Function(Nothing.apply, tuple(map(data.to_torch, inputs[2:5])), data.to_torch(inputs.dout))
+    return {False: functools.partial(Nothing.apply, *function.at), True: _torch_both(function)}
+
+
+def _jax_host(setting: Setting) -> Iterator[Row]:
+    why_not = _why_no_jax()
+    if why_not:
+        yield Row("JAX under jit", "host", "us", None, JAX_MUST, note=f"skipped: {why_not}")
+        return
+    import cupy
+    import jax
+
+    inputs = _inputs(setting.folder)
+    plain, ours = _plain_calls(inputs), _jax_calls(inputs)
+    for name, both in plain:
+        ours_us = _in_a_row(ours[name, both], jax.block_until_ready)
+        plain_us = _in_a_row(plain[name, both], lambda _: cupy.cuda.Device().synchronize())
+        device_us = 1e3 * timing.graph_time(plain[name, both])
+        yield Row(
+            f"JAX under jit, {name}: {DIRECTIONS[both]}",
+            "host",
+            "us",
+            ours_us,
+            None if both else JAX_MUST,
+            peers=(Peer("the plain call", "host", plain_us), Peer("the plain call", "graph", device_us)),
+            note=f"{number(ours_us - plain_us)} us over the plain call",
+        )
+
+
+def _in_a_row(call: timing.Call, wait: Callable[[Any], Any], rounds: int = 20) -> float:
+    """Microseconds a call."""
+    wait(call())
+    times = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        for _ in range(IN_A_ROW):
+            result = call()
+        wait(result)
+        times.append(time.perf_counter() - begin)
+        del result
+    return 1e6 * statistics.median(times) / IN_A_ROW
+
+
+# ---- device time ---------------------------------------------------------------------------------------------------
+
+
+def _graphs(setting: Setting) -> Iterator[Row]:
+    if _why_no_torch():
+        return
+    inputs = _inputs(setting.folder)
+    plain, ours = _plain_calls(inputs), _torch_calls(inputs)
+    for name, both in plain:
+        yield _graph_row(f"torch in a graph, {name}: {DIRECTIONS[both]}", ours[name, both], plain[name, both])
+
+
+def _graph_row(what: str, ours: timing.Call, plain: timing.Call) -> Row:
+    ours_us, plain_us = 1e3 * timing.torch_graph_time(ours), 1e3 * timing.graph_time(plain)
+    note = f"{ours_us / plain_us:.3f} x the plain call ({number(plain_us)} us); must: {GRAPH_MUST} x"
+    return Row(what, "graph, L2-warm", "us", ours_us, GRAPH_MUST * plain_us, note=note)
+
+
+def _compiled(setting: Setting) -> Iterator[Row]:
+    """Attention by torch.compile. A captured graph holds what the compiled function launches."""
+    if _why_no_torch():
+        return
+    import torch
+
+    from gpu3d.interop import torch as library
+
+    inputs = _inputs(setting.folder)
+    plain = _plain_calls(inputs)
+    function = _functions(library, Inputs(*map(data.to_torch, inputs)))["attention"]
+    function = function._replace(call=torch.compile(function.call, fullgraph=True))
+    calls = functools.partial(function.call, *function.at), _torch_both(function)
+    for both in (False, True):
+        what = f"torch.compile, attention: {DIRECTIONS[both]}"
+        try:
+            yield _graph_row(what, calls[both], plain["attention", both])
+        except Exception as error:  # of a compiler that this machine lacks, for one
+            yield _failed(Row(what, "graph, L2-warm", "us", None), error)
+
+
+def _failed(row: Row, error: Exception) -> Row:
+    """The row, and of what was raised the first line that names an error: a process that failed prints many."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    why = next((line for line in lines if "Error: " in line), lines[0])
+    return row._replace(checks={"it ran": False}, note=why.strip()[:200])
+
+
+# ---- import and memory ---------------------------------------------------------------------------------------------
+
+
+def _import(setting: Setting) -> Iterator[Row]:
+    if _why_no_torch():
+        return
+    script = "import time, torch; t = time.perf_counter(); import gpu3d.interop.torch; print(time.perf_counter() - t)"
+    times = [float(_output([sys.executable, "-c", script])) for _ in range(IMPORTS)]
+    yield Row(
+        "import gpu3d.interop.torch, after torch",
+        "CPU",
+        "ms",
+        1e3 * min(times),
+        IMPORT_MUST,
+        note=f"the least of {IMPORTS} processes",
+    )
+
+
+def _memory(setting: Setting) -> Iterator[Row]:
+    """A step: everything, from points to a step of the optimizer."""
+    if _why_no_torch():
+        return
+    import cupy
+    import torch
+
+    from gpu3d.interop import torch as g
+
+    inputs = Inputs(*map(data.to_torch, _inputs(setting.folder)))
+    features = torch.randn(SIZE, CHANNELS, device="cuda")
+    block = g.BucketAttention(CHANNELS, HEADS).cuda()
+    optimizer = torch.optim.AdamW(block.parameters(), 1e-3)
+
+    def step() -> None:
+        buckets = g.bucketize(inputs.points, BUCKET_SIZE)
+        rows = block(g.scatter(features, buckets), buckets, g.scopes(buckets, SCOPE, shift=1))
+        pooled = g.bucket_pool(rows, g.scatter(inputs.points, buckets), buckets)
+        near = g.gather(g.bucket_unpool(pooled.features, pooled, rows), buckets)[:, :3]
+        loss = pooled.features.square().mean() + g.chamfer(near, inputs.points)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    timing.free()
+    held = []
+    for steps in (STEPS[0], STEPS[1] - STEPS[0]):
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+        held.append((torch.cuda.memory_reserved(), cupy.get_default_memory_pool().total_bytes()))
+    for what, few, many in zip(("torch's", "CuPy's"), *held, strict=True):
+        yield Row(f"{what} memory after {STEPS[1]:,} steps", "check", "MB", many / 1e6, few / 1e6)
+
+
+# ---- two GPUs ------------------------------------------------------------------------------------------------------
+
+
+def _ddp(setting: Setting) -> Iterator[Row]:
+    from benchmarks.parallel import BATCHES
+
+    names = [f"two GPUs, DDP, the example: {name}" for name in BATCHES]
+    why_not = _why_no_torch() or _why_not_two()
+    if why_not:
+        yield from _not_run([*names, "two GPUs, DDP: gradients beside one's"], why_not)
+        return
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    try:
+        one, two = (_result([*command, str(n), "-m", "benchmarks.parallel", "ddp"]) for n in (1, 2))
+    except RuntimeError as error:
+        yield _failed(Row(names[0], "eager", "x", None), error)
+        return
+    for what, alone, both in zip(names, one["rates"].values(), two["rates"].values(), strict=True):
+        yield _speedup(what, alone, both)
+    yield _gradients("two GPUs, DDP: gradients beside one's", two["error"])
+
+
+def _shards(setting: Setting) -> Iterator[Row]:
+    names = "two GPUs, shard_map over clouds: a step", "two GPUs, shard_map: gradients beside one's"
+    why_not = _why_no_jax() or _why_not_two()
+    if why_not:
+        yield from _not_run(names, why_not)
+        return
+    try:
+        found = _result([sys.executable, "-m", "benchmarks.parallel", "shards"])
+    except RuntimeError as error:
+        yield _failed(Row(names[0], "eager", "x", None), error)
+        return
+    yield _speedup(names[0], found["one"], found["two"])
+    yield _gradients(names[1], found["error"])
+
+
+def _why_not_two() -> str:
+    import cupy
+
+    return "" if cupy.cuda.runtime.getDeviceCount() > 1 else "one GPU is visible, and this takes two"
+
+
+def _not_run(names: Sequence[str], why_not: str) -> Iterator[Row]:
+    for what in names:
+        yield Row(what, "eager", "x", None, note=f"skipped: {why_not}")
+
+
+def _speedup(what: str, one: float, two: float) -> Row:
+    note = f"{two:,.0f} points a second, one GPU {one:,.0f}; a batch of the same size a GPU"
+    return Row(what, "eager", "x", two / one, SPEEDUP_MUST, at_least=True, note=note)
+
+
+def _gradients(what: str, error: float) -> Row:
+    return Row(what, "check", "1e-6", 1e6 * error, 1e6 * GRADIENT_MUST, note="relative, of the worst parameter")
+
+
+def _result(command: Sequence[str]) -> dict[str, Any]:
+    """The line that `parallel` prints."""
+    return json.loads(next(line for line in _output(command).splitlines() if line.startswith("{")))
+
+
+def _output(command: Sequence[str]) -> str:
+    """What a process of ours prints. One that hangs is ended with all that it started; torchrun's need that."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, errors = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate()
+        raise RuntimeError(f"{' '.join(command[1:])} took over {SECONDS} s") from None
+    if process.returncode:
+        raise RuntimeError(errors)
+    return out
