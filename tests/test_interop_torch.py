@@ -411,6 +411,40 @@ def test_second_derivatives_are_refused():
             (dz.sum() + z.sum()).backward()
 
 
+# ---- with and without the dispatcher -------------------------------------------------------------------------------
+
+
+def test_who_looks_on_sees_the_operators():
+    """A mode and a subclass get operators; without them the kernels run by themselves, to the same bits."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    class Subclass(torch.Tensor):
+        pass
+
+    def attend(q):
+        return g.bucket_attention(q, q, q, *layout())
+
+    def results():
+        out = attend(q)
+        return out, *torch.autograd.grad(out.square().sum(), q)
+
+    q, names = normal(layout()[0].num_slots, 2, 8), []
+    with Seen():
+        seen = results()
+    assert {"gpu3d::bucket_attention", "gpu3d::bucket_attention_backward"} <= set(names)
+    assert_same(results(), [z.detach() for z in seen])
+    assert isinstance(attend(q.detach().as_subclass(Subclass)), Subclass)
+    assert attend(q.detach().to("meta")).device.type == "meta"
+    with torch.profiler.profile() as profile:
+        attend(q.detach())
+    assert not any("gpu3d::" in event.key for event in profile.key_averages())
+
+
 # ---- modules -------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 try:
@@ -121,6 +122,42 @@ _LIBRARY = torch.library.Library("gpu3d", "DEF")
 _OPS = torch.ops.gpu3d
 
 
+@dataclass
+class _Eager:
+    """What an operator does outside of torch's dispatcher."""
+
+    kernel: Callable[..., Any]
+    function: Any = None  # the torch.autograd.Function of its kernel and its gradient
+    cast: Callable[..., Any] | None = None  # its arguments under autocast
+
+
+_EAGER: dict[str, _Eager] = {}
+_KINDS = torch.Tensor, torch.nn.Parameter  # other subclasses may have a say in what is done to them
+
+
+def _run(name: str, *args: Any) -> Any:
+    """The operator `name`; where nobody looks on, without the dispatcher, which takes longer than our kernels' launch.
+
+    Those who do are torch.compile, torch.func, dispatch modes and subclasses of tensors. What there is to do here is
+    what the dispatcher would do for them otherwise: autocast, autograd, and the kernel.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return getattr(_OPS, name)(*args)
+    eager, device = _EAGER[name], args[0].device.type
+    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    if device not in ("cpu", "cuda") or not all([type(x) in _KINDS for x in tensors]):
+        return getattr(_OPS, name)(*args)
+    if eager.cast is not None and torch.is_autocast_enabled(device):
+        args = eager.cast(device, args)
+    if not (torch.is_grad_enabled() and any([x.requires_grad for x in tensors])):
+        return eager.kernel(*args)
+    return getattr(_OPS, name)(*args) if eager.function is None else eager.function.apply(*args)
+
+
 def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Defines ``gpu3d::<schema>`` with the decorated function as its kernel on CPU and CUDA.
 
@@ -138,6 +175,7 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl(name, kernel, key)
         torch.library.register_fake(f"gpu3d::{name}", fake, lib=_LIBRARY)
+        _EAGER[name] = _Eager(kernel)
         return function
 
     return register
@@ -155,6 +193,15 @@ def _gradient(name: str, backward: Callable[..., Any], save: Callable[..., None]
         return (None,) * ctx.arguments if gradient is None else backward(ctx, gradient)
 
     torch.library.register_autograd(f"gpu3d::{name}", backward_of_first, setup_context=setup_context, lib=_LIBRARY)
+    kernel = _EAGER[name].kernel
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = kernel(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_first)}
+    _EAGER[name].function = type(name, (torch.autograd.Function,), methods)
 
 
 def _no_second_derivative(name: str) -> None:
@@ -175,17 +222,21 @@ def _autocast(name: str, tensors: int, dtype: torch.dtype | None) -> None:
     float64 stays, as in torch's operators. (torch.library.register_autocast is of 2.7, and knows fixed dtypes only.)
     """
 
-    def register(device_type: str, key: str) -> None:
-        def cast(*args: Any) -> Any:
-            to = dtype or torch.get_autocast_dtype(device_type)
-            with torch.autocast(device_type, enabled=False):
-                xs = [x.to(to) if x.is_floating_point() and x.dtype != torch.float64 else x for x in args[:tensors]]
-                return getattr(_OPS, name)(*xs, *args[tensors:])
+    def cast(device_type: str, args: Any) -> Any:
+        to = dtype or torch.get_autocast_dtype(device_type)
+        xs = [x.to(to) if x.is_floating_point() and x.dtype != torch.float64 else x for x in args[:tensors]]
+        return *xs, *args[tensors:]
 
-        _LIBRARY.impl(name, cast, key)
+    def register(device_type: str, key: str) -> None:
+        def kernel(*args: Any) -> Any:
+            with torch.autocast(device_type, enabled=False):
+                return getattr(_OPS, name)(*cast(device_type, args))
+
+        _LIBRARY.impl(name, kernel, key)
 
     register("cpu", "AutocastCPU")
     register("cuda", "AutocastCUDA")
+    _EAGER[name].cast = cast
 
 
 # ---- operators: buckets --------------------------------------------------------------------------------------------
@@ -264,7 +315,7 @@ def _save_move(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _move_backward(ctx: Any, dout: torch.Tensor) -> Any:
     index, inverse = ctx.saved_tensors  # every row goes to one place, so the way back is a move too
-    return _OPS.move_rows(dout, inverse, index, 0, f"d{ctx.name}"), None, None, None, None
+    return _run("move_rows", dout, inverse, index, 0, f"d{ctx.name}"), None, None, None, None
 
 
 _gradient("move_rows", _move_backward, _save_move)
@@ -334,7 +385,7 @@ def _save_attention(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward_of_attention(ctx: Any, dout: torch.Tensor) -> Any:
-    gradients = _OPS.bucket_attention_backward(dout, *ctx.saved_tensors, *ctx.layout)
+    gradients = _run("bucket_attention_backward", dout, *ctx.saved_tensors, *ctx.layout)
     return *gradients, None, None, None, None
 
 
@@ -416,7 +467,7 @@ def _save_pool(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward_of_pool(ctx: Any, dchild: torch.Tensor) -> Any:
-    return _OPS.bucket_pool_backward(dchild, *ctx.saved_tensors, *ctx.layout), None, None, None, None, None
+    return _run("bucket_pool_backward", dchild, *ctx.saved_tensors, *ctx.layout), None, None, None, None, None
 
 
 _gradient("bucket_pool", _backward_of_pool, _save_pool)
@@ -461,7 +512,7 @@ def _save_unpool(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward_of_unpool(ctx: Any, dout: torch.Tensor) -> Any:
-    dchild, dskip = _OPS.bucket_unpool_backward(dout, *ctx.saved_tensors, *ctx.layout)
+    dchild, dskip = _run("bucket_unpool_backward", dout, *ctx.saved_tensors, *ctx.layout)
     return dchild, None, dskip if ctx.skip else None, None, None, None
 
 
@@ -528,7 +579,7 @@ def _save_loss(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward_of_loss(ctx: Any, dloss: torch.Tensor) -> Any:
-    gradients = _OPS.loss_backward(dloss, *ctx.saved_tensors, *ctx.lengths)
+    gradients = _run("loss_backward", dloss, *ctx.saved_tensors, *ctx.lengths)
     return *gradients, *[None] * (ctx.arguments - 2)
 
 
@@ -673,7 +724,7 @@ def bucketize(
     if not per_axis:
         layouts._check_voxel_size(voxel_size)
     options = hash, balance, None if per_axis else voxel_size, per_axis, seed, check_finite
-    return _buckets(_OPS.bucketize(packed, bucket_size, lengths, *options), bucket_size, lengths)
+    return _buckets(_run("bucketize", packed, bucket_size, lengths, *options), bucket_size, lengths)
 
 
 def scopes(buckets: Buckets, size: int = 8, *, shift: int = 0, stride: int = 1) -> Scopes:
@@ -693,7 +744,7 @@ def scopes(buckets: Buckets, size: int = 8, *, shift: int = 0, stride: int = 1) 
     """
     pooling._check_buckets(buckets)
     _check_tensors(buckets=buckets.slot_to_point)
-    table = _OPS.scopes(buckets.slot_to_point, buckets.bucket_size, buckets.lengths, size, shift, stride)
+    table = _run("scopes", buckets.slot_to_point, buckets.bucket_size, buckets.lengths, size, shift, stride)
     return Scopes(table, size, shift, stride, buckets.bucket_size, buckets.bucket_offsets)
 
 
@@ -715,7 +766,7 @@ def scatter(x: torch.Tensor, buckets: Buckets, fill: float = 0) -> torch.Tensor:
     """
     pooling._check_buckets(buckets)
     _check_tensors(x=x, buckets=buckets.slot_to_point)
-    return _OPS.move_rows(x, buckets.slot_to_point, buckets.point_to_slot, fill, "x")
+    return _run("move_rows", x, buckets.slot_to_point, buckets.point_to_slot, fill, "x")
 
 
 def gather(y: torch.Tensor, buckets: Buckets) -> torch.Tensor:
@@ -734,7 +785,7 @@ def gather(y: torch.Tensor, buckets: Buckets) -> torch.Tensor:
     """
     pooling._check_buckets(buckets)
     _check_tensors(y=y, buckets=buckets.slot_to_point)
-    return _OPS.move_rows(y, buckets.point_to_slot, buckets.slot_to_point, 0, "y")
+    return _run("move_rows", y, buckets.point_to_slot, buckets.slot_to_point, 0, "y")
 
 
 def bucket_attention(
@@ -771,7 +822,7 @@ def bucket_attention(
     _check_tensors(scopes=scopes.table)
     if scale is not None:
         scale = attention._checked_scale(scale, q.shape[-1])
-    out, lse = _OPS.bucket_attention(q, k, v, scopes.table, buckets.bucket_size, buckets.lengths, scale)
+    out, lse = _run("bucket_attention", q, k, v, scopes.table, buckets.bucket_size, buckets.lengths, scale)
     return (out, lse) if return_lse else out
 
 
@@ -799,8 +850,8 @@ def bucket_pool(
     pooling._check_buckets(buckets)
     ratio = pooling._checked_ratio(ratio)
     layout = buckets.bucket_size, buckets.lengths
-    pooled, pooled_points, members, argmember, *structure = _OPS.bucket_pool(
-        features, points.detach(), *layout, ratio, reduce
+    pooled, pooled_points, members, argmember, *structure = _run(
+        "bucket_pool", features, points.detach(), *layout, ratio, reduce
     )
     child = _buckets(structure, buckets.bucket_size, _layouts.children(buckets.lengths, ratio))
     first = argmember if reduce in ("min", "max") else None
@@ -829,7 +880,7 @@ def bucket_unpool(child_features: torch.Tensor, pooled: Pooling, skip: torch.Ten
     if skip is not None:
         _check_tensors(skip=skip)
     parent = pooled.parent
-    return _OPS.bucket_unpool(child_features, pooled.members, skip, parent.bucket_size, parent.lengths, pooled.ratio)
+    return _run("bucket_unpool", child_features, pooled.members, skip, parent.bucket_size, parent.lengths, pooled.ratio)
 
 
 def chamfer(
@@ -858,7 +909,7 @@ def chamfer(
     packed_x, x_lengths = _arrays.pack_points(x, x_lengths, "x", "x_lengths", dimensions=(2, 3))
     packed_y, y_lengths = _arrays.pack_points(y, y_lengths, "y", "y_lengths", dimensions=(2, 3))
     with_grad = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    loss, _, _ = _OPS.chamfer(packed_x, packed_y, x_lengths, y_lengths, squared, reduction, with_grad)
+    loss, _, _ = _run("chamfer", packed_x, packed_y, x_lengths, y_lengths, squared, reduction, with_grad)
     return loss
 
 
@@ -900,7 +951,7 @@ def apml(
     with_grad = torch.is_grad_enabled() and (pred.requires_grad or target.requires_grad)
     clouds = packed_pred, packed_target, pred_lengths, target_lengths
     options = p_min, threshold, iterations, symmetrize, reduction, max_entries
-    loss, _, _ = _OPS.apml(*clouds, *options, with_grad)
+    loss, _, _ = _run("apml", *clouds, *options, with_grad)
     return loss
 
 
