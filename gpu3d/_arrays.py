@@ -39,6 +39,7 @@ class Origin(NamedTuple):
 
 _NUMPY = Origin("numpy", None)
 _cupy_origin = functools.cache(functools.partial(Origin, "cupy"))
+_torch_origin = functools.cache(functools.partial(Origin, "torch"))
 
 
 # ---- in ------------------------------------------------------------------------------------------------------------
@@ -85,24 +86,31 @@ def require_cupy(name: str) -> Any:
 
 
 def _enter_torch(x: Any, name: str, torch: Any) -> tuple[Any, Origin]:
-    x = x.detach()
     if x.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}: call {name}.to_dense().")
     if x.is_conj() or x.is_neg():  # views whose memory holds other values: z.conj(), z.conj().imag
         x = x.resolve_conj().resolve_neg()
-    if x.device.type == "cpu":
-        if x.dtype is torch.bfloat16:
-            return x.view(torch.int16).numpy().view(BFLOAT16), Origin("torch", None)
-        return x.numpy(), Origin("torch", None)
-    if x.device.type != "cuda":
+    if x.is_cuda:
+        cupy = require_cupy(name)
+        dtype, origin = _numpy_dtype(x.dtype), _torch_origin(x.get_device())
+        # From the pointer: cupy.from_dlpack costs 62 us a call (H100 host), this 2, and the stream is set by `on`.
+        # Its owner is the storage: a tensor would keep its autograd graph alive, and could be given other memory.
+        memory = cupy.cuda.UnownedMemory(x.data_ptr(), x.numel() * dtype.itemsize, x.untyped_storage(), origin.device)
+        strides = None if x.is_contiguous() else tuple([step * dtype.itemsize for step in x.stride()])
+        return cupy.ndarray(x.shape, dtype, cupy.cuda.MemoryPointer(memory, 0), strides), origin
+    if x.device.type != "cpu":
         raise TypeError(f"{name} is on device {x.device}; gpu3d runs on CPU and CUDA: move it by {name}.to('cuda').")
-    cupy = require_cupy(name)
-    origin = Origin("torch", x.device.index)
-    dtype = BFLOAT16 if x.dtype is torch.bfloat16 else np.dtype(str(x.dtype).removeprefix("torch."))
-    # From the pointer: cupy.from_dlpack costs 62 us a call (H100 host), this 2, and the stream is set by `on`.
-    memory = cupy.cuda.UnownedMemory(x.data_ptr(), x.numel() * dtype.itemsize, x, origin.device)
-    strides = tuple(step * dtype.itemsize for step in x.stride())
-    return cupy.ndarray(tuple(x.shape), dtype, cupy.cuda.MemoryPointer(memory, 0), strides=strides), origin
+    x = x.detach()
+    if x.dtype is torch.bfloat16:
+        return x.view(torch.int16).numpy().view(BFLOAT16), _torch_origin(None)
+    return x.numpy(), _torch_origin(None)
+
+
+@functools.cache
+def _numpy_dtype(dtype: Any) -> np.dtype:
+    """Of torch's dtype."""
+    name = str(dtype).removeprefix("torch.")
+    return BFLOAT16 if name == "bfloat16" else np.dtype(name)
 
 
 def _enter_jax(x: Any, name: str, jax: Any) -> tuple[Any, Origin]:
@@ -133,7 +141,7 @@ def leave(array: Any, origin: Origin) -> Any:
         torch = sys.modules["torch"]
         if origin.device is not None:
             owner = getattr(array.data.mem, "_owner", None)
-            if isinstance(owner, torch.Tensor):  # torch's own memory (interop.torch): a tensor of it, not of DLPack's
+            if isinstance(owner, torch.UntypedStorage):  # torch's own memory (interop.torch), not lent by DLPack
                 return _tensor_of(owner, array, torch)
             return torch.from_dlpack(array)
         if array.dtype == BFLOAT16:
@@ -145,12 +153,17 @@ def leave(array: Any, origin: Origin) -> Any:
     return jax.device_put(array, jax.devices("cpu")[0])
 
 
-def _tensor_of(owner: Any, array: Any, torch: Any) -> Any:
-    """The CuPy array as a view of the tensor whose memory it lies in."""
-    storage, size = owner.untyped_storage(), array.itemsize
+def _tensor_of(storage: Any, array: Any, torch: Any) -> Any:
+    """The CuPy array as a tensor of the memory that it lies in."""
+    size = array.itemsize
     first = (array.data.ptr - storage.data_ptr()) // size
-    out = torch.empty(0, dtype=getattr(torch, array.dtype.name), device=owner.device)
-    return out.set_(storage, first, array.shape, tuple(step // size for step in array.strides))
+    out = torch.empty(0, dtype=_torch_dtype(array.dtype), device=storage.device)
+    return out.set_(storage, first, array.shape, [step // size for step in array.strides])
+
+
+@functools.cache
+def _torch_dtype(dtype: np.dtype) -> Any:
+    return getattr(sys.modules["torch"], dtype.name)
 
 
 # ---- device and stream ---------------------------------------------------------------------------------------------
@@ -177,7 +190,8 @@ def on(origin: Origin) -> AbstractContextManager[Any]:
 
     torch_stream = None
     if origin.library == "torch":
-        torch_stream = sys.modules["torch"].cuda.current_stream(origin.device).cuda_stream
+        # As torch's compiler asks for it: torch.cuda.current_stream makes an object, which takes ten times as long.
+        torch_stream = sys.modules["torch"]._C._cuda_getCurrentRawStream(origin.device)
     same_device = cupy.cuda.runtime.getDevice() == origin.device
     if same_device and (torch_stream is None or torch_stream == cupy.cuda.get_current_stream().ptr):
         return _NOTHING

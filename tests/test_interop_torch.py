@@ -621,7 +621,7 @@ def test_results_in_torchs_memory():
     memory = torch.arange(96, dtype=torch.uint8)
 
     def array(offset, dtype, shape, strides):
-        mem = SimpleNamespace(_owner=memory)
+        mem = SimpleNamespace(_owner=memory.untyped_storage())
         data = SimpleNamespace(mem=mem, ptr=memory.data_ptr() + offset)
         dtype = np.dtype(dtype)
         return SimpleNamespace(data=data, dtype=dtype, itemsize=dtype.itemsize, shape=shape, strides=strides)

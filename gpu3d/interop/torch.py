@@ -57,7 +57,7 @@ if torch.__version__ < "2.6":  # a TorchVersion, which compares as versions do
 
 
 class _Allocator:
-    """A CuPy allocator: torch's memory, of torch's current stream. Each allocation is a tensor."""
+    """A CuPy allocator: torch's memory, of torch's current stream. Each allocation is a storage."""
 
     apart = True  # results that are returned together have an allocation each, for tensors own their memory
 
@@ -65,7 +65,7 @@ class _Allocator:
         import cupy
 
         tensor = torch.empty(size, dtype=torch.uint8, device="cuda")  # CuPy and torch have one current device: CUDA's
-        memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), size, tensor, tensor.device.index)
+        memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), size, tensor.untyped_storage(), tensor.get_device())
         return cupy.cuda.MemoryPointer(memory, 0)
 
 
