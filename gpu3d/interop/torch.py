@@ -111,7 +111,7 @@ def use_torch_allocator() -> None:
 
 def _from_torch(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """What gpu3d allocates in here, beside x, is torch's."""
-    if x.device.type == "cpu":
+    if not x.is_cuda:
         return contextlib.nullcontext()
     return _arrays.require_cupy("a tensor").cuda.using_allocator(_allocator)
 
