@@ -60,7 +60,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(setting: Setting) -> Iterator[Row]:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # else JAX takes three quarters of the GPU's memory
-    for part in (_torch_host, _jax_host, _graphs, _compiled, _import, _memory, _ddp, _shards):
+    for part in (_torch_host, _graphs, _compiled, _import, _memory, _jax_host, _ddp, _shards):
         yield from part(setting)
         timing.free()
     _inputs.cache_clear()
