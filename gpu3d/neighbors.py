@@ -481,8 +481,8 @@ NODE = reference.SUM_TILE  # points, of which an index keeps a box and a Chamfer
 INDEX_THREADS = NODE
 BRANCH_THREADS = KNN_THREADS = RADIUS_THREADS = 128
 CHAMFER_THREADS = 256
-MOST_QUERIES = 8  # that a warp takes
-FEWEST_WARPS = 8192  # from which on it takes more than one
+QUERIES, QUERIES_OF_FEW = 8, 2  # that a warp takes; fewer where k <= 2, for all wait in the end for the slowest warp
+FEWEST_WARPS = 8192  # for which there is work, before a warp takes more
 
 _FLOAT, _INT32, _INT64 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.int64)
 _INDEX = struct.Struct("<QQQQ")  # struct Index of neighbors.cuh
@@ -635,7 +635,7 @@ def _rows(
 
 
 def _joined(first: Any, second: Any) -> Any:
-    """Two contiguous float arrays [n, 3], one behind the other; cupy.concatenate takes ten times the host's time."""
+    """Two contiguous float arrays [n, 3], one behind the other, in one launch."""
     import cupy
 
     joined = cupy.ndarray((first.shape[0] + second.shape[0], 3), first.dtype)
@@ -697,7 +697,7 @@ def _nearest(
 ) -> None:
     """Writes distances, or their squares, and indices [queries, k] to these addresses."""
     macros = (("LISTS", 0 if k == 1 else -(-k // 32)),)
-    slots, most = queries.layout.slots, MOST_QUERIES if k > 2 else 2
+    slots, most = queries.layout.slots, QUERIES if k > 2 else QUERIES_OF_FEW
     group = min(most, 1 << max(0, (slots // FEWEST_WARPS).bit_length() - 1))
     of_queries, of_points = (queries.rows, queries.clouds, slots, group), (search.packed, search.own.clouds)
     args = *of_queries, *of_points, k, squared, distances, indices

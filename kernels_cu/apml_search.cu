@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// APML: what each point keeps of the other cloud, by two exact searches (two nearest, then a ball). A query is a warp.
+// APML: what each point keeps of the other cloud, by an exact search of its two nearest and of a ball. A query is a warp.
 //
 //   T_i = L / max(d2 - d1, GAP),  L = ln((M - 1) / (1 - p_min)),  k_ij = exp(-(C_ij - d1) T_i) > threshold     (CUDA-APML, 3.2)
-// The searches run on float32 squares, and the ball is wide enough for their roundings. On the candidates that they find, C, d1,
-// d2 and T are float64, from the float32 coordinates, every operation rounded once, and
+// What is kept lies in a ball whose radius follows from the two nearest. One walk finds both: it lists what is in the ball of the
+// nearest so far, and if in the end it has passed over what may be in the last ball (of one query in a hundred), another walk does.
+// That runs on float32 squares, and the ball is wide enough for their roundings. On the candidates, C, d1, d2 and T are float64,
+// from the float32 coordinates, every operation rounded once, and
 //   (C_ij - d1) * T_i < -ln(threshold)
 // decides, without the exponential: the same entries on every device. See gpu3d/reference/apml.py.
 //
@@ -19,6 +21,7 @@
 #include "apml.cuh"
 
 #define GAP 1e-8
+#define INFINITE __int_as_float(0x7f800000)
 #define INFINITE_DOUBLE __longlong_as_double(0x7ff0000000000000ll)
 
 // A double a cloud; few travel inside the kernel's arguments.
@@ -27,23 +30,28 @@ struct Masses {
     double inlined[INLINE_CLOUDS];
 };
 
-// The two nearest of what a warp has seen, alike on all lanes.
-struct Two {
-    u64 first, second;
-};
-
 __device__ __forceinline__ u64 least_of(u64 key) {
     const u32 high = __reduce_min_sync(FULL, (u32)(key >> 32));
     return (u64)high << 32 | __reduce_min_sync(FULL, (u32)(key >> 32) == high ? (u32)key : FULL);
 }
 
-__device__ __forceinline__ void take(Two &two, u64 key) {
-    while (__any_sync(FULL, key < two.second)) {            // twice at most
-        const u64 least = least_of(key);
-        two.second = min(two.second, max(two.first, least));
-        two.first = min(two.first, least);
-        if (key == least) key = NOTHING;
+// d2 of the two nearest of what a warp has seen, alike on all lanes.
+struct Two {
+    float first, second;
+};
+
+// Takes in a d2 a lane; says whether one of the two is another now.
+__device__ __forceinline__ bool take(Two &two, float d2) {
+    bool changes = false;
+    while (__any_sync(FULL, d2 < two.second)) {             // twice at most
+        const Nearest nearest = nearest_of(__float_as_uint(d2));
+        const float least = __uint_as_float(nearest.bits);
+        two.second = fminf(two.second, fmaxf(two.first, least));
+        two.first = fminf(two.first, least);
+        if ((threadIdx.x & 31) == nearest.lane) d2 = INFINITE;
+        changes = true;
     }
+    return changes;
 }
 
 __device__ __forceinline__ double distance(const Row &a, const Row &b) {
@@ -51,15 +59,15 @@ __device__ __forceinline__ double distance(const Row &a, const Row &b) {
     return __dsqrt_rn(__dadd_rn(__dadd_rn(__dmul_rn(x, x), __dmul_rn(y, y)), __dmul_rn(z, z)));
 }
 
-// The square of a radius that holds the two nearest and all that is kept, as float32 squares are rounded.
+// The square of a radius that holds the two nearest and all that is kept, as float32 squares are rounded; infinite if there are
+// fewer than two.
 //
 // With u = 2^-24, distances from those squares are off by less than 5 u, their gap by less than 10 u of the second, and what is
 // made of them by less than 12 u (1 + ratio) (d2 + gap); the float32 squares of the points within are above the square by less than
 // 8 u of it. WIDER is 32 u.
 #define WIDER 0x1p-19f
 __device__ __forceinline__ float radius2_of(const Two &two, float ratio) {
-    if (two.second == NOTHING) return __int_as_float(0x7f800000);              // fewer than two: all
-    const float d1 = __fsqrt_rn(distance2_of(two.first)), d2 = __fsqrt_rn(distance2_of(two.second)), gap = fmaxf(d2 - d1, (float)GAP);
+    const float d1 = __fsqrt_rn(two.first), d2 = __fsqrt_rn(two.second), gap = fmaxf(d2 - d1, (float)GAP);
     const float radius = fmaxf(d1 + ratio * gap, d2) + WIDER * (1 + ratio) * (d2 + gap);
     return radius * radius * (1 + WIDER);
 }
@@ -183,27 +191,47 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void search_balls(
     }
     const int b = cloud_of<&Cloud::slot>(query_clouds, slot);
 
-
-    Two two = {NOTHING, NOTHING};
-    const auto bound = [&] { return two.second; };
-    walk_tiles(query, index, clouds, b, NearestFirst<decltype(bound)>{bound}, [&](int tile) {
-        const Row point = index.rows[(size_t)tile * TILE + lane];
-        take(two, point.index < 0 ? NOTHING : key_of(distance2(query, point), point.index));
-    });
-
-    int *slots = listed[threadIdx.x >> 5], count = 0;
     const double mass = masses.table ? masses.table[b] : masses.inlined[b];
-    const float radius2 = radius2_of(two, __fdiv_ru(__double2float_ru(kept.limit), __double2float_rd(mass)));
-    walk_tiles(query, index, clouds, b, Within{radius2}, [&](int tile) {
+    const float ratio = __fdiv_ru(__double2float_ru(kept.limit), __double2float_rd(mass));
+    int *slots = listed[threadIdx.x >> 5], count = 0;
+    const auto list = [&](int slot, bool is) {
+        const u32 all = __ballot_sync(FULL, is);
+        const int at = count + __popc(all & (1u << lane) - 1);
+        if (is && at < LISTED) slots[at] = slot;
+        count = min(count + __popc(all), LISTED + 1);
+    };
+    // The ball of the two nearest so far shrinks as nearer ones are found, though not always.
+    Two two = {INFINITE, INFINITE};
+    float radius2 = INFINITE, passed2 = INFINITE;           // passed2: a lane's, the least d2 of what it has passed over
+    const auto bound = [&] { return key_of(radius2, FULL); };
+    const auto pass = [&](float d2) { passed2 = fminf(passed2, d2); };
+    walk_tiles(query, index, clouds, b, NearestFirst<decltype(bound), decltype(pass)>{bound, pass}, [&](int tile) {
         const int slot = tile * TILE + lane;
-        const bool hit = distance2(query, index.rows[slot]) <= radius2;        // not where there is no point, or it is not finite
-        const u32 hits = __ballot_sync(FULL, hit);
-        if (!hits) return;
-        const int at = count + __popc(hits & (1u << lane) - 1);
-        if (hit && at < LISTED) slots[at] = slot;
-        count = min(count + __popc(hits), LISTED + 1);
+        const float d2 = distance2(query, index.rows[slot]);                    // NaN where there is no point, or it is not finite
+        if (__any_sync(FULL, d2 <= radius2)) {
+            if (take(two, d2)) radius2 = radius2_of(two, ratio);
+            list(slot, d2 <= radius2);
+        }
+        if (!(d2 <= radius2)) pass(d2);
     });
+    if (__any_sync(FULL, passed2 <= radius2) || count > LISTED) {
+        count = 0;
+        walk_tiles(query, index, clouds, b, Within{radius2}, [&](int tile) {
+            const int slot = tile * TILE + lane;
+            list(slot, distance2(query, index.rows[slot]) <= radius2);
+        });
+    }
     __syncwarp();
+    if (count > 32 && count <= LISTED) {                    // without those that were listed before the ball was as small
+        const int before = count;
+        count = 0;
+        for (int base = 0; base < before; base += 32) {
+            const int slot = slots[min(base + lane, before - 1)];
+            __syncwarp();
+            list(slot, base + lane < before && distance2(query, index.rows[slot]) <= radius2);
+        }
+        __syncwarp();
+    }
     if (count > 32) { keep_of_many(kept, slot, mass, Many{query, index, clouds, b, radius2, count, slots}); return; }
     const int mine = lane < count ? slots[lane] : 0;
     keep(kept, slot, mass, Few{lane < count, mine, distance(query, index.rows[mine])});

@@ -10,8 +10,8 @@
 // At worst nothing is passed over, and the walk is brute force, 32 pairs a step.
 //
 // What slabs are worth: queries in a ball of 0.05 around the centre of a sphere of 131,072 points see all tiles about as far, and
-// boxes of slanted tiles reach far inwards. k = 2 took 19.9 ms without slabs, 4.3 with those of tiles (H100); other searches got up
-// to a tenth slower.
+// boxes of slanted tiles reach far inwards. k = 2 took 19.9 ms without slabs, 4.3 with them, and 2.8 when they were asked first and
+// tiles made compact (neighbors_index.cu; H100).
 //
 // In the index's table of clouds, Cloud::slot / 32 is the cloud's first tile, Cloud::tile its first node, Cloud::group its first
 // branch.
@@ -94,30 +94,36 @@ __device__ __forceinline__ Nearest nearest_of(u32 bits) {
     return {least, __ffs(__ballot_sync(FULL, bits == least)) - 1};
 }
 
-// How far a point of each lane's box is at least, if one of them may hold a point as near as `reach2`: slabs, which are quicker to
-// tell, rule most out where all boxes are about as far. Says whether there is one.
+// How far a point of a lane's box is at least, if a lane's may hold one as near as `reach2`; says whether it may. Slabs, which are
+// quicker to tell, rule most out where all boxes are about as far. Infinite on lanes that are not below `end`.
 template <bool SLABS>
-__device__ __forceinline__ bool bounds(float &d2, const Row &query, const Box *box, float reach2) {
-    d2 = __int_as_float(0x7f800000);
+__device__ __forceinline__ bool bounds(float &d2, const Row &query, const Box *boxes, int mine, int end, float reach2) {
+    const Box &box = boxes[min(mine, end - 1)];
     if (SLABS) {
-        if (box) d2 = slab_distance2(query, *box);
-        if (!__any_sync(FULL, box && d2 <= reach2)) return false;
-        if (box) d2 = fmaxf(d2, distance2(query, *box));
-    } else if (box) d2 = distance2(query, *box);
+        d2 = slab_distance2(query, box);
+        if (!__any_sync(FULL, d2 <= reach2)) return false;
+        d2 = fmaxf(d2, distance2(query, box));
+    } else d2 = distance2(query, box);
+    if (mine >= end) d2 = __int_as_float(0x7f800000);
     return true;
 }
 
+struct Ignore {
+    __device__ __forceinline__ void operator()(float) const {}
+};
+
 // Calls visit(i) for each box i of [first, end) that may hold a key below bound(), which shrinks meanwhile: of each 32 the
-// nearest first.
-template <class Bound>
+// nearest first. Calls pass(d2) for what is passed over: no point there is nearer.
+template <class Bound, class Pass = Ignore>
 struct NearestFirst {
     Bound bound;
+    Pass pass;
     template <bool SLABS, class Visit>
     __device__ __forceinline__ void walk(const Row &query, const Box *boxes, int first, int end, Visit visit) const {
         for (int base = first; base < end; base += 32) {
             const int mine = base + (threadIdx.x & 31);
             float d2;
-            if (!bounds<SLABS>(d2, query, mine < end ? &boxes[mine] : nullptr, distance2_of(bound()))) continue;
+            if (!bounds<SLABS>(d2, query, boxes, mine, end, distance2_of(bound()))) { pass(d2); continue; }
             u64 key = mine < end ? key_of(d2, boxes[mine].first) : NOTHING;
             for (;;) {
                 const Nearest next = nearest_of(key < bound() ? (u32)(key >> 32) : FULL);
@@ -125,6 +131,7 @@ struct NearestFirst {
                 visit(base + next.lane);
                 if (mine == base + next.lane) key = NOTHING;
             }
+            pass(distance2_of(key));
         }
     }
 };
@@ -137,7 +144,7 @@ struct Within {
         for (int base = first; base < end; base += 32) {
             const int mine = base + (threadIdx.x & 31);
             float d2;
-            if (!bounds<SLABS>(d2, query, mine < end ? &boxes[mine] : nullptr, radius2)) continue;
+            if (!bounds<SLABS>(d2, query, boxes, mine, end, radius2)) continue;
             u32 near = __ballot_sync(FULL, mine < end && d2 <= radius2);
             for (; near; near &= near - 1) visit(base + __ffs(near) - 1);
         }

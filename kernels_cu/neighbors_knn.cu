@@ -2,11 +2,11 @@
 // The k nearest neighbours of each query, exactly, by (d2, index); see neighbors.cuh.
 //
 // A warp takes neighbouring queries one after another. Each begins in the tile where the one before found its nearest, so that what
-// is far is passed over from the start. How many a warp takes changes no result.
+// is far is passed over from the start. How many a warp takes changes no result: k = 16 of a sweep of 122,880 points took 0.56 ms
+// with one, 0.36 with eight (H100).
 //
 // The best keys so far lie ascending across the lanes. A tile of which few points are closer is taken a point at a time, one of
-// which many are is sorted and merged. Counted on a sweep of 122,880 points, k = 16: a query looks at 10 x 32 boxes and about
-// 20 tiles, of which 175 points are closer than what was found before them.
+// which many are is sorted and merged.
 
 #ifndef LISTS
 #define LISTS 1             // neighbours a lane keeps: k <= 32 * LISTS; 0 for k = 1
@@ -146,10 +146,10 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn(
             const auto bound = [&] { return best.worst; };
             const auto look = [&](int tile) {
                 const Row point = index.rows[(size_t)tile * TILE + lane];
-                if (take(best, point.index < 0 ? NOTHING : key_of(distance2(query, point), point.index), k)) near = tile;
+                if (take(best, key_of(distance2(query, point), point.index), k)) near = tile;       // NaN is nobody's neighbour
             };
             if (begin >= 0) look(begin);
-            walk_tiles(query, index, clouds, b, NearestFirst<decltype(bound)>{bound}, [&](int tile) {
+            walk_tiles(query, index, clouds, b, NearestFirst<decltype(bound)>{bound, {}}, [&](int tile) {
                 if (tile != begin) look(tile);
             });
         }
