@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import doctest
 import functools
-import gc
 import itertools
 import os
 import shutil
@@ -520,22 +519,14 @@ def train_step(rank, store):
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-    gradients = gradients_under_ddp(
-        rank
-    )  # DDP has gone when its process group goes: its threads end before the process
-    if rank == 0:
-        torch.save(gradients, store + ".gradients")
-    torch.distributed.barrier()
-    gc.collect()
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # else gloo's threads, when there is much to do, may abort a process that is ending
-
-
-def gradients_under_ddp(rank):
     torch.manual_seed(0)
     block = torch.nn.parallel.DistributedDataParallel(g.BucketAttention(16, 2))
     loss_of(block, rank).backward()
-    return [p.grad for p in block.module.parameters()]
+    if rank == 0:
+        torch.save([p.grad for p in block.module.parameters()], store + ".gradients")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # torch leaves threads of gloo behind that may abort an interpreter as it ends
 
 
 def loss_of(block, rank):
