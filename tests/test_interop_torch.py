@@ -301,7 +301,8 @@ def stage(x, at, lengths, squared=False):
 
 def check_compiled(backend, same):
     compiled = torch.compile(stage, fullgraph=True, backend=backend)
-    for lengths in ((150, 3, 33, 1), (150, 3, 33, 1), (90, 60, 37, 30), (17, 18, 19, 100)):
+    batches = (150, 3, 33, 1), (150, 3, 33, 1), (90, 60, 37, 30), (17, 18, 19, 100), (40, 50, 60, 70), (5, 6, 7, 8)
+    for lengths in batches:
         x, at = normal(sum(lengths), 48), points(sum(lengths))
         results = []
         for run in (stage, compiled):
@@ -323,7 +324,8 @@ def test_compile_with_lengths_that_change():
         assert torch.equal(a, b)
 
     check_compiled("aot_eager", same)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # the second with symbols for lengths
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs <= (2 if torch.__version__ >= "2.7" else 3)  # the last has symbols for lengths
 
 
 @compiling
