@@ -41,6 +41,7 @@ from benchmarks.table import Peer, Row, Setting, number
 SIZE, BUCKET_SIZE, SCOPE = 4096, 512, 2
 HEADS, DIM, CHANNELS = 4, 16, 64
 LOSS_SIZE = 1024
+LOSS_ROOM = 16 * 2 * LOSS_SIZE  # entries, for max_entries
 DIRECTIONS = ("forward", "forward+backward")  # by `both`
 ROUNDS = 3  # of what is taken in turns
 IN_A_ROW = 50
@@ -132,7 +133,7 @@ def _functions(library: Any, inputs: Inputs) -> dict[str, Function]:
     def pool(features: Any) -> Any:
         return library.bucket_pool(features, inputs.slots, buckets).features
 
-    apml = functools.partial(library.apml, max_entries=16 * 2 * LOSS_SIZE)
+    apml = functools.partial(library.apml, max_entries=LOSS_ROOM)
     return {
         "attention": Function(attention, inputs[2:5], inputs.dout),
         "pool": Function(pool, (inputs.features,), inputs.dchild),
@@ -157,12 +158,11 @@ def _plain_calls(inputs: Inputs) -> dict[tuple[str, bool], timing.Call]:
 
     functions = _functions(gpu3d, inputs)
     calls = {(name, False): functools.partial(call, *at) for name, (call, at, _) in functions.items()}
-    options = functions["apml"].call.keywords
     return calls | {
         ("attention", True): attention,
         ("pool", True): pool,
         ("chamfer", True): lambda: gpu3d.chamfer_value_and_grad(*inputs[-2:]),
-        ("apml", True): lambda: gpu3d.apml_value_and_grad(*inputs[-2:], **options),
+        ("apml", True): lambda: gpu3d.apml_value_and_grad(*inputs[-2:], max_entries=LOSS_ROOM),
     }
 
 
@@ -348,9 +348,8 @@ def _import(setting: Setting) -> Iterator[Row]:
         return
     script = "import time, torch; t = time.perf_counter(); import gpu3d.interop.torch; print(time.perf_counter() - t)"
     command = [sys.executable, "-c", script]
-    times = [
-        float(_output(command, PYTHONDONTWRITEBYTECODE="")) for _ in range(IMPORTS)
-    ]  # pip compiles what it installs
+    # Modules that are compiled, as pip leaves what it installs.
+    times = [float(_output(command, PYTHONDONTWRITEBYTECODE="")) for _ in range(IMPORTS)]
     yield Row(
         "import gpu3d.interop.torch, after torch",
         "CPU",

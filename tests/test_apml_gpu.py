@@ -90,7 +90,7 @@ def test_small_apml(cp):
     for kind in KINDS:
         for symmetrize in SYMMETRIZATIONS:
             check(*clouds.transport(kind, 300, 200), note=kind, symmetrize=symmetrize, iterations=3, **on_gpu(cp))
-    for x_lengths, y_lengths in RAGGED:
+    for x_lengths, y_lengths in (*RAGGED, ([3] * 70, [4] * 70)):
         check(*ragged(x_lengths, y_lengths, dtype="float64"), x_lengths, y_lengths, **on_gpu(cp))
     check(*(p[:, :2] for p in clouds.transport("shell", 100, 70)), **on_gpu(cp))
     check(clouds.degenerate(200)["coincident"], clouds.uniform(100), **on_gpu(cp))
@@ -281,7 +281,7 @@ def run_captured(x, y, lengths):
     return [loss, *gradients, of_each, short, *cut]
 
 
-@pytest.mark.parametrize("lengths", [[3000], [150] * 20, [30_000]], ids=["1 cloud", "20 clouds", "a large cloud"])
+@pytest.mark.parametrize("lengths", [[3000], [40] * 75, [30_000]], ids=["1 cloud", "75 clouds", "a large cloud"])
 def test_captured_in_a_graph(cp, lengths):
     """No host sync, no copy from host memory: a capture would refuse the one and freeze the other."""
     n = sum(lengths)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import clouds
 import numpy as np
 import pytest
+import test_docs
 
 import gpu3d
 from gpu3d import _arrays
@@ -501,13 +502,10 @@ def test_training_with_a_block_learns():
 
 def test_docstrings():
     names = {name: getattr(g, name) for name in g.__all__}
-    examples = 0
-    for test in doctest.DocTestFinder().find(g, globs={"torch": torch, **names}):
-        report = []
-        failed, attempted = doctest.DocTestRunner(verbose=False).run(test, out=report.append)
-        assert not failed, "".join(report)
-        examples += attempted
-    assert examples
+    tests = [test for test in doctest.DocTestFinder().find(g, globs={"torch": torch, **names}) if test.examples]
+    assert tests
+    for test in tests:
+        test_docs.run(test)
     assert all(x.__doc__.strip() for x in names.values())
 
 

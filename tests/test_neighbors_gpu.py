@@ -89,9 +89,9 @@ def test_small_neighbors(cp):
     lengths = {"query_lengths": [0, 40, 1, 100], "lengths": [5, 64, 300, 65]}
     check_knn(cp, query, points, 64, **lengths)
     check_radius(cp, query, points, 1.0, **lengths)
-    query, points = ragged([30] * 20, [20] * 20, dtype="float64")
-    check_knn(cp, query, points, 3, query_lengths=[30] * 20, lengths=[20] * 20)
-    check_chamfer(cp, query, points, x_lengths=[30] * 20, y_lengths=[20] * 20, reduction="none")
+    query, points = ragged([10] * 70, [7] * 70, dtype="float64")
+    check_knn(cp, query, points, 3, query_lengths=[10] * 70, lengths=[7] * 70)
+    check_chamfer(cp, query, points, x_lengths=[10] * 70, y_lengths=[7] * 70, reduction="none")
     points = special(600)["spoiled"]
     check_knn(cp, points, points, 16, "spoiled")
     check_chamfer(cp, points[:, :2], points[::-1, :2], "spoiled")
@@ -345,7 +345,7 @@ def run_captured(x, y, index, lengths):
     return [*gpu3d.knn(x, y, 16, **options), *indexed, *found, *flagged, loss, *gradients, alone]
 
 
-@pytest.mark.parametrize("lengths", [[3000], [150] * 20, [30_000]], ids=["1 cloud", "20 clouds", "a large cloud"])
+@pytest.mark.parametrize("lengths", [[3000], [40] * 75, [30_000]], ids=["1 cloud", "75 clouds", "a large cloud"])
 def test_captured_in_a_graph(cp, lengths):
     """No host sync, no copy from host memory: a capture would refuse the one and freeze the other."""
     n = sum(lengths)
