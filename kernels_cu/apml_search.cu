@@ -14,14 +14,13 @@
 
 #define THREADS 128
 #define BLOCKS 8            // a multiprocessor at least
-#define LISTED 512          // candidates that a warp keeps; of more it repeats the search, and others have long ended
+#define LISTED 512          // candidates that a warp keeps; of more it repeats the search, three times
 
 #include "clouds.cuh"
 #include "neighbors.cuh"
 #include "apml.cuh"
 
 #define GAP 1e-8
-#define INFINITE __int_as_float(0x7f800000)
 #define INFINITE_DOUBLE __longlong_as_double(0x7ff0000000000000ll)
 
 // A double a cloud; few travel inside the kernel's arguments.
@@ -63,9 +62,9 @@ __device__ __forceinline__ double distance(const Row &a, const Row &b) {
 // fewer than two.
 //
 // With u = 2^-24, distances from those squares are off by less than 5 u, their gap by less than 10 u of the second, and what is
-// made of them by less than 12 u (1 + ratio) (d2 + gap); the float32 squares of the points within are above the square by less than
-// 8 u of it. WIDER is 32 u.
-#define WIDER 0x1p-19f
+// made of them by less than 9 u (1 + ratio) (d2 + gap); the float32 squares of the points within are above the square by less than
+// 5 u of it. WIDER is 12 u: where all of a cloud is about as far, each u makes more of it candidates.
+#define WIDER 0x1.8p-21f
 __device__ __forceinline__ float radius2_of(const Two &two, float ratio) {
     const float d1 = __fsqrt_rn(two.first), d2 = __fsqrt_rn(two.second), gap = fmaxf(d2 - d1, (float)GAP);
     const float radius = fmaxf(d1 + ratio * gap, d2) + WIDER * (1 + ratio) * (d2 + gap);
@@ -118,7 +117,7 @@ __device__ __forceinline__ void keep(const Kept &kept, int slot, double mass, co
         kept.counts[slot] = count;
     }
     start = __shfl_sync(FULL, start, 0);
-    if (start + count > kept.room) return;
+    if (__any_sync(FULL, start + count > kept.room)) return;
     Entry *to = kept.entries + start;
     candidates.each([&](bool is, int other, double c) {
         const double x = exponent(c);
@@ -128,6 +127,7 @@ __device__ __forceinline__ void keep(const Kept &kept, int slot, double mass, co
             to[__popc(all & (1u << lane) - 1)] = Entry{(u32)other, (float)((double)(float)exp(-x) / sum)};
             if (kept.named) atomicAdd(&kept.named[other], 1);
         }
+        __syncwarp();                           // else the compiler takes the warp for apart, and asks before each vote
         to += __popc(all);
     });
 }
@@ -164,7 +164,7 @@ struct Many {
             walk_tiles(query, index, clouds, b, Within{radius2}, [&](int tile) {
                 const int slot = tile * TILE + lane;
                 const Row point = index.rows[slot];
-                visit(point.index >= 0 && distance2(query, point) <= radius2, slot, distance(query, point));
+                visit(distance2(query, point) <= radius2, slot, distance(query, point));
             });
     }
 };
@@ -173,7 +173,7 @@ struct Many {
 __device__ __noinline__ void keep_of_many(const Kept &kept, int slot, double mass, const Many &many) { keep(kept, slot, mass, many); }
 
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void search_balls(
-    const Row *__restrict__ queries,            // [slots] of one side, in bucket order
+    const Row *__restrict__ queries,            // [slots] of one side, in the order of its index
     const __grid_constant__ Clouds query_clouds,
     int query_slots,
     const __grid_constant__ Index index,        // of the other side, from the same origins
@@ -182,18 +182,18 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void search_balls(
     const __grid_constant__ Kept kept)
 {
     __shared__ int listed[THREADS / 32][LISTED];
-    const int slot = blockIdx.x * (THREADS / 32) + (threadIdx.x >> 5), lane = threadIdx.x & 31;
+    const int warp = uniform(threadIdx.x >> 5), lane = threadIdx.x & 31, slot = blockIdx.x * (THREADS / 32) + warp;
     if (slot >= query_slots) return;
+    const int b = uniform(cloud_of<&Cloud::slot>(query_clouds, slot));
+    const double mass = masses.table ? masses.table[b] : masses.inlined[b];
+    const float ratio = __fdiv_ru(__double2float_ru(kept.limit), __double2float_rd(mass));
+    int *slots = listed[warp];
     const Row query = queries[slot];
-    if (query.index < 0 || !is_finite(query)) {
+    if (__any_sync(FULL, query.index < 0 || !is_finite(query))) {
         if (lane == 0) kept.counts[slot] = 0;
         return;
     }
-    const int b = cloud_of<&Cloud::slot>(query_clouds, slot);
-
-    const double mass = masses.table ? masses.table[b] : masses.inlined[b];
-    const float ratio = __fdiv_ru(__double2float_ru(kept.limit), __double2float_rd(mass));
-    int *slots = listed[threadIdx.x >> 5], count = 0;
+    int count = 0;
     const auto list = [&](int slot, bool is) {
         const u32 all = __ballot_sync(FULL, is);
         const int at = count + __popc(all & (1u << lane) - 1);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // APML: the plan from what both sides keep, its Sinkhorn iterations, the loss and the gradients, in one cooperative launch.
 //
-// Rows are slots of pred, columns slots of target; both in bucket order, so that neighbours in space are neighbours in memory.
+// Rows are slots of pred, columns slots of target; both in the order of the index, so that neighbours in space are neighbours in memory.
 //   merge     each row's entries of P1 and P2 are brought together, sorted by column and joined: P = (P1 + P2) / 2, or their
 //             minimum. A row keeps the room of both, so rows have gaps between them.
 //   columns   each column's entries are listed, sorted by row
@@ -160,9 +160,9 @@ __device__ __forceinline__ void each_line(const Side &side, int slots, Visit vis
 // Sorts all rows of keys; write(slot, number, key) puts them in place.
 template <class Key, class Write>
 __device__ __forceinline__ void sort_lines(const Side &side, int slots, Key *keys, Key *spare, Key *shared, Write write) {
-    const int warp = threadIdx.x >> 5;
+    const int warp = uniform(threadIdx.x >> 5);
     for (int slot = blockIdx.x * WARPS + warp; slot < slots; slot += gridDim.x * WARPS) {
-        const u32 count = width(side, slot);
+        const u32 count = uniform(width(side, slot));
         if (count > 1 && count <= ROW)          // one is in order
             sort_short(keys + side.first[slot], count, shared + warp * STAGED, [&](int e, Key key) { write(slot, e, key); });
     }

@@ -6,6 +6,7 @@ typedef unsigned long long u64;
 
 #define INLINE_CLOUDS 64    // mirrored by gpu3d/_clouds.py
 #define FULL 0xffffffffu
+#define INFINITE __int_as_float(0x7f800000)
 
 // Row b says where cloud b begins, row `count` where the batch ends.
 struct Cloud {
@@ -38,3 +39,7 @@ __device__ __forceinline__ int cloud_of(const Clouds &clouds, int item) {
     }
     return low;
 }
+
+// x, which is the same on all lanes. The compiler knows it then, and that a branch on it does not part the warp: where it cannot
+// know, it asks before each vote and shuffle whether the warp is together. A __syncwarp() behind a branch in a loop helps likewise.
+__device__ __forceinline__ int uniform(int x) { return __reduce_max_sync(FULL, x); }

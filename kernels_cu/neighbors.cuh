@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The index of the neighbour search, and the walk through it that skips what is too far. Include clouds.cuh first.
 //
-// A cloud in bucket order is cut into tiles of 32 points; 32 tiles make a node, 32 nodes a branch, none across clouds. Each has
-// a box, and tiles and nodes a slab besides: two planes along the surface that the points come from, which a box cannot follow. A
-// query is a warp, and reads 32 points, or 32 boxes, at a time, one a lane. Of the boxes it takes the nearest first and passes over
+// A cloud in bucket order is cut into nodes of 1024 points, a node's points into tiles of 32 (neighbors_index.cu puts them into
+// another order for that); 32 nodes make a branch, none across clouds. Each has a box, and tiles and nodes a slab besides: two planes
+// along the surface that the points come from, which a box cannot follow. A query is a warp, and reads 32 points, or 32 boxes, at a time, one a lane. Of the boxes it takes the nearest first and passes over
 // those that hold nothing better than what it has found, so every answer is that of brute force:
 //   d2 = (dx * dx + dy * dy) + dz * dz      every operation rounded once
 // is monotone in |dx|, |dy|, |dz|, so that of a box is never above that of a point in it; slabs leave room for rounding.
@@ -95,7 +95,7 @@ __device__ __forceinline__ Nearest nearest_of(u32 bits) {
 }
 
 // How far a point of a lane's box is at least, if a lane's may hold one as near as `reach2`; says whether it may. Slabs, which are
-// quicker to tell, rule most out where all boxes are about as far. Infinite on lanes that are not below `end`.
+// quicker to tell, rule most out where all boxes are about as far. If it may, d2 is infinite on lanes that are not below `end`.
 template <bool SLABS>
 __device__ __forceinline__ bool bounds(float &d2, const Row &query, const Box *boxes, int mine, int end, float reach2) {
     const Box &box = boxes[min(mine, end - 1)];
@@ -104,7 +104,7 @@ __device__ __forceinline__ bool bounds(float &d2, const Row &query, const Box *b
         if (!__any_sync(FULL, d2 <= reach2)) return false;
         d2 = fmaxf(d2, distance2(query, box));
     } else d2 = distance2(query, box);
-    if (mine >= end) d2 = __int_as_float(0x7f800000);
+    if (mine >= end) d2 = INFINITE;
     return true;
 }
 
@@ -157,16 +157,18 @@ __device__ __forceinline__ void walk_tiles(
     const Row &query, const Index &index, const Clouds &clouds, int b, const Order &order, Visit visit)
 {
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
-    const int tiles = cloud.slot / TILE, tiles_end = next.slot / TILE;
+    const int tiles = uniform(cloud.slot) / TILE, tiles_end = uniform(next.slot) / TILE;
+    const int first_node = uniform(cloud.tile), nodes_end = uniform(next.tile);
     const auto walk_nodes = [&](int nodes, int end) {
         order.template walk<true>(query, index.nodes, nodes, end, [&](int node) {
-            const int first = tiles + (node - cloud.tile) * 32;
+            const int first = tiles + (node - first_node) * 32;
             order.template walk<true>(query, index.tiles, first, min(first + 32, tiles_end), visit);
         });
     };
-    if (!index.branches) { walk_nodes(cloud.tile, next.tile); return; }
-    order.template walk<false>(query, index.branches, cloud.group, next.group, [&](int branch) {
-        const int nodes = cloud.tile + (branch - cloud.group) * 32;
-        walk_nodes(nodes, min(nodes + 32, next.tile));
+    if (!index.branches) { walk_nodes(first_node, nodes_end); return; }
+    const int first_branch = uniform(cloud.group);
+    order.template walk<false>(query, index.branches, first_branch, uniform(next.group), [&](int branch) {
+        const int nodes = first_node + (branch - first_branch) * 32;
+        walk_nodes(nodes, min(nodes + 32, nodes_end));
     });
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Builds the index of neighbors.cuh from a bucket order: rows, and the boxes of tiles, nodes and branches.
 //
-// A piece of the bucket order's curve of 32 points is long, or even apart. So the points of half a node are split again, in halves
-// across the longest edge of their box, down to tiles. Counted on a sphere of 131,072 points: near queries must look at 1.8 tiles and
-// not at 3.1, those around the centre at 95 and not at 230.
+// A piece of the bucket order's curve of 32 points is long, or even apart. So the points of a node are split again, in halves across
+// the longest edge of their box, down to tiles. Counted on a sphere of 131,072 points: near queries must look at 1.8 tiles and not at
+// 3.1, those around the centre at 87 and not at 230.
 
 #define THREADS 1024        // points of a node
 #define BRANCH_THREADS 128
@@ -125,7 +125,6 @@ __device__ __forceinline__ void find_slab(Box &box, const Row &point, bool finit
     box.above = high;
 }
 
-#define PART 512            // points that are split: 1024 give slightly better tiles and take as long again
 #define PLACES (1u << 22)   // along an edge
 static_assert(THREADS <= 1 << 10, "a place and a thread are one word");
 
@@ -238,7 +237,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
         splitter.index[threadIdx.x] = row.index;
         __syncthreads();
         u32 from = threadIdx.x, last = is_finite(row) ? 0 : row.index >= 0 ? PLACES - 2 : PLACES - 1;
-        split<PART>(splitter, from, last, 0);
+        split<THREADS>(splitter, from, last, 0);
         row = Row{splitter.x[0][from], splitter.x[1][from], splitter.x[2][from], splitter.index[from]};
         if (row.index >= 0) slot_of[row.index] = slot;
     }

@@ -128,20 +128,20 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn(
     float *__restrict__ distances,              // [queries, k]; NaN where there is no neighbour
     int *__restrict__ indices)                  // [queries, k]
 {
-    const int first = (blockIdx.x * (THREADS / 32) + (threadIdx.x >> 5)) * group, lane = threadIdx.x & 31;
+    const int first = uniform((blockIdx.x * (THREADS / 32) + (threadIdx.x >> 5)) * group), lane = threadIdx.x & 31;
     if (first >= query_slots) return;
-    const int b = cloud_of<&Cloud::slot>(query_clouds, first);
+    const int b = uniform(cloud_of<&Cloud::slot>(query_clouds, first));
     int near = -1;                              // the tile where the query before found its nearest
-    for (int slot = first; slot < first + group; ++slot) {
-        const Row query = queries[slot];
-        if (query.index < 0) continue;          // padding
+    for (int number = 0; number < group; ++number) {
+        const Row query = queries[first + number];
+        if (__any_sync(FULL, query.index < 0)) continue;        // padding
         Best best;
 #if LISTS
 #pragma unroll
         for (int i = 0; i < LISTS; ++i) best.key[i] = NOTHING;
 #endif
         best.worst = NOTHING;
-        if (is_finite(query)) {
+        if (__any_sync(FULL, is_finite(query))) {
             const int begin = near;
             const auto bound = [&] { return best.worst; };
             const auto look = [&](int tile) {
@@ -161,5 +161,6 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn(
 #else
         if (lane == 0) write(best.worst, row, squared, distances, indices);
 #endif
+        __syncwarp();
     }
 }

@@ -16,9 +16,8 @@ __device__ __forceinline__ void walk_ball(
     walk_tiles(query, index, clouds, b, Within{radius2}, [&](int tile) {
         const Row point = index.rows[(size_t)tile * TILE + (threadIdx.x & 31)];
         const float d2 = distance2(query, point);
-        const bool hit = point.index >= 0 && d2 <= radius2;
-        const u32 hits = __ballot_sync(FULL, hit);
-        found(hits, hit, (u64)(u32)point.index << 32 | __float_as_uint(d2));
+        const bool hit = d2 <= radius2;                         // not where there is no point, or it is not finite
+        found(__ballot_sync(FULL, hit), hit, (u64)(u32)point.index << 32 | __float_as_uint(d2));
     });
 }
 
@@ -32,13 +31,13 @@ extern "C" __global__ __launch_bounds__(THREADS) void radius_count(
     float radius2,
     long long *__restrict__ counts)             // [queries]
 {
-    const int slot = blockIdx.x * WARPS + (threadIdx.x >> 5);
+    const int slot = uniform(blockIdx.x * WARPS + (threadIdx.x >> 5));
     if (slot >= query_slots) return;
     const Row query = queries[slot];
-    if (query.index < 0) return;                // padding
+    if (__any_sync(FULL, query.index < 0)) return;          // padding
     long long count = 0;
-    if (is_finite(query))
-        walk_ball(query, index, clouds, cloud_of<&Cloud::slot>(query_clouds, slot), radius2,
+    if (__any_sync(FULL, is_finite(query)))
+        walk_ball(query, index, clouds, uniform(cloud_of<&Cloud::slot>(query_clouds, slot)), radius2,
                   [&](u32 hits, bool, u64) { count += __popc(hits); });
     if ((threadIdx.x & 31) == 0) counts[query.index] = count;
 }
@@ -56,12 +55,13 @@ extern "C" __global__ __launch_bounds__(THREADS) void radius_fill(
     long long room,                             // entries
     u64 *__restrict__ entries)                  // [room] index << 32 | d2, in the order of the walk
 {
-    const int slot = blockIdx.x * WARPS + (threadIdx.x >> 5), lane = threadIdx.x & 31;
+    const int slot = uniform(blockIdx.x * WARPS + (threadIdx.x >> 5)), lane = threadIdx.x & 31;
     if (slot >= query_slots || offsets[all] > room) return;
     const Row query = queries[slot];
-    if (query.index < 0 || !is_finite(query)) return;
+    if (__any_sync(FULL, query.index < 0 || !is_finite(query))) return;
     u64 *to = entries + offsets[query.index];
-    walk_ball(query, index, clouds, cloud_of<&Cloud::slot>(query_clouds, slot), radius2, [&](u32 hits, bool hit, u64 key) {
+    const int b = uniform(cloud_of<&Cloud::slot>(query_clouds, slot));
+    walk_ball(query, index, clouds, b, radius2, [&](u32 hits, bool hit, u64 key) {
         if (hit) to[__popc(hits & (1u << lane) - 1)] = key;
         to += __popc(hits);
     });
@@ -90,10 +90,10 @@ extern "C" __global__ __launch_bounds__(THREADS) void radius_sort(
             distances[first + e] = __fsqrt_rn(__uint_as_float((u32)key));
         };
     };
-    const int begin = blockIdx.x * WARPS, warp = threadIdx.x >> 5;
+    const int begin = blockIdx.x * WARPS, warp = uniform(threadIdx.x >> 5);
     if (begin + warp < all) {
         const long long first = offsets[begin + warp];
-        const int count = (int)(offsets[begin + warp + 1] - first);
+        const int count = uniform((int)(offsets[begin + warp + 1] - first));
         if (count <= ROW) sort_short(entries + first, count, shared + warp * STAGED, writer(first));
     }
     __syncthreads();                            // the warps have read what they staged

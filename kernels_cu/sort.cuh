@@ -45,11 +45,11 @@ __device__ __forceinline__ void sort_by_warp(const Key *row, int count, Key *sta
 #pragma unroll
     for (int r = 0; r < N; ++r) key[r] = 32 * r + lane < count ? row[32 * r + lane] : ~(Key)0;
     sort_warp(key);
-    __syncwarp();                                           // the lanes have read what was staged before
 #pragma unroll
     for (int r = 0; r < N; ++r) staged[(N + 1) * lane + r] = key[r];        // a gap a lane, so that banks differ
     __syncwarp();
     for (int e = lane; e < count; e += 32) write(e, staged[e + e / N]);
+    __syncwarp();                                           // then `staged` may hold other keys
 }
 
 // Calls write(e, key) for the row's keys in ascending order, by a warp; count <= ROW, and `staged` is STAGED keys of its own.

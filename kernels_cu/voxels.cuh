@@ -45,8 +45,6 @@ __device__ __forceinline__ point_t narrow(coord_t x) {
 }
 #endif
 
-#define INFINITE __int_as_float(0x7f800000)
-
 __device__ __forceinline__ bool is_finite(coord_t x) { return x - x == 0; }     // inf - inf and NaN - NaN are NaN
 
 // Where a cloud's voxel grid lies: the origin and the cell of each axis.
