@@ -15,18 +15,20 @@
 //
 // What bounds it on an H100, by the profiler: at D = 16 exponentials (78 % busy in scopes of 4096, 68 % in scopes of 1024),
 // at D = 128 tensor cores (61 %); the rest is latency, so warps beside each other count for more than rows a warp.
-// What was gained, forward, D = 16 | 64 | 128 (3.16 | 3.7 | 3.9 ms at first, 2.66 | 2.15 | 1.85 now, in runs of variants):
+// What was gained, forward, D = 16 | 64 | 128 (3.16 | 3.7 | 3.9 ms at first, 2.65 | 2.15 | 1.85 now, in runs of variants):
 //   warpgroup products                               -   | 0.9 | 1.1
 //   16 and 12 warps that share a tile               -    | 0.4 | 0.7
 //   no maximum a chunk                                   | 0.1 |
 //   a chunk's weights without a branch between them 0.3  |  -  |  -
 //   tiles of 256 rows                               0.08 |  -  |  -
+//   range told by bits, row sums a column of sums   0.11 |  -  |  -
+//   the next products begun before the sums         0.01 |  -  |  -
 //   a tile loaded two tiles ahead, two barriers      -   |  -  | 0.1
 //   sums under way beside the next weights (LAZY)    -   |  -  | 0.2
 // Tried and not better: 2^x by a cubic on the FMA units for 1/8, 2/8, 3/8 of the weights (D = 16: 2.71 ms became 2.80, 3.0,
 // 3.2; its error is 7.5e-5 of a weight); ex2 on pairs of halves, which runs no faster; scale and top folded into the products
 // (two planes of scale * q, sums that start from -top: 32 operations a chunk less, 8 products more, 2.76 became 2.93); row sums
-// by additions there (2.80); the next chunk's products begun before this one's weights; two stages; warpgroups taking turns at
+// by additions there (2.80), or sums begun only beside the next weights (2.85); weights cut off instead of rounded; the next chunk's products begun before this one's weights; two stages; warpgroups taking turns at
 // the tensor cores; chunks of 128.
 //
 // In registers, row `lane / 4` (and that + 8) and columns 2 * (lane % 4) + {0, 1} of each 16 x 8 tile belong to a lane.
@@ -321,6 +323,24 @@ __device__ __forceinline__ void accumulate(Sums sums, const Weights weights, con
                 mma_planes<true>(sums[m][2 * n], &weights[0][m][k], OWN_TILES * (CHUNK / 16), one);
                 mma_planes<true>(sums[m][2 * n + 1], &weights[0][m][k], OWN_TILES * (CHUNK / 16), other);
             }
+        }
+}
+
+// row += the weights of each row of the chunk; `ones` are pairs of ones.
+__device__ __forceinline__ void add_rows(float row[OWN_TILES][4], const Weights weights, const u32 ones[2]) {
+#pragma unroll
+    for (int m = 0; m < OWN_TILES; ++m)
+#pragma unroll
+        for (int k = 0; k < CHUNK / 16; ++k) {
+#if PLANES == 1
+            mma(row[m], weights[0][m][k], ones[0], ones[1]);
+#else
+            float step[4] = {0, 0, 0, 0};
+#pragma unroll
+            for (int i = 0; i < PLANES; ++i) mma(step, weights[i][m][k], ones[0], ones[1]);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) row[m][e] += step[e];
+#endif
         }
 }
 
