@@ -216,6 +216,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void search_balls(
     });
     if (__any_sync(FULL, passed2 <= radius2) || count > LISTED) {
         count = 0;
+        __syncwarp();                                       // then other lanes write where these have
         walk_tiles(query, index, clouds, b, Within{radius2}, [&](int tile) {
             const int slot = tile * TILE + lane;
             list(slot, distance2(query, index.rows[slot]) <= radius2);
