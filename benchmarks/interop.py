@@ -9,7 +9,8 @@ its backward, or the loss with its gradients.
 - torch: the host time of the operator less that of the plain call with CuPy arrays, both taken in turns. Autograd takes
   its share whatever the operator does: a peer shows what it takes of a torch.autograd.Function that does nothing.
 - JAX: XLA may run our handler in a thread of its own, behind the call that returns at once. So it is many calls in a
-  row and the wait for the last one, divided; and so is the plain call beside it. Where the GPU takes longer it binds.
+  row and the wait for the last one, divided; and so are the plain call beside it, and a jitted function of the same
+  arrays that doubles one of them. Where the GPU takes longer it binds.
 - graph: the operator captured by torch.cuda.graph, beside the plain call in a graph of CuPy's. Autograd multiplies the
   gradients of a loss by the gradient of the loss, which the plain call does not.
 - import: gpu3d.interop.torch where torch is imported already, in new processes.
@@ -188,7 +189,7 @@ def _torch_both(function: Function) -> timing.Call:
     return both
 
 
-def _jax_calls(inputs: Inputs) -> dict[tuple[str, bool], timing.Call]:
+def _jax_calls(inputs: Inputs) -> dict[tuple[str, bool], functools.partial[Any]]:
     import jax
 
     from gpu3d.interop import jax as library
@@ -264,10 +265,11 @@ def _jax_host(setting: Setting) -> Iterator[Row]:
     import jax
 
     inputs = _inputs(setting.folder)
-    plain, ours = _plain_calls(inputs), _jax_calls(inputs)
+    plain, ours, nothing = _plain_calls(inputs), _jax_calls(inputs), jax.jit(lambda x, *others: 2 * x)
     for name, both in plain:
         ours_us = _in_a_row(ours[name, both], jax.block_until_ready)
         plain_us = _in_a_row(plain[name, both], lambda _: cupy.cuda.Device().synchronize())
+        nothing_us = _in_a_row(functools.partial(nothing, *ours[name, both].args), jax.block_until_ready)
         device_us = 1e3 * timing.graph_time(plain[name, both])
         yield Row(
             f"JAX under jit, {name}: {DIRECTIONS[both]}",
@@ -275,7 +277,11 @@ def _jax_host(setting: Setting) -> Iterator[Row]:
             "us",
             ours_us,
             None if both else JAX_MUST,
-            peers=(Peer("the plain call", "host", plain_us), Peer("the plain call", "graph", device_us)),
+            peers=(
+                Peer("a jitted function that doubles an array", "host", nothing_us),
+                Peer("the plain call", "host", plain_us),
+                Peer("the plain call", "graph", device_us),
+            ),
             note=f"{number(ours_us - plain_us)} us over the plain call",
         )
 
@@ -413,7 +419,8 @@ def _ddp(setting: Setting) -> Iterator[Row]:
         yield _failed(Row(names[0], "eager", "x", None), error)
         return
     for what, alone, both in zip(names, one["rates"].values(), two["rates"].values(), strict=True):
-        yield _speedup(what, alone, both)
+        row = _speedup(what, alone, both)
+        yield row if what == names[0] else row._replace(must=None, note=f"{row.note}; a GPU waits for its host")
     yield _gradients("two GPUs, DDP: gradients beside one's", two["error"])
 
 

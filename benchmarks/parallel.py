@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 
 STEPS, ROUNDS = 10, 7  # steps in a row, and how often; the first round does not count
-BATCHES = {"as it is": (8, 512), "a large batch": (64, 2048)}  # crops a GPU and their points; the example's own first
+# Crops a GPU and their points. With the example's own, which are for a CPU, a GPU waits for its host.
+BATCHES = {"a GPU's batch": (64, 2048), "its own batch": (8, 512)}
 
 CLOUDS, POINTS = 8, 16_384  # a GPU
 HEADS, DIM = 8, 32
@@ -70,7 +71,7 @@ def _ddp_error(example: Any, training: Any, weights: Any, group: Any) -> float:
     """Every process takes the joined batch by itself, too."""
     import torch
 
-    arguments, alone = _arguments(*BATCHES["as it is"]), group._replace(rank=0, count=1)
+    arguments, alone = _arguments(*BATCHES["its own batch"]), group._replace(rank=0, count=1)
     parts = [
         next(example.epoch_of(training, 0, 1, arguments, group._replace(rank=rank))) for rank in range(group.count)
     ]

@@ -364,7 +364,7 @@ def start(arguments: argparse.Namespace, group: Group, attention: bool, steps: i
     if arguments.compile:
         network = torch.compile(network, fullgraph=True)
     if group.count > 1:
-        network = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+        network = nn.parallel.DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(network.parameters(), arguments.rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, arguments.rate, total_steps=steps, pct_start=0.15)
     return Trained(network, optimizer, schedule)
@@ -395,15 +395,15 @@ def train(
 ) -> tuple[float, float]:
     """The mean loss of an epoch, and points a second of all processes."""
     of.network.train()
-    losses = []
+    losses, known = [], torch.cat([weights, weights.new_zeros(256 - len(weights))])
     synchronize(group)
     begin = time.perf_counter()
-    for points, features, lengths, labels in batches:
+    # DDP means gradients over processes, whose labels differ: the mean over points is that of all of them.
+    masses = group.sum(torch.stack([known[batch.labels].sum() for batch in batches]))
+    for (points, features, lengths, labels), mass in zip(batches, masses, strict=True):
         with torch.autocast(group.device.type, torch.bfloat16, enabled=arguments.bfloat16):
             logits = of.network(points, features, lengths)
         loss = cross_entropy(logits.float(), labels, weights, ignore_index=IGNORED, reduction="sum")
-        # DDP means gradients over processes, whose labels differ: the mean over points is that of all of them.
-        mass = group.sum(torch.cat([weights, weights.new_zeros(256 - len(weights))])[labels].sum())
         of.optimizer.zero_grad()
         (loss * group.count / mass).backward()
         of.optimizer.step()

@@ -19,7 +19,7 @@ import re
 import struct
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -198,7 +198,8 @@ class Kernel(NamedTuple):
 
     arguments: struct.Struct
     buffer: Any
-    parameters: int  # address of the array that says where each argument lies in `buffer`
+    places: tuple[tuple[int, int], ...]  # where each argument lies in `buffer`, and its bytes
+    parameters: int  # address of the array that says so to the driver
     lock: threading.Lock  # two threads must not pack at once
     start: Callable[..., None]  # cuLaunchKernel or cuLaunchCooperativeKernel, of this function
     extra: tuple[int, ...]  # cuLaunchKernel's last argument, which the cooperative launch does not have
@@ -206,16 +207,44 @@ class Kernel(NamedTuple):
     keep: tuple[Any, ...]  # the RawKernel, which keeps the module loaded, and the array of parameters
 
 
+class Launched(NamedTuple):
+    """A launch that was taken down."""
+
+    kernel: Kernel
+    grid: int
+    block: int
+    shared_mem: int
+    arguments: bytes
+
+
+class Cleared(NamedTuple):
+    """Memory that was set to zeros, likewise."""
+
+    address: int
+    size: int
+
+
 _kernels: dict[tuple[Any, ...], Kernel] = {}
 _thread = threading.local()
 
 
-def _make_context_current() -> None:
+def make_context_current() -> None:
     """The driver launches on the calling thread's context, which a new thread (torch's backward) has none of yet."""
-    from cupy.cuda import runtime
+    if not hasattr(_thread, "has_context"):
+        from cupy.cuda import runtime
 
-    runtime.setDevice(runtime.getDevice())
-    _thread.has_context = True
+        runtime.setDevice(runtime.getDevice())
+        _thread.has_context = True
+
+
+@contextlib.contextmanager
+def taking_down() -> Iterator[list[Launched | Cleared]]:
+    """What this thread launches and clears in here, in order."""
+    _thread.steps = []
+    try:
+        yield _thread.steps
+    finally:
+        _thread.steps = None
 
 
 def kernel(
@@ -247,11 +276,13 @@ def kernel(
         arguments = struct.Struct("<" + signature)
         buffer = ctypes.create_string_buffer(arguments.size)
         offsets = [struct.calcsize("<" + "".join(formats[:k])) for k in range(len(formats))]
+        places = tuple(zip(offsets, (struct.calcsize("<" + part) for part in formats), strict=True))
         pointers = (ctypes.c_void_p * len(formats))(*(ctypes.addressof(buffer) + offset for offset in offsets))
         start, extra = (driver.launchCooperativeKernel, ()) if cooperative else (driver.launchKernel, (0,))
         found = Kernel(
             arguments,
             buffer,
+            places,
             ctypes.addressof(pointers),
             threading.Lock(),
             functools.partial(start, raw.kernel.ptr),
@@ -276,12 +307,22 @@ def launch(
         return
     if not 0 < grid <= 0x7FFFFFFF:
         raise ValueError(f"a launch has at most 2**31 - 1 blocks, got {grid}.")
-    if not hasattr(_thread, "has_context"):
-        _make_context_current()
+    make_context_current()
+    steps = getattr(_thread, "steps", None)
+    if steps is not None:
+        steps.append(Launched(kernel, grid, block, shared_mem, kernel.arguments.pack(*args)))
     stream = kernel.current_stream().ptr
     with kernel.lock:
         kernel.arguments.pack_into(kernel.buffer, 0, *args)
         kernel.start(grid, 1, 1, block, 1, 1, shared_mem, stream, kernel.parameters, *kernel.extra)
+
+
+def clear(memory: Any, size: int) -> None:
+    """Sets `size` bytes from a cupy.cuda.MemoryPointer on to zeros, on the current stream."""
+    steps = getattr(_thread, "steps", None)
+    if steps is not None:
+        steps.append(Cleared(memory.ptr, size))
+    memory.memset_async(0, size)
 
 
 # ---- workspaces ------------------------------------------------------------------------------------------------------

@@ -497,7 +497,7 @@ def _keep(
     slots = x.own.layout.slots, y.own.layout.slots
     sizes = 4 * slots[0], 4 * slots[1]
     memory, (cursors, total, arrived, x_longs, y_longs, *places) = _cuda.workspace(sizes[0], 8, 8, 8, 8, *sizes, *sizes)
-    memory.memset_async(0, places[0] - memory.ptr)
+    _cuda.clear(memory, places[0] - memory.ptr)
     entries = cupy.cuda.alloc(8 * room)
     limit, starts, counts = reference.log_threshold(options.threshold), (places[0], places[1]), (places[2], places[3])
     for own, other, targets, start, count, named in (

@@ -484,7 +484,7 @@ def _radix_sort(
         frame_bytes * len(lengths),
         *(8 * n for _ in range(2 + wide)),
     )
-    memory.memset_async(0, end - memory.ptr)
+    _cuda.clear(memory, end - memory.ptr)
     if macros[1][1] == KEY_GIVEN:
         key = _kernel("radix_keys", tiled, "QciQQ")
         args: tuple[Any, ...] = (keys.data.ptr, clouds, group, records[0], histogram)
@@ -529,8 +529,8 @@ def _probe(
     memory, (arrived, framed, totals, counts, end, rooms, cursors, left, voxels, proposal, frames) = _cuda.workspace(
         4, 4 * len(lengths), 12 * num_buckets, 3 * each, 0, each, each, 4 * blocks, 8 * n, 4 * n, frame_bytes
     )
-    memory.memset_async(0, end - memory.ptr)
-    moved.data.memset_async(0, 4)
+    _cuda.clear(memory, end - memory.ptr)
+    _cuda.clear(moved.data, 4)
     _frames(points, macros, cell, group, batch, clouds, framed, frames)
     packed = np.zeros((), _CANDIDATES)
     packed["packed"] = (reference.candidates(seed) + 4) @ (1, 16, 256)

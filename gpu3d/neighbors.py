@@ -760,7 +760,8 @@ def _chamfer_cuda(
     loss = cupy.ndarray((clouds,) if reduction == "none" else (), _FLOAT)
     given, gradients = 0, []
     if with_grad:
-        taken = cupy.zeros(3 * sum(counts), _INT64)
+        taken = cupy.ndarray((3 * sum(counts),), _INT64)
+        _cuda.clear(taken.data, taken.nbytes)
         given, gradients = taken.data.ptr, [cupy.ndarray((count, 3), _FLOAT) for count in counts]
     device, sides, nodes, slots = loss.data.device_id, [], 0, 0
     # Of each side nearest, d2, largest and sums; then the losses of all clouds, and how many of them are known.

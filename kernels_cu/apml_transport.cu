@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // APML: the plan from what both sides keep, its Sinkhorn iterations, the loss and the gradients, in one cooperative launch.
 //
-// Rows are slots of pred, columns slots of target; both in the order of the index, so that neighbours in space are neighbours in memory.
+// Rows are slots of pred, columns slots of target; both in the order of the index, so that neighbours in space are neighbours in
+// memory.
 //   merge     each row's entries of P1 and P2 are brought together, sorted by column and joined: P = (P1 + P2) / 2, or their
 //             minimum. A row keeps the room of both, so rows have gaps between them.
 //   columns   each column's entries are listed, sorted by row

@@ -26,10 +26,11 @@
 //   a tile loaded two tiles ahead, two barriers      -   |  -  | 0.1
 //   sums under way beside the next weights (LAZY)    -   |  -  | 0.2
 // Tried and not better: 2^x by a cubic on the FMA units for 1/8, 2/8, 3/8 of the weights (D = 16: 2.71 ms became 2.80, 3.0,
-// 3.2; its error is 7.5e-5 of a weight); ex2 on pairs of halves, which runs no faster; scale and top folded into the products
-// (two planes of scale * q, sums that start from -top: 32 operations a chunk less, 8 products more, 2.76 became 2.93); row sums
-// by additions there (2.80), or sums begun only beside the next weights (2.85); weights cut off instead of rounded; the next chunk's products begun before this one's weights; two stages; warpgroups taking turns at
-// the tensor cores; chunks of 128.
+// 3.2; its error is 7.5e-5 of a weight); ex2 on pairs of halves, which runs no faster; scale and top folded into the
+// products (two planes of scale * q, sums that start from -top: 32 operations a chunk less, 8 products more, 2.76 became
+// 2.93); row sums by additions there (2.80), or sums begun only beside the next weights (2.85); weights cut off instead of
+// rounded; the next chunk's products begun before this one's weights; two stages; warpgroups taking turns at the tensor
+// cores; chunks of 128.
 //
 // In registers, row `lane / 4` (and that + 8) and columns 2 * (lane % 4) + {0, 1} of each 16 x 8 tile belong to a lane.
 

@@ -2,15 +2,16 @@
 // The index of the neighbour search, and the walk through it that skips what is too far. Include clouds.cuh first.
 //
 // A cloud in bucket order is cut into nodes of 1024 points, a node's points into tiles of 32 (neighbors_index.cu puts them into
-// another order for that); 32 nodes make a branch, none across clouds. Each has a box, and tiles and nodes a slab besides: two planes
-// along the surface that the points come from, which a box cannot follow. A query is a warp, and reads 32 points, or 32 boxes, at a time, one a lane. Of the boxes it takes the nearest first and passes over
-// those that hold nothing better than what it has found, so every answer is that of brute force:
+// another order for that); 32 nodes make a branch, none across clouds. Each has a box, and tiles and nodes a slab besides: two
+// planes along the surface that the points come from, which a box cannot follow. A query is a warp, and reads 32 points, or 32
+// boxes, at a time, one a lane. Of the boxes it takes the nearest first and passes over those that hold nothing better than what it
+// has found, so every answer is that of brute force:
 //   d2 = (dx * dx + dy * dy) + dz * dz      every operation rounded once
 // is monotone in |dx|, |dy|, |dz|, so that of a box is never above that of a point in it; slabs leave room for rounding.
 // At worst nothing is passed over, and the walk is brute force, 32 pairs a step.
 //
 // What slabs are worth: queries in a ball of 0.05 around the centre of a sphere of 131,072 points see all tiles about as far, and
-// boxes of slanted tiles reach far inwards. k = 2 took 19.9 ms without slabs, 4.3 with them, and 2.8 when they were asked first and
+// boxes of slanted tiles reach far inwards. k = 2 took 19.9 ms without slabs, 4.3 with them, and 2.4 when they were asked first and
 // tiles made compact (neighbors_index.cu; H100).
 //
 // In the index's table of clouds, Cloud::slot / 32 is the cloud's first tile, Cloud::tile its first node, Cloud::group its first

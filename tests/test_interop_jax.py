@@ -9,6 +9,7 @@ import doctest
 import functools
 import os
 import re
+import struct
 import subprocess
 import sys
 import threading
@@ -680,9 +681,8 @@ def test_the_header():
         ("XLA_FFI_API_MAJOR", _xla.API_VERSION[0]),
     ):
         assert re.search(rf"\b{name}(?: =)? {value}\b", header), name
-    for dtype, name in ((np.float32, "F32"), (np.float64, "F64"), (np.int32, "S32"), (np.uint8, "U8")):
-        (value,) = re.findall(rf"XLA_FFI_DataType_{name} = (\d+)", header)
-        assert _xla.DTYPES[int(value)] == dtype
+    (buffer,) = re.findall(r"struct XLA_FFI_Buffer {(.*?)\n};", header, re.DOTALL)
+    assert re.findall(r"(\w+);", re.sub(r"//.*", "", buffer))[:4] == ["struct_size", "extension_start", "dtype", "data"]
     for structure, name in ((_xla.CallFrame, "CallFrame"), (_xla.Buffers, "Args"), (_xla.Attributes, "Attrs")):
         (body,) = re.findall(rf"struct XLA_FFI_{name} {{(.*?)\n}};", header, re.DOTALL)
         fields = re.findall(r"(\w+);", re.sub(r"//.*", "", body))
@@ -691,7 +691,7 @@ def test_the_header():
             renamed = {"extension_start": "extension", "ctx": "context"}
         expected = [renamed.get(field, field) for field in fields]
         assert [field for field, _ in structure._fields_] == expected[: len(structure._fields_)], name
-    assert _xla.size_of(_xla.ARGUMENTS["Error_Create"]) == 28 and _xla.BUFFER.size == 48
+    assert _xla.size_of(_xla.ARGUMENTS["Error_Create"]) == 28
 
 
 class DeviceArray(np.ndarray):
@@ -715,7 +715,7 @@ class Device:
         self.functions = []
         self.api = _xla.Api()
         for name, structure in _xla.ARGUMENTS.items():
-            function = _xla._function(functools.partial(self.answer, name, structure))
+            function = _xla.FUNCTION(functools.partial(self.answer, name, structure))
             self.functions.append(function)
             setattr(self.api, name, ctypes.cast(function, ctypes.c_void_p).value)
         self.allocator = None
@@ -773,26 +773,24 @@ class Device:
             return np.empty(shape, dtype).view(DeviceArray)
         return np.ndarray(shape, dtype, (ctypes.c_char * size).from_address(address)).view(DeviceArray)
 
-    def call(self, call, arrays, results):
+    def call(self, name, options, arrays, results):
         """Runs the CUDA handler: `results` are shapes and dtypes; the buffers it wrote, and what it returned."""
         buffers = [np.full(shape, 205, dtype) for shape, dtype in results]
+        call = _xla.attribute(name, options, arrays, buffers)
         keep, frame = [], _xla.CallFrame()
-        codes = {dtype: code for code, dtype in _xla.DTYPES.items()}
         for side, list_of in ((arrays, frame.args), (buffers, frame.rets)):
             addresses = (ctypes.c_void_p * len(side))()
             for i, x in enumerate(side):
-                dims = np.array(x.shape, np.int64)
-                place = x.ctypes.data, x.ndim, dims.ctypes.data
-                packed = ctypes.create_string_buffer(_xla.BUFFER.pack(48, 0, codes[x.dtype], *place))
+                packed = ctypes.create_string_buffer(struct.pack("<QQi4xQqQ", 48, 0, 0, x.ctypes.data, 0, 0))
                 addresses[i] = ctypes.addressof(packed)
-                keep += [dims, packed]
+                keep.append(packed)
             list_of.size, list_of.items = len(side), ctypes.addressof(addresses)
             keep.append(addresses)
         text = ctypes.create_string_buffer(call.encode())
         span = ctypes.create_string_buffer(_xla.BYTE_SPAN.pack(ctypes.addressof(text), len(call)))
         spans = (ctypes.c_void_p * 1)(ctypes.addressof(span))
         frame.attrs.size, frame.attrs.items = 1, ctypes.addressof(spans)
-        frame.api, frame.stage = ctypes.pointer(self.api), _xla.EXECUTE
+        frame.api, frame.stage = ctypes.addressof(self.api), _xla.EXECUTE
         returned = _xla.handler("CUDA")(ctypes.addressof(frame))
         return buffers, returned
 
@@ -805,16 +803,18 @@ def new_array(shape, dtype=np.float32):
 def device(monkeypatch):
     device = Device()
     monkeypatch.setitem(sys.modules, "cupy", device.cupy)
-    _xla._stream.cache_clear()
+    for cache in (_xla._stream, _xla._function):
+        cache.cache_clear()
     yield device
-    _xla._stream.cache_clear()
+    for cache in (_xla._stream, _xla._function):
+        cache.cache_clear()
     _xla._parsed.cache_clear()
 
 
 def run_on(device, monkeypatch, function, results, *arrays):
     monkeypatch.setitem(_xla.CALLS, "test", function)
     _xla._parsed.cache_clear()
-    return device.call(_xla.attribute("test", {"factor": 2.0}), list(arrays), results)
+    return device.call("test", {"factor": 2.0}, list(arrays), results)
 
 
 def test_results_are_born_in_xlas_buffers(device, monkeypatch):
@@ -899,7 +899,7 @@ def test_other_stages_and_the_metadata():
     metadata, extension = _xla.Metadata(traits=9), _xla.MetadataExtension()
     extension.base.type, extension.metadata = _xla.METADATA, ctypes.pointer(metadata)
     frame = _xla.CallFrame()
-    frame.extension = ctypes.cast(ctypes.pointer(extension), ctypes.POINTER(_xla.Extension))
+    frame.extension = ctypes.addressof(extension)
     for platform in ("cpu", "CUDA"):
         metadata.traits = 9
         assert _xla.handler(platform)(ctypes.addressof(frame)) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import json
 import threading
 
 import clouds
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import gpu3d
-from gpu3d.interop import _xla
+from gpu3d.interop import _replay, _xla
 
 pytestmark = pytest.mark.gpu
 jax = pytest.importorskip("jax")
@@ -119,6 +120,31 @@ def test_results_and_gradients(cp, dtype):
         for ratio, reduce in ((2, "max"), (4, "mean")):
             run, expected = every_gradient(cp, dtype, lengths, bucket_size, ratio, reduce)
             assert_same(run(), expected)
+
+
+def test_calls_that_are_played(cp, monkeypatch):
+    """From the third call of a kind on, with other values each time."""
+    book = _replay.Book()
+    monkeypatch.setattr(_xla, "_book", book)
+    losses = jax.jit(
+        lambda x, y: [
+            (f(x, y), *jax.value_and_grad(f, (0, 1))(x, y))
+            for f in (g.chamfer, functools.partial(g.apml, max_entries=20_000))
+        ]
+    )
+    bucketize = jax.jit(functools.partial(g.bucketize, bucket_size=16, lengths=LENGTHS))
+    run, expected = every_gradient(cp, "float16", LENGTHS, 16)
+    for seed in range(5):
+        at = points(POINTS, seed=seed)
+        made = gpu3d.bucketize(plain(cp, at), 16, lengths=LENGTHS)
+        assert_same(jax.tree.leaves(bucketize(at)), [made.slot_to_point, made.point_to_slot, made.moved])
+        assert_same(run(), expected)
+        x, y = (normal(n, 3, seed=n + seed) for n in (600, 500))
+        for name, (loss, again, gradients) in zip(("chamfer", "apml"), losses(x, y), strict=True):
+            want, of = getattr(gpu3d, name + "_value_and_grad")(plain(cp, x), plain(cp, y))
+            assert_same([loss, again, *gradients], [want, want, *of])
+    names = {json.loads(kind[0])[0] for kind, program in book.played.items() if program is not None}
+    assert names == set(_xla.CALLS)
 
 
 @pytest.mark.parametrize("balance", ["spill", "probe"])

@@ -30,6 +30,7 @@ from test_interop_torch import (  # noqa: E402
     stage,
 )
 
+from gpu3d.interop import _replay  # noqa: E402
 from gpu3d.interop import torch as g  # noqa: E402
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -119,6 +120,48 @@ def test_apml(cp, reduction):
     graph.replay()
     torch.cuda.synchronize()
     assert_same([loss, *captured], [expected, *gradients])
+
+
+def test_calls_that_are_played(cp, monkeypatch):
+    """From the third call of a kind on, with other values each time: on a side stream and in a graph too."""
+    book = _replay.Book()
+    monkeypatch.setattr(g, "_book", book)
+    sides = {"x_lengths": [200, 400], "y_lengths": [450, 50]}, {"pred_lengths": [600], "target_lengths": [500]}
+
+    def losses(seed):
+        x, y = (on_gpu(normal(n, 3, seed=n + seed)) for n in (600, 500))
+        pulled = g.chamfer(x, y, **sides[0]), g.apml(x, y, max_entries=20_000, **sides[1])
+        got = [z for loss in pulled for z in (loss, *torch.autograd.grad(loss, (x, y)))]
+        with torch.no_grad():
+            got += [g.chamfer(x, y, **sides[0]), g.apml(x, y, max_entries=20_000, **sides[1])]
+        plain = gpu3d.chamfer_value_and_grad(x, y, **sides[0]), gpu3d.apml_value_and_grad(x, y, **sides[1])
+        return got, [z for loss, gradients in plain for z in (loss, *gradients)] + [loss for loss, _ in plain]
+
+    side = torch.cuda.Stream()
+    for seed in range(5):
+        at = points(POINTS, seed=seed).cuda()
+        made, expected = g.bucketize(at, 16, lengths=LENGTHS), gpu3d.bucketize(at, 16, lengths=LENGTHS)
+        assert torch.equal(made.slot_to_point, expected.slot_to_point) and torch.equal(made.moved, expected.moved)
+        assert_same(*every_gradient(torch.float16, LENGTHS, 16))
+        slow = torch.randn(2048, 2048, device="cuda")
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            for _ in range(20):
+                slow = slow @ slow
+            assert_same(*losses(seed))
+        side.synchronize()
+    x, y = (normal(n, 3).cuda() for n in (600, 500))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        loss = g.chamfer(x, y, **sides[0])
+    for seed in range(2):
+        x.copy_(normal(600, 3, seed=seed))
+        graph.replay()
+        assert_same([loss], [gpu3d.chamfer(x, y, **sides[0])])
+    played = {"bucketize", "move_rows", "chamfer", "apml"} | {
+        f"bucket_{name}{back}" for name in ("attention", "pool", "unpool") for back in ("", "_backward")
+    }
+    assert played == {kind[0] for kind, program in book.played.items() if program is not None}
 
 
 @pytest.mark.parametrize("balance", ["spill", "probe"])

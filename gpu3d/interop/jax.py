@@ -116,7 +116,7 @@ def _call(name: str, options: _Options, results: Sequence[jax.ShapeDtypeStruct],
         results = [jax.ShapeDtypeStruct(x.shape, x.dtype, **manual) for x in results]
     _finish_at_exit()
     run = jax.ffi.ffi_call(_TARGET, list(results), vmap_method="sequential")
-    return tuple(run(*arrays, call=_xla.attribute(name, dict(options))))
+    return tuple(run(*arrays, call=_xla.attribute(name, dict(options), arrays, results)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
