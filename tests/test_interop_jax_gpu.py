@@ -123,7 +123,7 @@ def test_results_and_gradients(cp, dtype):
 
 
 def test_calls_that_are_played(cp, monkeypatch):
-    """From the third call of a kind on, with other values each time."""
+    """From the fifth call of a kind on, with other values each time."""
     book = _replay.Book()
     monkeypatch.setattr(_xla, "_book", book)
     losses = jax.jit(
@@ -134,7 +134,7 @@ def test_calls_that_are_played(cp, monkeypatch):
     )
     bucketize = jax.jit(functools.partial(g.bucketize, bucket_size=16, lengths=LENGTHS))
     run, expected = every_gradient(cp, "float16", LENGTHS, 16)
-    for seed in range(5):
+    for seed in range(6):
         at = points(POINTS, seed=seed)
         made = gpu3d.bucketize(plain(cp, at), 16, lengths=LENGTHS)
         assert_same(jax.tree.leaves(bucketize(at)), [made.slot_to_point, made.point_to_slot, made.moved])

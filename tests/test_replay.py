@@ -98,8 +98,14 @@ def test_what_a_call_is_learnt_from():
     assert [book.is_due("a", 10) for _ in range(2)] == [False, False] and not book.is_due("b", 10)
     assert not any(book.is_due("large", _replay.LARGEST + 1) for _ in range(5))
     assert book.is_due("a", 10)
-    book.write("a", None)  # it cannot be played: it is not tried again
-    assert not any(book.is_due("a", 10) for _ in range(5))
-    for kind in range(_replay.KINDS):
-        book.write(kind, "a program")
+    known = [None, None, True]
+    book.write("a", "a program", lambda: known.pop(0))
+    for _ in range(2):
+        assert not book.is_due("a", 10) and "a" not in book.played  # the GPU is still at it
+    assert not book.is_due("a", 10) and book.played == {"a": "a program"}
+    book.write("b", "another", lambda: False)
+    assert not any(book.is_due("b", 10) for _ in range(5)) and book.played["b"] is None  # and it is not tried again
+    for kind in range(2 * _replay.KINDS):
+        book.write(kind, "a program", lambda: True)
+        assert not book.is_due(kind, 10)
     assert len(book.played) <= _replay.KINDS

@@ -7,7 +7,7 @@ differs in the arguments of its kernels is an address, and says of what. `play` 
 
 A program holds for calls that launch the same whatever the values of their arrays are: `Taken` cannot see what was read
 from the device, nor kernels that are not of `_cuda.launch`. Who plays programs compares the results of one with the
-call's own, in memory that held something else, before relying on it.
+call's own, in memory that held something else, before relying on it; the host does not wait for that.
 """
 
 from __future__ import annotations
@@ -30,21 +30,36 @@ class Book:
     def __init__(self) -> None:
         self.played: dict[Any, Any] = {}
         self._calls: dict[Any, int] = {}
+        self._tried: dict[Any, tuple[Any, Callable[[], bool | None]]] = {}
 
     def is_due(self, kind: Any, size: int) -> bool:
-        """Whether this call of a kind, whose inputs are `size` bytes, is the one to learn from."""
+        """Whether this call of a kind that is not played, with `size` bytes of inputs, is the one to learn from."""
         if size > LARGEST or kind in self.played:
+            return False
+        if kind in self._tried:
+            self._settle(kind)
             return False
         if len(self._calls) > KINDS:
             self._calls.clear()
         count = self._calls[kind] = self._calls.get(kind, 0) + 1
         return count == LEARNED_AT
 
-    def write(self, kind: Any, played: Any) -> None:
+    def write(self, kind: Any, played: Any, alike: Callable[[], bool | None]) -> None:
+        """From when `alike` says that what was tried gave the call's results; None: the GPU is still at it."""
+        if len(self._tried) >= KINDS:
+            self._tried.clear()
+        self._tried[kind] = played, alike
+        self._calls.pop(kind, None)
+
+    def _settle(self, kind: Any) -> None:
+        played, alike = self._tried[kind]
+        outcome = alike()
+        if outcome is None:
+            return
         if len(self.played) >= KINDS:
             self.played.clear()
-        self.played[kind] = played
-        self._calls.pop(kind, None)
+        self.played[kind] = played if outcome else None
+        self._tried.pop(kind, None)
 
 
 class Memory(NamedTuple):

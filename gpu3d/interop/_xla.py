@@ -425,11 +425,11 @@ def _run_cuda(frame: CallFrame) -> None:
             _replay.play(program, (*args, *rets, allocator.address(program.workspace)), stream)
             return
         with cupy.cuda.Device(device), _stream(stream):
-            due = call.fixed and _book.is_due(kind, sum(x.size for x in call.args))
-            run = _learn if due else _landed
-            learnt = run(call, _places(args, call.args), _places(rets, call.rets), allocator)
-            if due:
-                _book.write(kind, learnt)
+            places = _places(args, call.args), _places(rets, call.rets)
+            if call.fixed and _book.is_due(kind, sum(x.size for x in call.args)):
+                _book.write(kind, *_learn(call, *places, allocator))
+            else:
+                _landed(call, *places, allocator)
     finally:
         allocator.free()
 
@@ -454,8 +454,8 @@ def _landed(call: _Call, args: Sequence[_Place], rets: Sequence[_Place], allocat
 
 def _learn(
     call: _Call, args: Sequence[_Place], rets: Sequence[_Place], allocator: _Allocator
-) -> _replay.Program | None:
-    """Runs the call, and what plays such calls: taken down on two sets of memory, and tried on a third."""
+) -> tuple[_replay.Program | None, Callable[[], bool | None]]:
+    """Runs the call; what plays such calls, taken down on two sets of memory, and whether it did so on a third."""
     import cupy
 
     def taken(args: Sequence[_Place], rets: Sequence[_Place]) -> _replay.Taken | None:
@@ -478,22 +478,24 @@ def _learn(
         other = taken(copies, [place._replace(address=poisoned(place.size)) for place in rets])
         program = _replay.program_of(one, other) if one is not None and other is not None else None
         if program is None:
-            return None
+            return None, lambda: False
         tried = [poisoned(place.size) for place in rets]
         addresses = *[place.address for place in copies], *tried, poisoned(program.workspace)
         _replay.play(program, addresses, cupy.cuda.get_current_stream().ptr)
-    except MemoryError:
-        return None
-    alike = [
-        bool(
-            (
-                _bytes_at(address, place.size, allocator.device)
-                == _bytes_at(place.address, place.size, allocator.device)
+        with cupy.cuda.using_allocator(allocator):
+            alike = cupy.stack(
+                [
+                    cupy.array_equal(*(_bytes_at(at, place.size, allocator.device) for at in (address, place.address)))
+                    for address, place in zip(tried, rets, strict=True)
+                ]
             ).all()
-        )
-        for address, place in zip(tried, rets, strict=True)
-    ]
-    return program if all(alike) else None
+    except MemoryError:
+        return None, lambda: False
+    on_host = np.frombuffer(cupy.cuda.alloc_pinned_memory(1), np.bool_, 1).reshape(())
+    alike.get(out=on_host, blocking=False)
+    event = cupy.cuda.Event(disable_timing=True)
+    event.record()
+    return program, lambda: bool(on_host) if event.done else None
 
 
 def _bytes_at(address: int, size: int, device: int) -> Any:
