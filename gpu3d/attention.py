@@ -305,7 +305,9 @@ MMA = {
 SINGLE = (_Tiling(32, 0, 4, 1, 64, 16, 1), _Tiling(64, 0, 4, 1, 32, 16, 1), _Tiling(128, 0, 4, 1, 32, 16, 1))
 
 _VIEW = struct.Struct("<Qqqi4x")
-_SIGNATURES = {"forward": "vvvcQiiiffQQ", "dq": "vvvvvQcQiiifffQQ", "dkdv": "vvvvQQcQiiifffQQ"}  # v: a View, c: Clouds
+_DIVISORS = struct.Struct("<" + 3 * "iIi")
+# v, c, d: struct View, Clouds, Divisors
+_SIGNATURES = {"forward": "vvvcQidffQQ", "dq": "vvvvvQcQidfffQQ", "dkdv": "vvvvQQcQidfffQQ"}
 LOG2E = math.log2(math.e)
 _LSE = np.dtype(np.float32)
 
@@ -340,7 +342,7 @@ class _Plan(NamedTuple):
     """What a kernel needs for a layout, worked out once: Python takes as long over a call as the launches."""
 
     kernel: _cuda.Kernel
-    tiles: int  # blocks a scope and head
+    divisors: bytes  # struct Divisors
     grid: int
     block: int
     shared_mem: int
@@ -368,11 +370,19 @@ def _plans(
         own = 16 * tiling.warps * tiling.own_tiles
         owned = own * (1 if which == "forward" else 2) if tiling.own_shared else 0
         shared_mem = (STAGES * 2 * planes * tiling.visit + owned) * words * 2
-        formats = _SIGNATURES[which].replace("v", f"{_VIEW.size}s").replace("c", _clouds.FORMAT)
+        sizes = {"v": f"{_VIEW.size}s", "c": _clouds.FORMAT, "d": f"{_DIVISORS.size}s"}
+        formats = "".join(sizes.get(letter, letter) for letter in _SIGNATURES[which])
         kernel = _cuda.kernel(f"attention_{which}", f"attention_{which}", formats, macros, shared_mem=shared_mem)
-        tiles = -(-longest * bucket_size // own)
-        plans.append(_Plan(kernel, tiles, table_shape[0] * heads * tiles, 32 * tiling.warps, shared_mem))
+        tiles = -(-longest * bucket_size // own)  # blocks a scope and head
+        divisors = _DIVISORS.pack(*[x for by in (bucket_size, heads, tiles) for x in _divisor(by)])
+        plans.append(_Plan(kernel, divisors, table_shape[0] * heads * tiles, 32 * tiling.warps, shared_mem))
     return _clouds.batch(lengths, bucket_size, buckets, 0 * buckets), plans
+
+
+def _divisor(by: int) -> tuple[int, int, int]:
+    """A struct Divisor: x // by is x * factor >> shift, for 0 <= x < 2**31."""
+    shift = 31 + (by - 1).bit_length()
+    return by, -(-(1 << shift) // by), shift
 
 
 def _aligned(x: Any) -> tuple[Any, bytes]:
@@ -416,7 +426,7 @@ def _forward_cuda(
         batch, (forward,) = _plans(q.data.device_id, ("forward",), *key)
         clouds, memory = _clouds.pack(batch, buckets.bucket_size)
         kept, views = zip(*map(_aligned, (q, k, v)), strict=True)
-        scope = clouds, table.data.ptr, table.shape[1], shape[1], forward.tiles, *_exponent(scale, dtype)
+        scope = clouds, table.data.ptr, table.shape[1], forward.divisors, *_exponent(scale, dtype)
         _launch(forward, *views, *scope, out.data.ptr, lse_address)
         del kept, memory  # held until here: the pool hands them on in stream order
     return out, lse
@@ -438,10 +448,10 @@ def _backward_cuda(
             lse = cupy.ascontiguousarray(lse)
         kept, views = zip(*map(_aligned, (dout, q, k, v, out)), strict=True)
         delta = cupy.cuda.alloc(lse.nbytes)
-        scope = clouds, table.data.ptr, table.shape[1], shape[1]
+        scope = clouds, table.data.ptr, table.shape[1]
         numbers = *_exponent(scale, dtype), scale
         saved, (of_q, of_k, of_v) = lse.data.ptr, (part.ptr for part in memory)
-        _launch(dq, *views, saved, *scope, dq.tiles, *numbers, of_q, delta.ptr)
-        _launch(dkdv, *views[:4], saved, delta.ptr, *scope, dkdv.tiles, *numbers, of_k, of_v)
+        _launch(dq, *views, saved, *scope, dq.divisors, *numbers, of_q, delta.ptr)
+        _launch(dkdv, *views[:4], saved, delta.ptr, *scope, dkdv.divisors, *numbers, of_k, of_v)
         del kept, held, delta  # held until here: the pool hands them on in stream order
     return gradients

@@ -78,17 +78,35 @@ struct View {
     int dim;                // D before padding: a multiple of 8
 };
 
+// A number that the host knows, to divide by as a multiplication: the GPU's own division waits in turn for the unit that makes
+// the exponentials of other blocks, and a block's beginning is a chain of divisions and loads.
+struct Divisor {
+    int by;
+    u32 factor;             // 2^shift / by, rounded up: exact for 0 <= x < 2^31
+    int shift;              // 31 + ceil(log2(by))
+};
+
+struct Divisors {
+    Divisor size;           // slots a bucket
+    Divisor heads;
+    Divisor tiles;          // blocks a scope and head
+};
+
+__device__ __forceinline__ int divide(int x, const Divisor &divisor) { return (u64)(u32)x * divisor.factor >> divisor.shift; }
+
 // ---- scopes --------------------------------------------------------------------------------------------------------
 
 struct Scope {
     const int *buckets;     // its row of the table
-    int size;               // slots a bucket
+    Divisor size;           // slots a bucket
     int end;                // positions
     int hole, hole_end;     // the positions among them that are padding
 };
 
-__device__ __forceinline__ Scope scope_at(const Clouds &clouds, const int *table, int width, int index) {
-    Scope scope = {table + (size_t)index * width, clouds.bucket_size, 0, 0, 0};
+__device__ __forceinline__ Scope scope_at(
+    const Clouds &clouds, const int *table, int width, int index, const Divisor &size)
+{
+    Scope scope = {table + (size_t)index * width, size, 0, 0, 0};
     const Cloud *rows = rows_of(clouds);
     const int lane = threadIdx.x & 31;
     int count = 0, last = 0, filled = 0;        // the last bucket of the scope's cloud, and its points
@@ -97,28 +115,28 @@ __device__ __forceinline__ Scope scope_at(const Clouds &clouds, const int *table
         if (base == 0) {
             const int b = cloud_of<&Cloud::tile>(clouds, __shfl_sync(FULL, bucket, 0));     // tiles are buckets here
             last = rows[b + 1].tile - 1;
-            filled = rows[b + 1].point - rows[b].point - (last - rows[b].tile) * scope.size;
+            filled = rows[b + 1].point - rows[b].point - (last - rows[b].tile) * size.by;
         }
         const u32 listed = __ballot_sync(FULL, bucket >= 0), short_one = __ballot_sync(FULL, bucket == last);
         count += __popc(listed);
         if (short_one) {
-            scope.hole_end = (base + __ffs(short_one)) * scope.size;
-            scope.hole = scope.hole_end - scope.size + filled;
+            scope.hole_end = (base + __ffs(short_one)) * size.by;
+            scope.hole = scope.hole_end - size.by + filled;
         }
         if (listed != FULL) break;
     }
-    scope.end = count * scope.size;
+    scope.end = count * size.by;
     return scope;
 }
 
 // The scope, the head and the position of the first row that this block owns; false past the end of a short scope.
 __device__ __forceinline__ bool block_owns(
-    Scope &scope, int &head, int &first, const Clouds &clouds, const int *table, int width, int heads, int tiles)
+    Scope &scope, int &head, int &first, const Clouds &clouds, const int *table, int width, const Divisors &divisors)
 {
-    const int item = blockIdx.x / tiles;        // tiles: blocks a scope and head
-    head = item % heads;
-    first = blockIdx.x % tiles * OWN;
-    scope = scope_at(clouds, table, width, item / heads);
+    const int item = divide(blockIdx.x, divisors.tiles), index = divide(item, divisors.heads);
+    head = item - index * divisors.heads.by;
+    first = (blockIdx.x - item * divisors.tiles.by) * OWN;
+    scope = scope_at(clouds, table, width, index, divisors.size);
     return first < scope.end;
 }
 
@@ -133,7 +151,8 @@ __device__ __forceinline__ u32 points_from(const Scope &scope, int position) {
 }
 
 __device__ __forceinline__ int slot_at(const Scope &scope, int position) {
-    return scope.buckets[position / scope.size] * scope.size + position % scope.size;
+    const int bucket = divide(position, scope.size);
+    return position + (scope.buckets[bucket] - bucket) * scope.size.by;
 }
 
 // The visiting tile after `first`; one that is all padding is passed over.
@@ -489,7 +508,7 @@ __device__ __forceinline__ int owned_slot(const Scope &scope, int position) {
     return position < scope.end ? slot_at(scope, position) : 0;
 }
 
-// Rows that hold no point are zeros. `sign` is 1 or -1.
+// Rows that hold no point are zeros. `sign` is 1 or -1. Of 16-bit words only the signs change: nothing waits for the loads here.
 __device__ __forceinline__ void load_owned(
     Rows rows, const View &view, const Scope &scope, int first, int head, float sign)
 {
@@ -502,10 +521,17 @@ __device__ __forceinline__ void load_owned(
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) {
                 const int column = n * 8 + (threadIdx.x & 3) * 2;
-                const float2 x =
-                    holds && n * 8 < view.dim ? load_pair(view, slot + 8 * half, head, column) : float2{0, 0};
+                const bool loads = holds && n * 8 < view.dim;
                 u32 planes[PLANES];
+#if ELEMENT == 0
+                const float2 x = loads ? load_pair(view, slot + 8 * half, head, column) : float2{0, 0};
                 split(sign * x.x, sign * x.y, planes);
+#else
+                const u16 *from = (const u16 *)view.data + (slot + 8 * half) * view.row + head * view.head + column;
+                planes[0] = 0;              // volatile: it stays before the visitors' copies
+                if (loads) asm volatile("ld.global.b32 %0, [%1];" : "=r"(planes[0]) : "l"(from) : "memory");
+                planes[0] ^= sign < 0 ? 0x80008000 : 0;
+#endif
 #if OWN_SHARED
                 const int row = owned_position(0, m) + 8 * half;
                 *(u32 *)(rows + n / 8 * OWN * ROW + row * ROW + (n % 8 ^ row % 8) * 8 + (threadIdx.x & 3) * 2) = planes[0];
@@ -567,25 +593,10 @@ __device__ __forceinline__ void store_owned(
 
 // ---- visiting rows -------------------------------------------------------------------------------------------------
 
-// Where this thread's row of the visiting tile lies: row threadIdx.x / PARTS of it.
-struct Visitor {
-    int position, bucket, offset;
-};
-
-__device__ __forceinline__ Visitor visitor_at(const Scope &scope, int first) {
+// The slot of this thread's row of the visiting tile, row threadIdx.x / PARTS of it, or -1 where it holds no point.
+__device__ __forceinline__ int visitor_slot(const Scope &scope, int first) {
     const int position = first + threadIdx.x / PARTS;
-    return {position, position / scope.size, position % scope.size};
-}
-
-__device__ __forceinline__ void move_visitor(Visitor &visitor, const Scope &scope, int step) {
-    visitor.position += step;
-    visitor.offset += step;
-    while (visitor.offset >= scope.size) { visitor.offset -= scope.size; ++visitor.bucket; }
-}
-
-// The slot of the row, or -1 where it holds no point.
-__device__ __forceinline__ int visitor_slot(const Visitor &visitor, const Scope &scope) {
-    return holds_point(scope, visitor.position) ? scope.buckets[visitor.bucket] * scope.size + visitor.offset : -1;
+    return holds_point(scope, position) ? slot_at(scope, position) : -1;
 }
 
 // Starts the copy of this thread's part of row `slot` of both tensors into a stage [2, PLANES, VISIT, ROW] of shared memory;
@@ -669,17 +680,14 @@ __device__ __forceinline__ void visit(
         for (int i = 0; i < 2; ++i)
             asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(come + 8 * i), "r"(THREADS) : "memory");
     int tile = first_tile(scope), loading = tile;
-    Visitor visitor = visitor_at(scope, tile);
-    int slot = visitor_slot(visitor, scope);
+    int slot = visitor_slot(scope, tile);
     float2 brought;
     const auto load = [&](int stage) {          // the tile `loading`, whose slot was read well before
         load_visiting(stages + stage * 2 * TENSOR, one, other, slot, head);
         commit_copies();
         brought = fetch(slot);
-        const int next = next_tile(scope, loading);
-        move_visitor(visitor, scope, next - loading);
-        slot = visitor_slot(visitor, scope);
-        loading = next;
+        loading = next_tile(scope, loading);
+        slot = visitor_slot(scope, loading);
     };
     load(0);
     put(0, brought);

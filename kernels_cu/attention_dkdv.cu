@@ -21,8 +21,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
     const __grid_constant__ Clouds clouds,      // tiles are buckets
     const int *__restrict__ table,              // [scopes, width]
     int width,
-    int heads,
-    int tiles,                                  // blocks a scope and head
+    const __grid_constant__ Divisors divisors,
     float slope,                                // |scale| * UNIT, positive
     float sign,                                 // of scale
     float scale,
@@ -33,7 +32,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
     __shared__ float stats[3][2][VISIT];        // of each stage: lse * UNIT, and delta
     Scope scope;
     int head, first;
-    if (!block_owns(scope, head, first, clouds, table, width, heads, tiles)) return;
+    if (!block_owns(scope, head, first, clouds, table, width, divisors)) return;
+    const int heads = divisors.heads.by;
 
     OWNED_ROWS(key, 0);
     OWNED_ROWS(value, 1);

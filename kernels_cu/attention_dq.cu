@@ -19,8 +19,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
     const __grid_constant__ Clouds clouds,      // tiles are buckets
     const int *__restrict__ table,              // [scopes, width]
     int width,
-    int heads,
-    int tiles,                                  // blocks a scope and head
+    const __grid_constant__ Divisors divisors,
     float slope,                                // |scale| * UNIT, positive
     float sign,                                 // of scale
     float scale,
@@ -30,7 +29,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
     extern __shared__ __align__(1024) u16 stages[];          // [3, 2, PLANES, VISIT, ROW], owned rows
     Scope scope;
     int head, first;
-    if (!block_owns(scope, head, first, clouds, table, width, heads, tiles)) return;
+    if (!block_owns(scope, head, first, clouds, table, width, divisors)) return;
+    const int heads = divisors.heads.by;
 
     OWNED_ROWS(query, 0);
     OWNED_ROWS(dout_rows, 1);

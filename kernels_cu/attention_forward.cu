@@ -44,8 +44,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
     const __grid_constant__ Clouds clouds,      // tiles are buckets
     const int *__restrict__ table,              // [scopes, width]
     int width,
-    int heads,
-    int tiles,                                  // blocks a scope and head
+    const __grid_constant__ Divisors divisors,
     float slope,                                // |scale| * UNIT, positive
     float sign,                                 // of scale
     void *__restrict__ out,                     // [slots, heads, D]
@@ -54,14 +53,15 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
     extern __shared__ __align__(1024) u16 stages[];          // [3, 2, PLANES, VISIT, ROW], owned rows
     Scope scope;
     int head, first;
-    if (!block_owns(scope, head, first, clouds, table, width, heads, tiles)) return;
+    if (!block_owns(scope, head, first, clouds, table, width, divisors)) return;
+    const int heads = divisors.heads.by;
 
     OWNED_ROWS(query, 0);
     Tile score;
     Weights weights[1 + LAZY];
     Sums sums;
     clear(sums);
-    const u32 ones[2] = {pack(1, 1), pack(1, 1) + (tiles < 0)};     // not known to be alike: they stay a pair of registers
+    const u32 ones[2] = {pack(1, 1), pack(1, 1) + (width < 0)};     // not known to be alike: they stay a pair of registers
     bool fresh = true;                          // before the first chunk: no top is known
     float total[OWN_TILES][4], top[OWN_TILES][2];           // elements 0 and 2 of a total: the weights of both rows
 #pragma unroll
@@ -110,7 +110,9 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
                 }
             }
     };
-    const auto prepare = [&] { load_owned(query, q, scope, first, head, sign); };
+    if (!OWN_SHARED) load_owned(query, q, scope, first, head, sign);     // on their way before the visitors
+    __syncwarp();
+    const auto prepare = [&] { if (OWN_SHARED) load_owned(query, q, scope, first, head, sign); };
     const auto begin = [&](const u16 *keys) { products<true>(score, query, keys); };
     const auto sum = [&](const u16 *keys, int now) {
 #if SUM_BY_MMA
