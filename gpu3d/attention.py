@@ -304,7 +304,7 @@ MMA = {
 # float32 is three planes of bfloat16: three times the operands. D = 128 takes 157 KB of shared memory.
 SINGLE = (_Tiling(32, 0, 4, 1, 64, 16, 1), _Tiling(64, 0, 4, 1, 32, 16, 1), _Tiling(128, 0, 4, 1, 32, 16, 1))
 
-_VIEW = struct.Struct("<Qqqi4x")
+_VIEW = struct.Struct("<Qqii")
 _DIVISORS = struct.Struct("<" + 3 * "iIi")
 # v, c, d: struct View, Clouds, Divisors
 _SIGNATURES = {"forward": "vvvcQidffQQ", "dq": "vvvvvQcQidfffQQ", "dkdv": "vvvvQQcQidfffQQ"}
@@ -389,12 +389,12 @@ def _aligned(x: Any) -> tuple[Any, bytes]:
     """Rows that can be loaded 16 bytes at a time: x, or a copy where its layout does not allow that; and their View."""
     rows, heads, last = x.strides
     address, size = x.data.ptr, x.itemsize
-    if last != size or (rows | heads | address) % 16:
+    if last != size or (rows | heads | address) % 16 or abs(rows // size) >= 2**31:
         import cupy
 
         x = cupy.array(x, order="C")
         (rows, heads, last), address = x.strides, x.data.ptr
-    return x, _VIEW.pack(address, rows // size, heads // size, x.shape[2])
+    return x, _VIEW.pack(address, heads // size, rows // size, x.shape[2])
 
 
 def _exponent(scale: float, dtype: np.dtype) -> tuple[float, float]:

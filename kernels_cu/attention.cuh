@@ -74,9 +74,14 @@ static_assert(THREADS % VISIT == 0 && (PARTS & PARTS - 1) == 0, "each thread loa
 // One of q, k, v, ...: [slots, heads, D] with any strides of the first two axes, in elements.
 struct View {
     const void *data;       // 16-byte aligned, as is each row
-    long long row, head;
+    long long head;
+    int row;
     int dim;                // D before padding: a multiple of 8
 };
+
+__device__ __forceinline__ long long row_of(const View &view, int slot, int head) {
+    return (long long)slot * view.row + head * view.head;
+}
 
 // A number that the host knows, to divide by as a multiplication: the GPU's own division waits in turn for the unit that makes
 // the exponentials of other blocks, and a block's beginning is a chain of divisions and loads.
@@ -214,9 +219,8 @@ __device__ __forceinline__ float2 unpack(u32 word) {
 #endif
 }
 
-// Columns `column` and the next of a row, as floats.
-__device__ __forceinline__ float2 load_pair(const View &view, int slot, int head, int column) {
-    const long long at = slot * view.row + head * view.head + column;
+// Two columns, as floats.
+__device__ __forceinline__ float2 load_pair(const View &view, long long at) {
 #if ELEMENT == 0
     return *(const float2 *)((const float *)view.data + at);
 #else
@@ -504,37 +508,43 @@ __device__ __forceinline__ int owned_position(int first, int m) {
     return first + ((threadIdx.x >> 5) * OWN_TILES + m) * 16 + (threadIdx.x >> 2 & 7);
 }
 
-__device__ __forceinline__ int owned_slot(const Scope &scope, int position) {
-    return position < scope.end ? slot_at(scope, position) : 0;
+// The slots of the first owned rows.
+__device__ __forceinline__ void owned_slots(int slots[OWN_TILES], const Scope &scope, int first) {
+#pragma unroll
+    for (int m = 0; m < OWN_TILES; ++m) {
+        const int position = owned_position(first, m);
+        slots[m] = position < scope.end ? slot_at(scope, position) : 0;
+    }
 }
 
 // Rows that hold no point are zeros. `sign` is 1 or -1. Of 16-bit words only the signs change: nothing waits for the loads here.
 __device__ __forceinline__ void load_owned(
-    Rows rows, const View &view, const Scope &scope, int first, int head, float sign)
+    Rows rows, const View &view, const Scope &scope, const int slots[OWN_TILES], int first, int head, float sign)
 {
 #pragma unroll
     for (int m = 0; m < OWN_TILES; ++m) {
-        const int position = owned_position(first, m), slot = owned_slot(scope, position);
+        const int position = owned_position(first, m), column = (threadIdx.x & 3) * 2;
+        const long long from = row_of(view, slots[m], head) + column;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const bool holds = holds_point(scope, position + 8 * half);
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) {
-                const int column = n * 8 + (threadIdx.x & 3) * 2;
+                const long long at = from + 8ll * half * view.row + n * 8;
                 const bool loads = holds && n * 8 < view.dim;
                 u32 planes[PLANES];
 #if ELEMENT == 0
-                const float2 x = loads ? load_pair(view, slot + 8 * half, head, column) : float2{0, 0};
+                const float2 x = loads ? load_pair(view, at) : float2{0, 0};
                 split(sign * x.x, sign * x.y, planes);
 #else
-                const u16 *from = (const u16 *)view.data + (slot + 8 * half) * view.row + head * view.head + column;
                 planes[0] = 0;              // volatile: it stays before the visitors' copies
-                if (loads) asm volatile("ld.global.b32 %0, [%1];" : "=r"(planes[0]) : "l"(from) : "memory");
+                if (loads)
+                    asm volatile("ld.global.b32 %0, [%1];" : "=r"(planes[0]) : "l"((const u16 *)view.data + at) : "memory");
                 planes[0] ^= sign < 0 ? 0x80008000 : 0;
 #endif
 #if OWN_SHARED
                 const int row = owned_position(0, m) + 8 * half;
-                *(u32 *)(rows + n / 8 * OWN * ROW + row * ROW + (n % 8 ^ row % 8) * 8 + (threadIdx.x & 3) * 2) = planes[0];
+                *(u32 *)(rows + n / 8 * OWN * ROW + row * ROW + (n % 8 ^ row % 8) * 8 + column) = planes[0];
 #else
 #pragma unroll
                 for (int i = 0; i < PLANES; ++i) rows[i][m][n / 2][n % 2 * 2 + half] = planes[i];
@@ -546,11 +556,13 @@ __device__ __forceinline__ void load_owned(
 
 // The dot product of each owned row of two tensors, in float32, whole on each of a row's four lanes.
 __device__ __forceinline__ void dot_owned(
-    float dot[OWN_TILES][2], const View &one, const View &other, const Scope &scope, int first, int head)
+    float dot[OWN_TILES][2], const View &one, const View &other, const Scope &scope, const int slots[OWN_TILES], int first,
+    int head)
 {
 #pragma unroll
     for (int m = 0; m < OWN_TILES; ++m) {
-        const int position = owned_position(first, m), slot = owned_slot(scope, position);
+        const int position = owned_position(first, m), column = (threadIdx.x & 3) * 2;
+        const long long of_one = row_of(one, slots[m], head) + column, of_other = row_of(other, slots[m], head) + column;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const bool holds = holds_point(scope, position + 8 * half);
@@ -558,8 +570,8 @@ __device__ __forceinline__ void dot_owned(
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) {
                 if (!holds || n * 8 >= one.dim) break;
-                const float2 a = load_pair(one, slot + 8 * half, head, n * 8 + (threadIdx.x & 3) * 2);
-                const float2 b = load_pair(other, slot + 8 * half, head, n * 8 + (threadIdx.x & 3) * 2);
+                const float2 a = load_pair(one, of_one + 8ll * half * one.row + n * 8);
+                const float2 b = load_pair(other, of_other + 8ll * half * other.row + n * 8);
                 x += a.x * b.x + a.y * b.y;
             }
             x += __shfl_xor_sync(FULL, x, 1);
@@ -572,20 +584,21 @@ __device__ __forceinline__ void dot_owned(
 // layout is owned once.
 template <class Factor>
 __device__ __forceinline__ void store_owned(
-    void *out, const Sums sums, Factor factor, const Scope &scope, int first, int head, int heads, int dim)
+    void *out, const Sums sums, Factor factor, const Scope &scope, const int slots[OWN_TILES], int first, int head, int heads,
+    int dim)
 {
 #pragma unroll
     for (int m = 0; m < OWN_TILES; ++m) {
-        const int position = owned_position(first, m), slot = owned_slot(scope, position);
+        const int position = owned_position(first, m);
+        const long long to = ((long long)slots[m] * heads + head) * dim + (threadIdx.x & 3) * 2;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const bool inside = position + 8 * half < scope.end, holds = holds_point(scope, position + 8 * half);
-            const float x = factor(m, half, inside, holds, slot + 8 * half);
-            const long long at = ((long long)(slot + 8 * half) * heads + head) * dim + (threadIdx.x & 3) * 2;
+            const float x = factor(m, half, inside, holds, slots[m] + 8 * half);
 #pragma unroll
             for (int n = 0; n < D / 8; ++n)
                 if (inside && n * 8 < dim)
-                    store_pair(out, at + n * 8, holds ? x * sums[m][n][2 * half] : 0,
+                    store_pair(out, to + 8ll * half * heads * dim + n * 8, holds ? x * sums[m][n][2 * half] : 0,
                                holds ? x * sums[m][n][2 * half + 1] : 0);
         }
     }
@@ -611,7 +624,7 @@ __device__ __forceinline__ void load_visiting(u16 *stage, const View &one, const
 #pragma unroll
     for (int tensor = 0; tensor < 2; ++tensor) {
         const View &view = tensor ? other : one;
-        const long long from = slot >= 0 ? slot * view.row + head * view.head + first : 0;
+        const long long from = slot >= 0 ? row_of(view, slot, head) + first : 0;
         u16 *to = stage + tensor * TENSOR + row * ROW;
 #pragma unroll
         for (int c = 0; c < D; c += 8 * PARTS) {

@@ -34,6 +34,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
     int head, first;
     if (!block_owns(scope, head, first, clouds, table, width, divisors)) return;
     const int heads = divisors.heads.by;
+    int slots[OWN_TILES];
+    owned_slots(slots, scope, first);
 
     OWNED_ROWS(key, 0);
     OWNED_ROWS(value, 1);
@@ -44,8 +46,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
     clear(dvalue);
 
     const auto prepare = [&] {
-        load_owned(key, k, scope, first, head, sign);
-        load_owned(value, v, scope, first, head, 1);
+        load_owned(key, k, scope, slots, first, head, sign);
+        load_owned(value, v, scope, slots, first, head, 1);
     };
     const auto begin = [&](const u16 *queries) {
         products<false>(weight, key, queries);
@@ -92,6 +94,6 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
 
     const auto scaled = [=](int, int, bool, bool, int) { return scale; };
     const auto as_is = [](int, int, bool, bool, int) { return 1.0f; };
-    store_owned(dk, dkey, scaled, scope, first, head, heads, q.dim);
-    store_owned(dv, dvalue, as_is, scope, first, head, heads, q.dim);
+    store_owned(dk, dkey, scaled, scope, slots, first, head, heads, q.dim);
+    store_owned(dv, dvalue, as_is, scope, slots, first, head, heads, q.dim);
 }

@@ -31,6 +31,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
     int head, first;
     if (!block_owns(scope, head, first, clouds, table, width, divisors)) return;
     const int heads = divisors.heads.by;
+    int slots[OWN_TILES];
+    owned_slots(slots, scope, first);
 
     OWNED_ROWS(query, 0);
     OWNED_ROWS(dout_rows, 1);
@@ -41,12 +43,12 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
     clear(sums);
 
     const auto prepare = [&] {
-        load_owned(query, q, scope, first, head, sign);
-        load_owned(dout_rows, dout, scope, first, head, 1);
-        dot_owned(own_delta, dout, out, scope, first, head);
+        load_owned(query, q, scope, slots, first, head, sign);
+        load_owned(dout_rows, dout, scope, slots, first, head, 1);
+        dot_owned(own_delta, dout, out, scope, slots, first, head);
 #pragma unroll
         for (int m = 0; m < OWN_TILES; ++m) {
-            const int position = owned_position(first, m), slot = owned_slot(scope, position);
+            const int position = owned_position(first, m), slot = slots[m];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const bool inside = position + 8 * half < scope.end;
@@ -82,5 +84,5 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
     visit(stages, k, v, scope, head, prepare, begin, weigh, sum, [](int) { return float2{}; }, [](int, float2) {});
     settle(sums);
     const auto scaled = [=](int, int, bool, bool, int) { return scale; };
-    store_owned(dq, sums, scaled, scope, first, head, heads, q.dim);
+    store_owned(dq, sums, scaled, scope, slots, first, head, heads, q.dim);
 }

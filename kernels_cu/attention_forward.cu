@@ -55,6 +55,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
     int head, first;
     if (!block_owns(scope, head, first, clouds, table, width, divisors)) return;
     const int heads = divisors.heads.by;
+    int slots[OWN_TILES];
+    owned_slots(slots, scope, first);
 
     OWNED_ROWS(query, 0);
     Tile score;
@@ -110,9 +112,9 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
                 }
             }
     };
-    if (!OWN_SHARED) load_owned(query, q, scope, first, head, sign);     // on their way before the visitors
+    if (!OWN_SHARED) load_owned(query, q, scope, slots, first, head, sign);     // on their way before the visitors
     __syncwarp();
-    const auto prepare = [&] { if (OWN_SHARED) load_owned(query, q, scope, first, head, sign); };
+    const auto prepare = [&] { if (OWN_SHARED) load_owned(query, q, scope, slots, first, head, sign); };
     const auto begin = [&](const u16 *keys) { products<true>(score, query, keys); };
     const auto sum = [&](const u16 *keys, int now) {
 #if SUM_BY_MMA
@@ -148,5 +150,5 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
                 holds ? fmaf(top[m][half], 1 / UNIT, log2f(x) * LN2) : __int_as_float(0xff800000);
         return __fdividef(1, x);
     };
-    store_owned(out, sums, finish, scope, first, head, heads, q.dim);
+    store_owned(out, sums, finish, scope, slots, first, head, heads, q.dim);
 }
