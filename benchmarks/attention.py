@@ -133,13 +133,13 @@ class Case(NamedTuple):
         return self.backward(*self.forward(return_lse=True))
 
 
-def _case(setting: Setting, shape: Shape, scope: int, **options: int) -> Case:
+def _case(setting: Setting, shape: Shape, scope: int) -> Case:
     """A case of the timed sweep."""
-    return _case_of(_layout(setting.folder), shape, scope, **options)
+    return _case_of(_layout(setting.folder), shape, scope)
 
 
-def _case_of(buckets: gpu3d.Buckets, shape: Shape, scope: int, **options: int) -> Case:
-    scopes = gpu3d.scopes(buckets, scope // BUCKET_SIZE, **options)
+def _case_of(buckets: gpu3d.Buckets, shape: Shape, scope: int) -> Case:
+    scopes = gpu3d.scopes(buckets, scope // BUCKET_SIZE)
     return Case(shape, buckets, scopes, *(_rows(which, buckets.num_slots, shape) for which in range(4)))
 
 
@@ -321,10 +321,14 @@ def _windows(x: Any, scope: int, chosen: Sequence[int] | None = None) -> Any:
 
 
 def _tables(setting: Setting) -> Iterator[Row]:
-    """Taken in turns: a percent is less than what a GPU's clocks drift by in a second."""
+    """On the same arrays, taken in turns: a percent is less than what a GPU's clocks drift by in a second."""
     options: dict[str, dict[str, int]] = {"plain": {}, "shift=3": {"shift": 3}, "stride=2": {"stride": 2}}
     for shape in (SMALL, WIDE):
-        cases = {name: _case(setting, shape, 4096, **given) for name, given in options.items()}
+        case = _case(setting, shape, 4096)
+        cases = {
+            name: case._replace(scopes=gpu3d.scopes(case.buckets, 4096 // BUCKET_SIZE, **given))
+            for name, given in options.items()
+        }
         for both in (False, True):
             calls = {name: case.both if both else case.forward for name, case in cases.items()}
             times = {name: np.inf for name in calls}

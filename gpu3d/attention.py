@@ -307,7 +307,7 @@ SINGLE = (_Tiling(32, 0, 4, 1, 64, 16, 1), _Tiling(64, 0, 4, 1, 32, 16, 1), _Til
 _VIEW = struct.Struct("<Qqii")
 _DIVISORS = struct.Struct("<" + 3 * "iIi")
 # v, c, d: struct View, Clouds, Divisors
-_SIGNATURES = {"forward": "vvvcQidffQQ", "dq": "vvvvvQcQidfffQQ", "dkdv": "vvvvQQcQidfffQQ"}
+_SIGNATURES = {"forward": "vvvcQidfQQ", "dq": "vvvvvQcQidffQQ", "dkdv": "vvvvQQcQidffQQ"}
 LOG2E = math.log2(math.e)
 _LSE = np.dtype(np.float32)
 
@@ -397,13 +397,10 @@ def _aligned(x: Any) -> tuple[Any, bytes]:
     return x, _VIEW.pack(address, heads // size, rows // size, x.shape[2])
 
 
-def _exponent(scale: float, dtype: np.dtype) -> tuple[float, float]:
-    """The slope and sign that the kernels take.
-
-    A slope of 0 would make 0 * -inf of a masked key; the sign goes to one operand, so that a maximum stays one.
-    """
+def _slope(scale: float, dtype: np.dtype) -> float:
+    """The scale as the kernels take it; never 0, which would make 0 * -inf of a masked key."""
     unit = 1.0 if dtype == np.float32 else LOG2E  # as attention.cuh has it
-    return max(abs(scale) * unit, 1e-30), math.copysign(1.0, scale)
+    return math.copysign(max(abs(scale) * unit, 1e-30), scale)
 
 
 def _launch(plan: _Plan, *args: int | float | bytes) -> None:
@@ -426,7 +423,7 @@ def _forward_cuda(
         batch, (forward,) = _plans(q.data.device_id, ("forward",), *key)
         clouds, memory = _clouds.pack(batch, buckets.bucket_size)
         kept, views = zip(*map(_aligned, (q, k, v)), strict=True)
-        scope = clouds, table.data.ptr, table.shape[1], forward.divisors, *_exponent(scale, dtype)
+        scope = clouds, table.data.ptr, table.shape[1], forward.divisors, _slope(scale, dtype)
         _launch(forward, *views, *scope, out.data.ptr, lse_address)
         del kept, memory  # held until here: the pool hands them on in stream order
     return out, lse
@@ -449,7 +446,7 @@ def _backward_cuda(
         kept, views = zip(*map(_aligned, (dout, q, k, v, out)), strict=True)
         delta = cupy.cuda.alloc(lse.nbytes)
         scope = clouds, table.data.ptr, table.shape[1]
-        numbers = *_exponent(scale, dtype), scale
+        numbers = _slope(scale, dtype), scale
         saved, (of_q, of_k, of_v) = lse.data.ptr, (part.ptr for part in memory)
         _launch(dq, *views, saved, *scope, dq.divisors, *numbers, of_q, delta.ptr)
         _launch(dkdv, *views[:4], saved, delta.ptr, *scope, dkdv.divisors, *numbers, of_k, of_v)

@@ -182,7 +182,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
 
 // exp(score * scale - shift). The exponent is kept in powers of two, so that one fused operation makes it; for float32 in
 // powers of e, for a shift converted to powers of two would be rounded once more, at the size of the largest scores.
-#define UNIT (PLANES == 1 ? LOG2E : 1.0f)               // of slope = |scale| * UNIT and of shift
+#define UNIT (PLANES == 1 ? LOG2E : 1.0f)               // of slope = scale * UNIT and of shift
 __device__ __forceinline__ float exponential(float score, float slope, float shift) {
     const float x = fmaf(score, slope, -shift);
     return exp2_fast(PLANES == 1 ? x : x * LOG2E);
@@ -477,8 +477,8 @@ __device__ __forceinline__ void set_weights(Weights weights, int m, int n, int h
     for (int i = 0; i < PLANES; ++i) weights[i][m][n / 2][n % 2 * 2 + half] = planes[i];
 }
 
-// -inf where the chunk's key at `position` or after holds no point.
-__device__ __forceinline__ void mask(Tile score, const Scope &scope, int position) {
+// -inf, once it is times `slope`, where the chunk's key at `position` or after holds no point.
+__device__ __forceinline__ void mask(Tile score, const Scope &scope, int position, float slope) {
 #pragma unroll
     for (int first = 0; first < CHUNK / 8; first += 4) {
         const u32 holds = points_from(scope, position + first * 8) >> (threadIdx.x & 3) * 2;
@@ -489,7 +489,7 @@ __device__ __forceinline__ void mask(Tile score, const Scope &scope, int positio
 #pragma unroll
                 for (int m = 0; m < OWN_TILES; ++m)
                     if (!(holds >> (n - first) * 8 + e & 1))
-                        score[m][n][e] = score[m][n][2 + e] = __int_as_float(0xff800000);
+                        score[m][n][e] = score[m][n][2 + e] = slope < 0 ? INFINITE : -INFINITE;
     }
 }
 
@@ -498,6 +498,25 @@ __device__ __forceinline__ void clear(Sums sums) {
     for (int m = 0; m < OWN_TILES; ++m)
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) sums[m][n][0] = sums[m][n][1] = sums[m][n][2] = sums[m][n][3] = 0;
+}
+
+// ---- copies ---------------------------------------------------------------------------------------------------------
+
+// Begins to copy 16 bytes into shared memory, or zeros.
+__device__ __forceinline__ void copy_16_bytes(u16 *to, const u16 *from, bool loads) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(loads ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// This thread's copies but those of the last LEFT commits have come, and warpgroup products may read them.
+template <int LEFT>
+__device__ __forceinline__ void copies_have_come() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+#if WGMMA
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
 }
 
 // ---- owned rows ----------------------------------------------------------------------------------------------------
@@ -517,14 +536,30 @@ __device__ __forceinline__ void owned_slots(int slots[OWN_TILES], const Scope &s
     }
 }
 
-// Rows that hold no point are zeros. `sign` is 1 or -1. Of 16-bit words only the signs change: nothing waits for the loads here.
+// Rows that hold no point are zeros. Begun before the visitors' copies, and there when the first of these are.
+#if OWN_SHARED
 __device__ __forceinline__ void load_owned(
-    Rows rows, const View &view, const Scope &scope, const int slots[OWN_TILES], int first, int head, float sign)
+    Rows rows, const View &view, const Scope &scope, const int slots[OWN_TILES], int first, int head)
+{
+    static_assert(OWN_TILES == 1, "two threads a row");
+    const int row = threadIdx.x / 2, position = first + row;
+    const bool holds = holds_point(scope, position);
+    const u16 *from = (const u16 *)view.data + (holds ? row_of(view, slot_at(scope, position), head) : 0);
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) {
+        const int part = (threadIdx.x & 1) * (D / 16) + i;          // 16 bytes
+        copy_16_bytes(rows + part / 8 * OWN * ROW + row * ROW + (part % 8 ^ row % 8) * 8, from + part * 8,
+                      holds && part * 8 < view.dim);
+    }
+}
+#else
+__device__ __forceinline__ void load_owned(
+    Rows rows, const View &view, const Scope &scope, const int slots[OWN_TILES], int first, int head)
 {
 #pragma unroll
     for (int m = 0; m < OWN_TILES; ++m) {
-        const int position = owned_position(first, m), column = (threadIdx.x & 3) * 2;
-        const long long from = row_of(view, slots[m], head) + column;
+        const int position = owned_position(first, m);
+        const long long from = row_of(view, slots[m], head) + (threadIdx.x & 3) * 2;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const bool holds = holds_point(scope, position + 8 * half);
@@ -532,27 +567,22 @@ __device__ __forceinline__ void load_owned(
             for (int n = 0; n < D / 8; ++n) {
                 const long long at = from + 8ll * half * view.row + n * 8;
                 const bool loads = holds && n * 8 < view.dim;
-                u32 planes[PLANES];
+                u32 planes[PLANES] = {0};
 #if ELEMENT == 0
                 const float2 x = loads ? load_pair(view, at) : float2{0, 0};
-                split(sign * x.x, sign * x.y, planes);
+                split(x.x, x.y, planes);
 #else
-                planes[0] = 0;              // volatile: it stays before the visitors' copies
                 if (loads)
                     asm volatile("ld.global.b32 %0, [%1];" : "=r"(planes[0]) : "l"((const u16 *)view.data + at) : "memory");
-                planes[0] ^= sign < 0 ? 0x80008000 : 0;
 #endif
-#if OWN_SHARED
-                const int row = owned_position(0, m) + 8 * half;
-                *(u32 *)(rows + n / 8 * OWN * ROW + row * ROW + (n % 8 ^ row % 8) * 8 + column) = planes[0];
-#else
 #pragma unroll
                 for (int i = 0; i < PLANES; ++i) rows[i][m][n / 2][n % 2 * 2 + half] = planes[i];
-#endif
             }
         }
     }
+    __syncwarp();                               // else the compiler puts off some of the loads
 }
+#endif
 
 // The dot product of each owned row of two tensors, in float32, whole on each of a row's four lanes.
 __device__ __forceinline__ void dot_owned(
@@ -643,22 +673,10 @@ __device__ __forceinline__ void load_visiting(u16 *stage, const View &one, const
             for (int i = 0; i < PLANES; ++i)
                 *(uint4 *)(at + i * VISIT * ROW) = {word[0][i], word[1][i], word[2][i], word[3][i]};
 #else
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(at)),
-                         "l"((const u16 *)view.data + from + c), "r"(loads ? 16 : 0) : "memory");
+            copy_16_bytes(at, (const u16 *)view.data + from + c, loads);
 #endif
         }
     }
-}
-
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// This thread's copies but those of the last LEFT commits have come, and warpgroup products may read them.
-template <int LEFT>
-__device__ __forceinline__ void copies_have_come() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
-#if WGMMA
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
 }
 
 // A barrier whose two halves lie apart: a thread arrives long before it waits, so that warps need not run in step.

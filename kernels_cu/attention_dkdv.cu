@@ -22,8 +22,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
     const int *__restrict__ table,              // [scopes, width]
     int width,
     const __grid_constant__ Divisors divisors,
-    float slope,                                // |scale| * UNIT, positive
-    float sign,                                 // of scale
+    float slope,                                // scale * UNIT, not 0
     float scale,
     void *__restrict__ dk,                      // [slots, heads, D]
     void *__restrict__ dv)                      // [slots, heads, D]
@@ -39,16 +38,14 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
 
     OWNED_ROWS(key, 0);
     OWNED_ROWS(value, 1);
+    load_owned(key, k, scope, slots, first, head);
+    load_owned(value, v, scope, slots, first, head);
     Tile weight, dweight;
     Weights weights[1 + LAZY], dscores[1 + LAZY];
     Sums dkey, dvalue;
     clear(dkey);
     clear(dvalue);
 
-    const auto prepare = [&] {
-        load_owned(key, k, scope, slots, first, head, sign);
-        load_owned(value, v, scope, slots, first, head, 1);
-    };
     const auto begin = [&](const u16 *queries) {
         products<false>(weight, key, queries);
         products<false>(dweight, value, queries + TENSOR);
@@ -88,7 +85,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
         stats[stage][0][threadIdx.x / PARTS] = value.x * UNIT;
         stats[stage][1][threadIdx.x / PARTS] = value.y;
     };
-    visit(stages, q, dout, scope, head, prepare, begin, weigh, sum, fetch, put);
+    visit(stages, q, dout, scope, head, [] {}, begin, weigh, sum, fetch, put);
     settle(dkey);
     settle(dvalue);
 

@@ -20,8 +20,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
     const int *__restrict__ table,              // [scopes, width]
     int width,
     const __grid_constant__ Divisors divisors,
-    float slope,                                // |scale| * UNIT, positive
-    float sign,                                 // of scale
+    float slope,                                // scale * UNIT, not 0
     float scale,
     void *__restrict__ dq,                      // [slots, heads, D]
     float *__restrict__ delta)                  // [slots, heads]
@@ -36,6 +35,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
 
     OWNED_ROWS(query, 0);
     OWNED_ROWS(dout_rows, 1);
+    load_owned(query, q, scope, slots, first, head);
+    load_owned(dout_rows, dout, scope, slots, first, head);
     float own_delta[OWN_TILES][2], own_lse[OWN_TILES][2];
     Tile score, dweight;
     Weights dscores[1 + LAZY];
@@ -43,8 +44,6 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
     clear(sums);
 
     const auto prepare = [&] {
-        load_owned(query, q, scope, slots, first, head, sign);
-        load_owned(dout_rows, dout, scope, slots, first, head, 1);
         dot_owned(own_delta, dout, out, scope, slots, first, head);
 #pragma unroll
         for (int m = 0; m < OWN_TILES; ++m) {
@@ -66,7 +65,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
     const auto weigh = [&](int position, bool whole, int, int, int now) {
         settle(score);
         settle(dweight);
-        if (!whole) mask(score, scope, position);
+        if (!whole) mask(score, scope, position, slope);
 #pragma unroll
         for (int m = 0; m < OWN_TILES; ++m)
 #pragma unroll

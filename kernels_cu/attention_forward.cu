@@ -26,12 +26,16 @@
 
 // Raises the top of a row above its maximum in the chunk; the factor that brings older weights to the new top.
 __device__ __forceinline__ float raise_top(float &top, const float score[CHUNK / 8][4], int half, float slope) {
-    float x = __int_as_float(0xff800000);
+    float low = INFINITE, high = -INFINITE;     // which of them is the maximum's the sign of the slope says
 #pragma unroll
-    for (int n = 0; n < CHUNK / 8; ++n) x = fmaxf(fmaxf(x, score[n][2 * half]), score[n][2 * half + 1]);
+    for (int n = 0; n < CHUNK / 8; ++n) {
+        low = fminf(fminf(low, score[n][2 * half]), score[n][2 * half + 1]);
+        high = fmaxf(fmaxf(high, score[n][2 * half]), score[n][2 * half + 1]);
+    }
+    float x = fmaxf(low * slope, high * slope);
     x = fmaxf(x, __shfl_xor_sync(FULL, x, 1));
     x = fmaxf(x, __shfl_xor_sync(FULL, x, 2));
-    x = fmaxf(x * slope + MARGIN, top);
+    x = fmaxf(x + MARGIN, top);
     const float shrink = exponential(top, 1, x);
     top = x;
     return shrink;
@@ -45,8 +49,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
     const int *__restrict__ table,              // [scopes, width]
     int width,
     const __grid_constant__ Divisors divisors,
-    float slope,                                // |scale| * UNIT, positive
-    float sign,                                 // of scale
+    float slope,                                // scale * UNIT, not 0
     void *__restrict__ out,                     // [slots, heads, D]
     float *__restrict__ lse)                    // [slots, heads] natural logarithm, or null
 {
@@ -59,6 +62,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
     owned_slots(slots, scope, first);
 
     OWNED_ROWS(query, 0);
+    load_owned(query, q, scope, slots, first, head);
     Tile score;
     Weights weights[1 + LAZY];
     Sums sums;
@@ -112,9 +116,6 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
                 }
             }
     };
-    if (!OWN_SHARED) load_owned(query, q, scope, slots, first, head, sign);     // on their way before the visitors
-    __syncwarp();
-    const auto prepare = [&] { if (OWN_SHARED) load_owned(query, q, scope, slots, first, head, sign); };
     const auto begin = [&](const u16 *keys) { products<true>(score, query, keys); };
     const auto sum = [&](const u16 *keys, int now) {
 #if SUM_BY_MMA
@@ -125,7 +126,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
     };
     const auto weigh = [&](int position, bool whole, int, int chunk, int now) {
         settle(score);
-        if (__builtin_expect(!whole, 0)) mask(score, scope, position);
+        if (__builtin_expect(!whole, 0)) mask(score, scope, position, slope);
         float row[OWN_TILES][2];                // of a lane
         if (chunk == 0 && fresh) raise_tops();
         fresh = false;
@@ -136,7 +137,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
             total[m][2] += row[m][1];
         }
     };
-    visit(stages, k, v, scope, head, prepare, begin, weigh, sum, [](int) { return float2{}; }, [](int, float2) {});
+    visit(stages, k, v, scope, head, [] {}, begin, weigh, sum, [](int) { return float2{}; }, [](int, float2) {});
     settle(sums);
 
     const auto finish = [&](int m, int half, bool inside, bool holds, int slot) {
