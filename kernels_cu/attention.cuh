@@ -73,15 +73,18 @@ static_assert(THREADS % VISIT == 0 && (PARTS & PARTS - 1) == 0, "each thread loa
 
 // One of q, k, v, ...: [slots, heads, D] with any strides of the first two axes, in elements.
 struct View {
-    const void *data;       // 16-byte aligned, as is each row
+    void *data;             // 16-byte aligned, as is each row
     long long head;
     int row;
     int dim;                // D before padding: a multiple of 8
 };
 
-__device__ __forceinline__ long long row_of(const View &view, int slot, int head) {
-    return (long long)slot * view.row + head * view.head;
+// The same of one head: its first element lies at `data`.
+__device__ __forceinline__ View at_head(const View &view, int head) {
+    return {(char *)view.data + head * view.head * (ELEMENT == 0 ? 4 : 2), view.head, view.row, view.dim};
 }
+
+__device__ __forceinline__ long long row_of(const View &view, int slot) { return (long long)slot * view.row; }
 
 // A number that the host knows, to divide by as a multiplication: the GPU's own division waits in turn for the unit that makes
 // the exponentials of other blocks, and a block's beginning is a chain of divisions and loads.
@@ -146,7 +149,7 @@ __device__ __forceinline__ bool block_owns(
 }
 
 __device__ __forceinline__ bool holds_point(const Scope &scope, int position) {
-    return position < scope.end && (position < scope.hole || position >= scope.hole_end);
+    return (position < scope.end) & ((position < scope.hole) | (position >= scope.hole_end));      // no branches
 }
 
 // Bit i: whether position + i does, for i < 32.
@@ -228,11 +231,11 @@ __device__ __forceinline__ float2 load_pair(const View &view, long long at) {
 #endif
 }
 
-__device__ __forceinline__ void store_pair(void *data, long long at, float low, float high) {
+__device__ __forceinline__ void store_pair(const View &view, long long at, float low, float high) {
 #if ELEMENT == 0
-    *(float2 *)((float *)data + at) = {low, high};
+    *(float2 *)((float *)view.data + at) = {low, high};
 #else
-    *(u32 *)((u16 *)data + at) = pack(low, high);
+    *(u32 *)((u16 *)view.data + at) = pack(low, high);
 #endif
 }
 
@@ -532,19 +535,19 @@ __device__ __forceinline__ void owned_slots(int slots[OWN_TILES], const Scope &s
 #pragma unroll
     for (int m = 0; m < OWN_TILES; ++m) {
         const int position = owned_position(first, m);
-        slots[m] = position < scope.end ? slot_at(scope, position) : 0;
+        slots[m] = slot_at(scope, min(position, scope.end - 1));
     }
 }
 
 // Rows that hold no point are zeros. Begun before the visitors' copies, and there when the first of these are.
 #if OWN_SHARED
 __device__ __forceinline__ void load_owned(
-    Rows rows, const View &view, const Scope &scope, const int slots[OWN_TILES], int first, int head)
+    Rows rows, const View &view, const Scope &scope, const int slots[OWN_TILES], int first)
 {
     static_assert(OWN_TILES == 1, "two threads a row");
     const int row = threadIdx.x / 2, position = first + row;
     const bool holds = holds_point(scope, position);
-    const u16 *from = (const u16 *)view.data + (holds ? row_of(view, slot_at(scope, position), head) : 0);
+    const u16 *from = (const u16 *)view.data + (holds ? row_of(view, slot_at(scope, position)) : 0);
 #pragma unroll
     for (int i = 0; i < D / 16; ++i) {
         const int part = (threadIdx.x & 1) * (D / 16) + i;          // 16 bytes
@@ -554,19 +557,19 @@ __device__ __forceinline__ void load_owned(
 }
 #else
 __device__ __forceinline__ void load_owned(
-    Rows rows, const View &view, const Scope &scope, const int slots[OWN_TILES], int first, int head)
+    Rows rows, const View &view, const Scope &scope, const int slots[OWN_TILES], int first)
 {
 #pragma unroll
     for (int m = 0; m < OWN_TILES; ++m) {
         const int position = owned_position(first, m);
-        const long long from = row_of(view, slots[m], head) + (threadIdx.x & 3) * 2;
+        const long long from = row_of(view, slots[m]) + (threadIdx.x & 3) * 2;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const bool holds = holds_point(scope, position + 8 * half);
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) {
                 const long long at = from + 8ll * half * view.row + n * 8;
-                const bool loads = holds && n * 8 < view.dim;
+                const bool loads = holds & (n == 0 || n * 8 < view.dim);
                 u32 planes[PLANES] = {0};
 #if ELEMENT == 0
                 const float2 x = loads ? load_pair(view, at) : float2{0, 0};
@@ -586,13 +589,12 @@ __device__ __forceinline__ void load_owned(
 
 // The dot product of each owned row of two tensors, in float32, whole on each of a row's four lanes.
 __device__ __forceinline__ void dot_owned(
-    float dot[OWN_TILES][2], const View &one, const View &other, const Scope &scope, const int slots[OWN_TILES], int first,
-    int head)
+    float dot[OWN_TILES][2], const View &one, const View &other, const Scope &scope, const int slots[OWN_TILES], int first)
 {
 #pragma unroll
     for (int m = 0; m < OWN_TILES; ++m) {
         const int position = owned_position(first, m), column = (threadIdx.x & 3) * 2;
-        const long long of_one = row_of(one, slots[m], head) + column, of_other = row_of(other, slots[m], head) + column;
+        const long long of_one = row_of(one, slots[m]) + column, of_other = row_of(other, slots[m]) + column;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const bool holds = holds_point(scope, position + 8 * half);
@@ -614,21 +616,20 @@ __device__ __forceinline__ void dot_owned(
 // layout is owned once.
 template <class Factor>
 __device__ __forceinline__ void store_owned(
-    void *out, const Sums sums, Factor factor, const Scope &scope, const int slots[OWN_TILES], int first, int head, int heads,
-    int dim)
+    const View &view, const Sums sums, Factor factor, const Scope &scope, const int slots[OWN_TILES], int first)
 {
 #pragma unroll
     for (int m = 0; m < OWN_TILES; ++m) {
         const int position = owned_position(first, m);
-        const long long to = ((long long)slots[m] * heads + head) * dim + (threadIdx.x & 3) * 2;
+        const long long to = row_of(view, slots[m]) + (threadIdx.x & 3) * 2;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const bool inside = position + 8 * half < scope.end, holds = holds_point(scope, position + 8 * half);
             const float x = factor(m, half, inside, holds, slots[m] + 8 * half);
 #pragma unroll
             for (int n = 0; n < D / 8; ++n)
-                if (inside && n * 8 < dim)
-                    store_pair(out, to + 8ll * half * heads * dim + n * 8, holds ? x * sums[m][n][2 * half] : 0,
+                if (inside & (n == 0 || n * 8 < view.dim))
+                    store_pair(view, to + 8ll * half * view.row + n * 8, holds ? x * sums[m][n][2 * half] : 0,
                                holds ? x * sums[m][n][2 * half + 1] : 0);
         }
     }
@@ -644,7 +645,7 @@ __device__ __forceinline__ int visitor_slot(const Scope &scope, int first) {
 
 // Starts the copy of this thread's part of row `slot` of both tensors into a stage [2, PLANES, VISIT, ROW] of shared memory;
 // zeros where slot is -1.
-__device__ __forceinline__ void load_visiting(u16 *stage, const View &one, const View &other, int slot, int head) {
+__device__ __forceinline__ void load_visiting(u16 *stage, const View &one, const View &other, int slot) {
     const int row = threadIdx.x / PARTS, first = threadIdx.x % PARTS * 8;
 #if WGMMA
     const int swizzle = (ROW == 64 ? row & 7 : ROW == 32 ? row >> 1 & 3 : row >> 2 & 1) * 8;
@@ -654,12 +655,12 @@ __device__ __forceinline__ void load_visiting(u16 *stage, const View &one, const
 #pragma unroll
     for (int tensor = 0; tensor < 2; ++tensor) {
         const View &view = tensor ? other : one;
-        const long long from = slot >= 0 ? row_of(view, slot, head) + first : 0;
+        const long long from = row_of(view, max(slot, 0)) + first;
         u16 *to = stage + tensor * TENSOR + row * ROW;
 #pragma unroll
         for (int c = 0; c < D; c += 8 * PARTS) {
             if (8 * PARTS > D && first >= D) continue;
-            const bool loads = slot >= 0 && c + first < view.dim;
+            const bool loads = (slot >= 0) & (c + first == 0 || c + first < view.dim);
             u16 *at = to + (WGMMA ? c / 64 * VISIT * ROW + (c % 64 ^ first ^ swizzle) : c + first);
 #if ELEMENT == 0
             const float4 zero = {0, 0, 0, 0}, *x = (const float4 *)((const float *)view.data + from + c);
@@ -702,7 +703,7 @@ __device__ __forceinline__ void wait(u32 barrier, int parity) {
 // was, as soon as all warps are done with that.
 template <class Prepare, class Begin, class Weigh, class Sum, class Fetch, class Put>
 __device__ __forceinline__ void visit(
-    u16 *stages, const View &one, const View &other, const Scope &scope, int head,
+    u16 *stages, const View &one, const View &other, const Scope &scope,
     Prepare prepare, Begin begin, Weigh weigh, Sum sum, Fetch fetch, Put put)
 {
     __shared__ u64 barriers[2];                 // a phase a tile of each: the next has come; all are done with the last
@@ -714,7 +715,7 @@ __device__ __forceinline__ void visit(
     int slot = visitor_slot(scope, tile);
     float2 brought;
     const auto load = [&](int stage) {          // the tile `loading`, whose slot was read well before
-        load_visiting(stages + stage * 2 * TENSOR, one, other, slot, head);
+        load_visiting(stages + stage * 2 * TENSOR, one, other, slot);
         commit_copies();
         brought = fetch(slot);
         loading = next_tile(scope, loading);

@@ -38,8 +38,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
 
     OWNED_ROWS(key, 0);
     OWNED_ROWS(value, 1);
-    load_owned(key, k, scope, slots, first, head);
-    load_owned(value, v, scope, slots, first, head);
+    load_owned(key, at_head(k, head), scope, slots, first);
+    load_owned(value, at_head(v, head), scope, slots, first);
     Tile weight, dweight;
     Weights weights[1 + LAZY], dscores[1 + LAZY];
     Sums dkey, dvalue;
@@ -85,12 +85,12 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
         stats[stage][0][threadIdx.x / PARTS] = value.x * UNIT;
         stats[stage][1][threadIdx.x / PARTS] = value.y;
     };
-    visit(stages, q, dout, scope, head, [] {}, begin, weigh, sum, fetch, put);
+    visit(stages, at_head(q, head), at_head(dout, head), scope, [] {}, begin, weigh, sum, fetch, put);
     settle(dkey);
     settle(dvalue);
 
     const auto scaled = [=](int, int, bool, bool, int) { return scale; };
     const auto as_is = [](int, int, bool, bool, int) { return 1.0f; };
-    store_owned(dk, dkey, scaled, scope, slots, first, head, heads, q.dim);
-    store_owned(dv, dvalue, as_is, scope, slots, first, head, heads, q.dim);
+    store_owned(at_head({dk, q.dim, heads * q.dim, q.dim}, head), dkey, scaled, scope, slots, first);
+    store_owned(at_head({dv, q.dim, heads * q.dim, q.dim}, head), dvalue, as_is, scope, slots, first);
 }

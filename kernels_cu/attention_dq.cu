@@ -35,8 +35,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
 
     OWNED_ROWS(query, 0);
     OWNED_ROWS(dout_rows, 1);
-    load_owned(query, q, scope, slots, first, head);
-    load_owned(dout_rows, dout, scope, slots, first, head);
+    load_owned(query, at_head(q, head), scope, slots, first);
+    load_owned(dout_rows, at_head(dout, head), scope, slots, first);
     float own_delta[OWN_TILES][2], own_lse[OWN_TILES][2];
     Tile score, dweight;
     Weights dscores[1 + LAZY];
@@ -44,7 +44,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
     clear(sums);
 
     const auto prepare = [&] {
-        dot_owned(own_delta, dout, out, scope, slots, first, head);
+        dot_owned(own_delta, at_head(dout, head), at_head(out, head), scope, slots, first);
 #pragma unroll
         for (int m = 0; m < OWN_TILES; ++m) {
             const int position = owned_position(first, m), slot = slots[m];
@@ -80,8 +80,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
                     set_weights(dscores[now], m, n, half, dscore[0], dscore[1]);
                 }
     };
-    visit(stages, k, v, scope, head, prepare, begin, weigh, sum, [](int) { return float2{}; }, [](int, float2) {});
+    visit(stages, at_head(k, head), at_head(v, head), scope, prepare, begin, weigh, sum, [](int) { return float2{}; }, [](int, float2) {});
     settle(sums);
     const auto scaled = [=](int, int, bool, bool, int) { return scale; };
-    store_owned(dq, sums, scaled, scope, slots, first, head, heads, q.dim);
+    store_owned(at_head({dq, q.dim, heads * q.dim, q.dim}, head), sums, scaled, scope, slots, first);
 }

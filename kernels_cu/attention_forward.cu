@@ -62,7 +62,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
     owned_slots(slots, scope, first);
 
     OWNED_ROWS(query, 0);
-    load_owned(query, q, scope, slots, first, head);
+    load_owned(query, at_head(q, head), scope, slots, first);
     Tile score;
     Weights weights[1 + LAZY];
     Sums sums;
@@ -137,7 +137,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
             total[m][2] += row[m][1];
         }
     };
-    visit(stages, k, v, scope, head, [] {}, begin, weigh, sum, [](int) { return float2{}; }, [](int, float2) {});
+    visit(stages, at_head(k, head), at_head(v, head), scope, [] {}, begin, weigh, sum, [](int) { return float2{}; }, [](int, float2) {});
     settle(sums);
 
     const auto finish = [&](int m, int half, bool inside, bool holds, int slot) {
@@ -151,5 +151,5 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
                 holds ? fmaf(top[m][half], 1 / UNIT, log2f(x) * LN2) : __int_as_float(0xff800000);
         return __fdividef(1, x);
     };
-    store_owned(out, sums, finish, scope, slots, first, head, heads, q.dim);
+    store_owned(at_head({out, q.dim, heads * q.dim, q.dim}, head), sums, finish, scope, slots, first);
 }
