@@ -13,9 +13,11 @@
 // each, x = x0 + x1 + x2 (exactly, but for the least bits of tiny x), and a product is the six pairs of planes i + j < 3:
 // what is left out is below 2^-23 of |a| |b|. So float32 runs through the same code at a sixth of the rate.
 //
-// What bounds it on an H100, by the profiler: at D = 16 exponentials (78 % busy in scopes of 4096, 68 % in scopes of 1024),
-// at D = 128 tensor cores (61 %); the rest is latency, so warps beside each other count for more than rows a warp.
-// What was gained, forward, D = 16 | 64 | 128 (3.16 | 3.7 | 3.9 ms at first, 2.65 | 2.15 | 1.85 now, in runs of variants):
+// What bounds it on an H100: at D = 16 exponentials (83 % busy in scopes of 4096, 75 % in scopes of 1024, by the cycles of a
+// multiprocessor), at D = 128 tensor cores (70 %); the rest is latency, so warps beside each other count for more than rows a
+// warp. At D = 16 two blocks share a multiprocessor. One alone reaches 57 % of the exponentials, and is alone while the other
+// ends or begins: that took 11,000 cycles, of which divisions, addresses and branches were most, and takes 5,500 now.
+// What was gained, forward, D = 16 | 64 | 128 (3.16 | 3.7 | 3.9 ms at first, 2.57 | 2.1 | 1.8 now, in runs of variants):
 //   warpgroup products                               -   | 0.9 | 1.1
 //   16 and 12 warps that share a tile               -    | 0.4 | 0.7
 //   no maximum a chunk                                   | 0.1 |
@@ -25,6 +27,7 @@
 //   the next products begun before the sums         0.01 |  -  |  -
 //   a tile loaded two tiles ahead, two barriers      -   |  -  | 0.1
 //   sums under way beside the next weights (LAZY)    -   |  -  | 0.2
+//   blocks that begin and end faster                0.09 | 0.1 | 0.2   (in scopes of 1024, D = 16: 6 %)
 // Tried and not better: 2^x by a cubic on the FMA units for 1/8, 2/8, 3/8 of the weights (D = 16: 2.71 ms became 2.80, 3.0,
 // 3.2; its error is 7.5e-5 of a weight); ex2 on pairs of halves, which runs no faster; scale and top folded into the
 // products (two planes of scale * q, sums that start from -top: 32 operations a chunk less, 8 products more, 2.76 became

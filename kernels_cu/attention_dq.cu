@@ -80,7 +80,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
                     set_weights(dscores[now], m, n, half, dscore[0], dscore[1]);
                 }
     };
-    visit(stages, at_head(k, head), at_head(v, head), scope, prepare, begin, weigh, sum, [](int) { return float2{}; }, [](int, float2) {});
+    visit(stages, at_head(k, head), at_head(v, head), scope, prepare, begin, weigh, sum, [](int) { return float2{}; },
+          [](int, float2) {});
     settle(sums);
     const auto scaled = [=](int, int, bool, bool, int) { return scale; };
     store_owned(at_head({dq, q.dim, heads * q.dim, q.dim}, head), sums, scaled, scope, slots, first);

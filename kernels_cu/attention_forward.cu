@@ -137,7 +137,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
             total[m][2] += row[m][1];
         }
     };
-    visit(stages, at_head(k, head), at_head(v, head), scope, [] {}, begin, weigh, sum, [](int) { return float2{}; }, [](int, float2) {});
+    visit(stages, at_head(k, head), at_head(v, head), scope, [] {}, begin, weigh, sum, [](int) { return float2{}; },
+          [](int, float2) {});
     settle(sums);
 
     const auto finish = [&](int m, int half, bool inside, bool holds, int slot) {
