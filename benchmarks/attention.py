@@ -6,7 +6,7 @@ attend inside ready-made contiguous windows [L / scope, H, scope, D] that hold t
 call of each, for the peers one autograd forward and backward. A call of over 10 ms is timed 10 times instead of 30.
 
 TFLOP/s count 4 * L * scope * C forward and 3.5 times that for both: two products, and five more. The `must` of a row
-is the time of its fastest peer in this run, divided by how many times as fast we must be.
+is the time of its fastest peer in this run, divided by how many times as fast we must be; both are then taken in turns.
 
 Floors, of the forward and of the backward, and their sum for both: the largest of
 - FLOPs (two products; five) at the rate of cuBLAS on 8192^3, measured in the same run;
@@ -184,19 +184,23 @@ def _dense(setting: Setting) -> Iterator[Row]:
 
 
 def _dense_row(case: Case, scope: int, both: bool, rates: Rates) -> Row:
-    ours = _time(case.both if both else case.forward)
-    peers = _torch_peers(case, scope, both)
+    call = case.both if both else case.forward
+    ours, peers = _time(call), _torch_peers(case, scope, both)
     ran = {peer.name: peer.value for peer in peers if peer.value is not None}
-    must = aim = None
-    teraflops = (3.5 if both else 1) * 4e-9 * SIZE * scope * case.shape.c / ours
-    remarks = [f"{teraflops:.0f} TFLOP/s"]
+    must_ratio, aim_ratio = _must_and_aim(case, scope, both)
+    must = aim = fastest = None
     if ran:
         fastest = min(ran, key=lambda name: ran[name])
+    if fastest and must_ratio:
+        ours, ran[fastest] = _in_turns([call, _torch_call_of(case, scope, both, fastest)])
+        peers = tuple([peer._replace(value=ran.get(peer.name)) for peer in peers])
+        must, aim = ran[fastest] / must_ratio, ran[fastest] / aim_ratio
+    teraflops = (3.5 if both else 1) * 4e-9 * SIZE * scope * case.shape.c / ours
+    remarks = [f"{teraflops:.0f} TFLOP/s"]
+    if fastest:
         remarks.append(f"{ran[fastest] / ours:.2f} x as fast as the fastest peer ({fastest})")
-        must_ratio, aim_ratio = _must_and_aim(case, scope, both)
-        if must_ratio:
-            must, aim = ran[fastest] / must_ratio, ran[fastest] / aim_ratio
-            remarks.append(f"must: {must_ratio} x, aim: {aim_ratio} x")
+    if must:
+        remarks.append(f"must: {must_ratio} x, aim: {aim_ratio} x")
     floor, binding = _floor(case.shape, scope, both, rates)
     remarks.append(f"floor: {binding}")
     if not both:
@@ -232,6 +236,15 @@ def _must_and_aim(case: Case, scope: int, both: bool) -> tuple[float, float]:
 def _time(call: timing.Call) -> float:
     """Eager. Events of CuPy's current stream time torch too: both run on the default stream."""
     return timing.eager_time(call, REPEATS, CALLS if timing.eager_time(call, 1) < SLOW_MS else 1)
+
+
+def _in_turns(calls: Sequence[timing.Call]) -> list[float]:
+    """The least of some rounds each: as its power goes, a GPU's clocks drift by more than a percent in a second."""
+    times = [np.inf] * len(calls)
+    for turn in range(ROUNDS):
+        for i in range(len(calls)) if turn % 2 == 0 else reversed(range(len(calls))):
+            times[i] = min(times[i], _time(calls[i]))
+    return times
 
 
 class Rates(NamedTuple):
@@ -272,7 +285,7 @@ def _torch_peers(case: Case, scope: int, both: bool) -> tuple[Peer, ...]:
     earlier = EARLIER.get((case.shape.c, case.shape.d, scope))
     peers = []
     for place, backend in enumerate(BACKENDS, 1):
-        name = f"torch SDPA {backend.removesuffix('_ATTENTION')}"
+        name = _peer_name(backend)
         scores = 4 * SIZE * scope * case.shape.h
         if backend == "MATH" and scores > MATH_BYTES:
             peers.append(Peer(name, "eager", None, f"its scores alone take {scores / 1e9:.0f} GB"))
@@ -283,12 +296,24 @@ def _torch_peers(case: Case, scope: int, both: bool) -> tuple[Peer, ...]:
     return tuple(peers)
 
 
-def _torch_measure(case: Case, scope: int, both: bool, backend: str) -> Callable[[], float]:
-    def measure() -> float:
-        with _only(backend):
-            return _time(_torch_call([_windows(x, scope) for x in (case.q, case.k, case.v, case.dout)], both))
+def _peer_name(backend: str) -> str:
+    return f"torch SDPA {backend.removesuffix('_ATTENTION')}"
 
-    return measure
+
+def _torch_measure(case: Case, scope: int, both: bool, backend: str) -> Callable[[], float]:
+    return lambda: _time(_torch_call_of(case, scope, both, _peer_name(backend)))
+
+
+def _torch_call_of(case: Case, scope: int, both: bool, peer: str) -> timing.Call:
+    """What the peer of this name does, on windows that are ready."""
+    call = _torch_call([_windows(x, scope) for x in (case.q, case.k, case.v, case.dout)], both)
+    (backend,) = [backend for backend in BACKENDS if _peer_name(backend) == peer]
+
+    def alone() -> Any:
+        with _only(backend):
+            return call()
+
+    return alone
 
 
 def _only(backend: str) -> Any:
@@ -321,7 +346,7 @@ def _windows(x: Any, scope: int, chosen: Sequence[int] | None = None) -> Any:
 
 
 def _tables(setting: Setting) -> Iterator[Row]:
-    """On the same arrays, taken in turns: a percent is less than what a GPU's clocks drift by in a second."""
+    """On the same arrays, taken in turns."""
     options: dict[str, dict[str, int]] = {"plain": {}, "shift=3": {"shift": 3}, "stride=2": {"stride": 2}}
     for shape in (SMALL, WIDE):
         case = _case(setting, shape, 4096)
@@ -331,10 +356,7 @@ def _tables(setting: Setting) -> Iterator[Row]:
         }
         for both in (False, True):
             calls = {name: case.both if both else case.forward for name, case in cases.items()}
-            times = {name: np.inf for name in calls}
-            for turn in range(ROUNDS):
-                for name in sorted(calls, reverse=turn % 2 == 1):
-                    times[name] = min(times[name], _time(calls[name]))
+            times = dict(zip(calls, _in_turns(list(calls.values())), strict=True))
             plain = times.pop("plain")
             for name, ours in times.items():
                 yield Row(
