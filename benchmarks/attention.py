@@ -33,7 +33,7 @@ BUCKET_SIZE = 512
 SCOPES = (1024, 4096, 8192)
 DIRECTIONS = ("forward", "forward+backward")  # by `both`
 REPEATS, CALLS, SLOW_MS = 10, 4, 10.0  # calls in a row: the device does not wait for the host
-ROUNDS = 4  # of the comparisons within a few percent
+ROUNDS = 3  # of the comparisons within a few percent
 RUNS = 30
 
 
