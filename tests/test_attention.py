@@ -631,3 +631,14 @@ def test_one_point(dtype):
     for name in ("dq", "dk"):
         np.testing.assert_allclose(got[name][0].astype(float), 0, atol=1e-5)
     assert_padding(got, buckets)
+
+
+def test_the_kernels_divisions():
+    """What they multiply by and shift is a division, of all that may come."""
+    rng = np.random.default_rng(0)
+    for by in (1, 2, 3, 5, 16, 48, 96, 65535, 65537, 2**30 - 1, *map(int, rng.integers(1, 2**24, 50))):
+        same, factor, shift = gpu3d.attention._divisor(by)
+        assert same == by and factor < 2**32
+        last = (2**31 - 1) // by * by  # the largest multiple
+        for x in (0, by - 1, by, last - 1, last, 2**31 - 1, *map(int, rng.integers(0, 2**31, 20))):
+            assert max(x, 0) * factor >> shift == max(x, 0) // by
