@@ -98,6 +98,14 @@ def test_small_apml(cp):
     check_not_finite(**on_gpu(cp))
 
 
+def test_races_of_apml(cp):
+    """What compute-sanitizer's racecheck runs, under which the test above takes long: both plans, and long rows."""
+    check(*clouds.transport("near", 300, 280), iterations=2, **on_gpu(cp))
+    check(*clouds.transport("shell", 64, 64), iterations=1, symmetrize="min", **on_gpu(cp))
+    same = np.ones((270, 3), np.float32)
+    check(same, same, iterations=1, **on_gpu(cp))
+
+
 @pytest.mark.parametrize("changes", SETTINGS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_clouds(cp, kind, changes):

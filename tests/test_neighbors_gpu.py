@@ -98,6 +98,17 @@ def test_small_neighbors(cp):
     check_knn(cp, np.zeros((200, 3), np.float32), np.zeros((300, 3), np.float32), 64, "all equal")
 
 
+def test_races_of_neighbors(cp):
+    """What compute-sanitizer's racecheck runs, under which the test above takes long: every kind of list, every op."""
+    query, points = pair("near", 300, 280)
+    for k in (2, 16, 40):
+        check_knn(cp, query, points, k)
+    check_radius(cp, query, points, 1.0)
+    check_chamfer(cp, query, points)
+    query, points = pair("near", 1500, 1500)
+    check_knn(cp, query, points, 1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", KS)
 def test_every_k(cp, k, kind):
