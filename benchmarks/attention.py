@@ -3,10 +3,12 @@
 
 bfloat16 rows of normal random numbers over the buckets of a real sweep: L = 122,880 points, buckets of 512. The peers
 attend inside ready-made contiguous windows [L / scope, H, scope, D] that hold the same rows. forward+backward is one
-call of each, for the peers one autograd forward and backward. A call of over 10 ms is timed 10 times instead of 30.
+call of each, for the peers one autograd forward and backward. A time is the median of 10: of 4 calls in a row, or of
+one where it takes over 10 ms.
 
 TFLOP/s count 4 * L * scope * C forward and 3.5 times that for both: two products, and five more. The `must` of a row
-is the time of its fastest peer in this run, divided by how many times as fast we must be; both are then taken in turns.
+is the time of its fastest peer in this run, divided by how many times as fast we must be. Such a peer and we are timed
+in turns once more, and the least of a few rounds is either's.
 
 Floors, of the forward and of the backward, and their sum for both: the largest of
 - FLOPs (two products; five) at the rate of cuBLAS on 8192^3, measured in the same run;
@@ -186,19 +188,19 @@ def _dense(setting: Setting) -> Iterator[Row]:
 def _dense_row(case: Case, scope: int, both: bool, rates: Rates) -> Row:
     call = case.both if both else case.forward
     ours, peers = _time(call), _torch_peers(case, scope, both)
-    ran = {peer.name: peer.value for peer in peers if peer.value is not None}
+    ran = {backend: peer.value for backend, peer in zip(BACKENDS, peers, strict=True) if peer.value is not None}
     must_ratio, aim_ratio = _must_and_aim(case, scope, both)
     must = aim = fastest = None
     if ran:
-        fastest = min(ran, key=lambda name: ran[name])
+        fastest = min(ran, key=lambda backend: ran[backend])
     if fastest and must_ratio:
         ours, ran[fastest] = _in_turns([call, _torch_call_of(case, scope, both, fastest)])
-        peers = tuple([peer._replace(value=ran.get(peer.name)) for peer in peers])
+        peers = tuple(peer._replace(value=ran.get(backend)) for backend, peer in zip(BACKENDS, peers, strict=True))
         must, aim = ran[fastest] / must_ratio, ran[fastest] / aim_ratio
     teraflops = (3.5 if both else 1) * 4e-9 * SIZE * scope * case.shape.c / ours
     remarks = [f"{teraflops:.0f} TFLOP/s"]
     if fastest:
-        remarks.append(f"{ran[fastest] / ours:.2f} x as fast as the fastest peer ({fastest})")
+        remarks.append(f"{ran[fastest] / ours:.2f} x as fast as the fastest peer ({_peer_name(fastest)})")
     if must:
         remarks.append(f"must: {must_ratio} x, aim: {aim_ratio} x")
     floor, binding = _floor(case.shape, scope, both, rates)
@@ -301,13 +303,12 @@ def _peer_name(backend: str) -> str:
 
 
 def _torch_measure(case: Case, scope: int, both: bool, backend: str) -> Callable[[], float]:
-    return lambda: _time(_torch_call_of(case, scope, both, _peer_name(backend)))
+    return lambda: _time(_torch_call_of(case, scope, both, backend))
 
 
-def _torch_call_of(case: Case, scope: int, both: bool, peer: str) -> timing.Call:
-    """What the peer of this name does, on windows that are ready."""
+def _torch_call_of(case: Case, scope: int, both: bool, backend: str) -> timing.Call:
+    """What a backend does, on windows that are ready."""
     call = _torch_call([_windows(x, scope) for x in (case.q, case.k, case.v, case.dout)], both)
-    (backend,) = [backend for backend in BACKENDS if _peer_name(backend) == peer]
 
     def alone() -> Any:
         with _only(backend):

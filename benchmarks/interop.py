@@ -419,8 +419,7 @@ def _ddp(setting: Setting) -> Iterator[Row]:
         yield _failed(Row(names[0], "eager", "x", None), error)
         return
     for what, alone, both in zip(names, one["rates"].values(), two["rates"].values(), strict=True):
-        row = _speedup(what, alone, both)
-        yield row if what == names[0] else row._replace(must=None, note=f"{row.note}; a GPU waits for its host")
+        yield _speedup(what, alone, both)
     yield _gradients("two GPUs, DDP: gradients beside one's", two["error"])
 
 

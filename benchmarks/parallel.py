@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 STEPS, ROUNDS = 10, 7  # steps in a row, and how often; the first round does not count
-# Crops a GPU and their points. With the example's own, which are for a CPU, a GPU waits for its host.
+# Crops a GPU and their points. With the example's own, which are a CPU's, a GPU waits for its host.
 BATCHES = {"a GPU's batch": (64, 2048), "its own batch": (8, 512)}
 
 CLOUDS, POINTS = 8, 16_384  # a GPU
