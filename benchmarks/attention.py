@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """bucket_attention and its backward: time beside every torch SDPA backend, memory, error and determinism.
 
-bfloat16 rows of normal random numbers over the buckets of a real sweep: L = 122,880 points, buckets of 512. The peers
-attend inside ready-made contiguous windows [L / scope, H, scope, D] that hold the same rows. forward+backward is one
-call of each, for the peers one autograd forward and backward. A time is the median of 10: of 4 calls in a row, or of
-one where it takes over 10 ms.
+bfloat16 rows (float32 where a row says so) of normal random numbers over the buckets of a real sweep: L = 122,880
+points, buckets of 512. The peers attend inside ready-made contiguous windows [L / scope, H, scope, D] that hold the
+same rows. forward+backward is one call of each, for the peers one autograd forward and backward. A time is the median
+of 10: of 4 calls in a row, or of one where it takes over 10 ms.
 
 TFLOP/s count 4 * L * scope * C forward and 3.5 times that for both: two products, and five more. The `must` of a row
 is the time of its fastest peer in this run, divided by how many times as fast we must be. Such a peer and we are timed
@@ -98,7 +98,7 @@ EARLIER = {
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    for part in (_dense, _tables, _ragged, _host, _memory, _errors, _determinism):
+    for part in (_dense, _single, _tables, _ragged, _host, _memory, _errors, _determinism):
         for row in part(setting):
             yield row
             timing.free()
@@ -341,6 +341,27 @@ def _windows(x: Any, scope: int, chosen: Sequence[int] | None = None) -> Any:
     rows = data.to_torch(x)
     rows = rows.view(-1, scope, *rows.shape[1:])
     return (rows if chosen is None else rows[list(chosen)]).transpose(1, 2).contiguous()
+
+
+# ---- float32 -------------------------------------------------------------------------------------------------------
+
+
+def _single(setting: Setting) -> Iterator[Row]:
+    """The same numbers as float32, beside the only one of torch's fused backends that takes them."""
+    for shape in (SMALL, *SHAPES[3:]):
+        case = _case(setting, shape, 4096)
+        case = case._replace(q=_as_float(case.q), k=_as_float(case.k), v=_as_float(case.v), dout=_as_float(case.dout))
+        for both in (False, True):
+            measure = _torch_measure(case, 4096, both, "EFFICIENT_ATTENTION")
+            ours = _time(case.both if both else case.forward)
+            peer = measured_peer(_peer_name("EFFICIENT_ATTENTION"), "eager", measure)
+            note = f"{peer.value / ours:.2f} x as fast as it" if peer.value else ""
+            yield Row(f"float32, {_name(shape, 4096, both)}", "eager", "ms", ours, peers=(peer,), note=note)
+
+
+def _as_float(x: Any) -> Any:
+    """bfloat16 as float32, whose upper half it is."""
+    return (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 # ---- other scopes, ragged batches ----------------------------------------------------------------------------------

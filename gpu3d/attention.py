@@ -59,7 +59,7 @@ def bucket_attention(
     Nothing is allocated but the results. No host sync; capturable in a CUDA graph after a first call; the same call
     gives the same bits. A NaN in a point's q makes its own row NaN, one in k or v all rows of its scope.
     On a GPU float32 operands are split into three bfloat16 planes each, whose products lose less than 2**-23 of
-    |q| |k|: float32 accuracy for six times the products of bfloat16. With D over 64 that takes 157 KB of shared memory
+    |q| |k|: float32 accuracy for six times the products of bfloat16. With D over 64 that takes 154 KB of shared memory
     a block, which sm_80, sm_90 and sm_100 have and sm_86, sm_89 and sm_120 do not: an error there.
 
     References
@@ -257,7 +257,7 @@ class _Tiling(NamedTuple):
 
 # Which kernel takes which cut on Hopper, with the time it took on an H100 and that of others: bfloat16, 122,880 slots
 # in scopes of 4096, 16, 8, 8, 4 heads of D = 16, 32, 64, 128, in ms; blocks begin faster since, so that all take 3 to
-# 12 % less now (forward 2.57, 1.58, 2.10, 1.80). Registers decide: a chunk's scores, the owned operands and the sums
+# 14 % less now (forward 2.57, 1.58, 2.10, 1.80). Registers decide: a chunk's scores, the owned operands and the sums
 # must fit, and the more warps fit beside each other, the better their products and exponentials overlap. At D = 16 a
 # product is too small for warpgroups. Run the GPU suite after any change: for dq of D = 64 in chunks of 64 rows ptxas
 # 13.0 let go of an owned operand's registers while the loop needed them, and said nothing.
@@ -285,13 +285,13 @@ HOPPER = {
 MMA = {
     "forward": (
         _Tiling(16, 0, 4, 2, 128, 32, 4),
-        _Tiling(32, 0, 8, 2, 64, 32, 2),
-        _Tiling(64, 0, 4, 2, 64, 32, 2),
-        _Tiling(128, 0, 4, 2, 32, 16, 1),
+        _Tiling(32, 0, 8, 2, 128, 16, 2),
+        _Tiling(64, 0, 8, 2, 64, 32, 1),
+        _Tiling(128, 0, 8, 1, 32, 16, 1),
     ),
     "dq": (
         _Tiling(16, 0, 4, 2, 128, 16, 4),
-        _Tiling(32, 0, 4, 2, 64, 16, 3),
+        _Tiling(32, 0, 8, 2, 64, 16, 2),
         _Tiling(64, 0, 4, 2, 64, 16, 2),
         _Tiling(128, 0, 4, 1, 32, 16, 1),
     ),
@@ -299,11 +299,36 @@ MMA = {
         _Tiling(16, 0, 4, 2, 128, 16, 4),
         _Tiling(32, 0, 4, 2, 64, 16, 2),
         _Tiling(64, 0, 4, 1, 64, 16, 2),
-        _Tiling(128, 0, 4, 1, 32, 16, 1),
+        _Tiling(128, 0, 8, 1, 32, 16, 1),
     ),
 }
-# float32 is three planes of bfloat16: three times the operands. D = 128 takes 157 KB of shared memory.
-SINGLE = (_Tiling(32, 0, 4, 1, 64, 16, 1), _Tiling(64, 0, 4, 1, 32, 16, 1), _Tiling(128, 0, 4, 1, 32, 16, 1))
+# float32 is three planes of bfloat16: three times the operands. On an H100, with 61,440 slots in scopes of 4096 and 8,
+# 8, 4 heads of D = 32, 64, 128, forward and backward take 5.0 and 17, 10.7 and 37, 12.1 and 38 ms. D = 128 takes up to
+# 154 KB of shared memory; Hopper has room for 220 KB: twice as many warps, without which that backward takes 54 ms.
+SINGLE = {
+    "forward": (
+        _Tiling(16, 0, 8, 1, 128, 16, 2),
+        _Tiling(32, 0, 8, 1, 64, 16, 2),
+        _Tiling(64, 0, 8, 1, 32, 16, 1),
+        _Tiling(128, 0, 8, 1, 16, 16, 1, own_shared=1),
+    ),
+    "dq": (
+        _Tiling(16, 0, 8, 1, 128, 16, 1),
+        _Tiling(32, 0, 8, 1, 64, 16, 1),
+        _Tiling(64, 0, 4, 1, 32, 16, 2, own_shared=1),
+        _Tiling(128, 0, 4, 1, 32, 16, 1, own_shared=1),
+    ),
+}
+SINGLE["dkdv"] = SINGLE["dq"]
+HOPPER_SINGLE = {
+    "forward": SINGLE["forward"],
+    "dq": (
+        *SINGLE["dq"][:2],
+        _Tiling(64, 0, 8, 2, 32, 16, 1, own_shared=1),
+        _Tiling(128, 0, 8, 1, 32, 16, 1, own_shared=1),
+    ),
+    "dkdv": (*SINGLE["dkdv"][:3], _Tiling(128, 0, 8, 1, 32, 16, 1, own_shared=1)),
+}
 
 _VIEW = struct.Struct("<Qqii")
 _DIVISORS = struct.Struct("<" + 3 * "iIi")
@@ -314,8 +339,8 @@ _LSE = np.dtype(np.float32)
 
 
 def _tiling(arch: str, which: str, dtype: np.dtype, dim: int) -> _Tiling:
-    table = SINGLE if dtype == np.float32 else HOPPER[which] if arch == "sm_90a" else MMA[which]
-    return next(tiling for tiling in table if tiling.dim >= dim)
+    hopper, single = (HOPPER, HOPPER_SINGLE) if arch == "sm_90a" else (MMA, SINGLE)
+    return next(tiling for tiling in (single if dtype == np.float32 else hopper)[which] if tiling.dim >= dim)
 
 
 def _macros(tiling: _Tiling, dtype: np.dtype, dim: int) -> _cuda.Macros:
@@ -367,10 +392,8 @@ def _plans(
     for which in kernels:
         tiling = _tiling(_cuda.device_arch(device), which, dtype, dim)
         macros = _macros(tiling, dtype, dim)
-        planes, words = (3 if dtype == np.float32 else 1), dict(macros)["D"] + (0 if tiling.wgmma else 8)  # of a row
         own = 16 * tiling.warps * tiling.own_tiles
-        owned = own * (1 if which == "forward" else 2) if tiling.own_shared else 0
-        shared_mem = (STAGES * 2 * planes * tiling.visit + owned) * words * 2
+        shared_mem = _shared_mem(which, tiling, dtype, dict(macros)["D"])
         sizes = {"v": f"{_VIEW.size}s", "c": _clouds.FORMAT, "d": f"{_DIVISORS.size}s"}
         formats = "".join(sizes.get(letter, letter) for letter in _SIGNATURES[which])
         kernel = _cuda.kernel(f"attention_{which}", f"attention_{which}", formats, macros, shared_mem=shared_mem)
@@ -378,6 +401,14 @@ def _plans(
         divisors = _DIVISORS.pack(*[x for by in (bucket_size, heads, tiles) for x in _divisor(by)])
         plans.append(_Plan(kernel, divisors, table_shape[0] * heads * tiles, 32 * tiling.warps, shared_mem))
     return _clouds.batch(lengths, bucket_size, buckets, 0 * buckets), plans
+
+
+def _shared_mem(which: str, tiling: _Tiling, dtype: np.dtype, dim: int) -> int:
+    """Bytes a block: the visitors' stages and the owned rows that lie there."""
+    visit, own = 2 * tiling.visit, 16 * tiling.warps * tiling.own_tiles * (1 if which == "forward" else 2)  # rows
+    if dtype == np.float32:  # one stage of three planes, the floats of the next
+        return visit * (3 * 2 * (dim + 8) + 4 * dim) + own * tiling.own_shared * 4 * dim
+    return (STAGES * visit + own * tiling.own_shared) * 2 * (dim if tiling.wgmma else dim + 8)
 
 
 def _divisor(by: int) -> tuple[int, int, int]:

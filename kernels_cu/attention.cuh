@@ -9,14 +9,16 @@
 // cloud's last bucket has padding, so a scope has one hole at most, wherever that bucket stands in it.
 //
 // Products are mma.sync m16n8k16 with float32 accumulation, or on Hopper warpgroup products, which lay their results out
-// alike: only this file knows which. float32 operands are split into three bfloat16 planes of 8 bits
-// each, x = x0 + x1 + x2 (exactly, but for the least bits of tiny x), and a product is the six pairs of planes i + j < 3:
-// what is left out is below 2^-23 of |a| |b|. So float32 runs through the same code at a sixth of the rate.
+// alike: only this file knows which. float32 operands are split into three bfloat16 planes of 8 bits each, x = x0 + x1 + x2
+// (exactly, but for the least bits of tiny x), and a product is the six pairs of planes i + j < 3: what is left out is below
+// 2^-23 of |a| |b|. So float32 runs through the same code at a sixth of the rate. Where registers cannot hold the planes of what
+// is owned (D = 128), it stays in shared memory as floats, which are split when a product needs them.
 //
 // What bounds it on an H100: at D = 16 exponentials (83 % busy in scopes of 4096, 75 % in scopes of 1024, by the cycles of a
-// multiprocessor), at D = 128 tensor cores (70 %); the rest is latency, so warps beside each other count for more than rows a
-// warp. At D = 16 two blocks share a multiprocessor. One alone reaches 57 % of the exponentials, and is alone while the other
-// ends or begins: that took 11,000 cycles, of which divisions, addresses and branches were most, and takes 5,500 now.
+// multiprocessor), at D = 128 tensor cores (84 % of cuBLAS's rate); the rest is latency, so warps beside each other count for
+// more than rows a warp. At D = 16 two blocks share a multiprocessor. One alone reaches 57 % of the exponentials, and is alone
+// while the other ends or begins: that took 11,000 cycles, of which divisions, addresses and branches were most, and takes
+// 5,500 now.
 // What was gained, forward, D = 16 | 64 | 128 (3.16 | 3.7 | 3.9 ms at first, 2.57 | 2.1 | 1.8 now, in runs of variants):
 //   warpgroup products                               -   | 0.9 | 1.1
 //   16 and 12 warps that share a tile               -    | 0.4 | 0.7
@@ -47,7 +49,7 @@
 #define VISIT 64            // rows a stage
 #define CHUNK 16            // rows at a time
 #define BLOCKS 1            // blocks a multiprocessor that registers are kept free for
-#define OWN_SHARED 0        // 1: owned rows lie in shared memory, which leaves registers for more warps (WGMMA, D >= 64)
+#define OWN_SHARED 0        // 1: owned rows lie in shared memory, which leaves registers for more warps (float32; WGMMA, D >= 64)
 #define LAZY 0              // 1: a chunk's sums are still under way while the next one's weights are worked out (WGMMA)
 #endif
 
@@ -64,13 +66,14 @@ typedef unsigned short u16;
 #define TENSOR (PLANES * VISIT * ROW)
 #endif
 #define PARTS (THREADS / VISIT)                         // threads that load one visiting row
+#define STAGES (PLANES == 1 ? 3 : 1)
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 
-static_assert(!OWN_SHARED || (WGMMA && D >= 64), "rows of 64 words");
+static_assert(!OWN_SHARED || PLANES > 1 || (WGMMA && D >= 64), "floats, or rows of 64 words");
 static_assert(D % 16 == 0, "a row is whole k-steps of the first product");
 static_assert(CHUNK % 16 == 0, "a chunk is whole k-steps of the second product");
-static_assert(VISIT % CHUNK == 0 && VISIT > CHUNK, "the copies of a tile have the time of a chunk to come");
+static_assert(VISIT % CHUNK == 0 && (PLANES > 1 || VISIT > CHUNK), "the copies of a tile have the time of a chunk to come");
 static_assert(!LAZY || VISIT / CHUNK % 2 == 0, "chunks take turns at two sets of weights");
 static_assert(THREADS % VISIT == 0 && (PARTS & PARTS - 1) == 0, "each thread loads a part of one row");
 
@@ -140,13 +143,18 @@ __device__ __forceinline__ Scope scope_at(
     return scope;
 }
 
-// The scope, the head and the position of the first row that this block owns; false past the end of a short scope.
+// The position of the first row that this block owns.
+__device__ __forceinline__ int first_owned(const Divisors &divisors) {
+    return (blockIdx.x - divide(blockIdx.x, divisors.tiles) * divisors.tiles.by) * OWN;
+}
+
+// That, the scope and the head; false past the end of a short scope.
 __device__ __forceinline__ bool block_owns(
     Scope &scope, int &head, int &first, const Clouds &clouds, const int *table, int width, const Divisors &divisors)
 {
     const int item = divide(blockIdx.x, divisors.tiles), index = divide(item, divisors.heads);
     head = item - index * divisors.heads.by;
-    first = (blockIdx.x - item * divisors.tiles.by) * OWN;
+    first = first_owned(divisors);
     scope = scope_at(clouds, table, width, index, divisors.size);
     return first < scope.end;
 }
@@ -268,12 +276,18 @@ __device__ __forceinline__ void load_matrices_transposed(u32 b[4], const u16 *ro
                  : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(at));
 }
 
-#if OWN_SHARED                                              // owned rows: left operand of `products`
-typedef u16 *Rows;                                          // tile `i` behind the stages, laid out as a visiting tensor's
-#define OWNED_ROWS(name, i) const Rows name = stages + 6 * TENSOR + (i) * OWN * D
-#else
+// Owned rows: left operand of `products`.
+#if !OWN_SHARED
 typedef u32 Rows[PLANES][OWN_TILES][D / 16][4];
 #define OWNED_ROWS(name, i) Rows name
+#elif PLANES > 1
+typedef float2 *Rows;                                       // tensor `i` behind the visitors' planes and floats
+#define OWNED_ROWS(name, i) const Rows name = (Rows)(stages + 2 * TENSOR) + VISIT * D + (i) * (OWN * D / 2)
+// Where a lane keeps two columns of a row, word i of the left operand of step k: it alone reads them.
+__device__ __forceinline__ int owned_pair(int m, int k, int i) { return ((m * (D / 16) + k) * 4 + i) * THREADS + threadIdx.x; }
+#else
+typedef u16 *Rows;                                          // tensor `i` behind the stages, laid out as a visiting one
+#define OWNED_ROWS(name, i) const Rows name = stages + STAGES * 2 * TENSOR + (i) * OWN * D
 #endif
 typedef float Tile[OWN_TILES][CHUNK / 8][4];                // owned rows by a chunk of visiting ones
 typedef u32 Weights[PLANES][OWN_TILES][CHUNK / 16][4];      // the same, as left operand of `accumulate`
@@ -282,7 +296,8 @@ typedef float Sums[OWN_TILES][D / 8][4];                    // owned rows by col
 #if !WGMMA
 
 // sum += a * b of all planes. Tensor cores cut off what they add, always towards zero: a sum of six products a step, over all
-// keys, would drift. So with planes each step starts from zero, the small planes apart, and is added as floats are.
+// keys, would drift. So with planes each step starts from zero, the small planes apart, and is added as floats are: one after
+// the other, for their sum would have to wait in registers.
 // The planes of the keys are the outer loop, whoever owns: then q k^T has the same bits in every kernel, and the backward's
 // exp(q k^T - lse) no error of a difference of them.
 template <bool KEYS_VISIT>
@@ -300,7 +315,7 @@ __device__ __forceinline__ void mma_planes(float sum[4], const u32 (*a)[4], int 
             if (i + j) mma(low, a[i * stride], b[j][0], b[j][1]);
         }
 #pragma unroll
-    for (int e = 0; e < 4; ++e) sum[e] += high[e] + low[e];
+    for (int e = 0; e < 4; ++e) sum[e] = (sum[e] + high[e]) + low[e];
 #endif
 }
 
@@ -315,6 +330,23 @@ __device__ __forceinline__ void load_planes(u32 one[PLANES][2], u32 other[PLANES
     }
 }
 
+// The left operand of step k of tile m.
+__device__ __forceinline__ void take_owned(u32 left[PLANES][4], const Rows own, int m, int k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        u32 planes[PLANES];
+#if OWN_SHARED
+        const float2 pair = own[owned_pair(m, k, i)];
+        split(pair.x, pair.y, planes);
+#else
+#pragma unroll
+        for (int j = 0; j < PLANES; ++j) planes[j] = own[j][m][k][i];
+#endif
+#pragma unroll
+        for (int j = 0; j < PLANES; ++j) left[j][i] = planes[j];
+    }
+}
+
 // tile = own * visiting^T, for the chunk of visiting rows that begins at `visiting`.
 template <bool KEYS_VISIT>
 __device__ __forceinline__ void products(Tile tile, const Rows own, const u16 *visiting) {
@@ -326,14 +358,16 @@ __device__ __forceinline__ void products(Tile tile, const Rows own, const u16 *v
         for (int n = 0; n < CHUNK / 8; ++n) tile[m][n][0] = tile[m][n][1] = tile[m][n][2] = tile[m][n][3] = 0;
 #pragma unroll
     for (int n = 0; n < CHUNK / 16; ++n)
-#pragma unroll
+#pragma unroll (OWN_SHARED ? 2 : D / 16)
         for (int k = 0; k < D / 16; ++k) {
             u32 one[PLANES][2], other[PLANES][2];           // eight visiting rows each
             load_planes<false>(one, other, visiting + n * 16 * ROW + k * 16);
 #pragma unroll
             for (int m = 0; m < OWN_TILES; ++m) {
-                mma_planes<KEYS_VISIT>(tile[m][2 * n], &own[0][m][k], OWN_TILES * (D / 16), one);
-                mma_planes<KEYS_VISIT>(tile[m][2 * n + 1], &own[0][m][k], OWN_TILES * (D / 16), other);
+                u32 left[PLANES][4];
+                take_owned(left, own, m, k);
+                mma_planes<KEYS_VISIT>(tile[m][2 * n], left, 1, one);
+                mma_planes<KEYS_VISIT>(tile[m][2 * n + 1], left, 1, other);
             }
         }
 }
@@ -347,6 +381,7 @@ __device__ __forceinline__ void accumulate(Sums sums, const Weights weights, con
 #pragma unroll
         for (int n = 0; n < D / 16; ++n) {
             u32 one[PLANES][2], other[PLANES][2];           // eight columns each
+            if (PLANES > 1) __syncwarp();
             load_planes<true>(one, other, visiting + k * 16 * ROW + n * 16);
 #pragma unroll
             for (int m = 0; m < OWN_TILES; ++m) {
@@ -509,9 +544,14 @@ __device__ __forceinline__ void clear(Sums sums) {
 // ---- copies ---------------------------------------------------------------------------------------------------------
 
 // Begins to copy 16 bytes into shared memory, or zeros.
-__device__ __forceinline__ void copy_16_bytes(u16 *to, const u16 *from, bool loads) {
+__device__ __forceinline__ void copy_16_bytes(void *to, const void *from, bool loads) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(loads ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void copy_8_bytes(void *to, const void *from, bool loads) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;"
+                 ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(loads ? 8 : 0) : "memory");
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -543,7 +583,7 @@ __device__ __forceinline__ void owned_slots(int slots[OWN_TILES], const Scope &s
 }
 
 // Rows that hold no point are zeros. Begun before the visitors' copies, and there when the first of these are.
-#if OWN_SHARED
+#if OWN_SHARED && PLANES == 1
 __device__ __forceinline__ void load_owned(
     Rows rows, const View &view, const Scope &scope, const int slots[OWN_TILES], int first)
 {
@@ -573,6 +613,10 @@ __device__ __forceinline__ void load_owned(
             for (int n = 0; n < D / 8; ++n) {
                 const long long at = from + 8ll * half * view.row + n * 8;
                 const bool loads = holds & (n == 0 || n * 8 < view.dim);
+                const int i = n % 2 * 2 + half;
+#if OWN_SHARED
+                copy_8_bytes(rows + owned_pair(m, n / 2, i), (const float *)view.data + at, loads);
+#else
                 u32 planes[PLANES] = {0};
 #if ELEMENT == 0
                 const float2 x = loads ? load_pair(view, at) : float2{0, 0};
@@ -582,7 +626,8 @@ __device__ __forceinline__ void load_owned(
                     asm volatile("ld.global.b32 %0, [%1];" : "=r"(planes[0]) : "l"((const u16 *)view.data + at) : "memory");
 #endif
 #pragma unroll
-                for (int i = 0; i < PLANES; ++i) rows[i][m][n / 2][n % 2 * 2 + half] = planes[i];
+                for (int j = 0; j < PLANES; ++j) rows[j][m][n / 2][i] = planes[j];
+#endif
             }
         }
     }
@@ -646,8 +691,10 @@ __device__ __forceinline__ int visitor_slot(const Scope &scope, int first) {
     return holds_point(scope, position) ? slot_at(scope, position) : -1;
 }
 
-// Starts the copy of this thread's part of row `slot` of both tensors into a stage [2, PLANES, VISIT, ROW] of shared memory;
-// zeros where slot is -1.
+#if PLANES == 1
+
+// Starts the copy of this thread's part of row `slot` of both tensors into a stage [2, VISIT, ROW] of shared memory; zeros
+// where slot is -1.
 __device__ __forceinline__ void load_visiting(u16 *stage, const View &one, const View &other, int slot) {
     const int row = threadIdx.x / PARTS, first = threadIdx.x % PARTS * 8;
 #if WGMMA
@@ -664,10 +711,42 @@ __device__ __forceinline__ void load_visiting(u16 *stage, const View &one, const
         for (int c = 0; c < D; c += 8 * PARTS) {
             if (8 * PARTS > D && first >= D) continue;
             const bool loads = (slot >= 0) & (c + first == 0 || c + first < view.dim);
-            u16 *at = to + (WGMMA ? c / 64 * VISIT * ROW + (c % 64 ^ first ^ swizzle) : c + first);
-#if ELEMENT == 0
-            const float4 zero = {0, 0, 0, 0}, *x = (const float4 *)((const float *)view.data + from + c);
-            const float4 low = loads ? x[0] : zero, high = loads ? x[1] : zero;
+            copy_16_bytes(to + (WGMMA ? c / 64 * VISIT * ROW + (c % 64 ^ first ^ swizzle) : c + first),
+                          (const u16 *)view.data + from + c, loads);
+        }
+    }
+}
+
+#else
+
+static_assert(8 * PARTS <= D, "each thread has a part of a row");
+
+// The same, as floats behind the stage: [2, D / 4 / PARTS, THREADS], 16 bytes each, of which a thread reads its own alone.
+__device__ __forceinline__ void load_visiting(u16 *stage, const View &one, const View &other, int slot) {
+    const int first = threadIdx.x % PARTS * 8;
+    float4 *to = (float4 *)(stage + 2 * TENSOR) + threadIdx.x;
+#pragma unroll
+    for (int tensor = 0; tensor < 2; ++tensor) {
+        const View &view = tensor ? other : one;
+        const float *from = (const float *)view.data + row_of(view, max(slot, 0)) + first;
+#pragma unroll
+        for (int c = 0; c < D; c += 8 * PARTS) {
+            const bool loads = (slot >= 0) & (c + first == 0 || c + first < view.dim);
+#pragma unroll
+            for (int half = 0; half < 2; ++half, to += THREADS) copy_16_bytes(to, from + c + 4 * half, loads);
+        }
+    }
+}
+
+// Makes them the planes [2, PLANES, VISIT, ROW] of the stage.
+__device__ __forceinline__ void split_visiting(u16 *stage) {
+    const float4 *from = (const float4 *)(stage + 2 * TENSOR) + threadIdx.x;
+#pragma unroll
+    for (int tensor = 0; tensor < 2; ++tensor) {
+        u16 *to = stage + tensor * TENSOR + threadIdx.x / PARTS * ROW + threadIdx.x % PARTS * 8;
+#pragma unroll 1
+        for (int c = 0; c < D; c += 8 * PARTS, from += 2 * THREADS) {
+            const float4 low = from[0], high = from[THREADS];
             u32 word[4][PLANES];
             split(low.x, low.y, word[0]);
             split(low.z, low.w, word[1]);
@@ -675,13 +754,12 @@ __device__ __forceinline__ void load_visiting(u16 *stage, const View &one, const
             split(high.z, high.w, word[3]);
 #pragma unroll
             for (int i = 0; i < PLANES; ++i)
-                *(uint4 *)(at + i * VISIT * ROW) = {word[0][i], word[1][i], word[2][i], word[3][i]};
-#else
-            copy_16_bytes(at, (const u16 *)view.data + from + c, loads);
-#endif
+                *(uint4 *)(to + c + i * VISIT * ROW) = {word[0][i], word[1][i], word[2][i], word[3][i]};
         }
     }
 }
+
+#endif
 
 // A barrier whose two halves lie apart: a thread arrives long before it waits, so that warps need not run in step.
 __device__ __forceinline__ void arrive(u32 barrier) {
@@ -702,6 +780,8 @@ __device__ __forceinline__ void wait(u32 barrier, int parity) {
 //                          (LAZY takes turns at two); `whole`: no padding among the rows
 //   sum(rows, now)         begins the sums with the weights of the chunk whose rows begin there
 //   fetch(slot) -> float2, put(stage, value)  what else a thread brings of a row: loaded with it, stored a tile later
+#if PLANES == 1
+
 // Three stages: while a tile is worked through, the next has come, and the one after it is on its way to where the one before
 // was, as soon as all warps are done with that.
 template <class Prepare, class Begin, class Weigh, class Sum, class Fetch, class Put>
@@ -765,3 +845,42 @@ __device__ __forceinline__ void visit(
     }
     wait_for_products<0>();
 }
+
+#else
+
+// One stage: while a tile is worked through, the floats of the next come, and become planes when all warps are done with it.
+template <class Prepare, class Begin, class Weigh, class Sum, class Fetch, class Put>
+__device__ __forceinline__ void visit(
+    u16 *stages, const View &one, const View &other, const Scope &scope,
+    Prepare prepare, Begin begin, Weigh weigh, Sum sum, Fetch fetch, Put put)
+{
+    float2 brought;
+    int tile = first_tile(scope), loading = tile;
+    const auto load = [&] {
+        const int slot = visitor_slot(scope, loading);
+        load_visiting(stages, one, other, slot);
+        commit_copies();
+        brought = fetch(slot);
+        loading = next_tile(scope, loading);
+    };
+    load();
+    prepare();
+    for (; tile < scope.end; tile = next_tile(scope, tile)) {
+        copies_have_come<0>();
+        __syncthreads();                        // all are done with the tile before
+        split_visiting(stages);
+        put(0, brought);
+        __syncthreads();
+        load();
+        const bool whole = whole_tile(scope, tile);
+#pragma unroll 1
+        for (int chunk = 0; chunk < VISIT; chunk += CHUNK) {
+            const u16 *rows = stages + chunk * ROW;
+            begin(rows);
+            weigh(tile + chunk, whole, 0, chunk, 0);
+            sum(rows, 0);
+        }
+    }
+}
+
+#endif

@@ -27,8 +27,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
     void *__restrict__ dk,                      // [slots, heads, D]
     void *__restrict__ dv)                      // [slots, heads, D]
 {
-    extern __shared__ __align__(1024) u16 stages[];          // [3, 2, PLANES, VISIT, ROW], owned rows
-    __shared__ float stats[3][2][VISIT];        // of each stage: lse * UNIT, and delta
+    extern __shared__ __align__(1024) u16 stages[];          // stages of visiting rows, then owned rows
+    __shared__ float stats[STAGES][2][VISIT];   // of each stage: lse * UNIT, and delta
     Scope scope;
     int head, first;
     if (!block_owns(scope, head, first, clouds, table, width, divisors)) return;
@@ -89,6 +89,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
     settle(dkey);
     settle(dvalue);
 
+    first = first_owned(divisors);              // again: kept through the visit these take registers that it needs
+    owned_slots(slots, scope, first);
     const auto scaled = [=](int, int, bool, bool, int) { return scale; };
     const auto as_is = [](int, int, bool, bool, int) { return 1.0f; };
     store_owned(at_head({dk, q.dim, heads * q.dim, q.dim}, head), dkey, scaled, scope, slots, first);

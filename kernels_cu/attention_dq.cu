@@ -25,7 +25,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
     void *__restrict__ dq,                      // [slots, heads, D]
     float *__restrict__ delta)                  // [slots, heads]
 {
-    extern __shared__ __align__(1024) u16 stages[];          // [3, 2, PLANES, VISIT, ROW], owned rows
+    extern __shared__ __align__(1024) u16 stages[];          // stages of visiting rows, then owned rows
     Scope scope;
     int head, first;
     if (!block_owns(scope, head, first, clouds, table, width, divisors)) return;

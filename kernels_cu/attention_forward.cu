@@ -26,7 +26,7 @@
 
 // Raises the top of a row above its maximum in the chunk; the factor that brings older weights to the new top.
 __device__ __forceinline__ float raise_top(float &top, const float score[CHUNK / 8][4], int half, float slope) {
-    float low = INFINITE, high = -INFINITE;     // which of them is the maximum's the sign of the slope says
+    float low = INFINITE, high = -INFINITE;     // by a negative slope the lowest score is the maximum
 #pragma unroll
     for (int n = 0; n < CHUNK / 8; ++n) {
         low = fminf(fminf(low, score[n][2 * half]), score[n][2 * half + 1]);
@@ -53,7 +53,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
     void *__restrict__ out,                     // [slots, heads, D]
     float *__restrict__ lse)                    // [slots, heads] natural logarithm, or null
 {
-    extern __shared__ __align__(1024) u16 stages[];          // [3, 2, PLANES, VISIT, ROW], owned rows
+    extern __shared__ __align__(1024) u16 stages[];          // stages of visiting rows, then owned rows
     Scope scope;
     int head, first;
     if (!block_owns(scope, head, first, clouds, table, width, divisors)) return;

@@ -90,7 +90,7 @@ def test_small_attention(cp):
     """What compute-sanitizer runs: a scope of several tiles, short ones, padding inside a scope, one point alone."""
     lengths = [0, 200, 1, 70]
     buckets, scopes = on_device(cp, lengths, 16, 9, shift=2)
-    for dim, dtype in ((24, "float16"), (64, "bfloat16"), (32, "float32")):
+    for dim, dtype in ((24, "float16"), (64, "bfloat16"), (32, "float32"), (128, "float32")):
         check_on(cp, layout(lengths, 16), buckets, scopes, 2, dim, dtype)
 
 

@@ -33,7 +33,10 @@ class Book:
         self._tried: dict[Any, tuple[Any, Callable[[], bool | None]]] = {}
 
     def is_due(self, kind: Any, size: int) -> bool:
-        """Whether this call of a kind that is not played, with `size` bytes of inputs, is the one to learn from."""
+        """Whether this call of a kind that is not played, with `size` bytes of inputs, is the one to learn from.
+
+        Where one was learnt from, it is asked whether what was tried is known to be right, and played from then on.
+        """
         if size > LARGEST or kind in self.played:
             return False
         if kind in self._tried:

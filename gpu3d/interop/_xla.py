@@ -8,6 +8,8 @@ XLA's buffers. The structures are those of xla/ffi/api/c_api.h, which jaxlib car
 On CUDA the plain call allocates from XLA, on XLA's stream. What has the size of a result that is still to come gets the
 memory of that result, so results are born where XLA wants them; `_land` looks whether they were, and copies those that
 were not. Whatever else was allocated goes back to XLA when the handler returns, in stream order.
+
+Calls that came often with the same attribute are played (`_replay`): only addresses are read from the frame then.
 """
 
 from __future__ import annotations
@@ -385,7 +387,7 @@ class _Allocator:
 
 
 def _land(results: Sequence[Any], places: Sequence[_Place], array_at: Callable[[_Place], Any]) -> bool:
-    """Copies each result that does not lie in its buffer there, if any; says whether none did.
+    """Copies each result that does not lie in its buffer there; whether none had to be copied.
 
     `array_at` makes an array of a buffer.
     """
@@ -503,7 +505,7 @@ def _bytes_at(address: int, size: int, device: int) -> Any:
 
 
 def _metadata(extension: int) -> None:
-    """XLA asks what it deals with, once. No traits: not compatible with command buffers."""
+    """XLA asks what it deals with, once. No traits: a command buffer would outlive the workspaces of a call."""
     metadata = MetadataExtension.from_address(extension).metadata.contents
     metadata.api_version.major, metadata.api_version.minor = API_VERSION
     metadata.traits = 0

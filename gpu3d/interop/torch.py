@@ -164,7 +164,7 @@ def _kind_of(x: Any) -> Any:
 
 
 def _play(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """The call; from its third of a kind on by a program, without gpu3d's Python in between."""
+    """The call: by a program, once one has been learnt from the third of its kind; by gpu3d's Python before."""
     kind = name, *[_kind_of(x) for x in args]
     played, device = _book.played.get(kind), args[0].device
     if played is not None and torch._C._cuda_getDevice() == device.index:
