@@ -19,6 +19,7 @@ Floors, of the forward and of the backward, and their sum for both: the largest 
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ BUCKET_SIZE = 512
 SCOPES = (1024, 4096, 8192)
 DIRECTIONS = ("forward", "forward+backward")  # by `both`
 REPEATS, CALLS, SLOW_MS = 10, 4, 10.0  # calls in a row: the device does not wait for the host
-ROUNDS = 3  # of the comparisons within a few percent
+ROUNDS, SECONDS = 3, 1.0  # at least, of the comparisons within a few percent
 RUNS = 30
 
 
@@ -242,10 +243,11 @@ def _time(call: timing.Call) -> float:
 
 def _in_turns(calls: Sequence[timing.Call]) -> list[float]:
     """The least of some rounds each: as its power goes, a GPU's clocks drift by more than a percent in a second."""
-    times = [np.inf] * len(calls)
-    for turn in range(ROUNDS):
+    times, turn, begin = [np.inf] * len(calls), 0, time.perf_counter()
+    while turn < ROUNDS or time.perf_counter() - begin < SECONDS:
         for i in range(len(calls)) if turn % 2 == 0 else reversed(range(len(calls))):
             times[i] = min(times[i], _time(calls[i]))
+        turn += 1
     return times
 
 
