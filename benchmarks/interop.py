@@ -418,8 +418,9 @@ def _ddp(setting: Setting) -> Iterator[Row]:
     except RuntimeError as error:
         yield _failed(Row(names[0], "eager", "x", None), error)
         return
-    for what, alone, both in zip(names, one["rates"].values(), two["rates"].values(), strict=True):
-        yield _speedup(what, alone, both)
+    rates, musts = [found["rates"].values() for found in (one, two)], (SPEEDUP_MUST, None)
+    for what, alone, both, must in zip(names, *rates, musts, strict=True):
+        yield _speedup(what, alone, both, must)
     yield _gradients("two GPUs, DDP: gradients beside one's", two["error"])
 
 
@@ -434,7 +435,7 @@ def _shards(setting: Setting) -> Iterator[Row]:
     except RuntimeError as error:
         yield _failed(Row(names[0], "eager", "x", None), error)
         return
-    yield _speedup(names[0], found["one"], found["two"])
+    yield _speedup(names[0], found["one"], found["two"], SPEEDUP_MUST)
     yield _gradients(names[1], found["error"])
 
 
@@ -449,9 +450,9 @@ def _not_run(names: Sequence[str], why_not: str) -> Iterator[Row]:
         yield Row(what, "eager", "x", None, note=f"skipped: {why_not}")
 
 
-def _speedup(what: str, one: float, two: float) -> Row:
+def _speedup(what: str, one: float, two: float, must: float | None) -> Row:
     note = f"{two:,.0f} points a second, one GPU {one:,.0f}; a batch of the same size a GPU"
-    return Row(what, "eager", "x", two / one, SPEEDUP_MUST, at_least=True, note=note)
+    return Row(what, "eager", "x", two / one, must, at_least=True, note=note)
 
 
 def _gradients(what: str, error: float) -> Row:

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 STEPS, ROUNDS = 10, 7  # steps in a row, and how often; the first round does not count
-# Crops a GPU and their points. With the example's own, which are a CPU's, a GPU waits for its host.
-BATCHES = {"a GPU's batch": (64, 2048), "its own batch": (8, 512)}
+# What the example takes on a GPU, and on a CPU: with that a GPU waits for its host.
+BATCHES = {"its batch": "cuda", "a CPU's batch": "cpu"}
 
 CLOUDS, POINTS = 8, 16_384  # a GPU
 HEADS, DIM = 8, 32
@@ -48,19 +48,19 @@ def _ddp() -> None:
     training, _, _ = example.load(None, voxel=0.3)
     with example.joined("auto") as group:
         weights = example.class_weights(training).to(group.device)
-        rates = {name: _rate(example, training, weights, group, *sizes) for name, sizes in BATCHES.items()}
+        rates = {name: _rate(example, training, weights, group, device) for name, device in BATCHES.items()}
         error = _ddp_error(example, training, weights, group)
         group.print(json.dumps({"rates": rates, "error": error}))
 
 
-def _arguments(batch: int, points: int) -> argparse.Namespace:
-    """What the example's command line would say."""
+def _arguments(example: Any, device: str) -> argparse.Namespace:
+    """What the example's command line would say on a device."""
     options = {"channels": 32, "rate": 1e-2, "seed": 0, "crops": 24, "bfloat16": False, "compile": False}
-    return argparse.Namespace(batch=batch, points=points, **options)
+    return argparse.Namespace(**example.DEFAULTS[device], **options)
 
 
-def _rate(example: Any, training: Any, weights: Any, group: Any, *sizes: int) -> float:
-    arguments = _arguments(*sizes)
+def _rate(example: Any, training: Any, weights: Any, group: Any, device: str) -> float:
+    arguments = _arguments(example, device)
     of = example.start(arguments, group, True, STEPS * ROUNDS)
     batches = list(example.epoch_of(training, 0, STEPS, arguments, group))
     rates = [example.train(of, batches, weights, arguments, group)[1] for _ in range(ROUNDS)]
@@ -71,7 +71,7 @@ def _ddp_error(example: Any, training: Any, weights: Any, group: Any) -> float:
     """Every process takes the joined batch by itself, too."""
     import torch
 
-    arguments, alone = _arguments(*BATCHES["its own batch"]), group._replace(rank=0, count=1)
+    arguments, alone = _arguments(example, "cpu"), group._replace(rank=0, count=1)
     parts = [
         next(example.epoch_of(training, 0, 1, arguments, group._replace(rank=rank))) for rank in range(group.count)
     ]

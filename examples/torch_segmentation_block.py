@@ -9,11 +9,12 @@ Points come from sweeps of SemanticKITTI, with --data: files semantickitti/SS_FF
 of 5 mm, remission uint8 and label uint8, of the 19 training classes, 255 where there is none. Sequences 04 and 10
 validate. Without --data both halves are made-up streets, which teach nothing about real ones.
 
-Runs on the GPU where torch has one. torchrun starts it on several: each process takes its part of every batch, and the
-gradients are those of one process with the joined batch.
+Runs on the GPU where torch has one, in larger crops and batches: with those of a CPU, a GPU waits for its host.
+torchrun starts it on several: each process takes its part of every batch, and the gradients are those of one process
+with the joined batch.
 
     python examples/torch_segmentation_block.py --data ../shared/data
-    torchrun --nproc-per-node 2 examples/torch_segmentation_block.py --data ../shared/data --batch 4
+    torchrun --nproc-per-node 2 examples/torch_segmentation_block.py --data ../shared/data --batch 32
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ CLASSES = [
 IGNORED = 255
 VALIDATION = "04", "10"  # sequences
 BUCKET_SIZE, SCOPE, RATIO = 32, 4, 4
+DEFAULTS = {"cpu": {"epochs": 5, "batch": 8, "points": 512}, "cuda": {"epochs": 20, "batch": 64, "points": 8192}}
 WAVES = 16
 WAVELENGTHS = 1, 20  # metres, shortest and longest
 
@@ -68,12 +70,12 @@ def main(argv: list[str] | None = None) -> int:
     """Train both stages and print what they reach after each epoch; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", metavar="FOLDER", type=Path, help="real sweeps; without it, made-up streets")
-    parser.add_argument("--epochs", metavar="N", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--epochs", metavar="N", type=int, help=either("epochs"))
     parser.add_argument(
         "--crops", metavar="N", type=int, default=24, help="of a sweep, an epoch (default: %(default)s)"
     )
-    parser.add_argument("--batch", metavar="N", type=int, default=8, help="crops a process (default: %(default)s)")
-    parser.add_argument("--points", metavar="N", type=int, default=512, help="of a crop (default: %(default)s)")
+    parser.add_argument("--batch", metavar="N", type=int, help=f"crops a process {either('batch')}")
+    parser.add_argument("--points", metavar="N", type=int, help=f"of a crop {either('points')}")
     parser.add_argument("--voxel", metavar="M", type=float, default=0.3, help="one point each (default: %(default)s m)")
     parser.add_argument("--channels", metavar="N", type=int, default=32, help="(default: %(default)s)")
     parser.add_argument("--rate", metavar="X", type=float, default=1e-2, help="of learning (default: %(default)s)")
@@ -86,11 +88,19 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         with joined(arguments.device) as group:
+            for name, value in DEFAULTS[group.device.type].items():
+                if getattr(arguments, name) is None:
+                    setattr(arguments, name, value)
             run(arguments, group)
     except (OSError, ValueError, ImportError) as error:
         print(f"{parser.prog}: {error or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
+
+
+def either(name: str) -> str:
+    """What help says of a default."""
+    return f"(default: {DEFAULTS['cpu'][name]}, on a GPU {DEFAULTS['cuda'][name]})"
 
 
 # ---- the stage -----------------------------------------------------------------------------------------------------
