@@ -12,7 +12,8 @@ its backward, or the loss with its gradients.
   row and the wait for the last one, divided; and so are the plain call beside it, and a jitted function of the same
   arrays that doubles one of them. Where the GPU takes longer it binds.
 - graph: the operator captured by torch.cuda.graph, beside the plain call in a graph of CuPy's. Autograd multiplies the
-  gradients of a loss by the gradient of the loss, which the plain call does not.
+  gradients of a loss by the gradient of the loss, which the plain call does not; that one is there before, as what
+  comes from other operators is, for torch fills a tensor with it otherwise.
 - import: gpu3d.interop.torch where torch is imported already, in new processes.
 - memory: what torch's allocator and CuPy's pool hold after 1,000 steps of training, and after 10.
 - two GPUs: see `parallel`. Each has a batch of the size that one GPU has alone.
@@ -182,9 +183,11 @@ def _torch_both(function: Function) -> timing.Call:
     """Leaves are made in the call: a graph that is captured must have none of another stream."""
     import torch
 
+    gradient = torch.ones((), device=function.at[0].device) if function.gradient is None else function.gradient
+
     def both() -> Any:
         leaves = [x.detach().requires_grad_() for x in function.at]
-        return torch.autograd.grad(function.call(*leaves), leaves, function.gradient)
+        return torch.autograd.grad(function.call(*leaves), leaves, gradient)
 
     return both
 
