@@ -145,7 +145,7 @@ def bucket_attention_backward(
     native_lse, lse_origin = _arrays.enter(lse, "lse")
     if lse_origin.device != origin.device:
         _arrays.check_same_device(q=origin, lse=lse_origin)
-    wide = np.dtype(np.float64 if arrays[0].dtype == np.float64 else np.float32)
+    wide = np.dtype(np.float64) if arrays[0].dtype == np.float64 else _LSE
     if native_lse.shape != arrays[0].shape[:2] or native_lse.dtype != wide:
         raise ValueError(
             f"lse must be {wide} of shape {list(arrays[0].shape[:2])}, as bucket_attention(..., return_lse=True) "
@@ -156,10 +156,10 @@ def bucket_attention_backward(
     with _arrays.on(origin):
         if origin.device is None:
             layout = buckets.bucket_size, buckets.bucket_offsets, buckets.lengths
-            gradients = reference.bucket_attention_backward(*saved, table, *layout, scale)
+            gradients = list(reference.bucket_attention_backward(*saved, table, *layout, scale))
         else:
             gradients = _backward_cuda(*saved, table, buckets, scale)
-        dq, dk, dv = (_arrays.leave(gradient, origin) for gradient in gradients)
+        dq, dk, dv = [_arrays.leave(gradient, origin) for gradient in gradients]
     return dq, dk, dv
 
 
@@ -184,24 +184,28 @@ def _checked_inputs(named: dict[str, Any], buckets: Buckets, scopes: Scopes) -> 
     """The arrays as NumPy or CuPy, q's origin, and the scopes' table."""
     _check_layout(buckets, scopes)
     entered = [_arrays.enter(x, name) for name, x in named.items()]
-    first, origin = entered[0]
     table, table_origin = _arrays.enter(scopes.table, "scopes")
-    devices = {other.device for _, other in entered}
-    if devices != {table_origin.device}:
+    (first, origin), device = entered[0], table_origin.device
+    shape, dtype, alike = first.shape, first.dtype, True
+    arrays = []
+    for array, other in entered:
+        arrays.append(array)
+        alike = alike and other.device == device and array.shape == shape and array.dtype == dtype
+    if not alike:
         origins = dict(zip(named, (other for _, other in entered), strict=True))
         _arrays.check_same_device(**origins, scopes=table_origin)
-    if first.ndim != 3:
-        raise ValueError(f"q must have shape [num_slots, H, D], got {list(first.shape)}.")
-    if first.dtype not in _arrays.FLOATS or (origin.device is not None and first.dtype == np.float64):
-        where = "" if origin.device is None else " on a GPU"
-        also = ", float32 or float64" if origin.device is None else " or float32"
+    if len(shape) != 3:
+        raise ValueError(f"q must have shape [num_slots, H, D], got {list(shape)}.")
+    if dtype not in _arrays.FLOATS or (device is not None and dtype == np.float64):
+        where = "" if device is None else " on a GPU"
+        also = ", float32 or float64" if device is None else " or float32"
         raise TypeError(
-            f"q must be float16, bfloat16{also}{where}, got {first.dtype}: convert q, k and v by .astype('float32')."
+            f"q must be float16, bfloat16{also}{where}, got {dtype}: convert q, k and v by .astype('float32')."
         )
-    slots, heads, dim = first.shape
+    slots, heads, dim = shape
     if slots != buckets.num_slots:
         raise ValueError(
-            f"q must have one row for each of the {buckets.num_slots} slots, got shape {list(first.shape)}: "
+            f"q must have one row for each of the {buckets.num_slots} slots, got shape {list(shape)}: "
             "bring points into slots by buckets.scatter(q)."
         )
     if dim > HEAD_DIMS[-1] or dim % 8 or dim == 0:
@@ -210,16 +214,16 @@ def _checked_inputs(named: dict[str, Any], buckets: Buckets, scopes: Scopes) -> 
             "and give scale, or use more heads."
         )
     if heads == 0:
-        raise ValueError(f"q must have at least one head, got shape {list(first.shape)}.")
-    arrays = [array for array, _ in entered]
-    for name, array in zip(named, arrays, strict=True):
-        if array.shape != first.shape:
-            raise ValueError(f"{name} must have the shape of q, got {list(array.shape)} for {list(first.shape)}.")
-        if array.dtype != first.dtype:
-            raise TypeError(
-                f"{name} must have the dtype of q, got {array.dtype} for {first.dtype}: "
-                f"convert by {name}.astype('{first.dtype}')."
-            )
+        raise ValueError(f"q must have at least one head, got shape {list(shape)}.")
+    if not alike:
+        for name, array in zip(named, arrays, strict=True):
+            if array.shape != shape:
+                raise ValueError(f"{name} must have the shape of q, got {list(array.shape)} for {list(shape)}.")
+            if array.dtype != dtype:
+                raise TypeError(
+                    f"{name} must have the dtype of q, got {array.dtype} for {dtype}: "
+                    f"convert by {name}.astype('{dtype}')."
+                )
     return arrays, origin, table
 
 
@@ -419,8 +423,7 @@ def _divisor(by: int) -> tuple[int, int, int]:
 
 def _aligned(x: Any) -> tuple[Any, bytes]:
     """Rows that can be loaded 16 bytes at a time: x, or a copy where its layout does not allow that; and their View."""
-    rows, heads, last = x.strides
-    address, size = x.data.ptr, x.itemsize
+    (rows, heads, last), address, size = x.strides, x.data.ptr, x.itemsize
     if last != size or (rows | heads | address) % 16 or abs(rows // size) >= 2**31:
         import cupy
 
@@ -454,33 +457,34 @@ def _forward_cuda(
         key = dtype, shape[1], shape[2], buckets.bucket_size, buckets.lengths, table.shape
         batch, (forward,) = _plans(q.data.device_id, ("forward",), *key)
         clouds, memory = _clouds.pack(batch, buckets.bucket_size)
-        kept, views = zip(*map(_aligned, (q, k, v)), strict=True)
+        aligned = [_aligned(x) for x in (q, k, v)]
         scope = clouds, table.data.ptr, table.shape[1], forward.divisors, _slope(scale, dtype)
-        _launch(forward, *views, *scope, out.data.ptr, lse_address)
-        del kept, memory  # held until here: the pool hands them on in stream order
+        _launch(forward, *[view for _, view in aligned], *scope, out.data.ptr, lse_address)
+        del aligned, memory  # held until here: the pool hands them on in stream order
     return out, lse
 
 
 def _backward_cuda(
     dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, table: Any, buckets: Buckets, scale: float
-) -> tuple[Any, ...]:
+) -> list[Any]:
     import cupy
 
     shape, dtype, size = q.shape, q.dtype, q.nbytes
     memory = _cuda.results((0, size, 2 * size, 3 * size))
-    gradients = tuple([cupy.ndarray(shape, dtype, part) for part in memory])
+    gradients = [cupy.ndarray(shape, dtype, part) for part in memory]
     if size:
         key = dtype, shape[1], shape[2], buckets.bucket_size, buckets.lengths, table.shape
         batch, (dq, dkdv) = _plans(q.data.device_id, ("dq", "dkdv"), *key)
         clouds, held = _clouds.pack(batch, buckets.bucket_size)
         if not lse.flags.c_contiguous:
             lse = cupy.ascontiguousarray(lse)
-        kept, views = zip(*map(_aligned, (dout, q, k, v, out)), strict=True)
+        aligned = [_aligned(x) for x in (dout, q, k, v, out)]
+        *views, of_out = [view for _, view in aligned]
         delta = cupy.cuda.alloc(lse.nbytes)
         scope = clouds, table.data.ptr, table.shape[1]
         numbers = _slope(scale, dtype), scale
-        saved, (of_q, of_k, of_v) = lse.data.ptr, (part.ptr for part in memory)
-        _launch(dq, *views, saved, *scope, dq.divisors, *numbers, of_q, delta.ptr)
-        _launch(dkdv, *views[:4], saved, delta.ptr, *scope, dkdv.divisors, *numbers, of_k, of_v)
-        del kept, held, delta  # held until here: the pool hands them on in stream order
+        saved, (of_q, of_k, of_v) = lse.data.ptr, [part.ptr for part in memory]
+        _launch(dq, *views, of_out, saved, *scope, dq.divisors, *numbers, of_q, delta.ptr)
+        _launch(dkdv, *views, saved, delta.ptr, *scope, dkdv.divisors, *numbers, of_k, of_v)
+        del aligned, held, delta  # held until here: the pool hands them on in stream order
     return gradients
