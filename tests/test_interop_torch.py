@@ -22,6 +22,7 @@ import gpu3d
 from gpu3d import _arrays
 
 torch = pytest.importorskip("torch")
+from gpu3d.interop import _replay  # noqa: E402
 from gpu3d.interop import torch as g  # noqa: E402
 
 OPS = torch.ops.gpu3d
@@ -637,6 +638,20 @@ def test_results_in_torchs_memory():
         got = _arrays.leave(array(16, dtype, (4, 2), (3 * size, size)), _arrays.Origin("torch", 0))
         assert torch.equal(got.view(torch.uint8), whole[:4, :2].view(torch.uint8)) and got.dtype == torch_dtype
         assert got.data_ptr() == memory.data_ptr() + 16 and got.untyped_storage().data_ptr() == memory.data_ptr()
+
+
+def test_a_call_on_another_gpu_than_the_current_one_is_not_played(monkeypatch):
+    """Programs are launched on the current device. The GPUs are stood for by numbers."""
+    book, learnt = _replay.Book(), []
+    monkeypatch.setattr(g, "_book", book)
+    monkeypatch.setattr(g, "_learn", lambda function, args: (learnt.append(args), lambda: True, lambda: True))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    x = torch.zeros(3)  # of device index None
+    for current, expected in ((0, 0), (None, 1)):
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda current=current: current, raising=False)
+        for _ in range(_replay.LEARNED_AT):
+            g._play("call", lambda x: "run", (x,))
+        assert len(learnt) == expected
 
 
 def test_import_errors(tmp_path):

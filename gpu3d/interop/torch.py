@@ -164,16 +164,21 @@ def _kind_of(x: Any) -> Any:
 
 
 def _play(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """The call: by a program, once one has been learnt from the third of its kind; by gpu3d's Python before."""
-    kind = name, *[_kind_of(x) for x in args]
-    played, device = _book.played.get(kind), args[0].device
-    if played is not None and torch._C._cuda_getDevice() == device.index:
-        return played([x for x in args if isinstance(x, torch.Tensor)], device)
-    size = sum([x.nbytes for x in args if isinstance(x, torch.Tensor)])
-    if not torch.cuda.is_current_stream_capturing() and _book.is_due(kind, size):
-        result, played, alike = _learn(function, args)
-        _book.write(kind, played, alike)
-        return result
+    """The call: by a program, once one has been learnt from the third of its kind; by gpu3d's Python before.
+
+    Programs are launched on the current device: calls on another one neither are played nor learnt from.
+    """
+    device = args[0].device
+    if torch._C._cuda_getDevice() == device.index:
+        kind = name, *[_kind_of(x) for x in args]
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        played = _book.played.get(kind)
+        if played is not None:
+            return played(tensors, device)
+        if not torch.cuda.is_current_stream_capturing() and _book.is_due(kind, sum([x.nbytes for x in tensors])):
+            result, played, alike = _learn(function, args)
+            _book.write(kind, played, alike)
+            return result
     with _from_torch(args[0]):
         return function(*args)
 
