@@ -315,8 +315,7 @@ def launch(
         if grid == 0:
             return
         raise ValueError(f"a launch has at most 2**31 - 1 blocks, got {grid}.")
-    if not _thread.has_context:
-        make_context_current()
+    make_context_current()
     if _thread.steps is not None:
         _thread.steps.append(Launched(kernel, grid, block, shared_mem, kernel.arguments.pack(*args)))
     stream = kernel.current_stream().ptr

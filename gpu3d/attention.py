@@ -59,7 +59,7 @@ def bucket_attention(
     Nothing is allocated but the results. No host sync; capturable in a CUDA graph after a first call; the same call
     gives the same bits. A NaN in a point's q makes its own row NaN, one in k or v all rows of its scope.
     On a GPU float32 operands are split into three bfloat16 planes each, whose products lose less than 2**-23 of
-    |q| |k|: float32 accuracy for six times the products of bfloat16. With D over 64 that takes 154 KB of shared memory
+    |q| |k|: float32 accuracy for six times the products of bfloat16. With D over 64 that takes 151 KB of shared memory
     a block, which sm_80, sm_90 and sm_100 have and sm_86, sm_89 and sm_120 do not: an error there.
 
     References
@@ -242,7 +242,7 @@ def _checked_scale(scale: Any, dim: int) -> float:
 
 # ---- CUDA ----------------------------------------------------------------------------------------------------------
 
-STAGES = 3  # of visiting rows in shared memory
+STAGES = 3  # of visiting rows in shared memory; float32 has one
 
 
 class _Tiling(NamedTuple):
@@ -307,8 +307,8 @@ MMA = {
     ),
 }
 # float32 is three planes of bfloat16: three times the operands. On an H100, with 61,440 slots in scopes of 4096 and 8,
-# 8, 4 heads of D = 32, 64, 128, forward and backward take 5.0 and 17, 10.7 and 37, 12.1 and 38 ms. D = 128 takes up to
-# 154 KB of shared memory; Hopper has room for 220 KB: twice as many warps, without which that backward takes 54 ms.
+# 8, 4 heads of D = 32, 64, 128, forward and backward take 5.0 and 17, 10.7 and 37, 12.1 and 39 ms. D = 128 takes up to
+# 151 KB of shared memory; Hopper has room for 216 KB: twice as many warps, without which that backward takes 54 ms.
 SINGLE = {
     "forward": (
         _Tiling(16, 0, 8, 1, 128, 16, 2),

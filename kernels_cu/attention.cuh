@@ -350,6 +350,7 @@ __device__ __forceinline__ void take_owned(u32 left[PLANES][4], const Rows own, 
 // tile = own * visiting^T, for the chunk of visiting rows that begins at `visiting`.
 template <bool KEYS_VISIT>
 __device__ __forceinline__ void products(Tile tile, const Rows own, const u16 *visiting) {
+    constexpr int UNROLLED = OWN_SHARED ? 2 : D / 16;       // all steps would take more registers than there are
     const int lane = threadIdx.x & 31;
     visiting += ((lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * 8;
 #pragma unroll
@@ -358,7 +359,7 @@ __device__ __forceinline__ void products(Tile tile, const Rows own, const u16 *v
         for (int n = 0; n < CHUNK / 8; ++n) tile[m][n][0] = tile[m][n][1] = tile[m][n][2] = tile[m][n][3] = 0;
 #pragma unroll
     for (int n = 0; n < CHUNK / 16; ++n)
-#pragma unroll (OWN_SHARED ? 2 : D / 16)
+#pragma unroll UNROLLED
         for (int k = 0; k < D / 16; ++k) {
             u32 one[PLANES][2], other[PLANES][2];           // eight visiting rows each
             load_planes<false>(one, other, visiting + n * 16 * ROW + k * 16);
@@ -549,6 +550,7 @@ __device__ __forceinline__ void copy_16_bytes(void *to, const void *from, bool l
                  ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(loads ? 16 : 0) : "memory");
 }
 
+// Likewise 8.
 __device__ __forceinline__ void copy_8_bytes(void *to, const void *from, bool loads) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;"
                  ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(loads ? 8 : 0) : "memory");

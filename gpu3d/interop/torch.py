@@ -10,8 +10,8 @@ Operators take tensors and numbers only, so a layout travels as its tensors and 
 made inside a compiled function, passed into it and returned from it. Lengths are host integers: torch.compile takes
 those of another batch as symbols, and the number of clouds as fixed.
 
-On a GPU the third call of a kind (the same shapes, strides, dtypes and numbers) is taken down, and later ones are
-played: see `_replay`.
+On the current GPU the third call of a kind (the same shapes, strides, dtypes and numbers) is taken down, and later ones
+are played: see `_replay`.
 """
 
 from __future__ import annotations
