@@ -257,6 +257,7 @@ class _Tiling(NamedTuple):
     blocks: int  # blocks a multiprocessor that registers are kept free for
     own_shared: int = 0  # 1: owned rows lie in shared memory, not in registers
     lazy: int = 0  # 1: a chunk's sums are still under way while the next one's weights are worked out
+    paired: int = 0  # of dkdv: 1: two warps own the same rows, one makes dv and the other dk
 
 
 # Which kernel takes which cut on Hopper, with the time it took on an H100 and that of others: bfloat16, 122,880 slots
@@ -295,20 +296,21 @@ MMA = {
     ),
     "dq": (
         _Tiling(16, 0, 4, 2, 128, 16, 4),
-        _Tiling(32, 0, 8, 2, 64, 16, 2),
+        _Tiling(32, 0, 4, 2, 64, 16, 2),
         _Tiling(64, 0, 4, 2, 64, 16, 2),
         _Tiling(128, 0, 4, 1, 32, 16, 1),
     ),
     "dkdv": (
-        _Tiling(16, 0, 4, 2, 128, 16, 4),
+        _Tiling(16, 0, 8, 2, 256, 16, 2),
         _Tiling(32, 0, 4, 2, 64, 16, 2),
         _Tiling(64, 0, 4, 1, 64, 16, 2),
         _Tiling(128, 0, 8, 1, 32, 16, 1),
     ),
 }
 # float32 is three planes of bfloat16: three times the operands. On an H100, with 61,440 slots in scopes of 4096 and 8,
-# 8, 4 heads of D = 32, 64, 128, forward and backward take 5.0 and 17, 10.7 and 37, 12.1 and 39 ms. D = 128 takes up to
-# 151 KB of shared memory; Hopper has room for 216 KB: twice as many warps, without which that backward takes 54 ms.
+# 8, 4 heads of D = 32, 64, 128, forward and backward take 5.1 and 17, 10.9 and 37, 11.8 and 41 ms. D = 128 takes up to
+# 159 KB of shared memory; Hopper has room for 216 KB: twice as many warps in dq. Its backward took 38 ms where each warp
+# made dk and dv, but kept some of what that takes in local memory; by a launch for each it took 47.
 SINGLE = {
     "forward": (
         _Tiling(16, 0, 8, 1, 128, 16, 2),
@@ -323,7 +325,7 @@ SINGLE = {
         _Tiling(128, 0, 4, 1, 32, 16, 1, own_shared=1),
     ),
 }
-SINGLE["dkdv"] = SINGLE["dq"]
+SINGLE["dkdv"] = (*SINGLE["dq"][:3], _Tiling(128, 0, 8, 1, 32, 16, 1, own_shared=1, paired=1))
 HOPPER_SINGLE = {
     "forward": SINGLE["forward"],
     "dq": (
@@ -331,7 +333,7 @@ HOPPER_SINGLE = {
         _Tiling(64, 0, 8, 2, 32, 16, 1, own_shared=1),
         _Tiling(128, 0, 8, 1, 32, 16, 1, own_shared=1),
     ),
-    "dkdv": (*SINGLE["dkdv"][:3], _Tiling(128, 0, 8, 1, 32, 16, 1, own_shared=1)),
+    "dkdv": SINGLE["dkdv"],
 }
 
 _VIEW = struct.Struct("<Qqii")
@@ -396,7 +398,7 @@ def _plans(
     for which in kernels:
         tiling = _tiling(_cuda.device_arch(device), which, dtype, dim)
         macros = _macros(tiling, dtype, dim)
-        own = 16 * tiling.warps * tiling.own_tiles
+        own = _own(tiling)
         shared_mem = _shared_mem(which, tiling, dtype, dict(macros)["D"])
         sizes = {"v": f"{_VIEW.size}s", "c": _clouds.FORMAT, "d": f"{_DIVISORS.size}s"}
         formats = "".join(sizes.get(letter, letter) for letter in _SIGNATURES[which])
@@ -407,9 +409,14 @@ def _plans(
     return _clouds.batch(lengths, bucket_size, buckets, 0 * buckets), plans
 
 
+def _own(tiling: _Tiling) -> int:
+    """Rows that a block owns."""
+    return 16 * tiling.warps * tiling.own_tiles // (1 + tiling.paired)
+
+
 def _shared_mem(which: str, tiling: _Tiling, dtype: np.dtype, dim: int) -> int:
     """Bytes a block: the visitors' stages and the owned rows that lie there."""
-    visit, own = 2 * tiling.visit, 16 * tiling.warps * tiling.own_tiles * (1 if which == "forward" else 2)  # rows
+    visit, own = 2 * tiling.visit, _own(tiling) * (1 if which == "forward" else 2)  # rows
     if dtype == np.float32:  # one stage of three planes, the floats of the next
         return visit * (3 * 2 * (dim + 8) + 4 * dim) + own * tiling.own_shared * 4 * dim
     return (STAGES * visit + own * tiling.own_shared) * 2 * (dim if tiling.wgmma else dim + 8)

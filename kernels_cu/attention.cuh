@@ -50,13 +50,14 @@
 #define CHUNK 16            // rows at a time
 #define BLOCKS 1            // blocks a multiprocessor that registers are kept free for
 #define OWN_SHARED 0        // 1: owned rows lie in shared memory, which leaves registers for more warps (float32; WGMMA, D >= 64)
+#define PAIRED 0            // 1: two warps own the same rows, and each makes one of two gradients (attention_dkdv.cu, float32)
 #define LAZY 0              // 1: a chunk's sums are still under way while the next one's weights are worked out (WGMMA)
 #endif
 
 typedef unsigned short u16;
 
 #define THREADS (32 * WARPS)
-#define OWN (16 * WARPS * OWN_TILES)                    // rows a block owns
+#define OWN (16 * WARPS / (1 + PAIRED) * OWN_TILES)     // rows a block owns
 #define PLANES (ELEMENT == 0 ? 3 : 1)
 #if WGMMA
 #define ROW (D < 64 ? D : 64)                           // 16-bit words a row in shared memory; D = 128 is two tiles of 64
@@ -350,7 +351,7 @@ __device__ __forceinline__ void take_owned(u32 left[PLANES][4], const Rows own, 
 // tile = own * visiting^T, for the chunk of visiting rows that begins at `visiting`.
 template <bool KEYS_VISIT>
 __device__ __forceinline__ void products(Tile tile, const Rows own, const u16 *visiting) {
-    constexpr int UNROLLED = OWN_SHARED ? 2 : D / 16;       // all steps would take more registers than there are
+    constexpr int UNROLLED = OWN_SHARED ? D / 32 : D / 16;  // all steps would take more registers than there are
     const int lane = threadIdx.x & 31;
     visiting += ((lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * 8;
 #pragma unroll
@@ -572,7 +573,7 @@ __device__ __forceinline__ void copies_have_come() {
 // This lane's first owned row in tile m, of a block that owns positions from `first` on: the other lies 8 positions further,
 // and 8 slots, for they share a bucket: its size and `first` are multiples of 16.
 __device__ __forceinline__ int owned_position(int first, int m) {
-    return first + ((threadIdx.x >> 5) * OWN_TILES + m) * 16 + (threadIdx.x >> 2 & 7);
+    return first + ((threadIdx.x >> 5 + PAIRED) * OWN_TILES + m) * 16 + (threadIdx.x >> 2 & 7);
 }
 
 // The slots of the first owned rows.

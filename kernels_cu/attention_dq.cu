@@ -83,6 +83,9 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
     visit(stages, at_head(k, head), at_head(v, head), scope, prepare, begin, weigh, sum, [](int) { return float2{}; },
           [](int, float2) {});
     settle(sums);
+
+    first = first_owned(divisors);              // again: kept through the visit these take registers that it needs
+    owned_slots(slots, scope, first);
     const auto scaled = [=](int, int, bool, bool, int) { return scale; };
     store_owned(at_head({dq, q.dim, heads * q.dim, q.dim}, head), sums, scaled, scope, slots, first);
 }

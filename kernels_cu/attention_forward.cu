@@ -141,6 +141,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
           [](int, float2) {});
     settle(sums);
 
+    first = first_owned(divisors);              // again: kept through the visit these take registers that it needs
+    owned_slots(slots, scope, first);
     const auto finish = [&](int m, int half, bool inside, bool holds, int slot) {
         float x = total[m][2 * half];
         if (!SUM_BY_MMA) {                      // a lane's share

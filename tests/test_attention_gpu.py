@@ -24,6 +24,7 @@ from test_attention import (
 )
 
 import gpu3d
+from gpu3d import _cuda
 from gpu3d import attention as attention_module
 
 pytestmark = pytest.mark.gpu
@@ -48,6 +49,7 @@ def either_path(cp, request, monkeypatch):
     """The tilings that an H100 takes by itself, and those of every other GPU."""
     if request.param == "mma":
         monkeypatch.setattr(attention_module, "HOPPER", attention_module.MMA)
+        monkeypatch.setattr(attention_module, "HOPPER_SINGLE", attention_module.SINGLE)
     attention_module._plans.cache_clear()
     yield
     attention_module._plans.cache_clear()
@@ -83,6 +85,17 @@ def assert_same_bits(got, expected, note=""):
 
 
 # ---- accuracy ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", attention_module.MMA)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", attention_module.HEAD_DIMS)
+def test_registers_suffice(cp, which, dtype, dim):
+    """What this GPU takes keeps nothing in local memory."""
+    arch, dtype = _cuda.device_arch(0), DTYPES[dtype]
+    macros = attention_module._macros(attention_module._tiling(arch, which, dtype, dim), dtype, dim)
+    path = _cuda.cubin_path(_cuda.Configuration(f"attention_{which}", macros), arch)
+    assert cp.RawModule(path=str(path)).get_function(f"attention_{which}").local_size_bytes == 0
 
 
 @pytest.mark.usefixtures("either_path")
