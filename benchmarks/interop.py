@@ -7,7 +7,8 @@ nothing waits for the GPU. forward+backward is torch.autograd.grad of a forward,
 its backward, or the loss with its gradients.
 
 - torch: the host time of the operator less that of the plain call with CuPy arrays, both taken in turns. Autograd takes
-  its share whatever the operator does: a peer shows what it takes of a torch.autograd.Function that does nothing.
+  its share whatever the operator does, most of it for handing a backward pass to its thread and back: peers show what
+  it takes of a torch.autograd.Function that does nothing, and of an operator of torch's own.
 - JAX: XLA may run our handler in a thread of its own, behind the call that returns at once. So it is many calls in a
   row and the wait for the last one, divided; and so are the plain call beside it, and a jitted function of the same
   arrays that doubles one of them. Where the GPU takes longer it binds.
@@ -25,7 +26,6 @@ import functools
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -224,9 +224,10 @@ def _torch_host(setting: Setting) -> Iterator[Row]:
         yield Row("torch over plain", "host", "us", None, TORCH_MUST[0], note=f"skipped: {why_not}")
         return
     inputs = _inputs(setting.folder)
-    plain, ours, nothing = _plain_calls(inputs), _torch_calls(inputs), _nothing(inputs)
+    plain, ours, others = _plain_calls(inputs), _torch_calls(inputs), _others(inputs)
     for name, both in plain:
-        calls = {"plain": plain[name, both], "ours": ours[name, both], "nothing": nothing[both]}
+        calls = {"plain": plain[name, both], "ours": ours[name, both]}
+        calls |= {other: directions[both] for other, directions in others.items()}
         times = dict.fromkeys(calls, np.inf)
         for turn in range(ROUNDS):
             for which in sorted(calls, reverse=turn % 2 == 1):
@@ -237,13 +238,13 @@ def _torch_host(setting: Setting) -> Iterator[Row]:
             "us",
             times["ours"] - times["plain"],
             TORCH_MUST[both],
-            peers=(Peer("an autograd.Function that does nothing", "host", times["nothing"]),),
+            peers=tuple([Peer(other, "host", times[other]) for other in others]),
             note=f"{number(times['ours'])} us, the plain call {number(times['plain'])} us",
         )
 
 
-def _nothing(inputs: Inputs) -> dict[bool, timing.Call]:
-    """Of three tensors, as attention."""
+def _others(inputs: Inputs) -> dict[str, dict[bool, timing.Call]]:
+    """What autograd takes of others, by `both`: of three tensors, as attention."""
     import torch
 
     class Nothing(torch.autograd.Function):
@@ -255,8 +256,12 @@ def _nothing(inputs: Inputs) -> dict[bool, timing.Call]:
         def backward(ctx: Any, dout: Any) -> Any:
             return dout, dout, dout
 
-    function = Function(Nothing.apply, tuple(map(data.to_torch, inputs[2:5])), data.to_torch(inputs.dout))
-    return {False: functools.partial(Nothing.apply, *function.at), True: _torch_both(function)}
+    at, gradient = tuple(map(data.to_torch, inputs[2:5])), data.to_torch(inputs.dout)
+    calls = {"an autograd.Function that does nothing": Nothing.apply, "torch.addcmul": torch.addcmul}
+    return {
+        name: {False: functools.partial(call, *at), True: _torch_both(Function(call, at, gradient))}
+        for name, call in calls.items()
+    }
 
 
 def _jax_host(setting: Setting) -> Iterator[Row]:
@@ -289,18 +294,18 @@ def _jax_host(setting: Setting) -> Iterator[Row]:
         )
 
 
-def _in_a_row(call: timing.Call, wait: Callable[[Any], Any], rounds: int = 20) -> float:
-    """Microseconds a call."""
+def _in_a_row(call: timing.Call, wait: Callable[[Any], Any], rounds: int = 40) -> float:
+    """Microseconds a call: the least of the rounds, as of other host times."""
     wait(call())
-    times = []
+    least = np.inf
     for _ in range(rounds):
         begin = time.perf_counter()
         for _ in range(IN_A_ROW):
             result = call()
         wait(result)
-        times.append(time.perf_counter() - begin)
+        least = min(least, time.perf_counter() - begin)
         del result
-    return 1e6 * statistics.median(times) / IN_A_ROW
+    return 1e6 * least / IN_A_ROW
 
 
 # ---- device time ---------------------------------------------------------------------------------------------------

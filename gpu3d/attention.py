@@ -309,8 +309,8 @@ MMA = {
 }
 # float32 is three planes of bfloat16: three times the operands. On an H100, with 61,440 slots in scopes of 4096 and 8,
 # 8, 4 heads of D = 32, 64, 128, forward and backward take 5.1 and 17, 10.9 and 37, 11.8 and 41 ms. D = 128 takes up to
-# 159 KB of shared memory; Hopper has room for 216 KB: twice as many warps in dq. Its backward took 38 ms where each warp
-# made dk and dv, but kept some of what that takes in local memory; by a launch for each it took 47.
+# 159 KB of shared memory; Hopper has room for 216 KB: twice as many warps in dq. That backward took 38 ms with dk and
+# dv by the same warp, but then kept some of what it needs in local memory; 47 ms by a launch for each.
 SINGLE = {
     "forward": (
         _Tiling(16, 0, 8, 1, 128, 16, 2),
