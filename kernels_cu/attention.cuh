@@ -76,6 +76,7 @@ static_assert(D % 16 == 0, "a row is whole k-steps of the first product");
 static_assert(CHUNK % 16 == 0, "a chunk is whole k-steps of the second product");
 static_assert(VISIT % CHUNK == 0 && (PLANES > 1 || VISIT > CHUNK), "the copies of a tile have the time of a chunk to come");
 static_assert(!LAZY || VISIT / CHUNK % 2 == 0, "chunks take turns at two sets of weights");
+static_assert(!PAIRED || (PLANES > 1 && OWN_SHARED && WARPS % 2 == 0), "a chunk is done before the next begins; two by two");
 static_assert(THREADS % VISIT == 0 && (PARTS & PARTS - 1) == 0, "each thread loads a part of one row");
 
 // One of q, k, v, ...: [slots, heads, D] with any strides of the first two axes, in elements.

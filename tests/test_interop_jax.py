@@ -784,12 +784,12 @@ class Device:
                 packed = ctypes.create_string_buffer(struct.pack("<QQi4xQqQ", 48, 0, 0, x.ctypes.data, 0, 0))
                 addresses[i] = ctypes.addressof(packed)
                 keep.append(packed)
-            list_of.size, list_of.items = len(side), ctypes.addressof(addresses)
+            list_of.size, list_of.items = len(side), ctypes.cast(addresses, ctypes.POINTER(_xla.WORDS))
             keep.append(addresses)
         text = ctypes.create_string_buffer(call.encode())
-        span = ctypes.create_string_buffer(_xla.BYTE_SPAN.pack(ctypes.addressof(text), len(call)))
+        span = (ctypes.c_uint64 * 2)(ctypes.addressof(text), len(call))  # PTR, LEN
         spans = (ctypes.c_void_p * 1)(ctypes.addressof(span))
-        frame.attrs.size, frame.attrs.items = 1, ctypes.addressof(spans)
+        frame.attrs.size, frame.attrs.items = 1, ctypes.cast(spans, ctypes.POINTER(_xla.WORDS))
         frame.api, frame.stage = ctypes.addressof(self.api), _xla.EXECUTE
         returned = _xla.handler("CUDA")(ctypes.addressof(frame))
         return buffers, returned

@@ -18,7 +18,6 @@ import ctypes
 import functools
 import json
 import math
-import struct
 import traceback
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
@@ -174,8 +173,9 @@ class MetadataExtension(ctypes.Structure):
     _fields_ = [("base", Extension), ("metadata", POINTER(Metadata))]
 
 
-DATA = 24  # where in an XLA_FFI_Buffer its address lies: behind struct_size, extension_start and dtype
-BYTE_SPAN = struct.Struct("<QQ")  # XLA_FFI_ByteSpan: ptr, len
+WORDS = POINTER(c_uint64)  # a structure whose fields are read by their places
+DATA = 3  # of an XLA_FFI_Buffer: behind struct_size, extension_start and dtype
+PTR, LEN = 0, 1  # of an XLA_FFI_ByteSpan
 
 
 class Buffers(ctypes.Structure):
@@ -186,7 +186,7 @@ class Buffers(ctypes.Structure):
         ("extension", c_void_p),
         ("size", c_int64),
         ("types", POINTER(c_int)),
-        ("items", c_void_p),
+        ("items", POINTER(WORDS)),
     ]
 
 
@@ -197,7 +197,7 @@ class Attributes(ctypes.Structure):
         ("size", c_int64),
         ("types", POINTER(c_int)),
         ("names", c_void_p),
-        ("items", c_void_p),
+        ("items", POINTER(WORDS)),
     ]
 
 
@@ -309,13 +309,9 @@ class _Place(NamedTuple):
     size: int  # bytes
 
 
-def _pointers(address: int, count: int) -> tuple[int, ...]:
-    return struct.unpack(f"<{count}Q", ctypes.string_at(address, 8 * count))
-
-
 def _addresses(buffers: Buffers) -> list[int]:
     """Where the buffers' data lie."""
-    return [c_uint64.from_address(x + DATA).value for x in _pointers(buffers.items, buffers.size)]
+    return [buffer[DATA] for buffer in buffers.items[: buffers.size]]
 
 
 def _places(addresses: Sequence[int], kinds: Sequence[_Kind]) -> list[_Place]:
@@ -323,8 +319,8 @@ def _places(addresses: Sequence[int], kinds: Sequence[_Kind]) -> list[_Place]:
 
 
 def _attribute_of(attrs: Attributes) -> bytes:
-    (span,) = _pointers(attrs.items, 1)  # `call` is the only attribute
-    return ctypes.string_at(*BYTE_SPAN.unpack(ctypes.string_at(span, BYTE_SPAN.size)))
+    span = attrs.items[0]  # `call` is the only attribute
+    return ctypes.string_at(span[PTR], span[LEN])
 
 
 def _check(result: Any, place: _Place) -> None:
@@ -417,15 +413,15 @@ def _run_cuda(frame: CallFrame) -> None:
     cupy = _arrays.require_cupy("an array")
     device = _ask(frame.api, "DeviceOrdinal_Get", frame.context).ordinal
     stream = _ask(frame.api, "Stream_Get", frame.context).stream or 0
-    text = _attribute_of(frame.attrs)
-    call, args, rets = _parsed(text), _addresses(frame.args), _addresses(frame.rets)
-    kind = text, device, *[address % 16 for address in (*args, *rets)]
+    text, args, rets = _attribute_of(frame.attrs), _addresses(frame.args), _addresses(frame.rets)
+    kind = text, device, *[address % ALIGNMENT for address in (*args, *rets)]
     program = _book.played.get(kind)
     allocator = _Allocator(frame, device)
     try:
         if program is not None and cupy.cuda.runtime.getDevice() == device:
             _replay.play(program, (*args, *rets, allocator.address(program.workspace)), stream)
             return
+        call = _parsed(text)
         with cupy.cuda.Device(device), _stream(stream):
             places = _places(args, call.args), _places(rets, call.rets)
             if call.fixed and _book.is_due(kind, sum(x.size for x in call.args)):
