@@ -73,7 +73,6 @@ BUFFERED_MUST = {64: 0.85, 128: 0.8}  # forward+backward, where the backward hol
 TABLE_MUST = 1.02  # a shifted or strided scope: times the unshifted one
 RAGGED_MUST = 1.10  # a ragged batch: times the dense one, a token
 FORWARD_HOST_MUST, BACKWARD_HOST_MUST = 40, 60  # us
-HOST_SECONDS = 4  # of calls, of which the least counts
 ERROR_MUST = 2.0  # times the error of the same maths done naively in bfloat16
 
 # ex2.approx.ftz.f32 on an H100, measured: 16 a clock and multiprocessor. The packed half forms are no faster an exp.
@@ -435,7 +434,7 @@ def _host(setting: Setting) -> Iterator[Row]:
         ("forward", case.forward, FORWARD_HOST_MUST),
         ("backward", lambda: case.backward(out, lse), BACKWARD_HOST_MUST),
     ):
-        yield Row(f"the Python call, {what}", "host", "us", 1e3 * timing.host_time(call, seconds=HOST_SECONDS), must)
+        yield Row(f"the Python call, {what}", "host", "us", 1e3 * timing.host_time(call), must)
 
 
 def _memory(setting: Setting) -> Iterator[Row]:

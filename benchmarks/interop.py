@@ -231,7 +231,7 @@ def _torch_host(setting: Setting) -> Iterator[Row]:
         times = dict.fromkeys(calls, np.inf)
         for turn in range(ROUNDS):
             for which in sorted(calls, reverse=turn % 2 == 1):
-                times[which] = min(times[which], 1e3 * timing.host_time(calls[which]))
+                times[which] = min(times[which], 1e3 * timing.host_time(calls[which], seconds=0))
         yield Row(
             f"torch over plain, {name}: {DIRECTIONS[both]}",
             "host",

@@ -172,7 +172,7 @@ def _between_events(call: Call, calls: int = 1) -> float:
     return cupy.cuda.get_elapsed_time(start, end)
 
 
-def host_time(call: Call, calls: int = 300, seconds: float = 0) -> float:
+def host_time(call: Call, calls: int = 300, seconds: float = 4) -> float:
     """Host time of the Python call alone, the device idle: the least of so many, and of all in so many seconds.
 
     What else the host does, for others, only ever adds, and for seconds: the least of 300 was 47 to 91 us of one call.
