@@ -35,8 +35,8 @@ SIZE = 122_880  # 240 full buckets
 BUCKET_SIZE = 512
 SCOPES = (1024, 4096, 8192)
 DIRECTIONS = ("forward", "forward+backward")  # by `both`
-REPEATS, CALLS, SLOW_MS = 10, 4, 10.0  # calls in a row: the device does not wait for the host
-ROUNDS, SECONDS = 3, 1.0  # at least, of the comparisons within a few percent
+REPEATS, CALLS, SLOW_MS = 10, 4, 30.0  # calls in a row: the device does not wait for the host
+ROUNDS, SECONDS, REPEATS_IN_TURN = 8, 1.0, 3  # at least, of the comparisons within a few percent
 RUNS = 30
 
 
@@ -236,9 +236,9 @@ def _must_and_aim(case: Case, scope: int, both: bool) -> tuple[float, float]:
     return must, aim
 
 
-def _time(call: timing.Call) -> float:
+def _time(call: timing.Call, repeats: int = REPEATS) -> float:
     """Eager. Events of CuPy's current stream time torch too: both run on the default stream."""
-    return timing.eager_time(call, REPEATS, CALLS if timing.eager_time(call, 1) < SLOW_MS else 1)
+    return timing.eager_time(call, repeats, CALLS if timing.eager_time(call, 1) < SLOW_MS else 1)
 
 
 def _in_turns(calls: Sequence[timing.Call]) -> list[float]:
@@ -246,7 +246,7 @@ def _in_turns(calls: Sequence[timing.Call]) -> list[float]:
     times, turn, begin = [np.inf] * len(calls), 0, time.perf_counter()
     while turn < ROUNDS or time.perf_counter() - begin < SECONDS:
         for i in range(len(calls)) if turn % 2 == 0 else reversed(range(len(calls))):
-            times[i] = min(times[i], _time(calls[i]))
+            times[i] = min(times[i], _time(calls[i], REPEATS_IN_TURN))
         turn += 1
     return times
 
