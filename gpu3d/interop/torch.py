@@ -124,7 +124,8 @@ def _from_torch(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 _book = _replay.Book()  # of _Played
 
 # What torch's compiler allocates by, on the current device: in a third of torch.empty's time.
-_empty = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
+_guards: Any = torch._C._dynamo.guards
+_empty = _guards._empty_strided_cuda
 
 
 class _Played(NamedTuple):
