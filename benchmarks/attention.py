@@ -37,6 +37,7 @@ SCOPES = (1024, 4096, 8192)
 DIRECTIONS = ("forward", "forward+backward")  # by `both`
 REPEATS, CALLS, SLOW_MS = 10, 4, 30.0  # calls in a row: the device does not wait for the host
 ROUNDS, SECONDS, REPEATS_IN_TURN = 8, 1.0, 3  # at least, of the comparisons within a few percent
+WARM_SECONDS = 1.0  # before them: a GPU that has rested runs faster than its power lets it later, whoever is first
 RUNS = 30
 
 
@@ -243,6 +244,10 @@ def _time(call: timing.Call, repeats: int = REPEATS) -> float:
 
 def _in_turns(calls: Sequence[timing.Call]) -> list[float]:
     """The least of some rounds each: as its power goes, a GPU's clocks drift by more than a percent in a second."""
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < WARM_SECONDS:
+        for call in calls:
+            _time(call, 1)
     times, turn, begin = [np.inf] * len(calls), 0, time.perf_counter()
     while turn < ROUNDS or time.perf_counter() - begin < SECONDS:
         for i in range(len(calls)) if turn % 2 == 0 else reversed(range(len(calls))):
