@@ -4,11 +4,12 @@
 bfloat16 rows (float32 where a row says so) of normal random numbers over the buckets of a real sweep: L = 122,880
 points, buckets of 512. The peers attend inside ready-made contiguous windows [L / scope, H, scope, D] that hold the
 same rows. forward+backward is one call of each, for the peers one autograd forward and backward. A time is the median
-of 10: of 4 calls in a row, or of one where it takes over 10 ms.
+of 10: of 4 calls in a row, or of one where it takes over 30 ms.
 
 TFLOP/s count 4 * L * scope * C forward and 3.5 times that for both: two products, and five more. The `must` of a row
 is the time of its fastest peer in this run, divided by how many times as fast we must be. Such a peer and we are timed
-in turns once more, and the least of a few rounds is either's.
+once more: in turns, on a GPU that has worked for a second, and the least of some rounds is either's. So are scopes of
+another table beside plain ones, and the ragged batch beside the dense one.
 
 Floors, of the forward and of the backward, and their sum for both: the largest of
 - FLOPs (two products; five) at the rate of cuBLAS on 8192^3, measured in the same run;
@@ -243,7 +244,7 @@ def _time(call: timing.Call, repeats: int = REPEATS) -> float:
 
 
 def _in_turns(calls: Sequence[timing.Call]) -> list[float]:
-    """The least of some rounds each: as its power goes, a GPU's clocks drift by more than a percent in a second."""
+    """The least of some rounds each, of a GPU at work: as its power goes, clocks drift by over a percent a second."""
     begin = time.perf_counter()
     while time.perf_counter() - begin < WARM_SECONDS:
         for call in calls:
@@ -415,7 +416,7 @@ def _ragged(setting: Setting) -> Iterator[Row]:
     for shape in (SMALL, WIDE):
         ragged, dense = _case_of(buckets, shape, scope), _case(setting, shape, scope)
         for both in (False, True):
-            ours, full = _time(ragged.both if both else ragged.forward), _time(dense.both if both else dense.forward)
+            ours, full = _in_turns([case.both if both else case.forward for case in (ragged, dense)])
             pair = 1e9 * ours / (pairs * shape.h), 1e9 * full / (SIZE * scope * shape.h)
             yield Row(
                 f"ragged, D {shape.d}, scope {scope}: {DIRECTIONS[both]}",

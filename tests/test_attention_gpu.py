@@ -87,17 +87,6 @@ def assert_same_bits(got, expected, note=""):
 # ---- accuracy ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", attention_module.MMA)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", attention_module.HEAD_DIMS)
-def test_registers_suffice(cp, which, dtype, dim):
-    """What this GPU takes keeps nothing in local memory."""
-    arch, dtype = _cuda.device_arch(0), DTYPES[dtype]
-    macros = attention_module._macros(attention_module._tiling(arch, which, dtype, dim), dtype, dim)
-    path = _cuda.cubin_path(_cuda.Configuration(f"attention_{which}", macros), arch)
-    assert cp.RawModule(path=str(path)).get_function(f"attention_{which}").local_size_bytes == 0
-
-
 @pytest.mark.usefixtures("either_path")
 def test_small_attention(cp):
     """What compute-sanitizer runs: a scope of several tiles, short ones, padding inside a scope, one point alone."""
@@ -406,6 +395,20 @@ def test_inputs_are_left_as_they_are(cp):
         attend(*device, buckets, scopes)
         for x, y in zip(arrays, device, strict=True):
             assert x.tobytes() == y.get().tobytes()
+
+
+# ---- registers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", attention_module.MMA)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", attention_module.HEAD_DIMS)
+def test_registers_suffice(cp, which, dtype, dim):
+    """What this GPU takes keeps nothing in local memory."""
+    arch, dtype = _cuda.device_arch(0), DTYPES[dtype]
+    macros = attention_module._macros(attention_module._tiling(arch, which, dtype, dim), dtype, dim)
+    path = _cuda.cubin_path(_cuda.Configuration(f"attention_{which}", macros), arch)
+    assert cp.RawModule(path=str(path)).get_function(f"attention_{which}").local_size_bytes == 0
 
 
 # ---- offsets beyond 32 bits ----------------------------------------------------------------------------------------
