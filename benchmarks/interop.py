@@ -8,13 +8,15 @@ its backward, or the loss with its gradients.
 
 - torch: the host time of the operator less that of the plain call with CuPy arrays, both taken in turns. Autograd takes
   its share whatever the operator does, most of it for handing a backward pass to its thread and back: peers show what
-  it takes of a torch.autograd.Function that does nothing, and of an operator of torch's own.
+  it takes of a torch.autograd.Function that does nothing, and of an operator of torch's own. A network has many calls
+  in one pass, so there are rows of 8 calls and one pass through all of them, divided by 8.
 - JAX: XLA may run our handler in a thread of its own, behind the call that returns at once. So it is many calls in a
   row and the wait for the last one, divided; and so are the plain call beside it, and a jitted function of the same
-  arrays that doubles one of them. Where the GPU takes longer it binds.
-- graph: the operator captured by torch.cuda.graph, beside the plain call in a graph of CuPy's. Autograd multiplies the
-  gradients of a loss by the gradient of the loss, which the plain call does not; that one is there before, as what
-  comes from other operators is, for torch fills a tensor with it otherwise.
+  arrays that doubles one of them. Where the GPU takes longer it binds. "recorded" is the same function with the
+  compiler's option that has XLA put programs of one operation into command buffers, too.
+- graph: the operator captured by torch.cuda.graph, beside the plain call captured likewise, in torch's memory. Autograd
+  multiplies the gradients of a loss by the gradient of the loss, which the plain call does not; that one is there
+  before, as what comes from other operators is, for torch fills a tensor with it otherwise.
 - import: gpu3d.interop.torch where torch is imported already, in new processes.
 - memory: what torch's allocator and CuPy's pool hold after 1,000 steps of training, and after 10.
 - two GPUs: see `parallel`. Each has a batch of the size that one GPU has alone.
@@ -45,6 +47,8 @@ HEADS, DIM, CHANNELS = 4, 16, 64
 LOSS_SIZE = 1024
 LOSS_ROOM = 16 * 2 * LOSS_SIZE  # entries, for max_entries
 DIRECTIONS = ("forward", "forward+backward")  # by `both`
+IN_A_PASS = 8  # calls
+RECORDED = {"xla_gpu_graph_min_graph_size": 1}  # options of XLA's compiler
 ROUNDS = 3  # of what is taken in turns
 IN_A_ROW = 50
 STEPS = 10, 1000
@@ -168,22 +172,31 @@ def _plain_calls(inputs: Inputs) -> dict[tuple[str, bool], timing.Call]:
     }
 
 
-def _torch_calls(inputs: Inputs) -> dict[tuple[str, bool], timing.Call]:
+def _torch_functions(inputs: Inputs) -> dict[str, Function]:
     from gpu3d.interop import torch as library
 
-    functions = _functions(library, Inputs(*map(data.to_torch, inputs)))
+    return _functions(library, Inputs(*map(data.to_torch, inputs)))
+
+
+def _torch_calls(inputs: Inputs) -> dict[tuple[str, bool], timing.Call]:
     return {
         (name, both): _torch_both(function) if both else functools.partial(function.call, *function.at)
-        for name, function in functions.items()
+        for name, function in _torch_functions(inputs).items()
         for both in (False, True)
     }
+
+
+def _torch_gradient(function: Function) -> Any:
+    import torch
+
+    return torch.ones((), device=function.at[0].device) if function.gradient is None else function.gradient
 
 
 def _torch_both(function: Function) -> timing.Call:
     """Leaves are made in the call: a graph that is captured must have none of another stream."""
     import torch
 
-    gradient = torch.ones((), device=function.at[0].device) if function.gradient is None else function.gradient
+    gradient = _torch_gradient(function)
 
     def both() -> Any:
         leaves = [x.detach().requires_grad_() for x in function.at]
@@ -192,14 +205,25 @@ def _torch_both(function: Function) -> timing.Call:
     return both
 
 
-def _jax_calls(inputs: Inputs) -> dict[tuple[str, bool], functools.partial[Any]]:
+def _torch_pass(function: Function, calls: int) -> timing.Call:
+    """So many calls, of leaves of their own that are there before, and one backward pass through all of them."""
+    import torch
+
+    leaves = [[x.detach().requires_grad_() for x in function.at] for _ in range(calls)]
+    inputs, gradients = [x for at in leaves for x in at], [_torch_gradient(function)] * calls
+    return lambda: torch.autograd.grad([function.call(*at) for at in leaves], inputs, gradients)
+
+
+def _jax_calls(inputs: Inputs, **options: Any) -> dict[tuple[str, bool], functools.partial[Any]]:
     import jax
 
     from gpu3d.interop import jax as library
 
     functions = _functions(library, Inputs(*(jax.device_put(x.get()) for x in inputs)))
     return {
-        (name, both): functools.partial(jax.jit(_jax_both(function) if both else function.call), *function.at)
+        (name, both): functools.partial(
+            jax.jit(_jax_both(function) if both else function.call, **options), *function.at
+        )
         for name, function in functions.items()
         for both in (False, True)
     }
@@ -224,27 +248,37 @@ def _torch_host(setting: Setting) -> Iterator[Row]:
         yield Row("torch over plain", "host", "us", None, TORCH_MUST[0], note=f"skipped: {why_not}")
         return
     inputs = _inputs(setting.folder)
-    plain, ours, others = _plain_calls(inputs), _torch_calls(inputs), _others(inputs)
-    for name, both in plain:
-        calls = {"plain": plain[name, both], "ours": ours[name, both]}
-        calls |= {other: directions[both] for other, directions in others.items()}
-        times = dict.fromkeys(calls, np.inf)
-        for turn in range(ROUNDS):
-            for which in sorted(calls, reverse=turn % 2 == 1):
-                times[which] = min(times[which], 1e3 * timing.host_time(calls[which], seconds=0))
-        yield Row(
-            f"torch over plain, {name}: {DIRECTIONS[both]}",
-            "host",
-            "us",
-            times["ours"] - times["plain"],
-            TORCH_MUST[both],
-            peers=tuple([Peer(other, "host", times[other]) for other in others]),
-            note=f"{number(times['ours'])} us, the plain call {number(times['plain'])} us",
-        )
+    plain, functions, others = _plain_calls(inputs), _torch_functions(inputs), _others(inputs)
+    for name, function in functions.items():
+        for both, calls in ((False, 1), (True, 1), (True, IN_A_PASS)):
+            taken = {"plain": plain[name, both]}
+            for who, what in {"ours": function, **others}.items():
+                taken[who] = _torch_pass(what, calls) if both else functools.partial(what.call, *what.at)
+            times = _in_turns(taken)
+            for who in ("ours", *others):
+                times[who] /= calls
+            yield Row(
+                f"torch over plain, {name}: {DIRECTIONS[both]}{f', {calls} a pass' if calls > 1 else ''}",
+                "host",
+                "us",
+                times["ours"] - times["plain"],
+                TORCH_MUST[both],
+                peers=tuple([Peer(other, "host", times[other]) for other in others]),
+                note=f"{number(times['ours'])} us, the plain call {number(times['plain'])} us",
+            )
 
 
-def _others(inputs: Inputs) -> dict[str, dict[bool, timing.Call]]:
-    """What autograd takes of others, by `both`: of three tensors, as attention."""
+def _in_turns(calls: dict[str, timing.Call]) -> dict[str, float]:
+    """Microseconds of the host's."""
+    times = dict.fromkeys(calls, np.inf)
+    for turn in range(ROUNDS):
+        for which in sorted(calls, reverse=turn % 2 == 1):
+            times[which] = min(times[which], 1e3 * timing.host_time(calls[which], seconds=0))
+    return times
+
+
+def _others(inputs: Inputs) -> dict[str, Function]:
+    """What autograd takes of others, of three tensors, as attention."""
     import torch
 
     class Nothing(torch.autograd.Function):
@@ -257,10 +291,9 @@ def _others(inputs: Inputs) -> dict[str, dict[bool, timing.Call]]:
             return dout, dout, dout
 
     at, gradient = tuple(map(data.to_torch, inputs[2:5])), data.to_torch(inputs.dout)
-    calls = {"an autograd.Function that does nothing": Nothing.apply, "torch.addcmul": torch.addcmul}
     return {
-        name: {False: functools.partial(call, *at), True: _torch_both(Function(call, at, gradient))}
-        for name, call in calls.items()
+        "an autograd.Function that does nothing": Function(Nothing.apply, at, gradient),
+        "torch.addcmul": Function(torch.addcmul, at, gradient),
     }
 
 
@@ -273,25 +306,27 @@ def _jax_host(setting: Setting) -> Iterator[Row]:
     import jax
 
     inputs = _inputs(setting.folder)
-    plain, ours, nothing = _plain_calls(inputs), _jax_calls(inputs), jax.jit(lambda x, *others: 2 * x)
+    plain, nothing = _plain_calls(inputs), jax.jit(lambda x, *others: 2 * x)
+    ours, recorded = _jax_calls(inputs), _jax_calls(inputs, compiler_options=RECORDED)
     for name, both in plain:
-        ours_us = _in_a_row(ours[name, both], jax.block_until_ready)
         plain_us = _in_a_row(plain[name, both], lambda _: cupy.cuda.Device().synchronize())
         nothing_us = _in_a_row(functools.partial(nothing, *ours[name, both].args), jax.block_until_ready)
         device_us = 1e3 * timing.graph_time(plain[name, both])
-        yield Row(
-            f"JAX under jit, {name}: {DIRECTIONS[both]}",
-            "host",
-            "us",
-            ours_us,
-            None if both else JAX_MUST,
-            peers=(
-                Peer("a jitted function that doubles an array", "host", nothing_us),
-                Peer("the plain call", "host", plain_us),
-                Peer("the plain call", "graph", device_us),
-            ),
-            note=f"{number(ours_us - plain_us)} us over the plain call",
-        )
+        for how, calls in (("", ours), (", recorded", recorded)):
+            ours_us = _in_a_row(calls[name, both], jax.block_until_ready)
+            yield Row(
+                f"JAX under jit{how}, {name}: {DIRECTIONS[both]}",
+                "host",
+                "us",
+                ours_us,
+                None if both else JAX_MUST,
+                peers=(
+                    Peer("a jitted function that doubles an array", "host", nothing_us),
+                    Peer("the plain call", "host", plain_us),
+                    Peer("the plain call", "graph", device_us),
+                ),
+                note=f"{number(ours_us - plain_us)} us over the plain call",
+            )
 
 
 def _in_a_row(call: timing.Call, wait: Callable[[Any], Any], rounds: int = 40) -> float:
@@ -315,13 +350,20 @@ def _graphs(setting: Setting) -> Iterator[Row]:
     if _why_no_torch():
         return
     inputs = _inputs(setting.folder)
-    plain, ours = _plain_calls(inputs), _torch_calls(inputs)
+    plain, ours = _plain_calls(Inputs(*map(data.to_torch, inputs))), _torch_calls(inputs)
     for name, both in plain:
         yield _graph_row(f"torch in a graph, {name}: {DIRECTIONS[both]}", ours[name, both], plain[name, both])
 
 
 def _graph_row(what: str, ours: timing.Call, plain: timing.Call) -> Row:
-    ours_us, plain_us = 1e3 * timing.torch_graph_time(ours), 1e3 * timing.graph_time(plain)
+    """`plain` is of torch tensors."""
+    import cupy
+
+    from gpu3d.interop import torch as library
+
+    ours_us = 1e3 * timing.torch_graph_time(ours)
+    with cupy.cuda.using_allocator(library._allocator):
+        plain_us = 1e3 * timing.torch_graph_time(plain)
     note = f"{ours_us / plain_us:.3f} x the plain call ({number(plain_us)} us); must: {GRAPH_MUST} x"
     return Row(what, "graph, L2-warm", "us", ours_us, GRAPH_MUST * plain_us, note=note)
 
@@ -332,11 +374,9 @@ def _compiled(setting: Setting) -> Iterator[Row]:
         return
     import torch
 
-    from gpu3d.interop import torch as library
-
     inputs = _inputs(setting.folder)
-    plain = _plain_calls(inputs)
-    function = _functions(library, Inputs(*map(data.to_torch, inputs)))["attention"]
+    plain = _plain_calls(Inputs(*map(data.to_torch, inputs)))
+    function = _torch_functions(inputs)["attention"]
     function = function._replace(call=torch.compile(function.call, fullgraph=True))
     calls = functools.partial(function.call, *function.at), _torch_both(function)
     for both in (False, True):

@@ -229,6 +229,7 @@ class _Thread(threading.local):
 
     has_context = False
     steps: list[Launched | Cleared] | None = None  # where what it launches is taken down
+    dry = False  # and not done
 
 
 _kernels: dict[tuple[Any, ...], Kernel] = {}
@@ -253,6 +254,45 @@ def taking_down() -> Iterator[list[Launched | Cleared]]:
         yield steps
     finally:
         _thread.steps = None
+
+
+class NotDryError(RuntimeError):
+    """A dry run came upon work that it cannot take down."""
+
+
+@contextlib.contextmanager
+def dry_run() -> Iterator[list[Launched | Cleared]]:
+    """What this thread launches and clears in here, in order; none of it is done, so it may be of no memory at all.
+
+    CuPy's own kernels and copies are captured into a CUDA graph that is never launched; where there were any, this
+    raises NotDryError. What would have the host wait raises an error of CuPy's: a stream that is captured cannot.
+    """
+    from cupy.cuda import Stream, runtime
+
+    stream, mode, nodes = Stream(non_blocking=True), ctypes.c_int(runtime.streamCaptureModeRelaxed), ctypes.c_size_t()
+    exchange = _driver().cuThreadExchangeStreamCaptureMode  # this thread may be capturing, and would not load kernels
+    exchange(ctypes.byref(mode))
+    try:
+        runtime.streamBeginCapture(stream.ptr, runtime.streamCaptureModeRelaxed)
+        try:
+            _thread.dry = True
+            with taking_down() as steps, stream:
+                yield steps
+        finally:
+            _thread.dry = False
+            graph = runtime.streamEndCapture(stream.ptr)
+            status = _driver().cuGraphGetNodes(ctypes.c_void_p(graph), None, ctypes.byref(nodes))
+            runtime.graphDestroy(graph)
+    finally:
+        exchange(ctypes.byref(mode))
+    if status or nodes.value:
+        raise NotDryError(f"{nodes.value} kernels or copies of CuPy's own stand in a call, or none could be counted.")
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    """What of CUDA's driver CuPy has no name for."""
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
 
 
 def kernel(
@@ -318,6 +358,8 @@ def launch(
     make_context_current()
     if _thread.steps is not None:
         _thread.steps.append(Launched(kernel, grid, block, shared_mem, kernel.arguments.pack(*args)))
+        if _thread.dry:
+            return
     stream = kernel.current_stream().ptr
     with kernel.lock:
         kernel.arguments.pack_into(kernel.buffer, 0, *args)
@@ -328,6 +370,8 @@ def clear(memory: Any, size: int) -> None:
     """Sets `size` bytes from a cupy.cuda.MemoryPointer on to zeros, on the current stream."""
     if _thread.steps is not None:
         _thread.steps.append(Cleared(memory.ptr, size))
+        if _thread.dry:
+            return
     memory.memset_async(0, size)
 
 

@@ -22,7 +22,7 @@ import pytest
 import test_docs
 
 import gpu3d
-from gpu3d.interop import _xla
+from gpu3d.interop import _replay, _xla
 
 jax = pytest.importorskip("jax")
 from jax import numpy as jnp  # noqa: E402
@@ -679,8 +679,10 @@ def test_the_header():
         ("XLA_FFI_Error_Code_RESOURCE_EXHAUSTED", _xla.RESOURCE_EXHAUSTED),
         ("XLA_FFI_Error_Code_INTERNAL", _xla.INTERNAL),
         ("XLA_FFI_API_MAJOR", _xla.API_VERSION[0]),
+        ("XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE", "1u << 0"),
     ):
         assert re.search(rf"\b{name}(?: =)? {value}\b", header), name
+    assert _xla.RECORDABLE == 1 << 0
     (buffer,) = re.findall(r"struct XLA_FFI_Buffer {(.*?)\n};", header, re.DOTALL)
     assert re.findall(r"(\w+);", re.sub(r"//.*", "", buffer))[:4] == ["struct_size", "extension_start", "dtype", "data"]
     for structure, name in ((_xla.CallFrame, "CallFrame"), (_xla.Buffers, "Args"), (_xla.Attributes, "Attrs")):
@@ -712,6 +714,7 @@ class Device:
 
     def __init__(self, room=1 << 20):
         self.room, self.blocks, self.calls, self.error = room, {}, [], None
+        self.capturing, self.program, self.rehearsed, self.played = False, None, [], []
         self.functions = []
         self.api = _xla.Api()
         for name, structure in _xla.ARGUMENTS.items():
@@ -726,6 +729,7 @@ class Device:
             MemoryPointer=lambda memory, offset: SimpleNamespace(ptr=memory.ptr + offset, size=memory.size),
             using_allocator=self.using,
             alloc=lambda size: self.allocator(size),
+            runtime=SimpleNamespace(getDevice=lambda: 0, streamIsCapturing=lambda stream: self.capturing),
         )
         self.cupy = SimpleNamespace(cuda=cuda, ndarray=self.ndarray)
 
@@ -773,10 +777,20 @@ class Device:
             return np.empty(shape, dtype).view(DeviceArray)
         return np.ndarray(shape, dtype, (ctypes.c_char * size).from_address(address)).view(DeviceArray)
 
-    def call(self, name, options, arrays, results):
+    def rehearse(self, call, arrays, device):
+        self.rehearsed.append((arrays, device))
+        return self.program
+
+    def play(self, program, addresses, stream):
+        assert program is self.program
+        self.played.append((list(addresses), stream))
+
+    def call(self, name, options, arrays, results, workspace=None, odd=0):
         """Runs the CUDA handler: `results` are shapes and dtypes; the buffers it wrote, and what it returned."""
-        buffers = [np.full(shape, 205, dtype) for shape, dtype in results]
-        call = _xla.attribute(name, options, arrays, buffers)
+        buffers = [at_address(np.full(shape, 205, dtype), odd) for shape, dtype in results]
+        call = _xla.attribute(name, options, arrays, buffers, workspace)
+        if workspace:
+            buffers.append(at_address(np.full(workspace, 205, np.uint8)))
         keep, frame = [], _xla.CallFrame()
         for side, list_of in ((arrays, frame.args), (buffers, frame.rets)):
             addresses = (ctypes.c_void_p * len(side))()
@@ -795,6 +809,15 @@ class Device:
         return buffers, returned
 
 
+def at_address(x, odd=0):
+    """The same array where 16 divides its address with this remainder."""
+    memory = np.empty(x.nbytes + 32, np.uint8)
+    begin = (odd - memory.ctypes.data) % 16
+    out = memory[begin : begin + x.nbytes].view(x.dtype).reshape(x.shape)
+    out[...] = x
+    return out
+
+
 def new_array(shape, dtype=np.float32):
     return sys.modules["cupy"].ndarray(shape, np.dtype(dtype))
 
@@ -803,18 +826,19 @@ def new_array(shape, dtype=np.float32):
 def device(monkeypatch):
     device = Device()
     monkeypatch.setitem(sys.modules, "cupy", device.cupy)
-    for cache in (_xla._stream, _xla._function):
+    monkeypatch.setattr(_replay, "rehearse", device.rehearse)
+    monkeypatch.setattr(_replay, "play", device.play)
+    caches = _xla._stream, _xla._function, _xla._parsed, _xla._rehearsed, _xla._played
+    for cache in caches:
         cache.cache_clear()
     yield device
-    for cache in (_xla._stream, _xla._function):
+    for cache in caches:
         cache.cache_clear()
-    _xla._parsed.cache_clear()
 
 
-def run_on(device, monkeypatch, function, results, *arrays):
+def run_on(device, monkeypatch, function, results, *arrays, **options):
     monkeypatch.setitem(_xla.CALLS, "test", function)
-    _xla._parsed.cache_clear()
-    return device.call("test", {"factor": 2.0}, list(arrays), results)
+    return device.call("test", {"factor": 2.0}, list(arrays), results, **options)
 
 
 def test_results_are_born_in_xlas_buffers(device, monkeypatch):
@@ -895,14 +919,89 @@ def test_errors_on_a_device(device, monkeypatch):
     assert "Error_Destroy" in device.calls
 
 
+@pytest.mark.parametrize("workspace", [None, 64, 72])
+def test_calls_are_played_in_xlas_memory(device, monkeypatch, workspace):
+    """Not the plain call: arguments, results, and the workspace that the frame brings, or that XLA is asked for."""
+    device.program = _replay.Program((), 64)
+    x = at_address(np.ones(4, np.float32), 4)
+    for _ in range(3):
+        buffers, returned = run_on(device, monkeypatch, pytest.fail, [((4,), np.float32)], x, workspace=workspace)
+        (*addresses, work), stream = device.played.pop()
+        assert returned is None and stream == 77 and not device.blocks
+        assert addresses == [x.ctypes.data, buffers[0].ctypes.data]
+        assert workspace is None or work == buffers[1].ctypes.data
+    assert device.calls.count("DeviceMemory_Allocate") == (3 if workspace is None else 0)
+    assert device.rehearsed == [([((4,), np.float32, 4)], 3)]  # once, of such an address
+
+
+def test_calls_that_cannot_be_played(device, monkeypatch):
+    """Results at an odd address, or too little workspace: the plain call; and an error where XLA records."""
+
+    def call(x, factor):
+        out = new_array((4,))
+        out[...] = factor * x
+        return [out]
+
+    device.program = _replay.Program((), 64)
+    x, results = at_address(np.ones(4, np.float32)), [((4,), np.float32)]
+    for options in ({"workspace": 56}, {"workspace": 64, "odd": 4}, {"odd": 4}):
+        device.capturing = False
+        (out, *_), returned = run_on(device, monkeypatch, call, results, x, **options)
+        assert returned is None and (out == 2).all() and not device.played and not device.blocks
+        device.capturing = "workspace" in options
+        _, returned = run_on(device, monkeypatch, call, results, x, **options)
+        assert returned == (6 if device.capturing else None)
+        assert returned is None or b"test cannot be recorded" in device.error[0]
+
+
+def test_a_call_whose_values_are_looked_at_is_not_played(device, monkeypatch):
+    def call(x, check_finite):
+        out = new_array((4,))
+        out[...] = x
+        return [out]
+
+    device.program = _replay.Program((), 0)
+    monkeypatch.setitem(_xla.CALLS, "test", call)
+    x = at_address(np.ones(4, np.float32))
+    (out,), returned = device.call("test", {"check_finite": True}, [x], [((4,), np.float32)])
+    assert returned is None and (out == 1).all() and not device.rehearsed and not device.played
+
+
+def test_a_workspace_among_the_results(monkeypatch):
+    """As where there is a GPU: gradients, vmap, shards and the CPU take no notice of it."""
+    asked = []
+
+    def workspace(name, options, args, rets):
+        asked.append(name)
+        return 100 if len(asked) % 3 else 0
+
+    def run():
+        x, y, lengths = normal(60, 3), normal(50, 3, seed=1), (150, 3, 33, 1)
+        stage = jax.jit(jax.value_and_grad(stage_loss), static_argnums=2)(normal(187, 48), points(187), lengths)
+        each = jax.vmap(jax.grad(g.chamfer), (0, None))(jnp.stack([x, x + 1]), y)
+        return [*stage, each, *jax.grad(g.apml, (0, 1))(x, y)]
+
+    expected = run()
+    monkeypatch.setattr(_xla, "workspace", workspace)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    jax.clear_caches()
+    assert_same(run(), expected)
+    assert set(asked) > {"bucketize", "bucket_attention_backward", "bucket_pool_backward", "apml_value_and_grad"}
+    if shard_map is not None:
+        check_sharded(1)
+    jax.clear_caches()
+
+
 def test_other_stages_and_the_metadata():
     metadata, extension = _xla.Metadata(traits=9), _xla.MetadataExtension()
     extension.base.type, extension.metadata = _xla.METADATA, ctypes.pointer(metadata)
     frame = _xla.CallFrame()
     frame.extension = ctypes.addressof(extension)
     for platform in ("cpu", "CUDA"):
-        metadata.traits = 9
-        assert _xla.handler(platform)(ctypes.addressof(frame)) is None
-        assert (metadata.api_version.major, metadata.api_version.minor, metadata.traits) == (*_xla.API_VERSION, 0)
+        for recordable in (False, True):
+            metadata.traits = 9
+            assert _xla.handler(platform, recordable)(ctypes.addressof(frame)) is None
+            said = metadata.api_version.major, metadata.api_version.minor, metadata.traits
+            assert said == (*_xla.API_VERSION, int(recordable))
         other = _xla.CallFrame(stage=_xla.EXECUTE - 1)
         assert _xla.handler(platform)(ctypes.addressof(other)) is None

@@ -642,16 +642,16 @@ def test_results_in_torchs_memory():
 
 def test_a_call_on_another_gpu_than_the_current_one_is_not_played(monkeypatch):
     """Programs are launched on the current device. The GPUs are stood for by numbers."""
-    book, learnt = _replay.Book(), []
-    monkeypatch.setattr(g, "_book", book)
-    monkeypatch.setattr(g, "_learn", lambda function, args: (learnt.append(args), lambda: True, lambda: True))
+    rehearsed = []
+    monkeypatch.setattr(g, "_book", _replay.Book())
+    monkeypatch.setattr(g, "_rehearsed", lambda function, args, device: rehearsed.append(args))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     x = torch.zeros(3)  # of device index None
     for current, expected in ((0, 0), (None, 1)):
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda current=current: current, raising=False)
-        for _ in range(_replay.LEARNED_AT):
-            g._play("call", lambda x: "run", (x,))
-        assert len(learnt) == expected
+        for _ in range(_replay.PLAYED_FROM + 2):
+            assert g._play("call", lambda x: "run", (x,)) == "run"
+        assert len(rehearsed) == expected  # once
 
 
 def test_import_errors(tmp_path):

@@ -126,13 +126,13 @@ def test_another_gpu_than_the_current_one(cp):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     x, y = (normal(n, 3).to("cuda:1") for n in (600, 500))
-    for _ in range(6):  # the third would be learnt from, and later ones played
+    for _ in range(6):  # the third would be played
         assert_same([g.chamfer(x, y)], [gpu3d.chamfer(x, y)])
     assert torch.cuda.current_device() == 0
 
 
 def test_calls_that_are_played(cp, monkeypatch):
-    """From the fifth call of a kind on, with other values each time; on a side stream and in a graph too."""
+    """From the third call of a kind on, with other values each time; on a side stream and in a graph too."""
     book = _replay.Book()
     monkeypatch.setattr(g, "_book", book)
     sides = {"x_lengths": [200, 400], "y_lengths": [450, 50]}, {"pred_lengths": [600], "target_lengths": [500]}

@@ -3,11 +3,13 @@
 
 import contextlib
 import ctypes
+import math
 import struct
 import sys
 import threading
 import types
 
+import numpy as np
 import pytest
 
 from gpu3d import _cuda
@@ -57,7 +59,7 @@ def test_addresses_follow_their_memory(runtime):
     _replay.play(program, [1000, 5000], 77)
     ((size, stream, (pointer, view, number, null)),) = launched
     assert (size, stream, pointer, number, null) == ((3, 1, 1, 128, 1, 1, 0), 77, 1008, 7, 0)
-    assert struct.unpack("<QQQ", view) == (5016, 2**40, 5128) and program.workspace == 128 + 48
+    assert struct.unpack("<QQQ", view) == (5016, 2**40, 5000 + _replay.PIECE) and program.workspace == 2 * _replay.PIECE
     assert runtime == [(5032, 0, 8, 77)]
 
 
@@ -92,20 +94,136 @@ def test_launches_are_taken_down_where_asked_for(monkeypatch, runtime):
     assert len(launched) == 2
 
 
-def test_what_a_call_is_learnt_from():
-    """The third of a kind, once, and not of large ones; a book holds so many."""
+def test_what_is_rehearsed():
+    """The third of a kind, and later ones until it is written; a book holds so many."""
     book = _replay.Book()
-    assert [book.is_due("a", 10) for _ in range(2)] == [False, False] and not book.is_due("b", 10)
-    assert not any(book.is_due("large", _replay.LARGEST + 1) for _ in range(5))
-    assert book.is_due("a", 10)
-    known = [None, None, True]
-    book.write("a", "a program", lambda: known.pop(0))
-    for _ in range(2):
-        assert not book.is_due("a", 10) and "a" not in book.played  # the GPU is still at it
-    assert not book.is_due("a", 10) and book.played == {"a": "a program"}
-    book.write("b", "another", lambda: False)
-    assert not any(book.is_due("b", 10) for _ in range(5)) and book.played["b"] is None  # and it is not tried again
+    assert [book.is_due("a") for _ in range(4)] == [False, False, True, True] and not book.is_due("b")
+    book.write("a", "a program")
+    book.write("c", None)  # it cannot be played, and is not tried again
+    assert not any(book.is_due(kind) for kind in "aaacccc") and book.played == {"a": "a program", "c": None}
     for kind in range(2 * _replay.KINDS):
-        book.write(kind, "a program", lambda: True)
-        assert not book.is_due(kind, 10)
+        book.write(kind, "a program")
     assert len(book.played) <= _replay.KINDS
+
+
+# ---- dry runs ------------------------------------------------------------------------------------------------------
+
+
+class FakeArray:
+    """Of CuPy: an address, a shape, and memory from the current allocator."""
+
+    allocator = None
+
+    def __init__(self, shape, dtype, memory=None, strides=None):
+        self.shape, self.dtype, self.size = shape, np.dtype(dtype), math.prod(shape)
+        self.nbytes = self.size * self.dtype.itemsize
+        self.data = memory or FakeArray.allocator(self.nbytes)
+        self.flags = types.SimpleNamespace(c_contiguous=True)
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """A driver that captures; `nodes` is how many it captured, and the test says so."""
+    state = types.SimpleNamespace(nodes=0, mode=0, captures=0, kernel=_kernel([]), streams=[])
+
+    @contextlib.contextmanager
+    def using(allocator):
+        FakeArray.allocator = allocator
+        yield
+        FakeArray.allocator = None
+
+    def end_capture(stream):
+        state.captures -= 1
+        return 5
+
+    def exchange(mode):
+        state.mode, mode._obj.value = mode._obj.value, state.mode
+
+    def get_nodes(graph, nodes, count):
+        assert graph.value == 5 and nodes is None
+        count._obj.value = state.nodes
+        return 0
+
+    runtime = types.SimpleNamespace(
+        streamCaptureModeRelaxed=2,
+        streamBeginCapture=lambda stream, mode: setattr(state, "captures", state.captures + 1),
+        streamEndCapture=end_capture,
+        graphDestroy=lambda graph: None,
+        memsetAsync=lambda *arguments: None,
+    )
+    cuda = types.SimpleNamespace(
+        runtime=runtime,
+        Stream=lambda non_blocking: contextlib.ExitStack(),
+        UnownedMemory=lambda address, size, owner, device: types.SimpleNamespace(ptr=address, size=size),
+        MemoryPointer=lambda memory, offset: memory,
+        using_allocator=using,
+        alloc=lambda size: FakeArray.allocator(size),
+    )
+    monkeypatch.setattr(contextlib.ExitStack, "ptr", 9, raising=False)
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda, ndarray=FakeArray))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
+    names = {"cuThreadExchangeStreamCaptureMode": exchange, "cuGraphGetNodes": get_nodes}
+    monkeypatch.setattr(_cuda, "_driver", lambda: types.SimpleNamespace(**names))
+    monkeypatch.setattr(_cuda, "make_context_current", lambda: None)
+    return state
+
+
+def _call(state, x):
+    """A result, a workspace, and a second result; a part is cleared, and a kernel is over them all."""
+    import cupy
+
+    assert state.captures == 1 and state.mode == 2
+    out, work, again = FakeArray((5,), "f4"), cupy.cuda.alloc(100), FakeArray((0,), "f4")
+    _cuda.clear(types.SimpleNamespace(ptr=work.ptr + 64), 8)
+    view = struct.pack("<QQQ", work.ptr, 2**40, out.data.ptr)
+    _cuda.launch(state.kernel, grid=3, block=128, args=(x.data.ptr + 8, view, 7, again.data.ptr))
+    return out, again
+
+
+ARRAYS = [_replay.Array((4, 3), np.dtype(np.float32), 4)]
+
+
+def test_the_extent_of_an_array():
+    float32 = np.dtype(np.float32)
+    for shape, strides, size in (((4, 3), None, 48), ((4, 3), (16, 4), 60), ((4, 3), (0, 4), 12), ((0, 3), (16, 4), 0)):
+        assert _replay.Array(shape, float32, 0, strides).size == size
+
+
+def test_a_call_is_rehearsed(driver):
+    """Nothing is launched, and the program is played on other memory."""
+    started = []
+    driver.kernel = _kernel(started)
+    program = _replay.rehearse(lambda x: _call(driver, x), ARRAYS, 0)
+    assert not started and driver.captures == 0 and driver.mode == 0 and _cuda._thread.steps is None
+    assert program.workspace == _replay.PIECE
+    assert program.results == (((5,), np.float32, 0, None), ((0,), np.float32, 0, None))
+    _replay.play(program, [1004, 2000, 0, 3000], 77)
+    ((_, stream, (pointer, view, number, null)),) = started
+    assert (stream, pointer, number, null) == (77, 1012, 7, 0)
+    assert struct.unpack("<QQQ", view) == (3000, 2**40, 2000)
+
+
+def test_what_cannot_be_rehearsed(driver):
+    """Kernels of CuPy's own, errors, results that are arguments or no arrays of their own: no program, and no trace."""
+
+    def strange(x):
+        driver.nodes = 1
+        return _call(driver, x)
+
+    def bad(x):
+        raise TypeError("x must be something else.")
+
+    def part(x):
+        out, _ = _call(driver, x)
+        return out, FakeArray((2,), "f4", types.SimpleNamespace(ptr=out.data.ptr))
+
+    def wide(x):
+        out, again = _call(driver, x)
+        out.flags.c_contiguous = False
+        return out, again
+
+    for call in (strange, bad, lambda x: [x], part, wide):
+        assert _replay.rehearse(call, ARRAYS, 0) is None
+        assert driver.captures == 0 and driver.mode == 0 and _cuda._thread.steps is None and not _cuda._thread.dry
+        driver.nodes = 0
+    assert _replay.rehearse(lambda x: _call(driver, x), ARRAYS, 0) is not None

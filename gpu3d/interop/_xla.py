@@ -5,15 +5,20 @@ XLA calls `handler("cpu")` and `handler("CUDA")` with the address of a call fram
 copy, as NumPy or CuPy arrays, run the plain call that the attribute `call` names, and see to it that its results lie in
 XLA's buffers. The structures are those of xla/ffi/api/c_api.h, which jaxlib carries; they grow only at their ends.
 
-On CUDA the plain call allocates from XLA, on XLA's stream. What has the size of a result that is still to come gets the
-memory of that result, so results are born where XLA wants them; `_land` looks whether they were, and copies those that
-were not. Whatever else was allocated goes back to XLA when the handler returns, in stream order.
+On CUDA a call that launches the same whatever its arrays hold is played (`_replay.rehearse`): what it launches is known
+from its attribute, and only addresses are read from the frame. If there was a GPU when the program was traced, the
+call's workspace is one more result, so that all it touches is XLA's for as long as XLA likes, and XLA may record the
+launches in a command buffer and do them again without asking here. Else the workspace is allocated from XLA, and given
+back in stream order.
 
-Calls that came often with the same attribute are played (`_replay`): only addresses are read from the frame then.
+Another call runs as a plain one that allocates from XLA, on XLA's stream. What has the size of a result that is still
+to come gets the memory of that result, so results are born where XLA wants them; `_land` looks whether they were, and
+copies those that were not. Whatever else was allocated goes back to XLA when the handler returns, in stream order.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -26,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import gpu3d
-from gpu3d import _arrays, _cuda
+from gpu3d import _arrays
 from gpu3d.interop import _layouts, _replay
 
 # ---- calls ---------------------------------------------------------------------------------------------------------
@@ -120,38 +125,86 @@ class _Kind(NamedTuple):
 class _Call(NamedTuple):
     """What the attribute `call` says."""
 
-    function: Callable[..., Sequence[Any]]
-    fixed: bool  # it launches the same whatever the values of its arrays are
+    name: str  # of CALLS
+    options: tuple[tuple[str, Any], ...]
     args: tuple[_Kind, ...]
     rets: tuple[_Kind, ...]
+    workspace: int | None  # bytes; a result behind `rets`, if it is not 0. None: what it needs is allocated
+
+    @property
+    def function(self) -> Callable[..., Sequence[Any]]:
+        return functools.partial(CALLS[self.name], **dict(self.options))
+
+    @property
+    def fixed(self) -> bool:
+        """It launches the same whatever its arrays hold: no error follows from values, and all sizes are known."""
+        return not dict(self.options).get("check_finite")
 
 
-def attribute(name: str, options: dict[str, Any], args: Sequence[Any], rets: Sequence[Any]) -> str:
+def attribute(
+    name: str, options: dict[str, Any], args: Sequence[Any], rets: Sequence[Any], workspace: int | None = None
+) -> str:
     """The attribute `call`: all that is static, as text, so that a compiled or exported program carries it.
 
     That includes shapes and dtypes of `args` and `rets`, for XLA's own words for them take longer to read.
     """
     kinds = [[[x.dtype.name, list(x.shape)] for x in xs] for xs in (args, rets)]
-    return json.dumps([name, options, *kinds], sort_keys=True, separators=(",", ":"))
+    return json.dumps([name, options, *kinds, workspace], sort_keys=True, separators=(",", ":"))
 
 
 @functools.lru_cache(maxsize=1024)
 def _parsed(call: bytes) -> _Call:
-    name, options, *kinds = json.loads(call)
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    name, options, *kinds, workspace = json.loads(call)
+    static = [(key, tuple(value) if isinstance(value, list) else value) for key, value in options.items()]
     args, rets = (tuple(_kind(np.dtype(dtype), tuple(shape)) for dtype, shape in side) for side in kinds)
-    fixed = not options.get("check_finite")  # else an error follows from values; all sizes are known: max_entries
-    return _Call(functools.partial(CALLS[name], **options), fixed, args, rets)
+    return _Call(name, tuple(static), args, rets, workspace)
 
 
 def _kind(dtype: np.dtype, shape: tuple[int, ...]) -> _Kind:
     return _Kind(shape, dtype, math.prod(shape) * dtype.itemsize)
 
 
+# ---- programs ------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1024)
+def _rehearsed(call: _Call, device: int, odd: tuple[int, ...]) -> _replay.Program | None:
+    """What plays a call on a device, if its launches are always the same; `odd`: its arguments' addresses mod 16."""
+    import cupy
+
+    arrays = [_replay.Array(x.shape, x.dtype, at) for x, at in zip(call.args, odd, strict=True)]
+    with cupy.cuda.Device(device):
+        return _replay.rehearse(call.function, arrays, device) if call.fixed else None
+
+
+def workspace(name: str, options: dict[str, Any], args: Sequence[Any], rets: Sequence[Any]) -> int | None:
+    """Bytes of workspace that a call takes on CuPy's current device; None: it cannot be played."""
+    try:
+        import cupy
+    except ImportError:  # an error when the call runs
+        return None
+    call = _parsed(attribute(name, options, args, rets).encode())
+    program = _rehearsed(call, cupy.cuda.runtime.getDevice(), (0,) * len(call.args))
+    return None if program is None else program.workspace
+
+
+@functools.lru_cache(maxsize=1024)
+def _played(text: bytes, device: int, *odd: int) -> tuple[_replay.Program | None, int]:
+    """What plays a call whose arguments and results have these addresses mod 16, and the workspace to be allocated."""
+    call = _parsed(text)
+    program = _rehearsed(call._replace(workspace=None), device, odd[: len(call.args)])
+    if program is None or any(odd[len(call.args) :]):
+        return None, 0
+    if call.workspace is None:
+        return program, program.workspace
+    return (program if call.workspace >= program.workspace else None), 0
+
+
 # ---- xla/ffi/api/c_api.h -------------------------------------------------------------------------------------------
 
 API_VERSION = 0, 1  # the oldest that has all that is used here; XLA takes handlers of older ones
 METADATA = 1  # XLA_FFI_Extension_Metadata
+RECORDABLE = 1  # XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE
 EXECUTE = 3  # XLA_FFI_ExecutionStage_EXECUTE
 INVALID_ARGUMENT, RESOURCE_EXHAUSTED, INTERNAL = 3, 8, 13  # of XLA_FFI_Error_Code
 ALIGNMENT = 16  # of an allocation: the largest that XLA takes, and what kernels load at a time
@@ -315,7 +368,8 @@ def _addresses(buffers: Buffers) -> list[int]:
 
 
 def _places(addresses: Sequence[int], kinds: Sequence[_Kind]) -> list[_Place]:
-    return [_Place(address, *kind) for address, kind in zip(addresses, kinds, strict=True)]
+    """The first of the addresses; behind results a workspace may lie."""
+    return [_Place(address, *kind) for address, kind in zip(addresses, kinds, strict=False)]
 
 
 def _attribute_of(attrs: Attributes) -> bytes:
@@ -358,7 +412,7 @@ class _Allocator:
     def __init__(self, frame: CallFrame, device: int) -> None:
         self.api, self.context, self.device = frame.api, frame.context, device
         self.rets: list[_Place] = []  # not handed out yet
-        self.blocks: list[_replay.Memory] = []
+        self.blocks: list[tuple[int, int]] = []  # address and size
 
     def __call__(self, size: int) -> Any:
         import cupy
@@ -374,7 +428,7 @@ class _Allocator:
                 self.rets.remove(place)
                 return place.address
         address = _ask(self.api, "DeviceMemory_Allocate", self.context, size, ALIGNMENT).data
-        self.blocks.append(_replay.Memory(address, size))
+        self.blocks.append((address, size))
         return address
 
     def free(self) -> None:
@@ -382,11 +436,8 @@ class _Allocator:
             _ask(self.api, "DeviceMemory_Free", self.context, size, address)
 
 
-def _land(results: Sequence[Any], places: Sequence[_Place], array_at: Callable[[_Place], Any]) -> bool:
-    """Copies each result that does not lie in its buffer there; whether none had to be copied.
-
-    `array_at` makes an array of a buffer.
-    """
+def _land(results: Sequence[Any], places: Sequence[_Place], array_at: Callable[[_Place], Any]) -> None:
+    """Copies each result that does not lie in its buffer there. `array_at` makes an array of a buffer."""
     strays = []
     for result, place in zip(results, places, strict=True):
         _check(result, place)
@@ -396,7 +447,6 @@ def _land(results: Sequence[Any], places: Sequence[_Place], array_at: Callable[[
             strays.append((result.copy() if in_a_buffer else result, place))  # out of the way, before that is written
     for result, place in strays:
         array_at(place)[...] = result
-    return not strays
 
 
 @functools.lru_cache(maxsize=64)
@@ -406,30 +456,40 @@ def _stream(pointer: int) -> Any:
     return cupy.cuda.Stream.from_external(_arrays.ForeignStream(pointer))
 
 
-_book = _replay.Book()  # of programs
-
-
 def _run_cuda(frame: CallFrame) -> None:
     cupy = _arrays.require_cupy("an array")
     device = _ask(frame.api, "DeviceOrdinal_Get", frame.context).ordinal
     stream = _ask(frame.api, "Stream_Get", frame.context).stream or 0
-    text, args, rets = _attribute_of(frame.attrs), _addresses(frame.args), _addresses(frame.rets)
-    kind = text, device, *[address % ALIGNMENT for address in (*args, *rets)]
-    program = _book.played.get(kind)
+    text, addresses = _attribute_of(frame.attrs), _addresses(frame.args) + _addresses(frame.rets)
+    program, missing = _played(text, device, *[address % ALIGNMENT for address in addresses])
     allocator = _Allocator(frame, device)
     try:
-        if program is not None and cupy.cuda.runtime.getDevice() == device:
-            _replay.play(program, (*args, *rets, allocator.address(program.workspace)), stream)
-            return
-        call = _parsed(text)
-        with cupy.cuda.Device(device), _stream(stream):
-            places = _places(args, call.args), _places(rets, call.rets)
-            if call.fixed and _book.is_due(kind, sum(x.size for x in call.args)):
-                _book.write(kind, *_learn(call, *places, allocator))
-            else:
-                _landed(call, *places, allocator)
+        with contextlib.nullcontext() if cupy.cuda.runtime.getDevice() == device else cupy.cuda.Device(device):
+            if program is None:
+                _run_plain(_parsed(text), addresses, allocator, stream)
+                return
+            if missing:
+                addresses.append(allocator.address(missing))
+            _replay.play(program, addresses, stream)
     finally:
         allocator.free()
+
+
+def _run_plain(call: _Call, addresses: Sequence[int], allocator: _Allocator, stream: int) -> None:
+    import cupy
+
+    if call.workspace is not None and cupy.cuda.runtime.streamIsCapturing(stream):
+        raise RuntimeError(  # the launches would be done again in memory that was given back
+            f"{call.name} cannot be recorded: its arrays lie at addresses that 16 does not divide, or this program was "
+            "traced for another GPU. Trace it on this machine, or switch command buffers off: "
+            "XLA_FLAGS=--xla_gpu_enable_command_buffer="
+        )
+    args, rets = _places(addresses, call.args), _places(addresses[len(call.args) :], call.rets)
+    allocator.rets = list(rets)
+    with _stream(stream), cupy.cuda.using_allocator(allocator):
+        results = call.function(*[_array_at(place, allocator.device) for place in args])
+        allocator.rets.clear()  # a copy that makes way must not take what is about to be written
+        _land(results, rets, lambda place: _array_at(place, allocator.device))
 
 
 def _array_at(place: _Place, device: int) -> Any:
@@ -439,72 +499,11 @@ def _array_at(place: _Place, device: int) -> Any:
     return cupy.ndarray(place.shape, place.dtype, cupy.cuda.MemoryPointer(memory, 0))
 
 
-def _landed(call: _Call, args: Sequence[_Place], rets: Sequence[_Place], allocator: _Allocator) -> bool:
-    """Runs the call; whether its results were born in their places."""
-    import cupy
-
-    allocator.rets = list(rets)
-    with cupy.cuda.using_allocator(allocator):
-        results = call.function(*[_array_at(place, allocator.device) for place in args])
-        allocator.rets.clear()  # a copy that makes way must not take what is about to be written
-        return _land(results, rets, lambda place: _array_at(place, allocator.device))
-
-
-def _learn(
-    call: _Call, args: Sequence[_Place], rets: Sequence[_Place], allocator: _Allocator
-) -> tuple[_replay.Program | None, Callable[[], bool | None]]:
-    """Runs the call; what plays such calls, taken down on two sets of memory, and whether it did so on a third."""
-    import cupy
-
-    def taken(args: Sequence[_Place], rets: Sequence[_Place]) -> _replay.Taken | None:
-        before = len(allocator.blocks)
-        with _cuda.taking_down() as steps:
-            landed = _landed(call, args, rets, allocator)
-        given = [_replay.Memory(place.address, place.size) for place in (*args, *rets)]
-        return _replay.Taken([*given, *allocator.blocks[before:]], len(given), steps) if landed else None
-
-    def poisoned(size: int) -> int:
-        address = allocator.address(size)
-        _bytes_at(address, size, allocator.device).fill(0xCD)
-        return address
-
-    one = taken(args, rets)
-    try:
-        copies = [place._replace(address=allocator.address(place.size)) for place in args]
-        for copy, place in zip(copies, args, strict=True):
-            _array_at(copy, allocator.device)[...] = _array_at(place, allocator.device)
-        other = taken(copies, [place._replace(address=poisoned(place.size)) for place in rets])
-        program = _replay.program_of(one, other) if one is not None and other is not None else None
-        if program is None:
-            return None, lambda: False
-        tried = [poisoned(place.size) for place in rets]
-        addresses = *[place.address for place in copies], *tried, poisoned(program.workspace)
-        _replay.play(program, addresses, cupy.cuda.get_current_stream().ptr)
-        with cupy.cuda.using_allocator(allocator):
-            alike = cupy.stack(
-                [
-                    cupy.array_equal(*(_bytes_at(at, place.size, allocator.device) for at in (address, place.address)))
-                    for address, place in zip(tried, rets, strict=True)
-                ]
-            ).all()
-    except MemoryError:
-        return None, lambda: False
-    on_host = np.frombuffer(cupy.cuda.alloc_pinned_memory(1), np.bool_, 1).reshape(())
-    alike.get(out=on_host, blocking=False)
-    event = cupy.cuda.Event(disable_timing=True)
-    event.record()
-    return program, lambda: bool(on_host) if event.done else None
-
-
-def _bytes_at(address: int, size: int, device: int) -> Any:
-    return _array_at(_Place(address, (size,), np.dtype(np.uint8), size), device)
-
-
-def _metadata(extension: int) -> None:
-    """XLA asks what it deals with, once. No traits: a command buffer would outlive the workspaces of a call."""
+def _metadata(extension: int, traits: int) -> None:
+    """XLA asks what it deals with, once."""
     metadata = MetadataExtension.from_address(extension).metadata.contents
     metadata.api_version.major, metadata.api_version.minor = API_VERSION
-    metadata.traits = 0
+    metadata.traits = traits
 
 
 def _error(frame: CallFrame, error: BaseException) -> int | None:
@@ -518,14 +517,18 @@ def _error(frame: CallFrame, error: BaseException) -> int | None:
 
 
 @functools.cache
-def handler(platform: str) -> Any:
-    """The C function of a platform, "cpu" or "CUDA", to be kept for as long as XLA may call it: for ever."""
+def handler(platform: str, recordable: bool = False) -> Any:
+    """The C function of a platform, "cpu" or "CUDA", to be kept for as long as XLA may call it: for ever.
+
+    XLA may put calls into its command buffers that go to a `recordable` one: those that bring their workspace.
+    """
     run = {"cpu": _run_cpu, "CUDA": _run_cuda}[platform]
+    traits = RECORDABLE if recordable else 0
 
     def handle(address: int) -> int | None:
         frame = CallFrame.from_address(address)
         if frame.extension and Extension.from_address(frame.extension).type == METADATA:
-            _metadata(frame.extension)
+            _metadata(frame.extension, traits)
             return None
         if frame.stage != EXECUTE:
             return None

@@ -5,9 +5,14 @@ Each op is a plain call of gpu3d, the same kernels and the same bits, that XLA r
 The function is Python's own, handed to XLA by ctypes (interop/_xla.py), on the CPU as on CUDA. jax-tvm-ffi would do the
 same through a compiled shim: it hands over DLPack tensors, which cost CuPy 62 us an array where a pointer costs 2, and
 it would add two packages that are not built for every platform. On CUDA nothing is copied to the host and nothing waits
-for the GPU; a call runs on XLA's stream, its results are XLA's buffers and its workspaces XLA's memory, given back when
-the call has been enqueued. That is why XLA may not record the ops in its command buffers, which replay the launches
-without the call: their workspaces would be somebody else's by then.
+for the GPU; a call runs on XLA's stream, and its results and workspaces are XLA's memory.
+
+Where there is a GPU when a program is traced, a dry run of each call tells what it launches and how much workspace it
+needs. The workspace is one more result of the foreign function then, and XLA may record the op in a command buffer (a
+CUDA graph), which is launched again without asking Python. By default it does so where five or more of a program's
+operations can be recorded; jax.jit(..., compiler_options={"xla_gpu_graph_min_graph_size": 1}) has it record fewer.
+Ops that are not recorded, as those of 2-D and of float64 clouds, whose calls have CuPy's own kernels in them, and
+bucketize with check_finite=True, give their workspace back when the call has been enqueued.
 
 `Buckets`, `Scopes` and `Pooling` are pytrees: arrays are leaves, lengths and sizes are static. jit compiles a function
 anew for other lengths. scatter, gather and scopes are JAX's own gathers and constants, which XLA fuses with what
@@ -70,9 +75,11 @@ for _class, _arrays_of, _static in (
 
 # ---- foreign calls -------------------------------------------------------------------------------------------------
 
-_TARGET = "gpu3d"
+_TARGET, _RECORDABLE = "gpu3d", "gpu3d_recordable"
 for _platform in ("cpu", "CUDA"):
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(_xla.handler(_platform)), platform=_platform)
+    for _target in (_TARGET, _RECORDABLE):
+        _handler = _xla.handler(_platform, _target == _RECORDABLE)
+        jax.ffi.register_ffi_target(_target, jax.ffi.pycapsule(_handler), platform=_platform)
 
 
 def _finish() -> None:
@@ -109,14 +116,21 @@ def _like(x: Any, shape: Sequence[int] | None = None, dtype: Any = None) -> jax.
 
 def _call(name: str, options: _Options, results: Sequence[jax.ShapeDtypeStruct], *arrays: jax.Array) -> tuple[Any, ...]:
     """The results of a call of _xla.CALLS."""
+    static = dict(options)
+    workspace = _xla.workspace(name, static, arrays, results) if jax.default_backend() == "gpu" else None
+    call = _xla.attribute(name, static, arrays, results, workspace)
+    count = len(results)
+    if workspace:
+        results = [*results, _like(arrays[0], (workspace,), np.dtype(np.uint8))]
     if _varying(arrays[0]):  # and so do all: see _alike
         of = jax.typeof(arrays[0])
         sharding = jax.sharding.NamedSharding(of.sharding.mesh, jax.sharding.PartitionSpec())
         manual = {"sharding": sharding, _MANUAL: getattr(of, _MANUAL)}
         results = [jax.ShapeDtypeStruct(x.shape, x.dtype, **manual) for x in results]
     _finish_at_exit()
-    run = jax.ffi.ffi_call(_TARGET, list(results), vmap_method="sequential")
-    return tuple(run(*arrays, call=_xla.attribute(name, dict(options), arrays, results)))
+    target = _TARGET if workspace is None else _RECORDABLE
+    run = jax.ffi.ffi_call(target, list(results), vmap_method="sequential")
+    return tuple(run(*arrays, call=call)[:count])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))

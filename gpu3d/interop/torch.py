@@ -10,14 +10,15 @@ Operators take tensors and numbers only, so a layout travels as its tensors and 
 made inside a compiled function, passed into it and returned from it. Lengths are host integers: torch.compile takes
 those of another batch as symbols, and the number of clouds as fixed.
 
-On the current GPU the third call of a kind (the same shapes, strides, dtypes and numbers) is taken down, and later ones
-are played: see `_replay`.
+On the current GPU calls are played from the third of a kind on (the same shapes, strides, dtypes and numbers): see
+`_replay`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ except ImportError as error:
     raise ImportError('gpu3d.interop.torch needs torch: pip install "gpu3d[torch]".') from error
 
 import gpu3d
-from gpu3d import _arrays, _cuda, attention, pooling
+from gpu3d import _arrays, attention, pooling
 from gpu3d import buckets as layouts
 from gpu3d.buckets import Buckets, Scopes
 from gpu3d.interop import _layouts, _replay
@@ -135,127 +136,78 @@ class _Played(NamedTuple):
     results: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]  # shape, strides and dtype
     one: bool  # a tensor is returned, and no tuple
 
-    def __call__(self, inputs: list[torch.Tensor], device: torch.device, poison: int | None = None) -> Any:
+    def __call__(self, inputs: list[torch.Tensor], device: torch.device) -> Any:
         """On `device`, which is the current one."""
         results = [_empty(*result) for result in self.results]
         memories = [*inputs, *results]
         if self.program.workspace:
             memories.append(_empty((self.program.workspace,), (1,), torch.uint8))
-        if poison is not None:
-            for x in memories[len(inputs) :]:
-                _bits(x).fill_(poison)
         addresses = [x.data_ptr() for x in memories]
         _replay.play(self.program, addresses, torch._C._cuda_getCurrentRawStream(device.index))
         return results[0] if self.one else tuple(results)
 
 
-class _KeepingAllocator(_Allocator):
-    """The same, but keeps what it allocated."""
-
-    def __init__(self) -> None:
-        self.memories: list[Any] = []
-
-    def __call__(self, size: int) -> Any:
-        pointer = super().__call__(size)
-        self.memories.append(pointer.mem)
-        return pointer
-
-
 def _kind_of(x: Any) -> Any:
     """All of an argument that a launch depends on but for where it lies."""
     if isinstance(x, torch.Tensor):
-        return x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % 16
+        return x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % 16, x.is_neg()
     return tuple(x) if isinstance(x, list) else x
 
 
 def _play(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """The call: by a program, once one has been learnt from the third of its kind; by gpu3d's Python before.
+    """The call: by a program, from the third of its kind on; by gpu3d's Python before.
 
-    Programs are launched on the current device: calls on another one neither are played nor learnt from.
+    Programs are launched on the current device: calls on another one are not played.
     """
     device = args[0].device
     if torch._C._cuda_getDevice() == device.index:
         kind = name, *[_kind_of(x) for x in args]
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
         played = _book.played.get(kind)
+        if played is None and _book.is_due(kind) and not torch.cuda.is_current_stream_capturing():
+            played = _rehearsed(function, args, device.index)
+            _book.write(kind, played)
         if played is not None:
             return played(tensors, device)
-        if not torch.cuda.is_current_stream_capturing() and _book.is_due(kind, sum([x.nbytes for x in tensors])):
-            result, played, alike = _learn(function, args)
-            _book.write(kind, played, alike)
-            return result
     with _from_torch(args[0]):
         return function(*args)
 
 
-def _learn(
-    function: Callable[..., Any], args: tuple[Any, ...]
-) -> tuple[Any, _Played | None, Callable[[], bool | None]]:
-    """The result, what plays such calls, taken down on two sets of memory, and whether it did so on a third."""
-    if any(
-        step == 0 < n - 1
-        for x in args
-        if isinstance(x, torch.Tensor)
-        for n, step in zip(x.shape, x.stride(), strict=True)
-    ):
-        with _from_torch(args[0]):
-            return function(*args), None, _no  # rows in the same place
-    kept = _KeepingAllocator(), _KeepingAllocator()  # until the end, so that no two have the same memory
-    result, taken = _take_down(function, args, kept[0])
+def _rehearsed(function: Callable[..., Any], args: tuple[Any, ...], device: int) -> _Played | None:
+    """What plays such calls; None: they cannot be played."""
+    import cupy
+
+    one = False
+
+    def call(*arrays: Any) -> Sequence[Any]:
+        nonlocal one
+        of_tensors = iter(arrays)
+        result = function(*[next(of_tensors) if isinstance(x, torch.Tensor) else x for x in args])
+        one = isinstance(result, cupy.ndarray)
+        return (result,) if one else result
+
+    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    if any(x.is_neg() for x in tensors):  # views whose memory holds other values
+        return None
     try:
-        copies = [_copy(x) if isinstance(x, torch.Tensor) else x for x in args]
-        again, taken_again = _take_down(function, copies, kept[1])
-        program = None if taken is None or taken_again is None else _replay.program_of(taken, taken_again)
-        if program is None:
-            return result, None, _no
-        one = isinstance(result, torch.Tensor)
-        results, expected = ((x,) if one else x for x in (result, again))
-        played = _Played(program, tuple([(tuple(x.shape), x.stride(), x.dtype) for x in results]), one)
-        inputs = [x for x in copies if isinstance(x, torch.Tensor)]
-        tried = played(inputs, inputs[0].device, poison=0xCD)
-        pairs = zip((tried,) if one else tried, expected, strict=True)
-        alike = torch.stack([(_bits(a) == _bits(b)).all() for a, b in pairs]).all()
-        on_host = torch.empty_like(alike, device="cpu", pin_memory=True).copy_(alike, non_blocking=True)
-    except torch.OutOfMemoryError:
-        return result, None, _no
-    event = torch.cuda.Event()
-    event.record()
-    return result, played, lambda: bool(on_host) if event.query() else None
+        program = _replay.rehearse(call, [_array_of(x) for x in tensors], device)
+    except TypeError:  # of a dtype that CuPy does not have, as the call will say
+        return None
+    if program is None:
+        return None
+    results = [(x.shape, _strides(x.shape), _arrays._torch_dtype(x.dtype)) for x in program.results]
+    return _Played(program, tuple(results), one)
 
 
-def _no() -> bool:
-    return False
+def _array_of(x: torch.Tensor) -> _replay.Array:
+    dtype = _arrays._numpy_dtype(x.dtype)
+    strides = tuple([step * dtype.itemsize for step in x.stride()])
+    return _replay.Array(tuple(x.shape), dtype, x.data_ptr() % 16, strides)
 
 
-def _take_down(
-    function: Callable[..., Any], args: Sequence[Any], allocator: _KeepingAllocator
-) -> tuple[Any, _replay.Taken | None]:
-    """The result, and the call taken down; None if a result shares its memory."""
-    with _arrays.require_cupy("a tensor").cuda.using_allocator(allocator), _cuda.taking_down() as steps:
-        result = function(*args)
-    given = [_replay.Memory(x.data_ptr(), _extent(x)) for x in args if isinstance(x, torch.Tensor)]
-    allocated = {memory.ptr: _replay.Memory(memory.ptr, memory.size) for memory in allocator.memories}
-    for x in (result,) if isinstance(result, torch.Tensor) else result:
-        memory = allocated.pop(x.data_ptr(), None) if x.numel() else _replay.Memory(0, 0)
-        if memory is None or not x.is_contiguous() or memory.size - x.nbytes >= 16:
-            return result, None
-        given.append(memory)
-    return result, _replay.Taken([*given, *allocated.values()], len(given), steps)
-
-
-def _extent(x: torch.Tensor) -> int:
-    """Bytes from its first element to its last."""
-    steps = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-    return (steps + 1) * x.itemsize if x.numel() else 0
-
-
-def _copy(x: torch.Tensor) -> torch.Tensor:
-    """With the same strides, in memory of its own."""
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x.detach())
-
-
-def _bits(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(-1).view(torch.uint8)
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    return tuple([math.prod([max(n, 1) for n in shape[axis + 1 :]]) for axis in range(len(shape))])
 
 
 # ---- operators -----------------------------------------------------------------------------------------------------
@@ -302,6 +254,17 @@ def _run(name: str, *args: Any) -> Any:
 
 def _always(*args: Any) -> bool:
     return True
+
+
+def _nothing(x: Any, shape: tuple[int, ...] = (0,), dtype: str | None = None) -> Any:
+    """An array without elements: a tensor as x, or of CuPy, whose arrays stand for tensors in a rehearsal."""
+    if isinstance(x, torch.Tensor):
+        return x.new_empty(shape, dtype=getattr(torch, dtype) if dtype else x.dtype)
+    return _arrays.require_cupy("x").empty(shape, dtype or x.dtype)
+
+
+def _contiguous(x: Any) -> Any:
+    return x.contiguous() if isinstance(x, torch.Tensor) else _arrays.require_cupy("x").ascontiguousarray(x)
 
 
 def _operator(
@@ -588,7 +551,7 @@ def _pool(
     pooled = gpu3d.bucket_pool(features, points, _layouts.layout(lengths, bucket_size), ratio=ratio, reduce=reduce)
     argmember, child = pooled.argmember, pooled.buckets
     if argmember is None:  # an operator's result cannot be None
-        argmember = features.new_empty((0, features.shape[1]), dtype=torch.uint8)
+        argmember = _nothing(features, (0, features.shape[1]), "uint8")
     structure = child.slot_to_point, child.point_to_slot, child.moved
     return pooled.features, pooled.points, pooled.members, argmember, *structure
 
@@ -728,9 +691,9 @@ def _chamfer(
         "reduction": reduction,
     }
     if not with_grad:
-        return gpu3d.chamfer(x, y, **options), x.new_empty(0), y.new_empty(0)
+        return gpu3d.chamfer(x, y, **options), _nothing(x), _nothing(y)
     loss, (dx, dy) = gpu3d.chamfer_value_and_grad(x, y, **options)
-    return loss, dx.contiguous(), dy.contiguous()
+    return loss, _contiguous(dx), _contiguous(dy)
 
 
 def _save_loss(ctx: Any, inputs: Any, output: Any) -> None:
@@ -829,9 +792,9 @@ def _apml(
         "max_entries": max_entries,
     }
     if not with_grad:
-        return gpu3d.apml(pred, target, **options), pred.new_empty(0), target.new_empty(0)
+        return gpu3d.apml(pred, target, **options), _nothing(pred), _nothing(target)
     loss, (dpred, dtarget) = gpu3d.apml_value_and_grad(pred, target, **options)
-    return loss, dpred.contiguous(), dtarget.contiguous()
+    return loss, _contiguous(dpred), _contiguous(dtarget)
 
 
 _gradient("apml", _backward_of_loss, _save_loss)
