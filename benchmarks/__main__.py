@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks [SUITE ...]``: runs the suites, prints one table, writes benchmarks/results/<gpu>.json."""
+"""``python -m benchmarks [SUITE ...]``: runs the suites, prints one table, writes benchmarks/results/<gpu>.json.
+
+Where several GPUs are visible, their number stands before the name: the suite `interop` has rows that take two.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.quick:
         print("--quick leaves rows out: nothing is written")
     else:
-        print(f"written: {_write(environment['gpu'], suites)}")
+        print(f"written: {_write(environment, suites)}")
     return int(any(not all(row["checks"].values()) for row in rows))
 
 
@@ -89,6 +92,7 @@ def _environment(setting: table.Setting) -> dict[str, Any]:
     runtime = cupy.cuda.runtime
     return {
         "gpu": runtime.getDeviceProperties(runtime.getDevice())["name"].decode(),
+        "GPUs": runtime.getDeviceCount(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "driver": f"{_driver()} (CUDA {_cuda_version(runtime.driverGetVersion())})",
         "CUDA": _cuda_version(runtime.runtimeGetVersion()),
@@ -130,10 +134,12 @@ def _cpu() -> str:
     return found[1] if found else platform.machine()
 
 
-def _write(gpu: str, suites: dict[str, Any]) -> Path:
-    """Into the GPU's file: these suites anew, the others as they were."""
+def _write(environment: dict[str, Any], suites: dict[str, Any]) -> Path:
+    """Into the machine's file: these suites anew, the others as they were."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
+    count, name = environment["GPUs"], environment["gpu"]
+    machine = f"{count}x-{name}" if count > 1 else name
+    path = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', machine.lower()).strip('-')}.json"
     kept = json.loads(path.read_text()) if path.is_file() else {}
     path.write_text(json.dumps(kept | suites, indent=1) + "\n")
     return path

@@ -12,8 +12,9 @@ its backward, or the loss with its gradients.
   in one pass, so there are rows of 8 calls and one pass through all of them, divided by 8.
 - JAX: XLA may run our handler in a thread of its own, behind the call that returns at once. So it is many calls in a
   row and the wait for the last one, divided; and so are the plain call beside it, and a jitted function of the same
-  arrays that doubles one of them. Where the GPU takes longer it binds. "recorded" is the same function with the
-  compiler's option that has XLA put programs of one operation into command buffers, too.
+  arrays that doubles one of them. Where the GPU takes longer it binds, so the losses are of 128 points and APML of one
+  iteration, for which the host does the same. "recorded" is the same function with the compiler's option that has XLA
+  put programs of one operation into command buffers, too.
 - graph: the operator captured by torch.cuda.graph, beside the plain call captured likewise, in torch's memory. Autograd
   multiplies the gradients of a loss by the gradient of the loss, which the plain call does not; that one is there
   before, as what comes from other operators is, for torch fills a tensor with it otherwise.
@@ -46,6 +47,7 @@ SIZE, BUCKET_SIZE, SCOPE = 4096, 512, 2
 HEADS, DIM, CHANNELS = 4, 16, 64
 LOSS_SIZE = 1024
 LOSS_ROOM = 16 * 2 * LOSS_SIZE  # entries, for max_entries
+LOSS_SIZE_JAX, ITERATIONS_JAX = 128, 1
 DIRECTIONS = ("forward", "forward+backward")  # by `both`
 IN_A_PASS = 8  # calls
 RECORDED = {"xla_gpu_graph_min_graph_size": 1}  # options of XLA's compiler
@@ -128,8 +130,8 @@ class Function(NamedTuple):
     gradient: Any
 
 
-def _functions(library: Any, inputs: Inputs) -> dict[str, Function]:
-    """Of gpu3d, gpu3d.interop.torch or gpu3d.interop.jax."""
+def _functions(library: Any, inputs: Inputs, **options: Any) -> dict[str, Function]:
+    """Of gpu3d, gpu3d.interop.torch or gpu3d.interop.jax; the options are APML's."""
     buckets = library.bucketize(inputs.points, BUCKET_SIZE)
     scopes = library.scopes(buckets, SCOPE)
 
@@ -139,7 +141,7 @@ def _functions(library: Any, inputs: Inputs) -> dict[str, Function]:
     def pool(features: Any) -> Any:
         return library.bucket_pool(features, inputs.slots, buckets).features
 
-    apml = functools.partial(library.apml, max_entries=LOSS_ROOM)
+    apml = functools.partial(library.apml, max_entries=LOSS_ROOM, **options)
     return {
         "attention": Function(attention, inputs[2:5], inputs.dout),
         "pool": Function(pool, (inputs.features,), inputs.dchild),
@@ -148,8 +150,8 @@ def _functions(library: Any, inputs: Inputs) -> dict[str, Function]:
     }
 
 
-def _plain_calls(inputs: Inputs) -> dict[tuple[str, bool], timing.Call]:
-    """By name and `both`."""
+def _plain_calls(inputs: Inputs, **options: Any) -> dict[tuple[str, bool], timing.Call]:
+    """By name and `both`; the options are APML's."""
     buckets = gpu3d.bucketize(inputs.points, BUCKET_SIZE)
     scopes = gpu3d.scopes(buckets, SCOPE)
     q, k, v = inputs[2:5]
@@ -162,13 +164,13 @@ def _plain_calls(inputs: Inputs) -> dict[tuple[str, bool], timing.Call]:
         pooled = gpu3d.bucket_pool(inputs.features, inputs.slots, buckets)
         return pooled, gpu3d.bucket_pool_backward(inputs.dchild, pooled)
 
-    functions = _functions(gpu3d, inputs)
+    functions = _functions(gpu3d, inputs, **options)
     calls = {(name, False): functools.partial(call, *at) for name, (call, at, _) in functions.items()}
     return calls | {
         ("attention", True): attention,
         ("pool", True): pool,
         ("chamfer", True): lambda: gpu3d.chamfer_value_and_grad(*inputs[-2:]),
-        ("apml", True): lambda: gpu3d.apml_value_and_grad(*inputs[-2:], max_entries=LOSS_ROOM),
+        ("apml", True): lambda: gpu3d.apml_value_and_grad(*inputs[-2:], max_entries=LOSS_ROOM, **options),
     }
 
 
@@ -214,15 +216,16 @@ def _torch_pass(function: Function, calls: int) -> timing.Call:
     return lambda: torch.autograd.grad([function.call(*at) for at in leaves], inputs, gradients)
 
 
-def _jax_calls(inputs: Inputs, **options: Any) -> dict[tuple[str, bool], functools.partial[Any]]:
+def _jax_calls(inputs: Inputs, compiler: dict[str, Any], **options: Any) -> dict[tuple[str, bool], Any]:
+    """Partials of jitted functions; the options are APML's."""
     import jax
 
     from gpu3d.interop import jax as library
 
-    functions = _functions(library, Inputs(*(jax.device_put(x.get()) for x in inputs)))
+    functions = _functions(library, Inputs(*(jax.device_put(x.get()) for x in inputs)), **options)
     return {
         (name, both): functools.partial(
-            jax.jit(_jax_both(function) if both else function.call, **options), *function.at
+            jax.jit(_jax_both(function) if both else function.call, compiler_options=compiler), *function.at
         )
         for name, function in functions.items()
         for both in (False, True)
@@ -305,9 +308,10 @@ def _jax_host(setting: Setting) -> Iterator[Row]:
     import cupy
     import jax
 
-    inputs = _inputs(setting.folder)
-    plain, nothing = _plain_calls(inputs), jax.jit(lambda x, *others: 2 * x)
-    ours, recorded = _jax_calls(inputs), _jax_calls(inputs, compiler_options=RECORDED)
+    inputs, options = _inputs(setting.folder), {"iterations": ITERATIONS_JAX}
+    inputs = inputs._replace(x=inputs.x[:LOSS_SIZE_JAX], y=inputs.y[:LOSS_SIZE_JAX])
+    plain, nothing = _plain_calls(inputs, **options), jax.jit(lambda x, *others: 2 * x)
+    ours, recorded = (_jax_calls(inputs, compiler, **options) for compiler in ({}, RECORDED))
     for name, both in plain:
         plain_us = _in_a_row(plain[name, both], lambda _: cupy.cuda.Device().synchronize())
         nothing_us = _in_a_row(functools.partial(nothing, *ours[name, both].args), jax.block_until_ready)

@@ -36,6 +36,7 @@ LENGTHS = (150, 0, 33, 1)
 POINTS = sum(LENGTHS)
 ERRORS = getattr(jax.errors, "JaxRuntimeError", RuntimeError)
 shard_map = getattr(jax, "shard_map", None)
+OUR_CALLS = [jax.export.DisabledSafetyCheck.custom_call(name) for name in ("gpu3d", "gpu3d_recordable")]
 
 
 @pytest.fixture(autouse=True)
@@ -396,8 +397,7 @@ def test_export():
     buckets, scopes = layout()
     q = normal(buckets.num_slots, 2, 8)
     run = jax.jit(lambda q: g.bucket_attention(q, q, q, buckets, scopes))
-    check = jax.export.DisabledSafetyCheck.custom_call("gpu3d")
-    exported = jax.export.export(run, platforms=["cpu", "cuda"], disabled_checks=[check])(q)
+    exported = jax.export.export(run, platforms=["cpu", "cuda"], disabled_checks=OUR_CALLS)(q)
     assert_same([exported.call(q)], [run(q)])
     assert re.search(r"custom_call @gpu3d.*bucket_attention.*150", exported.mlir_module().replace("\n", ""))
 
@@ -482,11 +482,13 @@ def test_shard_map_over_one_device():
     check_sharded(1)
 
 
-def run_here(script, **environment):
+def run_here(script, *arguments, **environment):
     here = Path(__file__).resolve().parent
     defaults = {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]), "JAX_PLATFORMS": "cpu"}
     env = {**os.environ, **defaults, **environment}
-    return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments], env=env, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.mark.skipif(shard_map is None, reason="this JAX has no jax.shard_map")

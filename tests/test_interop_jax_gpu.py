@@ -25,6 +25,7 @@ from jax import numpy as jnp  # noqa: E402
 from test_interop_jax import (  # noqa: E402
     ERRORS,
     LENGTHS,
+    OUR_CALLS,
     POINTS,
     check_sharded,
     normal,
@@ -183,6 +184,32 @@ def test_a_step_that_is_recorded(cp, handled):
     for _ in range(30):
         assert_same(run(), expected)
     assert 0 < handled.played < 30 * 8 / 2 and not handled.plain
+
+
+def test_a_program_of_another_process(cp, tmp_path):
+    """It brings its workspace. What plays it is found out where it runs, be it while XLA records."""
+    pytest.importorskip("flatbuffers")  # what JAX serializes by
+    at = [normal(n, 3, seed=n) for n in (600, 500)]
+    run = jax.jit(lambda x, y: jax.tree.leaves(every_loss(x, y)))
+    exported = jax.export.export(run, disabled_checks=OUR_CALLS)(*at)
+    (tmp_path / "program").write_bytes(exported.serialize())
+    np.savez(tmp_path / "given.npz", *at)
+    script = (
+        "import sys, numpy as np, jax\n"
+        "from pathlib import Path\n"
+        "import gpu3d.interop.jax\n"
+        "folder = Path(sys.argv[1])\n"
+        "program = jax.export.deserialize(bytearray((folder / 'program').read_bytes()))\n"
+        "run = jax.jit(program.call, compiler_options={'xla_gpu_graph_min_graph_size': 1})\n"
+        "at = [jax.device_put(x) for x in np.load(folder / 'given.npz').values()]\n"
+        "for _ in range(4): got = run(*at)\n"
+        "np.savez(folder / 'got.npz', *got)\n"
+    )
+    done = run_here(script, tmp_path, JAX_PLATFORMS="cuda")
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "got.npz") as got:
+        for a, b in zip(got.values(), run(*at), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("balance", ["spill", "probe"])
