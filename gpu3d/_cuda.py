@@ -208,7 +208,7 @@ class Kernel(NamedTuple):
 
 
 class Launched(NamedTuple):
-    """A launch that was taken down."""
+    """A launch of a dry run."""
 
     kernel: Kernel
     grid: int
@@ -228,8 +228,7 @@ class _Thread(threading.local):
     """What a thread that launches knows of itself."""
 
     has_context = False
-    steps: list[Launched | Cleared] | None = None  # where what it launches is taken down
-    dry = False  # and not done
+    steps: list[Launched | Cleared] | None = None  # in a dry run: what it would launch and clear
 
 
 _kernels: dict[tuple[Any, ...], Kernel] = {}
@@ -245,17 +244,6 @@ def make_context_current() -> None:
         _thread.has_context = True
 
 
-@contextlib.contextmanager
-def taking_down() -> Iterator[list[Launched | Cleared]]:
-    """What this thread launches and clears in here, in order."""
-    steps: list[Launched | Cleared] = []
-    _thread.steps = steps
-    try:
-        yield steps
-    finally:
-        _thread.steps = None
-
-
 class NotDryError(RuntimeError):
     """A dry run came upon work that it cannot take down."""
 
@@ -269,17 +257,18 @@ def dry_run() -> Iterator[list[Launched | Cleared]]:
     """
     from cupy.cuda import Stream, runtime
 
+    steps: list[Launched | Cleared] = []
     stream, mode, nodes = Stream(non_blocking=True), ctypes.c_int(runtime.streamCaptureModeRelaxed), ctypes.c_size_t()
     exchange = _driver().cuThreadExchangeStreamCaptureMode  # this thread may be capturing, and would not load kernels
     exchange(ctypes.byref(mode))
     try:
         runtime.streamBeginCapture(stream.ptr, runtime.streamCaptureModeRelaxed)
         try:
-            _thread.dry = True
-            with taking_down() as steps, stream:
+            _thread.steps = steps
+            with stream:
                 yield steps
         finally:
-            _thread.dry = False
+            _thread.steps = None
             graph = runtime.streamEndCapture(stream.ptr)
             status = _driver().cuGraphGetNodes(ctypes.c_void_p(graph), None, ctypes.byref(nodes))
             runtime.graphDestroy(graph)
@@ -358,8 +347,7 @@ def launch(
     make_context_current()
     if _thread.steps is not None:
         _thread.steps.append(Launched(kernel, grid, block, shared_mem, kernel.arguments.pack(*args)))
-        if _thread.dry:
-            return
+        return
     stream = kernel.current_stream().ptr
     with kernel.lock:
         kernel.arguments.pack_into(kernel.buffer, 0, *args)
@@ -370,8 +358,7 @@ def clear(memory: Any, size: int) -> None:
     """Sets `size` bytes from a cupy.cuda.MemoryPointer on to zeros, on the current stream."""
     if _thread.steps is not None:
         _thread.steps.append(Cleared(memory.ptr, size))
-        if _thread.dry:
-            return
+        return
     memory.memset_async(0, size)
 
 

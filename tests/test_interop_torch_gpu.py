@@ -173,6 +173,18 @@ def test_calls_that_are_played(cp, monkeypatch):
     assert played == {kind[0] for kind, program in book.played.items() if program is not None}
 
 
+def test_zeros_of_either_sign(cp):
+    """0.0 and -0.0 are equal, and what is played for one must not be played for the other."""
+    buckets, scopes = layout()
+    q, k, v, dout = (on_gpu(normal(buckets.num_slots, 2, 16, seed=seed)).requires_grad_() for seed in range(4))
+    for scale in (0.0, -0.0) * 4:
+        out = g.bucket_attention(q, k, v, buckets, scopes, scale=scale)
+        saved = gpu3d.bucket_attention(q, k, v, buckets, scopes, scale=scale, return_lse=True)
+        expected = gpu3d.bucket_attention_backward(dout, q, k, v, *saved, buckets, scopes, scale=scale)
+        for a, b in zip(torch.autograd.grad(out, (q, k, v), dout), expected, strict=True):
+            assert torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
 @pytest.mark.parametrize("balance", ["spill", "probe"])
 def test_bucketize(cp, balance):
     for n, dtype in ((1000, torch.float32), (300_000, torch.float64), (700_000, torch.bfloat16)):

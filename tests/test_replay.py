@@ -3,6 +3,7 @@
 
 import contextlib
 import ctypes
+import functools
 import math
 import struct
 import sys
@@ -80,18 +81,6 @@ def test_another_kernel_other_memory_or_another_step_have_no_program(runtime):
     assert _replay.program_of(one, other._replace(memories=[_replay.Memory(10**13, 63), *other.memories[1:]])) is None
     foreign = other._replace(memories=[_replay.Memory(m.address + 2**20, m.size) for m in other.memories])
     assert _replay.program_of(one, foreign) is None  # addresses of memory that nobody knows of
-
-
-def test_launches_are_taken_down_where_asked_for(monkeypatch, runtime):
-    launched = []
-    kernel = _kernel(launched)._replace(current_stream=lambda: types.SimpleNamespace(ptr=5))
-    view = struct.pack("<QQQ", 1, 2, 3)
-    with _cuda.taking_down() as steps, contextlib.suppress(struct.error):
-        _cuda.launch(kernel, grid=2, block=64, args=(1, view, 3, 4))
-        _cuda.launch(kernel, grid=0, block=64, args=(1, view, 3, 4))
-    _cuda.launch(kernel, grid=1, block=64, args=(1, view, 3, 4))
-    assert [(step.grid, step.block) for step in steps] == [(2, 64)]
-    assert len(launched) == 2
 
 
 def test_what_is_rehearsed():
@@ -189,6 +178,19 @@ def test_the_extent_of_an_array():
         assert _replay.Array(shape, float32, 0, strides).size == size
 
 
+def test_a_dry_run_ends(driver):
+    """What it would launch is taken down; behind it, launches are launches."""
+    started = []
+    kernel = _kernel(started)._replace(current_stream=lambda: types.SimpleNamespace(ptr=5))
+    launch = functools.partial(_cuda.launch, kernel, block=64, args=(1, struct.pack("<QQQ", 1, 2, 3), 3, 4))
+    with _cuda.dry_run() as steps:
+        launch(grid=2)
+        launch(grid=0)
+    assert not started and [(step.grid, step.block) for step in steps] == [(2, 64)]
+    launch(grid=1)
+    assert len(started) == 1 and len(steps) == 1
+
+
 def test_a_call_is_rehearsed(driver):
     """Nothing is launched, and the program is played on other memory."""
     started = []
@@ -224,6 +226,6 @@ def test_what_cannot_be_rehearsed(driver):
 
     for call in (strange, bad, lambda x: [x], part, wide):
         assert _replay.rehearse(call, ARRAYS, 0) is None
-        assert driver.captures == 0 and driver.mode == 0 and _cuda._thread.steps is None and not _cuda._thread.dry
+        assert driver.captures == 0 and driver.mode == 0 and _cuda._thread.steps is None
         driver.nodes = 0
     assert _replay.rehearse(lambda x: _call(driver, x), ARRAYS, 0) is not None

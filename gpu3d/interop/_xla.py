@@ -462,17 +462,18 @@ def _run_cuda(frame: CallFrame) -> None:
     stream = _ask(frame.api, "Stream_Get", frame.context).stream or 0
     text, addresses = _attribute_of(frame.attrs), _addresses(frame.args) + _addresses(frame.rets)
     program, missing = _played(text, device, *[address % ALIGNMENT for address in addresses])
-    allocator = _Allocator(frame, device)
-    try:
-        with contextlib.nullcontext() if cupy.cuda.runtime.getDevice() == device else cupy.cuda.Device(device):
+    with contextlib.nullcontext() if cupy.cuda.runtime.getDevice() == device else cupy.cuda.Device(device):
+        if program is not None and not missing:
+            _replay.play(program, addresses, stream)
+            return
+        allocator = _Allocator(frame, device)
+        try:
             if program is None:
                 _run_plain(_parsed(text), addresses, allocator, stream)
-                return
-            if missing:
-                addresses.append(allocator.address(missing))
-            _replay.play(program, addresses, stream)
-    finally:
-        allocator.free()
+            else:
+                _replay.play(program, [*addresses, allocator.address(missing)], stream)
+        finally:
+            allocator.free()
 
 
 def _run_plain(call: _Call, addresses: Sequence[int], allocator: _Allocator, stream: int) -> None:

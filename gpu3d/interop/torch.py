@@ -256,6 +256,11 @@ def _always(*args: Any) -> bool:
     return True
 
 
+def _but_for_zero(*args: Any) -> bool:
+    """The last argument is a number: -0.0 would be taken for 0.0, and signs of zeros be wrong."""
+    return args[-1] != 0
+
+
 def _nothing(x: Any, shape: tuple[int, ...] = (0,), dtype: str | None = None) -> Any:
     """An array without elements: a tensor as x, or of CuPy, whose arrays stand for tensors in a rehearsal."""
     if isinstance(x, torch.Tensor):
@@ -455,7 +460,7 @@ def _attention_fake(q: torch.Tensor, *args: Any) -> Any:
     "bucket_attention(Tensor q, Tensor k, Tensor v, Tensor table, int bucket_size, SymInt[] lengths, float? scale) "
     "-> (Tensor, Tensor)",
     _attention_fake,
-    _always,
+    _but_for_zero,
 )
 def _attention(
     q: torch.Tensor,
@@ -478,7 +483,7 @@ def _attention_backward_fake(dout: torch.Tensor, q: torch.Tensor, *args: Any) ->
     "bucket_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor table, "
     "int bucket_size, SymInt[] lengths, float? scale) -> (Tensor, Tensor, Tensor)",
     _attention_backward_fake,
-    _always,
+    _but_for_zero,
 )
 def _attention_backward(
     dout: torch.Tensor,
