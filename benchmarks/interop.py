@@ -51,7 +51,7 @@ LOSS_SIZE_JAX, ITERATIONS_JAX = 16, 1
 DIRECTIONS = ("forward", "forward+backward")  # by `both`
 IN_A_PASS = 8  # calls
 RECORDED = {"xla_gpu_graph_min_graph_size": 1}  # options of XLA's compiler
-ROUNDS = 3  # of what is taken in turns
+ROUNDS = 8  # of what is taken in turns: on a host that others use, too
 IN_A_ROW = 50
 STEPS = 10, 1000
 
