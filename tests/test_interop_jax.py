@@ -933,7 +933,7 @@ def test_calls_are_played_in_xlas_memory(device, monkeypatch, workspace):
         assert addresses == [x.ctypes.data, buffers[0].ctypes.data]
         assert workspace is None or work == buffers[1].ctypes.data
     assert device.calls.count("DeviceMemory_Allocate") == (3 if workspace is None else 0)
-    assert device.rehearsed == [([((4,), np.float32, 4)], 3)]  # once, of such an address
+    assert device.rehearsed == [([_replay.Array((4,), np.dtype(np.float32), 4)], 3)]  # once, of such an address
 
 
 def test_calls_that_cannot_be_played(device, monkeypatch):
