@@ -113,7 +113,7 @@ class FakeArray:
 @pytest.fixture
 def driver(monkeypatch):
     """A driver that captures; `nodes` is how many it captured, and the test says so."""
-    state = types.SimpleNamespace(nodes=0, mode=0, captures=0, kernel=_kernel([]), streams=[])
+    state = types.SimpleNamespace(nodes=0, mode=0, captures=0, kernel=_kernel([]))
 
     @contextlib.contextmanager
     def using(allocator):
