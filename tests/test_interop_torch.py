@@ -644,13 +644,14 @@ def test_a_call_on_another_gpu_than_the_current_one_is_not_played(monkeypatch):
     """Programs are launched on the current device. The GPUs are stood for by numbers."""
     rehearsed = []
     monkeypatch.setattr(g, "_book", _replay.Book())
-    monkeypatch.setattr(g, "_rehearsed", lambda function, args, device: rehearsed.append(args))
+    monkeypatch.setattr(g, "_rehearsed", lambda op, tensors, numbers, device: rehearsed.append(tensors))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    x = torch.zeros(3)  # of device index None
-    for current, expected in ((0, 0), (None, 1)):
+    op = g._Operator("call", lambda x: "run", single=True, fixed=None)
+    x = torch.zeros(3)  # of device -1
+    for current, expected in ((0, 0), (-1, 1)):
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda current=current: current, raising=False)
         for _ in range(_replay.PLAYED_FROM + 2):
-            assert g._play("call", lambda x: "run", (x,)) == "run"
+            assert g._play(op, (x,), ()) == "run"
         assert len(rehearsed) == expected  # once
 
 

@@ -134,59 +134,48 @@ class _Played(NamedTuple):
 
     program: _replay.Program
     results: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]  # shape, strides and dtype
-    one: bool  # a tensor is returned, and no tuple
 
-    def __call__(self, inputs: list[torch.Tensor], device: torch.device) -> Any:
-        """On `device`, which is the current one."""
+    def __call__(self, addresses: list[int], device: int) -> list[torch.Tensor]:
+        """The results of inputs at these addresses, on `device`, which is the current one."""
         results = [_empty(*result) for result in self.results]
-        memories = [*inputs, *results]
+        addresses += [x.data_ptr() for x in results]
         if self.program.workspace:
-            memories.append(_empty((self.program.workspace,), (1,), torch.uint8))
-        addresses = [x.data_ptr() for x in memories]
-        _replay.play(self.program, addresses, torch._C._cuda_getCurrentRawStream(device.index))
-        return results[0] if self.one else tuple(results)
+            workspace = _empty((self.program.workspace,), (1,), torch.uint8)
+            addresses.append(workspace.data_ptr())
+        _replay.play(self.program, addresses, torch._C._cuda_getCurrentRawStream(device))
+        return results
 
 
-def _kind_of(x: Any) -> Any:
-    """All of an argument that a launch depends on but for where it lies."""
-    if isinstance(x, torch.Tensor):
-        return x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % 16, x.is_neg()
-    return tuple(x) if isinstance(x, list) else x
-
-
-def _play(name: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _play(op: _Operator, tensors: Sequence[torch.Tensor], numbers: tuple[Any, ...]) -> Any:
     """The call: by a program, from the third of its kind on; by gpu3d's Python before.
 
     Programs are launched on the current device: calls on another one are not played.
     """
-    device = args[0].device
-    if torch._C._cuda_getDevice() == device.index:
-        kind = name, *[_kind_of(x) for x in args]
-        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    device = tensors[0].get_device()
+    if torch._C._cuda_getDevice() == device:
+        addresses = [x.data_ptr() for x in tensors]
+        kinds = [  # all of a tensor that a launch depends on but for where it lies
+            (x.dtype, x.shape, x.stride(), x.get_device(), address % 16, x.is_neg())
+            for x, address in zip(tensors, addresses, strict=True)
+        ]
+        kind = op.name, numbers, *kinds
         played = _book.played.get(kind)
         if played is None and _book.is_due(kind) and not torch.cuda.is_current_stream_capturing():
-            played = _rehearsed(function, args, device.index)
+            played = _rehearsed(op, tensors, numbers, device)
             _book.write(kind, played)
         if played is not None:
-            return played(tensors, device)
-    with _from_torch(args[0]):
-        return function(*args)
+            results = played(addresses, device)
+            return results[0] if op.single else tuple(results)
+    return op.plain(tensors, numbers)
 
 
-def _rehearsed(function: Callable[..., Any], args: tuple[Any, ...], device: int) -> _Played | None:
+def _rehearsed(op: _Operator, tensors: Sequence[torch.Tensor], numbers: tuple[Any, ...], device: int) -> _Played | None:
     """What plays such calls; None: they cannot be played."""
-    import cupy
-
-    one = False
 
     def call(*arrays: Any) -> Sequence[Any]:
-        nonlocal one
-        of_tensors = iter(arrays)
-        result = function(*[next(of_tensors) if isinstance(x, torch.Tensor) else x for x in args])
-        one = isinstance(result, cupy.ndarray)
-        return (result,) if one else result
+        results = op.function(*arrays, *numbers)
+        return (results,) if op.single else results
 
-    tensors = [x for x in args if isinstance(x, torch.Tensor)]
     if any(x.is_neg() for x in tensors):  # views whose memory holds other values
         return None
     try:
@@ -196,7 +185,7 @@ def _rehearsed(function: Callable[..., Any], args: tuple[Any, ...], device: int)
     if program is None:
         return None
     results = [(x.shape, _strides(x.shape), _arrays._torch_dtype(x.dtype)) for x in program.results]
-    return _Played(program, tuple(results), one)
+    return _Played(program, tuple(results))
 
 
 def _array_of(x: torch.Tensor) -> _replay.Array:
@@ -217,39 +206,64 @@ _OPS = torch.ops.gpu3d
 
 
 @dataclass
-class _Eager:
-    """What an operator does outside of torch's dispatcher."""
+class _Operator:
+    """An operator outside of torch's dispatcher: of tensors, and of the arguments behind them."""
 
-    kernel: Callable[..., Any]
-    function: Any = None  # the torch.autograd.Function of its kernel and its gradient
-    cast: Callable[..., Any] | None = None  # its arguments under autocast
+    name: str
+    function: Callable[..., Any]  # of both, in a row
+    single: bool  # its result is a tensor, and no tuple
+    fixed: Callable[..., bool] | None  # see `_operator`
+    gradient: Any = None  # the torch.autograd.Function of its kernel and its gradient
+    cast: Callable[..., Any] | None = None  # its tensors under autocast
+
+    def dispatched(self, *args: Any) -> Any:
+        return getattr(_OPS, self.name)(*args)
+
+    def plain(self, tensors: Sequence[torch.Tensor], numbers: tuple[Any, ...]) -> Any:
+        with _from_torch(tensors[0]):
+            return self.function(*tensors, *numbers)
+
+    def kernel(self, tensors: Sequence[torch.Tensor], numbers: tuple[Any, ...]) -> Any:
+        if self.fixed is not None and tensors[0].is_cuda and self.fixed(*numbers):
+            return _play(self, tensors, numbers)
+        return self.plain(tensors, numbers)
 
 
-_EAGER: dict[str, _Eager] = {}
+_OPERATORS: dict[str, _Operator] = {}
 _KINDS = torch.Tensor, torch.nn.Parameter  # other subclasses may have a say in what is done to them
 
 
-def _run(name: str, *args: Any) -> Any:
+def _run(name: str, tensors: tuple[torch.Tensor, ...], numbers: tuple[Any, ...]) -> Any:
     """The operator `name`; where nobody looks on, without the dispatcher, which takes longer than our kernels' launch.
 
     Those who do are torch.compile, torch.func, dispatch modes and subclasses of tensors. What there is to do here is
     what the dispatcher would do for them otherwise: autocast, autograd, and the kernel.
     """
+    op = _OPERATORS[name]
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
     ):
-        return getattr(_OPS, name)(*args)
-    eager, device = _EAGER[name], args[0].device.type
-    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        return op.dispatched(*tensors, *numbers)
+    device, with_grad = tensors[0].device.type, torch.is_grad_enabled()
     if device not in ("cpu", "cuda") or not all([type(x) in _KINDS for x in tensors]):
-        return getattr(_OPS, name)(*args)
-    if eager.cast is not None and torch.is_autocast_enabled(device):
-        args = eager.cast(device, args)
-    if not (torch.is_grad_enabled() and any([x.requires_grad for x in tensors])):
-        return eager.kernel(*args)
-    return getattr(_OPS, name)(*args) if eager.function is None else eager.function.apply(*args)
+        return op.dispatched(*tensors, *numbers)
+    if op.cast is not None and torch.is_autocast_enabled(device):
+        tensors = op.cast(device, tensors)
+    if not (with_grad and any([x.requires_grad for x in tensors])):
+        return op.kernel(tensors, numbers)
+    if op.gradient is None:
+        return op.dispatched(*tensors, *numbers)
+    others: list[torch.Tensor] = []
+    first = op.gradient.apply(numbers, others, *tensors)
+    return first if op.single else (first, *others)
+
+
+def _split(args: Sequence[Any]) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]:
+    """An operator's arguments: tensors, which come first, and the others. None is of the others."""
+    count = next((i for i, x in enumerate(args) if not isinstance(x, torch.Tensor)), len(args))
+    return tuple(args[:count]), tuple([tuple(x) if isinstance(x, list) else x for x in args[count:]])
 
 
 def _always(*args: Any) -> bool:
@@ -278,49 +292,64 @@ def _operator(
     """Defines ``gpu3d::<schema>`` with the decorated function as its kernel on CPU and CUDA.
 
     `fake` makes empty results from the same arguments; lengths are symbols in it where torch.compile says so. `fixed`
-    says of the arguments whether the call launches the same whatever the values of its tensors are.
+    says of the arguments behind the tensors whether the call launches the same whatever the values of its tensors are.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def kernel(x: torch.Tensor, *args: Any) -> Any:
-            if x.is_cuda and fixed is not None and fixed(*args):
-                return _play(name, function, (x, *args))
-            with _from_torch(x):
-                return function(x, *args)
-
         name = schema.partition("(")[0]
+        op = _OPERATORS[name] = _Operator(name, function, schema.endswith("-> Tensor"), fixed)
+
+        @functools.wraps(function)
+        def kernel(*args: Any) -> Any:
+            return op.kernel(*_split(args))
+
         _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
         for key in ("CPU", "CUDA"):
             _LIBRARY.impl(name, kernel, key)
         torch.library.register_fake(f"gpu3d::{name}", fake, lib=_LIBRARY)
-        _EAGER[name] = _Eager(kernel)
         return function
 
     return register
 
 
 def _gradient(name: str, backward: Callable[..., Any], save: Callable[..., None]) -> None:
-    """`backward` takes the gradient of the operator's first result; the others are not differentiable."""
+    """`backward` takes the gradient of the operator's first result; the others are not differentiable.
+
+    It returns the gradients of the first tensors. `save` is told the context, the tensors, the arguments behind them,
+    and the result.
+    """
+    op = _OPERATORS[name]
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.set_materialize_grads(False)  # else torch fills zeros for every other result
         ctx.arguments = len(inputs)
-        save(ctx, inputs, output)
+        if not op.single:
+            ctx.mark_non_differentiable(*output[1:])
+        save(ctx, *_split(inputs), output)
 
     def backward_of_first(ctx: Any, gradient: Any, *others: None) -> Any:
-        return (None,) * ctx.arguments if gradient is None else backward(ctx, gradient)
+        gradients = () if gradient is None else backward(ctx, gradient)
+        return *gradients, *[None] * (ctx.arguments - len(gradients))
 
     torch.library.register_autograd(f"gpu3d::{name}", backward_of_first, setup_context=setup_context, lib=_LIBRARY)
-    kernel = _EAGER[name].kernel
 
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        output = kernel(*inputs)
-        setup_context(ctx, inputs, output)
-        return output
+    def forward(ctx: Any, numbers: tuple[Any, ...], others: list[torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+        """The first result. The others go past autograd, which would take longer over each than a launch does."""
+        output = op.kernel(tensors, numbers)
+        ctx.arguments = 2 + len(tensors)
+        save(ctx, tensors, numbers, output)
+        if op.single:
+            return output
+        first, *rest = output
+        others += rest
+        return first
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_first)}
-    _EAGER[name].function = type(name, (torch.autograd.Function,), methods)
+    def backward_of_single(ctx: Any, gradient: torch.Tensor) -> Any:
+        gradients = backward(ctx, gradient)
+        return None, None, *gradients, *[None] * (ctx.arguments - 2 - len(gradients))
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_single)}
+    op.gradient = type(name, (torch.autograd.Function,), methods)
 
 
 def _no_second_derivative(name: str) -> None:
@@ -341,21 +370,23 @@ def _autocast(name: str, tensors: int, dtype: torch.dtype | None) -> None:
     float64 stays, as in torch's operators. (torch.library.register_autocast is of 2.7, and knows fixed dtypes only.)
     """
 
-    def cast(device_type: str, args: Any) -> Any:
+    def cast(device_type: str, xs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         to = dtype or torch.get_autocast_dtype(device_type)
-        xs = [x.to(to) if x.is_floating_point() and x.dtype != torch.float64 else x for x in args[:tensors]]
-        return *xs, *args[tensors:]
+        cast = [x.to(to) if x.is_floating_point() and x.dtype != torch.float64 else x for x in xs[:tensors]]
+        return *cast, *xs[tensors:]
+
+    op = _OPERATORS[name]
 
     def register(device_type: str, key: str) -> None:
         def kernel(*args: Any) -> Any:
             with torch.autocast(device_type, enabled=False):
-                return getattr(_OPS, name)(*cast(device_type, args))
+                return op.dispatched(*cast(device_type, args[:tensors]), *args[tensors:])
 
         _LIBRARY.impl(name, kernel, key)
 
     register("cpu", "AutocastCPU")
     register("cuda", "AutocastCUDA")
-    _EAGER[name].cast = cast
+    op.cast = cast
 
 
 # ---- operators: buckets --------------------------------------------------------------------------------------------
@@ -431,15 +462,15 @@ def _move_rows(x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor, fill
     return layouts._move(x, inverse.shape[0], name, index, fill)
 
 
-def _save_move(ctx: Any, inputs: Any, output: Any) -> None:
-    _, index, inverse, _, name = inputs
+def _save_move(ctx: Any, tensors: Any, numbers: Any, output: Any) -> None:
+    _, index, inverse = tensors
     ctx.save_for_backward(index, inverse)
-    ctx.name = name
+    ctx.name = numbers[-1]
 
 
 def _move_backward(ctx: Any, dout: torch.Tensor) -> Any:
     index, inverse = ctx.saved_tensors  # every row goes to one place, so the way back is a move too
-    return _run("move_rows", dout, inverse, index, 0, f"d{ctx.name}"), None, None, None, None
+    return (_run("move_rows", (dout, inverse, index), (0, f"d{ctx.name}")),)
 
 
 _gradient("move_rows", _move_backward, _save_move)
@@ -503,16 +534,14 @@ def _attention_backward(
     )
 
 
-def _save_attention(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, v, table, *ctx.layout = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, table)
+def _save_attention(ctx: Any, tensors: Any, numbers: Any, output: Any) -> None:
+    q, k, v, table = tensors
+    ctx.save_for_backward(q, k, v, *output, table)
+    ctx.layout = numbers
 
 
 def _backward_of_attention(ctx: Any, dout: torch.Tensor) -> Any:
-    gradients = _run("bucket_attention_backward", dout, *ctx.saved_tensors, *ctx.layout)
-    return *gradients, None, None, None, None
+    return _run("bucket_attention_backward", (dout, *ctx.saved_tensors), ctx.layout)
 
 
 _gradient("bucket_attention", _backward_of_attention, _save_attention)
@@ -587,15 +616,14 @@ def _pool_backward(
     return gpu3d.bucket_pool_backward(dchild, pooled)
 
 
-def _save_pool(ctx: Any, inputs: Any, output: Any) -> None:
-    _, points, members, argmember, *structure = output
-    ctx.mark_non_differentiable(points, members, argmember, *structure)
+def _save_pool(ctx: Any, tensors: Any, numbers: Any, output: Any) -> None:
+    _, _, members, argmember, *_ = output
     ctx.save_for_backward(members, argmember)
-    ctx.layout = inputs[2:]
+    ctx.layout = numbers
 
 
 def _backward_of_pool(ctx: Any, dchild: torch.Tensor) -> Any:
-    return _run("bucket_pool_backward", dchild, *ctx.saved_tensors, *ctx.layout), None, None, None, None, None
+    return (_run("bucket_pool_backward", (dchild, *ctx.saved_tensors), ctx.layout),)
 
 
 _gradient("bucket_pool", _backward_of_pool, _save_pool)
@@ -635,15 +663,15 @@ def _unpool_backward(
     return gpu3d.bucket_unpool_backward(dout, _layouts.pooling(None, members, None, bucket_size, lengths, ratio, "sum"))
 
 
-def _save_unpool(ctx: Any, inputs: Any, output: Any) -> None:
-    _, members, skip, *ctx.layout = inputs
+def _save_unpool(ctx: Any, tensors: Any, numbers: Any, output: Any) -> None:
+    _, members, *skip = tensors
     ctx.save_for_backward(members)
-    ctx.skip = skip is not None
+    ctx.skip, ctx.layout = bool(skip), numbers[-3:]
 
 
 def _backward_of_unpool(ctx: Any, dout: torch.Tensor) -> Any:
-    dchild, dskip = _run("bucket_unpool_backward", dout, *ctx.saved_tensors, *ctx.layout)
-    return dchild, None, dskip if ctx.skip else None, None, None, None
+    dchild, dskip = _run("bucket_unpool_backward", (dout, *ctx.saved_tensors), ctx.layout)
+    return (dchild, None, dskip) if ctx.skip else (dchild,)
 
 
 _gradient("bucket_unpool", _backward_of_unpool, _save_unpool)
@@ -701,17 +729,14 @@ def _chamfer(
     return loss, _contiguous(dx), _contiguous(dy)
 
 
-def _save_loss(ctx: Any, inputs: Any, output: Any) -> None:
-    x, y, x_lengths, y_lengths, *_ = inputs
+def _save_loss(ctx: Any, tensors: Any, numbers: Any, output: Any) -> None:
     _, dx, dy = output
-    ctx.mark_non_differentiable(dx, dy)
-    ctx.save_for_backward(dx, dy, x, y)
-    ctx.lengths = x_lengths, y_lengths
+    ctx.save_for_backward(dx, dy, *tensors)
+    ctx.lengths = numbers[:2]
 
 
 def _backward_of_loss(ctx: Any, dloss: torch.Tensor) -> Any:
-    gradients = _run("loss_backward", dloss, *ctx.saved_tensors, *ctx.lengths)
-    return *gradients, *[None] * (ctx.arguments - 2)
+    return _run("loss_backward", (dloss, *ctx.saved_tensors), ctx.lengths)
 
 
 def _loss_backward_fake(dloss: torch.Tensor, dx: torch.Tensor, dy: torch.Tensor, *rest: Any) -> Any:
@@ -858,7 +883,7 @@ def bucketize(
     if not per_axis:
         layouts._check_voxel_size(voxel_size)
     options = hash, balance, None if per_axis else voxel_size, per_axis, seed, check_finite
-    return _buckets(_run("bucketize", packed, bucket_size, lengths, *options), bucket_size, lengths)
+    return _buckets(_run("bucketize", (packed,), (bucket_size, lengths, *options)), bucket_size, lengths)
 
 
 def scopes(buckets: Buckets, size: int = 8, *, shift: int = 0, stride: int = 1) -> Scopes:
@@ -878,7 +903,8 @@ def scopes(buckets: Buckets, size: int = 8, *, shift: int = 0, stride: int = 1) 
     """
     pooling._check_buckets(buckets)
     _check_tensors(buckets=buckets.slot_to_point)
-    table = _run("scopes", buckets.slot_to_point, buckets.bucket_size, buckets.lengths, size, shift, stride)
+    layout = buckets.bucket_size, buckets.lengths
+    table = _run("scopes", (buckets.slot_to_point,), (*layout, size, shift, stride))
     return Scopes(table, size, shift, stride, buckets.bucket_size, buckets.bucket_offsets)
 
 
@@ -900,7 +926,7 @@ def scatter(x: torch.Tensor, buckets: Buckets, fill: float = 0) -> torch.Tensor:
     """
     pooling._check_buckets(buckets)
     _check_tensors(x=x, buckets=buckets.slot_to_point)
-    return _run("move_rows", x, buckets.slot_to_point, buckets.point_to_slot, fill, "x")
+    return _run("move_rows", (x, buckets.slot_to_point, buckets.point_to_slot), (fill, "x"))
 
 
 def gather(y: torch.Tensor, buckets: Buckets) -> torch.Tensor:
@@ -919,7 +945,7 @@ def gather(y: torch.Tensor, buckets: Buckets) -> torch.Tensor:
     """
     pooling._check_buckets(buckets)
     _check_tensors(y=y, buckets=buckets.slot_to_point)
-    return _run("move_rows", y, buckets.point_to_slot, buckets.slot_to_point, 0, "y")
+    return _run("move_rows", (y, buckets.point_to_slot, buckets.slot_to_point), (0, "y"))
 
 
 def bucket_attention(
@@ -956,7 +982,7 @@ def bucket_attention(
     _check_tensors(scopes=scopes.table)
     if scale is not None:
         scale = attention._checked_scale(scale, q.shape[-1])
-    out, lse = _run("bucket_attention", q, k, v, scopes.table, buckets.bucket_size, buckets.lengths, scale)
+    out, lse = _run("bucket_attention", (q, k, v, scopes.table), (buckets.bucket_size, buckets.lengths, scale))
     return (out, lse) if return_lse else out
 
 
@@ -985,7 +1011,7 @@ def bucket_pool(
     ratio = pooling._checked_ratio(ratio)
     layout = buckets.bucket_size, buckets.lengths
     pooled, pooled_points, members, argmember, *structure = _run(
-        "bucket_pool", features, points.detach(), *layout, ratio, reduce
+        "bucket_pool", (features, points.detach()), (*layout, ratio, reduce)
     )
     child = _buckets(structure, buckets.bucket_size, _layouts.children(buckets.lengths, ratio))
     first = argmember if reduce in ("min", "max") else None
@@ -1013,8 +1039,9 @@ def bucket_unpool(child_features: torch.Tensor, pooled: Pooling, skip: torch.Ten
     _check_tensors(pooled=pooled.members)
     if skip is not None:
         _check_tensors(skip=skip)
-    parent = pooled.parent
-    return _run("bucket_unpool", child_features, pooled.members, skip, parent.bucket_size, parent.lengths, pooled.ratio)
+    layout = pooled.parent.bucket_size, pooled.parent.lengths, pooled.ratio
+    tensors = child_features, pooled.members
+    return _run("bucket_unpool", *((tensors, (None, *layout)) if skip is None else ((*tensors, skip), layout)))
 
 
 def chamfer(
@@ -1043,7 +1070,7 @@ def chamfer(
     packed_x, x_lengths = _arrays.pack_points(x, x_lengths, "x", "x_lengths", dimensions=(2, 3))
     packed_y, y_lengths = _arrays.pack_points(y, y_lengths, "y", "y_lengths", dimensions=(2, 3))
     with_grad = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    loss, _, _ = _run("chamfer", packed_x, packed_y, x_lengths, y_lengths, squared, reduction, with_grad)
+    loss, _, _ = _run("chamfer", (packed_x, packed_y), (x_lengths, y_lengths, squared, reduction, with_grad))
     return loss
 
 
@@ -1083,9 +1110,9 @@ def apml(
     if max_entries is None and (torch.compiler.is_compiling() or _capturing(pred)):
         max_entries = 16 * (packed_pred.shape[0] + packed_target.shape[0])
     with_grad = torch.is_grad_enabled() and (pred.requires_grad or target.requires_grad)
-    clouds = packed_pred, packed_target, pred_lengths, target_lengths
+    lengths = pred_lengths, target_lengths
     options = p_min, threshold, iterations, symmetrize, reduction, max_entries
-    loss, _, _ = _run("apml", *clouds, *options, with_grad)
+    loss, _, _ = _run("apml", (packed_pred, packed_target), (*lengths, *options, with_grad))
     return loss
 
 
