@@ -121,7 +121,7 @@ def compile_options(configuration: Configuration, arch: str) -> list[str]:
 
 
 def cache_dir() -> Path:
-    """Where cubins are kept: $GPU3D_CACHE_DIR, else gpu3d in the user's cache folder."""
+    """Where what was compiled is kept: $GPU3D_CACHE_DIR, else gpu3d in the user's cache folder."""
     if folder := os.environ.get("GPU3D_CACHE_DIR"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpu3d"
@@ -129,7 +129,7 @@ def cache_dir() -> Path:
 
 @functools.cache
 def _process_dir() -> tempfile.TemporaryDirectory[str]:
-    """Where cubins go in this process when the cache folder cannot be written."""
+    """Where it goes in this process when the cache folder cannot be written."""
     return tempfile.TemporaryDirectory(prefix="gpu3d-")
 
 
@@ -140,19 +140,25 @@ _in_process_dir: dict[str, Path] = {}
 def cubin_path(configuration: Configuration, arch: str) -> Path:
     """The compiled module as a file, compiled now if no process has done it yet."""
     text, options = source_text(configuration.source), compile_options(configuration, arch)
-    key = hashlib.sha256("\0".join([text, *options, repr(nvrtc_version())]).encode()).hexdigest()[:32]
-    name = f"{configuration.source}-{arch}-{key}.cubin"
+    made_of = [text, *options, repr(nvrtc_version())]
+    compile = functools.partial(compile_source, text, f"{configuration.source}.cu", options)
+    return compiled(f"{configuration.source}-{arch}", ".cubin", made_of, lambda: compile()[0])
+
+
+def compiled(name: str, suffix: str, made_of: Iterable[str], compile: Callable[[], bytes]) -> Path:
+    """The file that `compile` makes the content of, once, of what `made_of` says."""
+    name = f"{name}-{hashlib.sha256(chr(0).join(made_of).encode()).hexdigest()[:32]}{suffix}"
     with _locks.setdefault(name, threading.Lock()):  # two threads: one compiles, the other waits
         path = _in_process_dir.get(name) or cache_dir() / name
         if os.access(path, os.R_OK):  # not Path.is_file: that raises where a parent may not be searched
             return path
-        cubin, _ = compile_source(text, f"{configuration.source}.cu", options)
+        content = compile()
         try:
-            return _write(cache_dir() / name, cubin)
+            return _write(cache_dir() / name, content)
         except OSError:  # a read-only or full cache folder costs a compilation a process, nothing else
             with _locks.setdefault("process dir", threading.Lock()):
                 folder = Path(_process_dir().name)
-            _in_process_dir[name] = _write(folder / name, cubin)
+            _in_process_dir[name] = _write(folder / name, content)
             return _in_process_dir[name]
 
 
@@ -201,6 +207,7 @@ class Kernel(NamedTuple):
     places: tuple[tuple[int, int], ...]  # where each argument lies in `buffer`, and its bytes
     parameters: int  # address of the array that says so to the driver
     lock: threading.Lock  # two threads must not pack at once
+    function: int  # the driver's handle
     start: Callable[..., None]  # cuLaunchKernel or cuLaunchCooperativeKernel, of this function
     extra: tuple[int, ...]  # cuLaunchKernel's last argument, which the cooperative launch does not have
     current_stream: Callable[[], Any]
@@ -259,7 +266,7 @@ def dry_run() -> Iterator[list[Launched | Cleared]]:
 
     steps: list[Launched | Cleared] = []
     stream, mode, nodes = Stream(non_blocking=True), ctypes.c_int(runtime.streamCaptureModeRelaxed), ctypes.c_size_t()
-    exchange = _driver().cuThreadExchangeStreamCaptureMode  # this thread may be capturing, and would not load kernels
+    exchange = driver().cuThreadExchangeStreamCaptureMode  # this thread may be capturing, and would not load kernels
     exchange(ctypes.byref(mode))
     try:
         runtime.streamBeginCapture(stream.ptr, runtime.streamCaptureModeRelaxed)
@@ -270,7 +277,7 @@ def dry_run() -> Iterator[list[Launched | Cleared]]:
         finally:
             _thread.steps = None
             graph = runtime.streamEndCapture(stream.ptr)
-            status = _driver().cuGraphGetNodes(ctypes.c_void_p(graph), None, ctypes.byref(nodes))
+            status = driver().cuGraphGetNodes(ctypes.c_void_p(graph), None, ctypes.byref(nodes))
             runtime.graphDestroy(graph)
     finally:
         exchange(ctypes.byref(mode))
@@ -279,8 +286,8 @@ def dry_run() -> Iterator[list[Launched | Cleared]]:
 
 
 @functools.cache
-def _driver() -> ctypes.CDLL:
-    """What of CUDA's driver CuPy has no name for."""
+def driver() -> ctypes.CDLL:
+    """CUDA's driver, for what CuPy has no name for."""
     return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
 
 
@@ -294,7 +301,7 @@ def kernel(
     launches may use.
     """
     import cupy
-    from cupy_backends.cuda.api import driver
+    from cupy_backends.cuda.api import driver as launcher
 
     device = cupy.cuda.runtime.getDevice()
     key = (device, source, function, macros, shared_mem)
@@ -315,13 +322,14 @@ def kernel(
         offsets = [struct.calcsize("<" + "".join(formats[:k])) for k in range(len(formats))]
         places = tuple(zip(offsets, (struct.calcsize("<" + part) for part in formats), strict=True))
         pointers = (ctypes.c_void_p * len(formats))(*(ctypes.addressof(buffer) + offset for offset in offsets))
-        start, extra = (driver.launchCooperativeKernel, ()) if cooperative else (driver.launchKernel, (0,))
+        start, extra = (launcher.launchCooperativeKernel, ()) if cooperative else (launcher.launchKernel, (0,))
         found = Kernel(
             arguments,
             buffer,
             places,
             ctypes.addressof(pointers),
             threading.Lock(),
+            raw.kernel.ptr,
             functools.partial(start, raw.kernel.ptr),
             extra,
             cupy.cuda.get_current_stream,

@@ -20,7 +20,9 @@ def tree_hash() -> str:
     """Hash of the kernels and of the modules that launch them."""
     package = ROOT / "gpu3d"
     folders = ROOT / "kernels_cu", package, package / "interop", package / "reference"  # which gives kernels constants
-    files = sorted(file for folder in folders for file in folder.iterdir() if file.suffix in (".cu", ".cuh", ".py"))
+    files = sorted(
+        file for folder in folders for file in folder.iterdir() if file.suffix in (".c", ".cu", ".cuh", ".py")
+    )
     skipped = {"cli.py", "io.py", "plot.py"}  # they launch nothing
     digest = hashlib.sha256()
     for file in files:

@@ -20,9 +20,11 @@ import clouds
 import numpy as np
 import pytest
 import test_docs
+from test_native import stand_in
+from test_replay import _kernel, _taken
 
 import gpu3d
-from gpu3d.interop import _replay, _xla
+from gpu3d.interop import _native, _replay, _xla
 
 jax = pytest.importorskip("jax")
 from jax import numpy as jnp  # noqa: E402
@@ -787,8 +789,11 @@ class Device:
         assert program is self.program
         self.played.append((list(addresses), stream))
 
-    def call(self, name, options, arrays, results, workspace=None, odd=0):
-        """Runs the CUDA handler: `results` are shapes and dtypes; the buffers it wrote, and what it returned."""
+    def call(self, name, options, arrays, results, workspace=None, odd=0, handler=None, **fields):
+        """Runs the CUDA handler, or another one: the buffers it wrote, and what it returned.
+
+        `results` are shapes and dtypes; `fields` are other ones of the frame.
+        """
         buffers = [at_address(np.full(shape, 205, dtype), odd) for shape, dtype in results]
         call = _xla.attribute(name, options, arrays, buffers, workspace)
         if workspace:
@@ -807,7 +812,9 @@ class Device:
         spans = (ctypes.c_void_p * 1)(ctypes.addressof(span))
         frame.attrs.size, frame.attrs.items = 1, ctypes.cast(spans, ctypes.POINTER(_xla.WORDS))
         frame.api, frame.stage = ctypes.addressof(self.api), _xla.EXECUTE
-        returned = _xla.handler("CUDA")(ctypes.addressof(frame))
+        for field, value in fields.items():
+            setattr(frame, field, value)
+        returned = (handler or _xla.handler("CUDA"))(ctypes.addressof(frame))
         return buffers, returned
 
 
@@ -934,6 +941,48 @@ def test_calls_are_played_in_xlas_memory(device, monkeypatch, workspace):
         assert workspace is None or work == buffers[1].ctypes.data
     assert device.calls.count("DeviceMemory_Allocate") == (3 if workspace is None else 0)
     assert device.rehearsed == [([_replay.Array((4,), np.dtype(np.float32), 4)], 3)]  # once, of such an address
+
+
+def test_what_is_known_is_played_without_python(device, monkeypatch, tmp_path):
+    """By play.c, where all is as it was when Python played it; else Python does what there is to do."""
+    driver = stand_in(monkeypatch, tmp_path)
+    device.cupy.cuda.runtime.memsetAsync = None
+    monkeypatch.setitem(sys.modules, "cupy.cuda", device.cupy.cuda)
+    monkeypatch.setitem(_xla.CALLS, "test", lambda *x, factor: [new_array((4,))])
+    kernel = _kernel([])
+    taken = [_taken(kernel, base)._replace(given=2) for base in (10**12, 10**13)]
+    device.program = _replay.program_of(*taken)
+    driver.device, x = 3, at_address(np.ones(4, np.float32))
+    call = functools.partial(
+        device.call, "test", {"factor": 2.0}, results=[((4,), np.float32)], workspace=device.program.workspace
+    )
+    native = functools.partial(call, handler=_native.handler(_xla.handler("CUDA", True)))
+    assert native([x])[1] is None and len(device.played) == 1 and not driver.steps
+    for _ in range(2):
+        (out, work), returned = native([x])
+        cleared, (_, _, stream, arguments, _) = driver.steps
+        assert returned is None and stream == 77 and cleared[0] == out.ctypes.data + 32
+        assert struct.unpack("<QQQQiQ", arguments)[:2] == (x.ctypes.data + 8, out.ctypes.data + 16)
+        assert struct.unpack("<QQQQiQ", arguments)[3] == work.ctypes.data
+        driver.steps.clear()
+    assert len(device.played) == 1
+    other = at_address(np.ones(4, np.float32), 4)
+    for arrays, options in (
+        ([other], {}),
+        ([x, x], {}),
+        ([x], {"odd": 8}),
+        ([x], {"stage": _xla.EXECUTE - 1}),
+        ([x], {"extension": ctypes.addressof(_xla.Extension(type=99))}),
+    ):
+        device.played.clear()
+        native(arrays, **options)
+        assert not driver.steps and bool(device.played) == ("stage" not in options and "odd" not in options)
+    driver.device = 2  # the current one; XLA's is 3
+    native([x])
+    assert not driver.steps
+    driver.device, driver.status = 3, 700
+    device.played.clear()
+    assert native([x])[1] is None and len(driver.steps) == 1 and device.played  # which would raise the error
 
 
 def test_calls_that_cannot_be_played(device, monkeypatch):

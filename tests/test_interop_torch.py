@@ -646,7 +646,7 @@ def test_a_call_on_another_gpu_than_the_current_one_is_not_played(monkeypatch):
     monkeypatch.setattr(g, "_book", _replay.Book())
     monkeypatch.setattr(g, "_rehearsed", lambda op, tensors, numbers, device: rehearsed.append(tensors))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    op = g._Operator("call", lambda x: "run", single=True, fixed=None)
+    op = g._Operator("call", lambda x: "run", single=True, fixed=None, in_torch=True)
     x = torch.zeros(3)  # of device -1
     for current, expected in ((0, 0), (-1, 1)):
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda current=current: current, raising=False)

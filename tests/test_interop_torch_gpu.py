@@ -30,7 +30,7 @@ from test_interop_torch import (  # noqa: E402
     stage,
 )
 
-from gpu3d.interop import _replay  # noqa: E402
+from gpu3d.interop import _native, _replay  # noqa: E402
 from gpu3d.interop import torch as g  # noqa: E402
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -131,8 +131,13 @@ def test_another_gpu_than_the_current_one(cp):
     assert torch.cuda.current_device() == 0
 
 
-def test_calls_that_are_played(cp, monkeypatch):
+@pytest.mark.parametrize("by", ["play.c", "Python"])
+def test_calls_that_are_played(cp, monkeypatch, by):
     """From the third call of a kind on, with other values each time; on a side stream and in a graph too."""
+    if by == "Python":
+        monkeypatch.setattr(_native, "program", lambda steps: None)
+    elif _native.library() is None:
+        pytest.skip("there is no C compiler")
     book = _replay.Book()
     monkeypatch.setattr(g, "_book", book)
     sides = {"x_lengths": [200, 400], "y_lengths": [450, 50]}, {"pred_lengths": [600], "target_lengths": [500]}
@@ -171,6 +176,7 @@ def test_calls_that_are_played(cp, monkeypatch):
         f"bucket_{name}{back}" for name in ("attention", "pool", "unpool") for back in ("", "_backward")
     }
     assert played == {kind[0] for kind, program in book.played.items() if program is not None}
+    assert all((call.program.words is None) == (by == "Python") for call in book.played.values() if call is not None)
 
 
 def test_zeros_of_either_sign(cp):

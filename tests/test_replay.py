@@ -16,6 +16,7 @@ import pytest
 from gpu3d import _cuda
 from gpu3d.interop import _replay
 
+FUNCTION = 4321
 FORMATS = ("Q", "24s", "i", "Q")  # a pointer, a struct with one, a number, and a pointer that is null or not
 
 
@@ -28,7 +29,7 @@ def _kernel(launched):
     def start(*size_and_stream):
         launched.append((size_and_stream[:7], size_and_stream[7], arguments.unpack(buffer.raw[: arguments.size])))
 
-    return _cuda.Kernel(arguments, buffer, places, 0, threading.Lock(), start, (), None, ())
+    return _cuda.Kernel(arguments, buffer, places, 0, threading.Lock(), FUNCTION, start, (0,), None, ())
 
 
 def _taken(kernel, base, number=7, grid=3, constant=2**40):
@@ -152,7 +153,7 @@ def driver(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda, ndarray=FakeArray))
     monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
     names = {"cuThreadExchangeStreamCaptureMode": exchange, "cuGraphGetNodes": get_nodes}
-    monkeypatch.setattr(_cuda, "_driver", lambda: types.SimpleNamespace(**names))
+    monkeypatch.setattr(_cuda, "driver", lambda: types.SimpleNamespace(**names))
     monkeypatch.setattr(_cuda, "make_context_current", lambda: None)
     return state
 

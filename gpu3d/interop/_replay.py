@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu3d import _cuda
+from gpu3d.interop import _native
 
 PLAYED_FROM = 3  # calls of a kind: batches of ever other lengths are not worth a rehearsal
 KINDS = 1024  # that are kept
-PIECE = 512  # bytes: pieces of a workspace begin at multiples, as in CuPy's pool; at those of 16 APML takes 2 % longer
+PIECE = 512  # bytes: pieces of a workspace begin at multiples, as in CuPy's pool; at those of 16 APML takes 1 % longer
 
 
 class Book:
@@ -70,16 +71,27 @@ class Taken(NamedTuple):
 class _Move(NamedTuple):
     """Where an address lies in a kernel's arguments, and of which memory it is."""
 
-    at: Any  # ctypes.c_uint64 in the kernel's buffer
+    at: int  # bytes from the arguments' beginning
     memory: int
     offset: int  # from the memory's beginning
 
 
 class _Launch(NamedTuple):
     kernel: _cuda.Kernel
-    size: tuple[int, ...]  # of the launch, as the driver takes it
+    grid: int
+    block: int
+    shared_mem: int
     arguments: bytes
     moves: tuple[_Move, ...]
+
+    @property
+    def words(self) -> list[int]:
+        """As play.c reads it."""
+        kernel, bytes = self.kernel, self.arguments + b"\0" * (-len(self.arguments) % 8)
+        launch = [kernel.function, not kernel.extra, self.grid, self.block, self.shared_mem]
+        counts = [len(self.arguments), len(kernel.places), len(self.moves)]
+        places, moves = [at for at, _ in kernel.places], [word for move in self.moves for word in move]
+        return [*launch, *counts, *places, *moves, *struct.unpack(f"={len(bytes) // 8}Q", bytes)]
 
 
 class _Clear(NamedTuple):
@@ -88,6 +100,10 @@ class _Clear(NamedTuple):
     size: int
     start: Callable[..., None]  # cudaMemsetAsync
 
+    @property
+    def words(self) -> list[int]:
+        return [0, self.memory, self.offset, self.size]
+
 
 class Program(NamedTuple):
     """What a call does to memory that is named when it is played."""
@@ -95,6 +111,7 @@ class Program(NamedTuple):
     steps: tuple[_Launch | _Clear, ...]
     workspace: int  # bytes, in one piece
     results: tuple[Array, ...] = ()
+    words: Any = None  # the steps as play.c reads them; None: Python plays it
 
 
 # ---- dry runs ------------------------------------------------------------------------------------------------------
@@ -199,7 +216,7 @@ def program_of(one: Taken, other: Taken) -> Program | None:
         if step is None:
             return None
         steps.append(step)
-    return Program(tuple(steps), offsets[-1], one.results)
+    return Program(tuple(steps), offsets[-1], one.results, _native.program(steps))
 
 
 def _launch(
@@ -217,24 +234,27 @@ def _launch(
             found = place(before, after)
             if found is None:
                 return None
-            moves.append(_Move(ctypes.c_uint64.from_buffer(a.kernel.buffer, position), *found))
+            moves.append(_Move(position, *found))
         tail = slice(at + size // 8 * 8, at + size)
         if a.arguments[end:at] != b.arguments[end:at] or a.arguments[tail] != b.arguments[tail]:
             return None
         end = at + size
-    return _Launch(a.kernel, (a.grid, 1, 1, a.block, 1, 1, a.shared_mem), a.arguments, tuple(moves))
+    return _Launch(*a[:5], tuple(moves))
 
 
 def play(program: Program, addresses: Sequence[int], stream: int) -> None:
     """Launches it on the current device; `addresses` are those of inputs, results and workspace, if it takes one."""
     _cuda.make_context_current()
+    if program.words is not None:
+        _native.play(program.words, addresses, stream)
+        return
     for step in program.steps:
         if isinstance(step, _Clear):
             step.start(addresses[step.memory] + step.offset, 0, step.size, stream)
             continue
-        kernel = step.kernel
+        kernel, size = step.kernel, (step.grid, 1, 1, step.block, 1, 1, step.shared_mem)
         with kernel.lock:
             ctypes.memmove(kernel.buffer, step.arguments, len(step.arguments))
             for at, memory, offset in step.moves:
-                at.value = addresses[memory] + offset
-            kernel.start(*step.size, stream, kernel.parameters, *kernel.extra)
+                struct.pack_into("=Q", kernel.buffer, at, addresses[memory] + offset)
+            kernel.start(*size, stream, kernel.parameters, *kernel.extra)

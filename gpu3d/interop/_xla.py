@@ -32,7 +32,7 @@ import numpy as np
 
 import gpu3d
 from gpu3d import _arrays
-from gpu3d.interop import _layouts, _replay
+from gpu3d.interop import _layouts, _native, _replay
 
 # ---- calls ---------------------------------------------------------------------------------------------------------
 
@@ -197,7 +197,11 @@ def _played(text: bytes, device: int, *odd: int) -> tuple[_replay.Program | None
         return None, 0
     if call.workspace is None:
         return program, program.workspace
-    return (program if call.workspace >= program.workspace else None), 0
+    if call.workspace < program.workspace:
+        return None, 0
+    if not any(odd):
+        _native.know(text, device, len(odd), program.words)
+    return program, 0
 
 
 # ---- xla/ffi/api/c_api.h -------------------------------------------------------------------------------------------
@@ -539,4 +543,4 @@ def handler(platform: str, recordable: bool = False) -> Any:
             return _error(frame, error)
         return None
 
-    return FUNCTION(handle)
+    return _native.handler(FUNCTION(handle)) if platform == "CUDA" and recordable else FUNCTION(handle)

@@ -212,14 +212,17 @@ class _Operator:
     name: str
     function: Callable[..., Any]  # of both, in a row
     single: bool  # its result is a tensor, and no tuple
-    fixed: Callable[..., bool] | None  # see `_operator`
-    gradient: Any = None  # the torch.autograd.Function of its kernel and its gradient
+    fixed: Callable[..., bool] | None  # see `_operator`, and so the next
+    in_torch: bool
+    apply: Any = None  # of the torch.autograd.Function of its kernel and its gradient
     cast: Callable[..., Any] | None = None  # its tensors under autocast
 
     def dispatched(self, *args: Any) -> Any:
         return getattr(_OPS, self.name)(*args)
 
     def plain(self, tensors: Sequence[torch.Tensor], numbers: tuple[Any, ...]) -> Any:
+        if self.in_torch:
+            return self.function(*tensors, *numbers)
         with _from_torch(tensors[0]):
             return self.function(*tensors, *numbers)
 
@@ -246,17 +249,19 @@ def _run(name: str, tensors: tuple[torch.Tensor, ...], numbers: tuple[Any, ...])
         or torch._C._are_functorch_transforms_active()
     ):
         return op.dispatched(*tensors, *numbers)
-    device, with_grad = tensors[0].device.type, torch.is_grad_enabled()
-    if device not in ("cpu", "cuda") or not all([type(x) in _KINDS for x in tensors]):
-        return op.dispatched(*tensors, *numbers)
+    device, with_grad = "cuda" if tensors[0].is_cuda else "cpu" if tensors[0].is_cpu else "", False
+    for x in tensors:
+        if type(x) not in _KINDS or not device:
+            return op.dispatched(*tensors, *numbers)
+        with_grad = with_grad or x.requires_grad
     if op.cast is not None and torch.is_autocast_enabled(device):
         tensors = op.cast(device, tensors)
-    if not (with_grad and any([x.requires_grad for x in tensors])):
+    if not (with_grad and torch.is_grad_enabled()):
         return op.kernel(tensors, numbers)
-    if op.gradient is None:
+    if op.apply is None:
         return op.dispatched(*tensors, *numbers)
     others: list[torch.Tensor] = []
-    first = op.gradient.apply(numbers, others, *tensors)
+    first = op.apply(numbers, others, *tensors)
     return first if op.single else (first, *others)
 
 
@@ -287,17 +292,18 @@ def _contiguous(x: Any) -> Any:
 
 
 def _operator(
-    schema: str, fake: Callable[..., Any], fixed: Callable[..., bool] | None = None
+    schema: str, fake: Callable[..., Any], fixed: Callable[..., bool] | None = None, *, in_torch: bool = False
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Defines ``gpu3d::<schema>`` with the decorated function as its kernel on CPU and CUDA.
 
     `fake` makes empty results from the same arguments; lengths are symbols in it where torch.compile says so. `fixed`
     says of the arguments behind the tensors whether the call launches the same whatever the values of its tensors are.
+    `in_torch`: the function is one of torch's operators, and CuPy has no part in it.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = schema.partition("(")[0]
-        op = _OPERATORS[name] = _Operator(name, function, schema.endswith("-> Tensor"), fixed)
+        op = _OPERATORS[name] = _Operator(name, function, schema.endswith("-> Tensor"), fixed, in_torch)
 
         @functools.wraps(function)
         def kernel(*args: Any) -> Any:
@@ -349,7 +355,8 @@ def _gradient(name: str, backward: Callable[..., Any], save: Callable[..., None]
         return None, None, *gradients, *[None] * (ctx.arguments - 2 - len(gradients))
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_single)}
-    op.gradient = type(name, (torch.autograd.Function,), methods)
+    function = type(name, (torch.autograd.Function,), methods)
+    op.apply = super(torch.autograd.Function, function).apply  # without what Function.apply does for torch.func's sake
 
 
 def _no_second_derivative(name: str) -> None:
@@ -748,6 +755,7 @@ def _loss_backward_fake(dloss: torch.Tensor, dx: torch.Tensor, dy: torch.Tensor,
     "loss_backward(Tensor dloss, Tensor dx, Tensor dy, Tensor x, Tensor y, SymInt[] x_lengths, SymInt[] y_lengths) "
     "-> (Tensor, Tensor)",
     _loss_backward_fake,
+    in_torch=True,
 )
 def _loss_backward(
     dloss: torch.Tensor,
