@@ -8,8 +8,10 @@ its backward, or the loss with its gradients.
 
 - torch: the host time of the operator less that of the plain call with CuPy arrays, both taken in turns. Autograd takes
   its share whatever the operator does, some of it for handing a backward pass to its thread and back: peers show what
-  it takes of a torch.autograd.Function that does nothing, and of an operator of torch's own. A network has many calls
-  in one pass, so there are rows of 8 calls and one pass through all of them, divided by 8.
+  it takes of a torch.autograd.Function that does nothing, of an operator of torch's own, and of a Function that knows
+  attention's launches and looks at nothing, which is the least that ours could take. A network has many calls in one
+  pass, so there are rows of 8 calls and one pass through all of them, divided by 8; and there are rows of a pass that
+  stays on the calling thread, by torch.autograd.set_multithreading_enabled(False).
 - JAX: XLA may run our handler in a thread of its own, behind the call that returns at once. So it is many calls in a
   row and the wait for the last one, divided; and so are the plain call beside it, and a jitted function of the same
   arrays that doubles one of them. Where the GPU takes longer it binds, so the losses are of 16 points and APML of one
@@ -250,23 +252,28 @@ def _torch_host(setting: Setting) -> Iterator[Row]:
     if why_not:
         yield Row("torch over plain", "host", "us", None, TORCH_MUST[0], note=f"skipped: {why_not}")
         return
+    import torch
+
     inputs = _inputs(setting.folder)
     plain, functions, others = _plain_calls(inputs), _torch_functions(inputs), _others(inputs)
     for name, function in functions.items():
-        for both, calls in ((False, 1), (True, 1), (True, IN_A_PASS)):
+        peers = {**others, LEAST: _least(function, inputs)} if name == "attention" else others
+        for both, calls, threads in ((False, 1, True), (True, 1, True), (True, 1, False), (True, IN_A_PASS, True)):
             taken = {"plain": plain[name, both]}
-            for who, what in {"ours": function, **others}.items():
+            for who, what in {"ours": function, **peers}.items():
                 taken[who] = _torch_pass(what, calls) if both else functools.partial(what.call, *what.at)
-            times = _in_turns(taken)
-            for who in ("ours", *others):
+            with torch.autograd.set_multithreading_enabled(threads):
+                times = _in_turns(taken)
+            for who in ("ours", *peers):
                 times[who] /= calls
+            how = f", {calls} a pass" if calls > 1 else "" if threads else ", on the calling thread"
             yield Row(
-                f"torch over plain, {name}: {DIRECTIONS[both]}{f', {calls} a pass' if calls > 1 else ''}",
+                f"torch over plain, {name}: {DIRECTIONS[both]}{how}",
                 "host",
                 "us",
                 times["ours"] - times["plain"],
                 TORCH_MUST[both],
-                peers=tuple([Peer(other, "host", times[other]) for other in others]),
+                peers=tuple([Peer(peer, "host", times[peer]) for peer in peers]),
                 note=f"{number(times['ours'])} us, the plain call {number(times['plain'])} us",
             )
 
@@ -298,6 +305,38 @@ def _others(inputs: Inputs) -> dict[str, Function]:
         "an autograd.Function that does nothing": Function(Nothing.apply, at, gradient),
         "torch.addcmul": Function(torch.addcmul, at, gradient),
     }
+
+
+LEAST = "attention's launches by a Function that looks at nothing"
+
+
+def _least(attention: Function, inputs: Inputs) -> Function:
+    """It saves, allocates and launches what attention does, by the programs that ours has written down by then."""
+    import torch
+
+    from gpu3d.interop import _replay
+    from gpu3d.interop import torch as library
+
+    both = _torch_pass(attention, 1)
+    for _ in range(_replay.PLAYED_FROM):
+        both()
+    played = {kind[0]: call for kind, call in library._book.played.items()}
+    there, back = played["bucket_attention"], played["bucket_attention_backward"]
+    table = library.scopes(library.bucketize(data.to_torch(inputs.points), BUCKET_SIZE), SCOPE).table
+    device = table.get_device()
+
+    class Least(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
+            out, lse = there([x.data_ptr() for x in (q, k, v, table)], device)
+            ctx.save_for_backward(q, k, v, out, lse, table)
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, dout: Any) -> Any:
+            return tuple(back([x.data_ptr() for x in (dout, *ctx.saved_tensors)], device))
+
+    return attention._replace(call=super(torch.autograd.Function, Least).apply)
 
 
 def _jax_host(setting: Setting) -> Iterator[Row]:

@@ -355,7 +355,7 @@ def _gradient(name: str, backward: Callable[..., Any], save: Callable[..., None]
         return None, None, *gradients, *[None] * (ctx.arguments - 2 - len(gradients))
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_single)}
-    function = type(name, (torch.autograd.Function,), methods)
+    function: Any = type(name, (torch.autograd.Function,), methods)
     op.apply = super(torch.autograd.Function, function).apply  # without what Function.apply does for torch.func's sake
 
 
