@@ -314,13 +314,12 @@ def _least(attention: Function, inputs: Inputs) -> Function:
     """It saves, allocates and launches what attention does, by the programs that ours has written down by then."""
     import torch
 
-    from gpu3d.interop import _replay
     from gpu3d.interop import torch as library
 
     both = _torch_pass(attention, 1)
-    for _ in range(_replay.PLAYED_FROM):
+    for _ in range(3):  # from then on it is played
         both()
-    played = {kind[0]: call for kind, call in library._book.played.items()}
+    played = {key[0]: kind.played for key, kinds in library._kinds.items() for kind in kinds}
     there, back = played["bucket_attention"], played["bucket_attention_backward"]
     table = library.scopes(library.bucketize(data.to_torch(inputs.points), BUCKET_SIZE), SCOPE).table
     device = table.get_device()

@@ -22,7 +22,6 @@ import gpu3d
 from gpu3d import _arrays
 
 torch = pytest.importorskip("torch")
-from gpu3d.interop import _replay  # noqa: E402
 from gpu3d.interop import torch as g  # noqa: E402
 
 OPS = torch.ops.gpu3d
@@ -640,19 +639,52 @@ def test_results_in_torchs_memory():
         assert got.data_ptr() == memory.data_ptr() + 16 and got.untyped_storage().data_ptr() == memory.data_ptr()
 
 
+def an_operator(name="call"):
+    return g._Operator(name, lambda *args: "run", single=True, fixed=None, in_torch=True)
+
+
 def test_a_call_on_another_gpu_than_the_current_one_is_not_played(monkeypatch):
     """Programs are launched on the current device. The GPUs are stood for by numbers."""
     rehearsed = []
-    monkeypatch.setattr(g, "_book", _replay.Book())
+    monkeypatch.setattr(g, "_kinds", {})
     monkeypatch.setattr(g, "_rehearsed", lambda op, tensors, numbers, device: rehearsed.append(tensors))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    op = g._Operator("call", lambda x: "run", single=True, fixed=None, in_torch=True)
     x = torch.zeros(3)  # of device -1
     for current, expected in ((0, 0), (-1, 1)):
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda current=current: current, raising=False)
-        for _ in range(_replay.PLAYED_FROM + 2):
-            assert g._play(op, (x,), ()) == "run"
+        for _ in range(5):
+            assert g._play(an_operator(), (x,), ()) == "run"
         assert len(rehearsed) == expected  # once
+
+
+def test_kinds_of_calls(monkeypatch):
+    """All that a launch depends on tells them apart; what lies elsewhere, or holds other values, is of one kind."""
+    monkeypatch.setattr(g, "_kinds", {})
+    x, y = torch.zeros(4, 6), torch.zeros(4, 6)
+    calls = {
+        "it": lambda: (an_operator(), (x, y), (1,), None),
+        "another operator": lambda: (an_operator("other"), (x, y), (1,), None),
+        "numbers": lambda: (an_operator(), (x, y), (2,), None),
+        "addresses": lambda: (an_operator(), (x, y), (1,), (4, 0)),
+        "a dtype": lambda: (an_operator(), (x, y.int()), (1,), None),
+        "a shape": lambda: (an_operator(), (x[1:], y), (1,), None),
+        "strides": lambda: (an_operator(), (x, torch.zeros(6, 4).t()), (1,), None),
+        "a negative": lambda: (an_operator(), (x, torch._neg_view(y)), (1,), None),
+        "a parameter": lambda: (an_operator(), (torch.nn.Parameter(x), y), (1,), None),
+    }
+    kinds = {}
+    for name, call in calls.items():
+        first, _, kinds[name] = [g._kind(*call()) for _ in range(3)]
+        assert first is None and kinds[name] is not None, name
+    found = list(map(id, kinds.values()))
+    assert len(set(found)) == len(calls)
+    assert g._kind(an_operator(), (torch.ones(4, 6), torch.rand(4, 6)), (1,), None) is kinds["it"]
+    for _ in range(4):
+        assert g._kind(an_operator(), (x, x), (1,), None) is None  # one that comes twice is not told
+    for number in range(2 * g.KINDS):
+        g._kind(an_operator(), (x,), ("number", number), None)
+        g._kind(an_operator(), (torch.zeros(number % 50, number),), (), None)
+    assert len(g._kinds) <= g.KINDS and all(len(kinds) <= g.KINDS for kinds in g._kinds.values())
 
 
 def test_import_errors(tmp_path):

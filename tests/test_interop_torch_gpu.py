@@ -30,7 +30,7 @@ from test_interop_torch import (  # noqa: E402
     stage,
 )
 
-from gpu3d.interop import _native, _replay  # noqa: E402
+from gpu3d.interop import _native  # noqa: E402
 from gpu3d.interop import torch as g  # noqa: E402
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -138,8 +138,7 @@ def test_calls_that_are_played(cp, monkeypatch, by):
         monkeypatch.setattr(_native, "program", lambda steps: None)
     elif _native.library() is None:
         pytest.skip("there is no C compiler")
-    book = _replay.Book()
-    monkeypatch.setattr(g, "_book", book)
+    monkeypatch.setattr(g, "_kinds", {})
     sides = {"x_lengths": [200, 400], "y_lengths": [450, 50]}, {"pred_lengths": [600], "target_lengths": [500]}
 
     def losses(seed):
@@ -175,8 +174,9 @@ def test_calls_that_are_played(cp, monkeypatch, by):
     played = {"bucketize", "move_rows", "chamfer", "apml"} | {
         f"bucket_{name}{back}" for name in ("attention", "pool", "unpool") for back in ("", "_backward")
     }
-    assert played == {kind[0] for kind, program in book.played.items() if program is not None}
-    assert all((call.program.words is None) == (by == "Python") for call in book.played.values() if call is not None)
+    calls = [(key[0], kind.played) for key, kinds in g._kinds.items() for kind in kinds if kind.played is not None]
+    assert played == {name for name, _ in calls}
+    assert all((call.program.words is None) == (by == "Python") for _, call in calls)
 
 
 def test_zeros_of_either_sign(cp):

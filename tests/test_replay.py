@@ -84,18 +84,6 @@ def test_another_kernel_other_memory_or_another_step_have_no_program(runtime):
     assert _replay.program_of(one, foreign) is None  # addresses of memory that nobody knows of
 
 
-def test_what_is_rehearsed():
-    """The third of a kind, and later ones until it is written; a book holds so many."""
-    book = _replay.Book()
-    assert [book.is_due("a") for _ in range(4)] == [False, False, True, True] and not book.is_due("b")
-    book.write("a", "a program")
-    book.write("c", None)  # it cannot be played, and is not tried again
-    assert not any(book.is_due(kind) for kind in "aaacccc") and book.played == {"a": "a program", "c": None}
-    for kind in range(2 * _replay.KINDS):
-        book.write(kind, "a program")
-    assert len(book.played) <= _replay.KINDS
-
-
 # ---- dry runs ------------------------------------------------------------------------------------------------------
 
 

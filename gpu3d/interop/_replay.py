@@ -24,32 +24,7 @@ import numpy as np
 from gpu3d import _cuda
 from gpu3d.interop import _native
 
-PLAYED_FROM = 3  # calls of a kind: batches of ever other lengths are not worth a rehearsal
-KINDS = 1024  # that are kept
 PIECE = 512  # bytes: pieces of a workspace begin at multiples, as in CuPy's pool; at those of 16 APML takes 1 % longer
-
-
-class Book:
-    """How calls of the kinds that came often are played; None: they cannot be."""
-
-    def __init__(self) -> None:
-        self.played: dict[Any, Any] = {}
-        self._calls: dict[Any, int] = {}
-
-    def is_due(self, kind: Any) -> bool:
-        """Whether this call of a kind is one to be rehearsed: not yet, and come often enough."""
-        if kind in self.played:
-            return False
-        if len(self._calls) > KINDS:
-            self._calls.clear()
-        count = self._calls[kind] = self._calls.get(kind, 0) + 1
-        return count >= PLAYED_FROM
-
-    def write(self, kind: Any, played: Any) -> None:
-        if len(self.played) >= KINDS:
-            self.played.clear()
-        self.played[kind] = played
-        self._calls.pop(kind, None)
 
 
 class Memory(NamedTuple):

@@ -122,9 +122,8 @@ def _from_torch(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 # ---- calls that are played again -----------------------------------------------------------------------------------
 
-_book = _replay.Book()  # of _Played
-
-# What torch's compiler allocates by, on the current device: in a third of torch.empty's time.
+# What torch's compiler allocates by, on the current device, in a third of torch.empty's time; and what it tells by, in
+# one call, that tensors are as others were.
 _guards: Any = torch._C._dynamo.guards
 _empty = _guards._empty_strided_cuda
 
@@ -146,6 +145,39 @@ class _Played(NamedTuple):
         return results
 
 
+@dataclass
+class _Kind:
+    """Calls of an operator that launch the same, but for where their tensors lie."""
+
+    holds: Any  # whether tensors are of these types, dtypes, devices, shapes and strides, and torch in the same modes
+    played: _Played | None = None
+    rehearsed: bool = False  # and not to be played, if `played` is None
+
+
+KINDS = 1024  # that are kept
+_kinds: dict[Any, list[_Kind]] = {}  # by all that is not a tensor
+
+
+def _kind(op: _Operator, tensors: Sequence[torch.Tensor], numbers: tuple[Any, ...], odd: Any) -> _Kind | None:
+    """What is known of such a call; None: too little. `odd`: its addresses mod 16, if one is not 0."""
+    kinds = _kinds.get((op.name, numbers, odd))
+    if kinds is None:  # batches of ever other lengths are not worth a look at their tensors
+        if len(_kinds) >= KINDS:
+            _kinds.clear()
+        _kinds[op.name, numbers, odd] = []
+        return None
+    for kind in kinds:
+        if kind.holds(*tensors):
+            return kind
+    if len(set(map(id, tensors))) == len(tensors):  # it tells nothing of one that comes twice
+        sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
+        guards = _guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        if len(kinds) >= KINDS:
+            kinds.clear()
+        kinds.append(_Kind(guards.check))
+    return None
+
+
 def _play(op: _Operator, tensors: Sequence[torch.Tensor], numbers: tuple[Any, ...]) -> Any:
     """The call: by a program, from the third of its kind on; by gpu3d's Python before.
 
@@ -154,18 +186,14 @@ def _play(op: _Operator, tensors: Sequence[torch.Tensor], numbers: tuple[Any, ..
     device = tensors[0].get_device()
     if torch._C._cuda_getDevice() == device:
         addresses = [x.data_ptr() for x in tensors]
-        kinds = [  # all of a tensor that a launch depends on but for where it lies
-            (x.dtype, x.shape, x.stride(), x.get_device(), address % 16, x.is_neg())
-            for x, address in zip(tensors, addresses, strict=True)
-        ]
-        kind = op.name, numbers, *kinds
-        played = _book.played.get(kind)
-        if played is None and _book.is_due(kind) and not torch.cuda.is_current_stream_capturing():
-            played = _rehearsed(op, tensors, numbers, device)
-            _book.write(kind, played)
-        if played is not None:
-            results = played(addresses, device)
-            return results[0] if op.single else tuple(results)
+        odd = [address % 16 for address in addresses]
+        kind = _kind(op, tensors, numbers, tuple(odd) if any(odd) else None)
+        if kind is not None:
+            if not kind.rehearsed and not torch.cuda.is_current_stream_capturing():
+                kind.played, kind.rehearsed = _rehearsed(op, tensors, numbers, device), True
+            if kind.played is not None:
+                results = kind.played(addresses, device)
+                return results[0] if op.single else tuple(results)
     return op.plain(tensors, numbers)
 
 
@@ -233,7 +261,7 @@ class _Operator:
 
 
 _OPERATORS: dict[str, _Operator] = {}
-_KINDS = torch.Tensor, torch.nn.Parameter  # other subclasses may have a say in what is done to them
+_TENSORS = torch.Tensor, torch.nn.Parameter  # other subclasses may have a say in what is done to them
 
 
 def _run(name: str, tensors: tuple[torch.Tensor, ...], numbers: tuple[Any, ...]) -> Any:
@@ -251,7 +279,7 @@ def _run(name: str, tensors: tuple[torch.Tensor, ...], numbers: tuple[Any, ...])
         return op.dispatched(*tensors, *numbers)
     device, with_grad = "cuda" if tensors[0].is_cuda else "cpu" if tensors[0].is_cpu else "", False
     for x in tensors:
-        if type(x) not in _KINDS or not device:
+        if type(x) not in _TENSORS or not device:
             return op.dispatched(*tensors, *numbers)
         with_grad = with_grad or x.requires_grad
     if op.cast is not None and torch.is_autocast_enabled(device):
@@ -985,9 +1013,8 @@ def bucket_attention(
     lse : Tensor float32 [num_slots, H]
         Only with return_lse. Not differentiated.
     """
-    _check_tensors(q=q, k=k, v=v)
     attention._check_layout(buckets, scopes)
-    _check_tensors(scopes=scopes.table)
+    _check_tensors(q=q, k=k, v=v, scopes=scopes.table)
     if scale is not None:
         scale = attention._checked_scale(scale, q.shape[-1])
     out, lse = _run("bucket_attention", (q, k, v, scopes.table), (buckets.bucket_size, buckets.lengths, scale))
