@@ -121,7 +121,7 @@ def compile_options(configuration: Configuration, arch: str) -> list[str]:
 
 
 def cache_dir() -> Path:
-    """Where what was compiled is kept: $GPU3D_CACHE_DIR, else gpu3d in the user's cache folder."""
+    """Where cubins are kept: $GPU3D_CACHE_DIR, else gpu3d in the user's cache folder."""
     if folder := os.environ.get("GPU3D_CACHE_DIR"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpu3d"
@@ -129,7 +129,7 @@ def cache_dir() -> Path:
 
 @functools.cache
 def _process_dir() -> tempfile.TemporaryDirectory[str]:
-    """Where it goes in this process when the cache folder cannot be written."""
+    """Where cubins go in this process when the cache folder cannot be written."""
     return tempfile.TemporaryDirectory(prefix="gpu3d-")
 
 
@@ -140,25 +140,19 @@ _in_process_dir: dict[str, Path] = {}
 def cubin_path(configuration: Configuration, arch: str) -> Path:
     """The compiled module as a file, compiled now if no process has done it yet."""
     text, options = source_text(configuration.source), compile_options(configuration, arch)
-    made_of = [text, *options, repr(nvrtc_version())]
-    compile = functools.partial(compile_source, text, f"{configuration.source}.cu", options)
-    return compiled(f"{configuration.source}-{arch}", ".cubin", made_of, lambda: compile()[0])
-
-
-def compiled(name: str, suffix: str, made_of: Iterable[str], compile: Callable[[], bytes]) -> Path:
-    """The file that `compile` makes the content of, once, of what `made_of` says."""
-    name = f"{name}-{hashlib.sha256(chr(0).join(made_of).encode()).hexdigest()[:32]}{suffix}"
+    key = hashlib.sha256("\0".join([text, *options, repr(nvrtc_version())]).encode()).hexdigest()[:32]
+    name = f"{configuration.source}-{arch}-{key}.cubin"
     with _locks.setdefault(name, threading.Lock()):  # two threads: one compiles, the other waits
         path = _in_process_dir.get(name) or cache_dir() / name
         if os.access(path, os.R_OK):  # not Path.is_file: that raises where a parent may not be searched
             return path
-        content = compile()
+        cubin, _ = compile_source(text, f"{configuration.source}.cu", options)
         try:
-            return _write(cache_dir() / name, content)
+            return _write(cache_dir() / name, cubin)
         except OSError:  # a read-only or full cache folder costs a compilation a process, nothing else
             with _locks.setdefault("process dir", threading.Lock()):
                 folder = Path(_process_dir().name)
-            _in_process_dir[name] = _write(folder / name, content)
+            _in_process_dir[name] = _write(folder / name, cubin)
             return _in_process_dir[name]
 
 

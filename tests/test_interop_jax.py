@@ -943,9 +943,9 @@ def test_calls_are_played_in_xlas_memory(device, monkeypatch, workspace):
     assert device.rehearsed == [([_replay.Array((4,), np.dtype(np.float32), 4)], 3)]  # once, of such an address
 
 
-def test_what_is_known_is_played_without_python(device, monkeypatch, tmp_path):
+def test_what_is_known_is_played_without_python(device, monkeypatch):
     """By play.c, where all is as it was when Python played it; else Python does what there is to do."""
-    driver = stand_in(monkeypatch, tmp_path)
+    driver = stand_in(monkeypatch)
     device.cupy.cuda.runtime.memsetAsync = None
     monkeypatch.setitem(sys.modules, "cupy.cuda", device.cupy.cuda)
     monkeypatch.setitem(_xla.CALLS, "test", lambda *x, factor: [new_array((4,))])

@@ -2,11 +2,11 @@
 """play.c: it launches what Python launches, and answers XLA as Python does. CUDA's driver is a stand-in that notes."""
 
 import ctypes
-import functools
 import os
 import shutil
 import struct
 import sys
+import tempfile
 import types
 
 import pytest
@@ -46,32 +46,25 @@ class Driver:
         return 0
 
 
-@functools.cache
-def made():
-    """The bytes of the library."""
-    return _native.compile() if shutil.which(os.environ.get("CC") or "cc") else None
-
-
-def stand_in(monkeypatch, folder):
+def stand_in(monkeypatch):
     """A library of the test's own, whose driver it is."""
-    if made() is None:
-        pytest.skip("there is no C compiler")
-    (folder / "play.so").write_bytes(made())
     driver = Driver()
     addresses = [ctypes.cast(function, ctypes.c_void_p).value for function in driver.functions]
-    driver.library = _native.load(folder / "play.so", addresses)
+    if shutil.which(os.environ.get("CC") or "cc") is None:
+        pytest.skip("there is no C compiler")
+    driver.library = _native.load(addresses)
     monkeypatch.setattr(_native, "library", lambda: driver.library)
     monkeypatch.setattr(_cuda, "make_context_current", lambda: None)
     return driver
 
 
 @pytest.fixture
-def driver(monkeypatch, tmp_path):
+def driver(monkeypatch):
     fake = types.SimpleNamespace(runtime=types.SimpleNamespace(memsetAsync=None))
     fake.driver = types.SimpleNamespace(CUDADriverError=RuntimeError)
     monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=fake))
     monkeypatch.setitem(sys.modules, "cupy.cuda", fake)
-    return stand_in(monkeypatch, tmp_path)
+    return stand_in(monkeypatch)
 
 
 def test_a_program_is_played(driver):
@@ -111,34 +104,28 @@ def test_a_kernel_of_more_arguments_is_pythons(driver, monkeypatch):
     assert _replay.program_of(one, other).words is None
 
 
-def test_where_it_cannot_be_had(monkeypatch, tmp_path):
+def test_where_it_cannot_be_had(monkeypatch):
     """No compiler, one that fails, or no driver: None, and no error."""
-    monkeypatch.setenv("GPU3D_CACHE_DIR", str(tmp_path))
     functions = types.SimpleNamespace(**dict.fromkeys(_native.DRIVER, ctypes.CFUNCTYPE(None)(lambda: None)))
     library = _native.library.__wrapped__
-    for compiler in ("no-such-compiler", "false"):
+    for compiler in ("no-such-compiler", "false", "sh -c 'exit 3'"):
         monkeypatch.setattr(_cuda, "driver", lambda: functions)
         monkeypatch.setenv("CC", compiler)
-        assert library() is None and not list(tmp_path.iterdir())
+        assert library() is None
         with pytest.raises(OSError):
-            _native.compile()
+            _native.load([0] * len(_native.DRIVER))
 
     def no_driver():
         raise OSError("libcuda.so.1: cannot open shared object file")
 
     monkeypatch.setattr(_cuda, "driver", no_driver)
     assert library() is None
-    assert _native.handler("Python's") == "Python's" or _native.library() is not None
+    monkeypatch.setattr(_native, "library", lambda: None)
+    assert _native.handler("Python's") == "Python's" and _native.program([]) is None
+    _native.know(b"a call", 0, 3, None)
 
 
-def test_it_is_compiled_once(monkeypatch, tmp_path):
-    if made() is None:
-        pytest.skip("there is no C compiler")
-    functions = types.SimpleNamespace(**dict.fromkeys(_native.DRIVER, ctypes.CFUNCTYPE(None)(lambda: None)))
-    monkeypatch.setattr(_cuda, "driver", lambda: functions)
-    monkeypatch.setenv("GPU3D_CACHE_DIR", str(tmp_path))
-    assert _native.library.__wrapped__() is not None
-    (file,) = tmp_path.iterdir()
-    assert file.suffix == ".so"
-    monkeypatch.setenv("CC", "no-such-compiler")
-    assert _native.library.__wrapped__() is not None
+def test_nothing_is_left_behind(driver, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    _native.load([0] * len(_native.DRIVER))
+    assert not list(tmp_path.iterdir())

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""play.c: compiled by the machine's C compiler the first time a program is at hand, and kept beside the kernels.
+"""play.c: compiled by the machine's C compiler in each process that has programs to play, in a tenth of a second.
 
 Nothing is built when gpu3d is installed, and nothing has to be: without a compiler, or where what it made cannot be
-loaded, Python launches what play.c would have launched. $CC names another compiler than cc.
+loaded, Python launches what play.c would have launched. $CC names another compiler than cc. The library is kept in no
+folder that others could write to, for it runs with the rights of who loads it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import platform
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -42,20 +43,18 @@ class Known(ctypes.Structure):
 # ---- the library ---------------------------------------------------------------------------------------------------
 
 
-def compile() -> bytes:
-    """The shared library. Raises OSError where there is no C compiler, or where it fails."""
+def load(driver: Sequence[int]) -> ctypes.CDLL:
+    """The library, which launches by these functions of the driver's. Raises OSError where it cannot be had.
+
+    It is called without the GIL, for the driver waits where its queue is full.
+    """
     with tempfile.TemporaryDirectory(prefix="gpu3d-") as folder:
-        made = Path(folder, "play.so")
-        command = [os.environ.get("CC") or "cc", *OPTIONS, "-o", str(made), str(SOURCE)]
+        made = os.path.join(folder, "play.so")
+        command = [*shlex.split(os.environ.get("CC") or "cc"), *OPTIONS, "-o", made, str(SOURCE)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise OSError(f"{' '.join(command)}: {done.stderr}")
-        return made.read_bytes()
-
-
-def load(path: Path, driver: Sequence[int]) -> ctypes.CDLL:
-    """The library, which launches by these functions; without the GIL, for the driver waits where its queue is full."""
-    library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(made)
     library.play.argtypes = c_void_p, c_void_p, c_void_p
     library.handle.argtypes, library.handle.restype = (c_void_p,), c_void_p
     library.use_driver((c_void_p * len(DRIVER))(*driver))
@@ -66,9 +65,7 @@ def load(path: Path, driver: Sequence[int]) -> ctypes.CDLL:
 def library() -> ctypes.CDLL | None:
     """play.c with CUDA's driver; None: Python does it."""
     try:
-        driver = [ctypes.cast(getattr(_cuda.driver(), name), c_void_p).value or 0 for name in DRIVER]
-        made_of = SOURCE.read_text(encoding="utf-8"), platform.machine(), *OPTIONS
-        return load(_cuda.compiled("play", ".so", made_of, compile), driver)
+        return load([ctypes.cast(getattr(_cuda.driver(), name), c_void_p).value or 0 for name in DRIVER])
     except (OSError, AttributeError):  # no driver, no compiler, or a folder from which nothing may be run
         return None
 
