@@ -9,15 +9,19 @@ its backward, or the loss with its gradients.
 - torch: the host time of the operator less that of the plain call with CuPy arrays, both taken in turns. Autograd takes
   its share whatever the operator does, some of it for handing a backward pass to its thread and back: peers show what
   it takes of a torch.autograd.Function that does nothing, of an operator of torch's own, and of a Function that knows
-  attention's launches and looks at nothing, which is the least that ours could take. A network has many calls in one
+  our launches and looks at nothing, which is the least that ours could take. A network has many calls in one
   pass, so there are rows of 8 calls and one pass through all of them, divided by 8; and there are rows of a pass that
   stays on the calling thread, by torch.autograd.set_multithreading_enabled(False).
 - JAX: XLA may run our handler in a thread of its own, behind the call that returns at once. So it is many calls in a
   row and the wait for the last one, divided; and so are the plain call beside it, and a jitted function of the same
   arrays that doubles one of them. Where the GPU takes longer it binds, so the losses are of 16 points and APML of one
-  iteration, for which the host does the same. "recorded" is the same function with the compiler's option that has XLA
-  put programs of one operation into command buffers, too.
-- graph: the operator captured by torch.cuda.graph, beside the plain call captured likewise, in torch's memory. Autograd
+  iteration, for which the host does the same; the GPU's time is that of the plain call in a stream, or in a graph.
+  "launched" is when the last call returned, which is the host's share where XLA runs our handler on the calling thread,
+  as jaxlib 0.11 does. "recorded" is the same function with the compiler's option that has XLA put programs of one
+  operation into command buffers, too.
+- graph: the operator captured by torch.cuda.graph, beside the plain call captured likewise, in torch's memory. Each of
+  the calls has the memory of the one before, whose results are dropped: of those that are kept, some come to lie in
+  what was workspace, and the next call's lies elsewhere, out of L2 (APML with its gradient: 6 us of 231). Autograd
   multiplies the gradients of a loss by the gradient of the loss, which the plain call does not; that one is there
   before, as what comes from other operators is, for torch fills a tensor with it otherwise.
 - import: gpu3d.interop.torch where torch is imported already, in new processes.
@@ -257,7 +261,7 @@ def _torch_host(setting: Setting) -> Iterator[Row]:
     inputs = _inputs(setting.folder)
     plain, functions, others = _plain_calls(inputs), _torch_functions(inputs), _others(inputs)
     for name, function in functions.items():
-        peers = {**others, LEAST: _least(function, inputs)} if name == "attention" else others
+        peers = {**others, LEAST: _least(name, function, inputs)} if name in LAUNCHES else others
         for both, calls, threads in ((False, 1, True), (True, 1, True), (True, 1, False), (True, IN_A_PASS, True)):
             taken = {"plain": plain[name, both]}
             for who, what in {"ours": function, **peers}.items():
@@ -307,35 +311,41 @@ def _others(inputs: Inputs) -> dict[str, Function]:
     }
 
 
-LEAST = "attention's launches by a Function that looks at nothing"
+LEAST = "the same launches by a Function that looks at nothing"
+LAUNCHES = {  # of each: its operators, and what is saved of tensors, which the layout's is the last of, and results
+    "attention": ("bucket_attention", "bucket_attention_backward", lambda q, k, v, t, *made: (q, k, v, *made, t)),
+    "pool": ("bucket_pool", "bucket_pool_backward", lambda features, slots, *made: made[2:4]),
+}
 
 
-def _least(attention: Function, inputs: Inputs) -> Function:
-    """It saves, allocates and launches what attention does, by the programs that ours has written down by then."""
+def _least(name: str, function: Function, inputs: Inputs) -> Function:
+    """It saves, allocates and launches what ours does, by the programs that ours has written down by then."""
     import torch
 
     from gpu3d.interop import torch as library
 
-    both = _torch_pass(attention, 1)
+    both = _torch_pass(function, 1)
     for _ in range(3):  # from then on it is played
         both()
+    *names, saved = LAUNCHES[name]
     played = {key[0]: kind.played for key, kinds in library._kinds.items() for kind in kinds}
-    there, back = played["bucket_attention"], played["bucket_attention_backward"]
+    there, back = (played[name] for name in names)
     table = library.scopes(library.bucketize(data.to_torch(inputs.points), BUCKET_SIZE), SCOPE).table
-    device = table.get_device()
+    last = {"attention": table, "pool": data.to_torch(inputs.slots)}[name]
+    device = last.get_device()
 
     class Least(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
-            out, lse = there([x.data_ptr() for x in (q, k, v, table)], device)
-            ctx.save_for_backward(q, k, v, out, lse, table)
-            return out
+        def forward(ctx: Any, *at: Any) -> Any:
+            made = there([x.data_ptr() for x in (*at, last)], device)
+            ctx.save_for_backward(*saved(*at, last, *made))
+            return made[0]
 
         @staticmethod
-        def backward(ctx: Any, dout: Any) -> Any:
-            return tuple(back([x.data_ptr() for x in (dout, *ctx.saved_tensors)], device))
+        def backward(ctx: Any, gradient: Any) -> Any:
+            return tuple(back([x.data_ptr() for x in (gradient, *ctx.saved_tensors)], device))
 
-    return attention._replace(call=super(torch.autograd.Function, Least).apply)
+    return function._replace(call=super(torch.autograd.Function, Least).apply)
 
 
 def _jax_host(setting: Setting) -> Iterator[Row]:
@@ -358,38 +368,40 @@ def _jax_host(setting: Setting) -> Iterator[Row]:
             "": (ours[name, both], jax.block_until_ready),
             ", recorded": (recorded[name, both], jax.block_until_ready),
         }
-        times = dict.fromkeys(calls, np.inf)
+        times = dict.fromkeys(calls, np.full(2, np.inf))
         for turn in range(ROUNDS):
             for which in sorted(calls, reverse=turn % 2 == 1):
-                times[which] = min(times[which], _in_a_row(*calls[which]))
-        device_us = 1e3 * timing.graph_time(plain[name, both])
-        for how in ("", ", recorded"):
+                times[which] = np.minimum(times[which], _in_a_row(*calls[which]))
+        for how, clock in (("", "stream"), (", recorded", "graph")):
+            device_us = 1e3 * getattr(timing, f"{clock}_time")(plain[name, both])
             binds = device_us > JAX_MUST
+            launched, done = times[how]
             yield Row(
                 f"JAX under jit{how}, {name}: {DIRECTIONS[both]}",
                 "host",
                 "us",
-                times[how],
+                done,
                 None if both or binds else JAX_MUST,
                 peers=(
-                    Peer("a jitted function that doubles an array", "host", times["nothing"]),
-                    Peer("the plain call", "host", times["plain"]),
-                    Peer("the plain call", "graph", device_us),
+                    Peer("a jitted function that doubles an array", "host", times["nothing"][1]),
+                    Peer("the plain call", "host", times["plain"][1]),
+                    Peer("the plain call", clock, device_us),
                 ),
-                note=f"{number(times[how] - times['plain'])} us over the plain call" + "; the GPU binds" * binds,
+                note=f"launched in {number(launched)} us" + "; the GPU binds" * binds,
             )
 
 
-def _in_a_row(call: timing.Call, wait: Callable[[Any], Any], rounds: int = 15) -> float:
-    """Microseconds a call: the least of the rounds, as of other host times."""
+def _in_a_row(call: timing.Call, wait: Callable[[Any], Any], rounds: int = 15) -> Any:
+    """Microseconds a call until all had returned, and until all were done: the least of the rounds."""
     wait(call())
-    least = np.inf
+    least = np.full(2, np.inf)
     for _ in range(rounds):
         begin = time.perf_counter()
         for _ in range(IN_A_ROW):
             result = call()
+        launched = time.perf_counter()
         wait(result)
-        least = min(least, time.perf_counter() - begin)
+        least = np.minimum(least, (launched - begin, time.perf_counter() - begin))
         del result
     return 1e6 * least / IN_A_ROW
 
@@ -412,9 +424,9 @@ def _graph_row(what: str, ours: timing.Call, plain: timing.Call) -> Row:
 
     from gpu3d.interop import torch as library
 
-    ours_us = 1e3 * timing.torch_graph_time(ours)
+    ours_us = 1e3 * timing.torch_graph_time(ours, keep=False)
     with cupy.cuda.using_allocator(library._allocator):
-        plain_us = 1e3 * timing.torch_graph_time(plain)
+        plain_us = 1e3 * timing.torch_graph_time(plain, keep=False)
     note = f"{ours_us / plain_us:.3f} x the plain call ({number(plain_us)} us); must: {GRAPH_MUST} x"
     return Row(what, "graph, L2-warm", "us", ours_us, GRAPH_MUST * plain_us, note=note)
 

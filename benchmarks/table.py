@@ -73,7 +73,7 @@ class Row(NamedTuple):
     """One figure. `must` and `aim` are upper bounds, or lower ones with `at_least`."""
 
     what: str
-    timed: str  # "graph, L2-warm", "graph", "eager", "host", "CPU" or "check"
+    timed: str  # "graph, L2-warm", "graph", "eager", "stream", "host", "CPU" or "check"
     unit: str
     ours: float | None  # None: skipped, and `note` says why
     must: float | None = None

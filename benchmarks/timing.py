@@ -4,6 +4,7 @@
 - graph: `calls` calls captured in one CUDA graph, replayed between two device events, divided by `calls`. No launch
   gaps: what the device needs. The calls read the same inputs, so inputs under 50 MB stay in an H100's L2.
 - eager: one call between two device events, launch gaps included.
+- stream: one of many calls that were launched before the device came to them: launch gaps, and no waiting for the host.
 - host: the Python call alone, on an idle device and without waiting for it.
 - CPU: the whole call on the host.
 """
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 Call = Callable[[], Any]
 
 CALLS, SLOW_MS, ONCE_MS = 10, 10.0, 100.0  # of `call_time`
+SPIN_HZ = 2e9  # of `stream_time`: about a GPU's clock
 WARM_SECONDS = 0.02  # of replays before the first that counts: clocks are up, caches are warm
 
 
@@ -170,6 +172,28 @@ def _between_events(call: Call, calls: int = 1) -> float:
     end.record()
     end.synchronize()
     return cupy.cuda.get_elapsed_time(start, end)
+
+
+def stream_time(call: Call, calls: int = 50, repeats: int = 10) -> float:
+    """Time of one CuPy `call` of many on the current stream, which waits behind a kernel until all are launched."""
+    import cupy
+
+    code = 'extern "C" __global__ void spin(long long n) { for (long long t = clock64(); clock64() - t < n;) {} }'
+    spin, start, end = cupy.RawKernel(code, "spin"), cupy.cuda.Event(), cupy.cuda.Event()
+    cycles = int(SPIN_HZ * 2 * calls * host_time(call, seconds=0) / 1e3)
+    times = []
+    for _ in range(repeats):
+        cupy.cuda.Device().synchronize()
+        spin((1,), (1,), (cycles,))
+        start.record()
+        for _ in range(calls):
+            result = call()
+            del result
+        assert not start.done, "the device came to the calls before they were launched"
+        end.record()
+        end.synchronize()
+        times.append(cupy.cuda.get_elapsed_time(start, end))
+    return statistics.median(times) / calls
 
 
 def host_time(call: Call, calls: int = 300, seconds: float = 4) -> float:
