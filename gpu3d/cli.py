@@ -19,6 +19,7 @@ import numpy as np
 
 import gpu3d
 from gpu3d import _cuda
+from gpu3d.interop import _native
 from gpu3d.io import read_points
 from gpu3d.plot import plot_buckets
 from gpu3d.reference.buckets import bucket_radii
@@ -180,6 +181,8 @@ def _info() -> int:
             ("CuPy", cupy.__version__),
             ("NVRTC", ".".join(map(str, _cuda.nvrtc_version()))),
         ]
+        if _native.library() is None:
+            rows.append(("missing", "a C compiler, by which calls from torch and JAX take 3 to 40 us less: cc, or $CC"))
     rows.append(("kernel cache", _describe_cache(_cuda.cache_dir())))
     if why_not:
         rows.append(("missing", why_not))

@@ -4,13 +4,15 @@
 import subprocess
 import sys
 from importlib.util import find_spec as real_find_spec
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
 import pytest
 
 import gpu3d
-from gpu3d import cli
+from gpu3d import _cuda, cli
+from gpu3d.interop import _native
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +126,18 @@ def test_info_says_what_is_missing_and_the_cure(capsys, monkeypatch):
     assert "CuPy: a cure" in out
     assert 'plyfile, which reads .ply: pip install "gpu3d[io]"' in out
     assert "laspy" not in out or real_find_spec("laspy") is None
+
+
+def test_info_says_that_a_c_compiler_is_missing(capsys, monkeypatch):
+    runtime = SimpleNamespace(driverGetVersion=lambda: 13010)
+    cupy = SimpleNamespace(__version__="14.2.0", cuda=SimpleNamespace(runtime=runtime))
+    monkeypatch.setattr(cli, "_working_cupy", lambda: (cupy, ""))
+    monkeypatch.setattr(cli, "_gpu_name", lambda cupy: "a GPU")
+    monkeypatch.setattr(_cuda, "nvrtc_version", lambda: (13, 0))
+    for library, missing in ((None, True), ("a library", False)):
+        monkeypatch.setattr(_native, "library", lambda library=library: library)
+        assert cli.main(["info"]) == 0
+        assert ("a C compiler" in capsys.readouterr().out) == missing
 
 
 def test_info_counts_the_kernel_cache(capsys, tmp_path):

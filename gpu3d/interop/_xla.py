@@ -9,7 +9,8 @@ On CUDA a call that launches the same whatever its arrays hold is played (`_repl
 from its attribute, and only addresses are read from the frame. If there was a GPU when the program was traced, the
 call's workspace is one more result, so that all it touches is XLA's for as long as XLA likes, and XLA may record the
 launches in a command buffer and do them again without asking here. Else the workspace is allocated from XLA, and given
-back in stream order.
+back in stream order. What has been played once here, and brings its workspace, is played by play.c from then on, which
+is the handler that XLA calls (`_native`); it comes back here with whatever it does not know.
 
 Another call runs as a plain one that allocates from XLA, on XLA's stream. What has the size of a result that is still
 to come gets the memory of that result, so results are born where XLA wants them; `_land` looks whether they were, and

@@ -11,7 +11,7 @@ made inside a compiled function, passed into it and returned from it. Lengths ar
 those of another batch as symbols, and the number of clouds as fixed.
 
 On the current GPU calls are played from the third of a kind on (the same shapes, strides, dtypes and numbers): see
-`_replay`.
+`_replay`. Through autograd goes the first result alone, and with it what its gradient takes.
 """
 
 from __future__ import annotations
