@@ -4,7 +4,7 @@
 Between Python's call and the GPU stand checks, wrapped arrays and layouts, which depend on shapes, dtypes, strides and
 numbers alone, and are the same in every step of a training. So a call is taken down twice, on two sets of memory: what
 differs in the arguments of its kernels is an address, and says of what. `play` packs other addresses in and launches,
-by play.c where the machine has a C compiler: in 3 us of which Python takes 1, where Python alone takes 3 a launch.
+by play.c where the machine has a C compiler, in some 3 us beside the driver's; Python takes that for each launch.
 
 A program holds for calls that launch the same whatever the values of their arrays are. `rehearse` takes a call down
 without doing it, on memory that does not exist. There a value that the host wants to read is an error, and work that is
