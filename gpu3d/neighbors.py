@@ -497,11 +497,12 @@ _SIGNATURES = {
     "index_branches": "QciQ",
     "index_join": "QqQqQ",
     "knn": "QciixciiQQ",
+    "knn_both": "QciixQQQciixQQQ",
     "radius_count": "QcixcfQ",
     "radius_fill": "QcixcfQiqQ",
     "radius_sort": "QiqQQQQ",
-    "chamfer_tiles": "ssccQi",
-    "chamfer_losses": "ssccQQQQi",
+    "chamfer_tiles": "sscci",
+    "chamfer_losses": "ssccQQQQiii",
     "chamfer_give": "sscci",
     "chamfer_gradient": "ssccii",
 }
@@ -692,16 +693,21 @@ def _queries(query: Any, lengths: tuple[int, ...], index: NeighborIndex) -> Quer
     return _rows(query, lengths, index.search.origins)[0]
 
 
+def _grouped(queries: Queries, k: int) -> tuple[tuple[Any, ...], int]:
+    """What a search takes of its queries, and in how many blocks."""
+    slots, most = queries.layout.slots, QUERIES if k > 2 else QUERIES_OF_FEW
+    group = min(most, 1 << max(0, (slots // FEWEST_WARPS).bit_length() - 1))
+    return (queries.rows, queries.clouds, slots, group), -(-slots // (KNN_THREADS // 32 * group))
+
+
 def _nearest(
     device: int, queries: Queries, search: Search, k: int, squared: bool, distances: int, indices: int
 ) -> None:
     """Writes distances, or their squares, and indices [queries, k] to these addresses."""
     macros = (("LISTS", 0 if k == 1 else -(-k // 32)),)
-    slots, most = queries.layout.slots, QUERIES if k > 2 else QUERIES_OF_FEW
-    group = min(most, 1 << max(0, (slots // FEWEST_WARPS).bit_length() - 1))
-    of_queries, of_points = (queries.rows, queries.clouds, slots, group), (search.packed, search.own.clouds)
-    args = *of_queries, *of_points, k, squared, distances, indices
-    _launch("knn", device, -(-slots // (KNN_THREADS // 32 * group)), *args, block=KNN_THREADS, macros=macros)
+    of_queries, blocks = _grouped(queries, k)
+    args = *of_queries, search.packed, search.own.clouds, k, squared, distances, indices
+    _launch("knn", device, blocks, *args, block=KNN_THREADS, macros=macros)
 
 
 def _knn_cuda(query: Any, query_lengths: tuple[int, ...], index: NeighborIndex, k: int) -> tuple[Any, Any]:
@@ -763,7 +769,7 @@ def _chamfer_cuda(
         taken = cupy.ndarray((3 * sum(counts),), _INT64)
         _cuda.clear(taken.data, taken.nbytes)
         given, gradients = taken.data.ptr, [cupy.ndarray((count, 3), _FLOAT) for count in counts]
-    device, sides, nodes, slots = loss.data.device_id, [], 0, 0
+    device, sides, searched, blocks, nodes, slots = loss.data.device_id, [], [], 0, 0, 0
     # Of each side nearest, d2, largest and sums; then the losses of all clouds, and how many of them are known.
     sizes = [
         (4 * n, 4 * n, 4 * s.own.layout.nodes, 8 * s.own.layout.nodes) for n, s in zip(counts, searches, strict=True)
@@ -774,16 +780,22 @@ def _chamfer_cuda(
         if index.search.origins is not None or other.search.origins is not None:
             queries = _queries(index.points, index.lengths, other)
         nearest, d2, *sums = places[4 * i : 4 * i + 4]
-        _nearest(device, queries, other.search, 1, True, d2, nearest)
+        of_queries, of_side = _grouped(queries, 1)
+        searched += [*of_queries, index.search.packed, d2, nearest]
+        blocks += of_side
         to = (gradients[i].data.ptr, given + 24 * i * counts[0]) if with_grad else (0, 0)
         sides.append((_SIDE.pack(queries.rows, own.base, own.slot_of, nearest, d2, *sums, *to), queries))
         nodes, slots = nodes + own.layout.nodes, slots + own.layout.slots
     both = sides[0][0], sides[1][0], searches[0].own.clouds, searches[1].own.clouds
     losses, known = places[8:]
-    _launch("chamfer_tiles", device, max(1, nodes), *both, known, squared, block=NODE)
+    _launch("knn_both", device, max(1, blocks), *searched, known, block=KNN_THREADS, macros=(("LISTS", 0),))
+    tiled = nodes > 2 * clouds
+    if tiled:  # else chamfer_losses does it
+        _launch("chamfer_tiles", device, nodes, *both, squared, block=NODE)
     parts = clouds if mean else 1
     of_clouds = (loss.data.ptr, 0) if reduction == "none" else (0, loss.data.ptr)
-    _launch("chamfer_losses", device, max(1, clouds), *both, losses, known, *of_clouds, parts, block=NODE)
+    args = losses, known, *of_clouds, parts, tiled, squared
+    _launch("chamfer_losses", device, max(1, clouds), *both, *args, block=NODE)
     if with_grad:
         grid = -(-slots // CHAMFER_THREADS)
         _launch("chamfer_give", device, grid, *both, squared, block=CHAMFER_THREADS)

@@ -58,17 +58,15 @@ __device__ void sum_tile(const Side &side, const Clouds &clouds, int tile, int s
     side.largest[tile] = largest;
 }
 
-// A block a tile of x, then of y: the sum of their distances, and the largest.
+// A block a tile of x, then of y: the sum of their distances, and the largest. Where no cloud has two, chamfer_losses does it.
 extern "C" __global__ __launch_bounds__(SUM_TILE) void chamfer_tiles(
     const __grid_constant__ Side x,
     const __grid_constant__ Side y,
     const __grid_constant__ Clouds x_clouds,
     const __grid_constant__ Clouds y_clouds,
-    u32 *__restrict__ known,                    // [] set to 0, for chamfer_losses
     int squared)                                // 1: of their squares
 {
     const int tile = blockIdx.x, x_tiles = nodes_of(x_clouds);
-    if (tile == 0 && threadIdx.x == 0) *known = 0;
     if (tile < x_tiles) sum_tile(x, x_clouds, tile, squared);
     else if (tile < x_tiles + nodes_of(y_clouds)) sum_tile(y, y_clouds, tile - x_tiles, squared);
 }
@@ -109,11 +107,18 @@ extern "C" __global__ __launch_bounds__(SUM_TILE) void chamfer_losses(
     u32 *__restrict__ known,                    // [] how many of them are, 0 at first
     float *__restrict__ each,                   // [clouds], or null
     float *__restrict__ loss,                   // [] the sum of all, over `parts`; or null
-    int parts)
+    int parts,
+    int tiled,                                  // 1: by chamfer_tiles
+    int squared)
 {
     __shared__ bool last;
     const int b = blockIdx.x;
     if (b < x_clouds.count) {
+        if (!tiled) {
+            sum_tile(x, x_clouds, rows_of(x_clouds)[b].tile, squared);
+            sum_tile(y, y_clouds, rows_of(y_clouds)[b].tile, squared);
+            __syncthreads();
+        }
         const double of_x = mean_of(x, x_clouds, b), of_y = mean_of(y, y_clouds, b);
         if (threadIdx.x == 0) {
             losses[b] = of_x + of_y;

@@ -116,19 +116,12 @@ __device__ __forceinline__ void write(u64 key, size_t at, int squared, float *di
     distances[at] = found < 0 ? __int_as_float(0x7fffffff) : squared ? distance2_of(key) : __fsqrt_rn(distance2_of(key));
 }
 
-extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn(
-    const Row *__restrict__ queries,            // [query slots] in bucket order, relative to the target cloud's origin
-    const __grid_constant__ Clouds query_clouds,
-    int query_slots,
-    int group,                                  // queries a warp, a power of two up to TILE
-    const __grid_constant__ Index index,
-    const __grid_constant__ Clouds clouds,
-    int k,
-    int squared,                                // 1: write d2
-    float *__restrict__ distances,              // [queries, k]; NaN where there is no neighbour
-    int *__restrict__ indices)                  // [queries, k]
+// Block `block` of a search: of knn's arguments.
+__device__ __forceinline__ void search(
+    int block, const Row *__restrict__ queries, const Clouds &query_clouds, int query_slots, int group, const Index &index,
+    const Clouds &clouds, int k, int squared, float *__restrict__ distances, int *__restrict__ indices)
 {
-    const int first = uniform((blockIdx.x * (THREADS / 32) + (threadIdx.x >> 5)) * group), lane = threadIdx.x & 31;
+    const int first = uniform((block * (THREADS / 32) + (threadIdx.x >> 5)) * group), lane = threadIdx.x & 31;
     if (first >= query_slots) return;
     const int b = uniform(cloud_of<&Cloud::slot>(query_clouds, first));
     int near = -1;                              // the tile where the query before found its nearest
@@ -164,3 +157,46 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn(
         __syncwarp();
     }
 }
+
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn(
+    const Row *__restrict__ queries,            // [query slots] in bucket order, relative to the target cloud's origin
+    const __grid_constant__ Clouds query_clouds,
+    int query_slots,
+    int group,                                  // queries a warp, a power of two up to TILE
+    const __grid_constant__ Index index,
+    const __grid_constant__ Clouds clouds,
+    int k,
+    int squared,                                // 1: write d2
+    float *__restrict__ distances,              // [queries, k]; NaN where there is no neighbour
+    int *__restrict__ indices)                  // [queries, k]
+{
+    search(blockIdx.x, queries, query_clouds, query_slots, group, index, clouds, k, squared, distances, indices);
+}
+
+#if LISTS == 0
+
+// The nearest of x's points in y, and of y's in x: the second search's blocks stand behind those of the first.
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn_both(
+    const Row *__restrict__ x_queries,
+    const __grid_constant__ Clouds x_clouds,
+    int x_slots,
+    int x_group,
+    const __grid_constant__ Index x_index,
+    float *__restrict__ x_d2,                   // [points of x]
+    int *__restrict__ x_nearest,                // [points of x] indices of y's
+    const Row *__restrict__ y_queries,
+    const __grid_constant__ Clouds y_clouds,
+    int y_slots,
+    int y_group,
+    const __grid_constant__ Index y_index,
+    float *__restrict__ y_d2,
+    int *__restrict__ y_nearest,
+    u32 *__restrict__ known)                    // [] is set to 0, for chamfer_losses
+{
+    const int x_block = THREADS / 32 * x_group, x_blocks = (x_slots + x_block - 1) / x_block, block = blockIdx.x;
+    if (block == 0 && threadIdx.x == 0) *known = 0;
+    if (block < x_blocks) search(block, x_queries, x_clouds, x_slots, x_group, y_index, y_clouds, 1, 1, x_d2, x_nearest);
+    else search(block - x_blocks, y_queries, y_clouds, y_slots, y_group, x_index, x_clouds, 1, 1, y_d2, y_nearest);
+}
+
+#endif

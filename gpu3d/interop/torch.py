@@ -277,9 +277,9 @@ def _run(name: str, tensors: tuple[torch.Tensor, ...], numbers: tuple[Any, ...])
         or torch._C._are_functorch_transforms_active()
     ):
         return op.dispatched(*tensors, *numbers)
-    device, with_grad = "cuda" if tensors[0].is_cuda else "cpu" if tensors[0].is_cpu else None, False
+    device, with_grad = "cuda" if tensors[0].is_cuda else "cpu" if tensors[0].is_cpu else "another", False
     for x in tensors:
-        if device is None or type(x) not in _TENSORS:
+        if type(x) not in _TENSORS or device == "another":
             return op.dispatched(*tensors, *numbers)
         with_grad = with_grad or x.requires_grad
     if op.cast is not None and torch.is_autocast_enabled(device):
