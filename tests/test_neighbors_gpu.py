@@ -107,6 +107,7 @@ def test_races_of_neighbors(cp):
     check_chamfer(cp, query, points)
     query, points = pair("near", 1500, 1500)
     check_knn(cp, query, points, 1)
+    check_chamfer(cp, query, points)  # of more than one tile a cloud
 
 
 @pytest.mark.parametrize("kind", KINDS)
