@@ -35,8 +35,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 LEGEND = """\
 medians of 30 (CPU 20, attention 10, the least of rounds where it takes turns). graph: 20 calls in one CUDA graph,
 divided; L2-warm: inputs under 50 MB.
-eager: device events around calls. stream: of many that wait for the device. host: the Python call alone, the least of 300 or more. /must: ours / must.
-floor: see the suite's module."""
+eager: device events around calls. stream: of many that wait for the device. host: the Python call alone, the least of
+300 or more. /must: ours / must. floor: see the suite's module."""
 
 
 def main(argv: list[str] | None = None) -> int:
