@@ -9,9 +9,9 @@ its backward, or the loss with its gradients.
 - torch: the host time of the operator less that of the plain call with CuPy arrays, both taken in turns. Autograd takes
   its share whatever the operator does, some of it for handing a backward pass to its thread and back: peers show what
   it takes of a torch.autograd.Function that does nothing, of an operator of torch's own, and of a Function that knows
-  our launches and looks at nothing, which is the least that ours could take. A network has many calls in one
-  pass, so there are rows of 8 calls and one pass through all of them, divided by 8; and there are rows of a pass that
-  stays on the calling thread, by torch.autograd.set_multithreading_enabled(False).
+  our launches and looks at nothing, which is the least that ours could take. A network has many calls in one pass, so
+  there are rows of 8 calls and one pass through all of them, divided by 8; and there are rows of a pass that stays on
+  the calling thread, by torch.autograd.set_multithreading_enabled(False).
 - JAX: XLA may run our handler in a thread of its own, behind the call that returns at once. So it is many calls in a
   row and the wait for the last one, divided; and so are the plain call beside it, and a jitted function of the same
   arrays that doubles one of them. Where the GPU takes longer it binds, so the losses are of 16 points and APML of one
@@ -20,10 +20,9 @@ its backward, or the loss with its gradients.
   as jaxlib 0.11 does. "recorded" is the same function with the compiler's option that has XLA put programs of one
   operation into command buffers, too.
 - graph: the operator captured by torch.cuda.graph, beside the plain call captured likewise, in torch's memory; in
-  turns, and the least of both. Where memory lies changes APML by up to 3 %, more than its gradient's must allows beside
-  the 1.7 us of a multiplication: autograd multiplies the gradients of a loss by the gradient of the loss, which the
-  plain call does not; that one is there before, as what comes from other operators is, for torch fills a tensor with it
-  otherwise.
+  turns, and the least of both. Where its workspace lies changes APML by up to 5 % (H200). Autograd multiplies the
+  gradients of a loss by the gradient of the loss, in 1.7 us, which the plain call does not; that one is there before,
+  as what comes from other operators is, for torch fills a tensor with it otherwise.
 - import: gpu3d.interop.torch where torch is imported already, in new processes.
 - memory: what torch's allocator and CuPy's pool hold after 1,000 steps of training, and after 10.
 - two GPUs: see `parallel`. Each has a batch of the size that one GPU has alone.
@@ -373,8 +372,8 @@ def _jax_host(setting: Setting) -> Iterator[Row]:
         for turn in range(ROUNDS):
             for which in sorted(calls, reverse=turn % 2 == 1):
                 times[which] = np.minimum(times[which], _in_a_row(*calls[which]))
-        for how, clock in (("", "stream"), (", recorded", "graph")):
-            device_us = 1e3 * getattr(timing, f"{clock}_time")(plain[name, both])
+        for how, clock, device_time in (("", "stream", timing.stream_time), (", recorded", "graph", timing.graph_time)):
+            device_us = 1e3 * device_time(plain[name, both])
             binds = device_us > JAX_MUST
             launched, done = times[how]
             yield Row(
