@@ -293,8 +293,7 @@ def chamfer(
     >>> gpu3d.chamfer(x, y, squared=True)
     array(8.5, dtype=float32)
     """
-    (loss,) = _chamfer(x, y, x_lengths, y_lengths, squared, reduction, with_grad=False)
-    return loss
+    return _chamfer(x, y, x_lengths, y_lengths, squared, reduction, with_grad=False)[0]
 
 
 def chamfer_value_and_grad(
@@ -348,14 +347,56 @@ def chamfer_value_and_grad(
     >>> dy
     array([[-1.,  0.,  8.]], dtype=float32)
     """
-    loss, dx, dy = _chamfer(x, y, x_lengths, y_lengths, squared, reduction, with_grad=True)
+    loss, _, dx, dy = _chamfer(x, y, x_lengths, y_lengths, squared, reduction, with_grad=True)
     return ChamferGradients(loss, (dx, dy))
+
+
+def chamfer_found(
+    x: Any,
+    y: Any,
+    *,
+    x_lengths: Sequence[int] | None,
+    y_lengths: Sequence[int] | None,
+    squared: bool,
+    reduction: str,
+) -> tuple[Any, Any]:
+    """`chamfer`, and what was found on the way, int32 [2 * (N + M + B)], which is for `chamfer_backward`."""
+    loss, found = _chamfer(x, y, x_lengths, y_lengths, squared, reduction, with_grad=False)
+    return loss, found
+
+
+def chamfer_backward(
+    dloss: Any,
+    x: Any,
+    y: Any,
+    found: Any,
+    *,
+    x_lengths: Sequence[int],
+    y_lengths: Sequence[int],
+    squared: bool,
+    reduction: str,
+) -> tuple[Any, Any]:
+    """The gradients of x [N, d] and y [M, d], of which `chamfer_found` says what it found; `dloss` is of its loss."""
+    entered_x, entered_y = _entered(x, x_lengths, "x", "x_lengths"), _entered(y, y_lengths, "y", "y_lengths")
+    (dloss, of_dloss), (found, of_found) = _arrays.enter(dloss, "dloss"), _arrays.enter(found, "found")
+    origin = entered_x.origin
+    _check_pair(entered_x, "x", entered_y, "y")
+    _arrays.check_same_device(x=origin, dloss=of_dloss, found=of_found)
+    words = reference.found_parts(entered_x.lengths, entered_y.lengths)[-1]
+    if found.shape != (words,) or found.dtype != np.int32:
+        raise ValueError(f"found must be int32 [{words}], of the same clouds, got {found.dtype} {list(found.shape)}.")
+    if dloss.shape != ((len(x_lengths),) if reduction == "none" else ()):
+        raise ValueError(f"dloss must have the loss's shape, got {list(dloss.shape)} for reduction {reduction!r}.")
+    with _arrays.on(origin):
+        sides = _side_of(entered_x), _side_of(entered_y)
+        dx, dy = _gradients(dloss.astype(np.float32, copy=False), *sides, found, squared, reduction)
+        return _arrays.leave(dx, origin), _arrays.leave(dy, origin)
 
 
 def _chamfer(
     x: Any, y: Any, x_lengths: Any, y_lengths: Any, squared: Any, reduction: Any, with_grad: bool
 ) -> tuple[Any, ...]:
-    """The loss, and with_grad the gradients of x and y behind it."""
+    """The loss, what was found, and with_grad the gradients of x and y behind it."""
     entered_x, entered_y = _entered(x, x_lengths, "x", "x_lengths"), _entered(y, y_lengths, "y", "y_lengths")
     _check_pair(entered_x, "x", entered_y, "y")
     if not isinstance(squared, (bool, np.bool_)):
@@ -366,19 +407,44 @@ def _chamfer(
     origin = entered_x.origin
     with _arrays.on(origin):
         x_index, y_index = _pair(x, entered_x, y, entered_y)
-        options = bool(squared), reduction, with_grad
+        options = bool(squared), reduction
         if origin.device is None:
-            loss, *gradients = reference.chamfer(
-                x_index.points, x_index.search, y_index.points, y_index.search, *options
-            )
+            loss, found = reference.chamfer(x_index.points, x_index.search, y_index.points, y_index.search, *options)
         else:
-            loss, *gradients = _chamfer_cuda(x_index, y_index, *options)
-        sides = (entered_x, entered_y)[: len(gradients)]
-        left = [
-            _arrays.leave(gradient.reshape(entered.shape), entered.origin)
-            for gradient, entered in zip(gradients, sides, strict=True)
-        ]
-        return _arrays.leave(loss, origin), *left
+            loss, found = _chamfer_cuda(x_index, y_index, *options)
+        left = [_arrays.leave(loss, origin), _arrays.leave(found, origin)]
+        if with_grad:
+            gradients = _gradients(None, _side_of(x_index), _side_of(y_index), found, *options)
+            for gradient, entered in zip(gradients, (entered_x, entered_y), strict=True):
+                left.append(_arrays.leave(gradient.reshape(entered.shape), entered.origin))
+        return tuple(left)
+
+
+class _Side(NamedTuple):
+    """One of the two batches of clouds of a Chamfer distance, on the way back."""
+
+    points: Any  # [N, 2 or 3]
+    lengths: tuple[int, ...]
+    origins: Any = None  # of the search in these points, on a GPU
+    clouds: bytes = b""  # struct Clouds, likewise
+    held: Any = None  # the memory that is named there
+
+
+def _side_of(clouds: NeighborIndex | _Entered) -> _Side:
+    points, lengths = clouds.points, clouds.lengths
+    if clouds.origin.device is None:
+        return _Side(points, lengths)
+    if isinstance(clouds, NeighborIndex):
+        search = clouds.search
+        return _Side(points, lengths, search.origins, search.own.clouds, search.own.held)
+    return _Side(points, lengths, origins_cuda(points, lengths), *_clouds.pack(_layout(lengths).batch, TILE))
+
+
+def _gradients(dloss: Any, x: _Side, y: _Side, found: Any, squared: bool, reduction: str) -> tuple[Any, Any]:
+    """Those of x and y as packed, in their dtypes; `dloss` is None for 1."""
+    if isinstance(found, np.ndarray):
+        return reference.chamfer_backward(dloss, x.points, y.points, found, x.lengths, y.lengths, squared, reduction)
+    return _chamfer_backward_cuda(dloss, x, y, found, squared, reduction)
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------
@@ -487,13 +553,15 @@ FEWEST_WARPS = 8192  # for which there is work, before a warp takes more
 _FLOAT, _INT32, _INT64 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.int64)
 _INDEX = struct.Struct("<QQQQ")  # struct Index of neighbors.cuh
 INDEX_FORMAT = f"{_INDEX.size}s"
-_SIDE = struct.Struct("<9Q")  # struct Side of neighbors_chamfer.cu
+_SUMMED = struct.Struct("<4Q")  # struct Summed of neighbors_chamfer.cu, and so the next two
+_PULLED = struct.Struct("<7Q")
+_ASKED = struct.Struct("<Qqi4x")
 _ROW_BYTES, _BOX_BYTES = 16, 48
 _ZORDER_DIV = ("KEY", HASHES.index("zorder_div"))
 
-# The parameters of each kernel: formats of the module struct; c, x and s for struct Clouds, Index and Side.
+# The parameters of each kernel: formats of the module struct; c, x, s, p and a are structs, see _FORMATS.
 _SIGNATURES = {
-    "index_nodes": "QQciQQQQQ",
+    "index_nodes": "QQQciQQQQ",
     "index_branches": "QciQ",
     "index_join": "QqQqQ",
     "knn": "QciixciiQQ",
@@ -503,17 +571,26 @@ _SIGNATURES = {
     "radius_sort": "QiqQQQQ",
     "chamfer_tiles": "sscci",
     "chamfer_losses": "ssccQQQQiii",
-    "chamfer_give": "sscci",
-    "chamfer_gradient": "ssccii",
+    "chamfer_give": "ppcci",
+    "chamfer_gradient": "ppccia",
 }
-_FORMATS = {"c": _clouds.FORMAT, "x": INDEX_FORMAT, "s": f"{_SIDE.size}s"}
+_FORMATS = {
+    "c": _clouds.FORMAT,
+    "x": INDEX_FORMAT,
+    "s": f"{_SUMMED.size}s",
+    "p": f"{_PULLED.size}s",
+    "a": f"{_ASKED.size}s",
+}
 
 
 def configurations() -> list[_cuda.Configuration]:
     """Every module this file can ask for."""
-    found = [_cuda.Configuration("neighbors_index", (("POINT", p),)) for p in range(len(_arrays.FLOATS))]
+    points = [(("POINT", p),) for p in range(len(_arrays.FLOATS))]
+    found = [
+        _cuda.Configuration(file, macros) for file in ("neighbors_index", "neighbors_chamfer") for macros in points
+    ]
     found += [_cuda.Configuration("neighbors_knn", (("LISTS", lists),)) for lists in range(3)]
-    return [*found, _cuda.Configuration("neighbors_radius"), _cuda.Configuration("neighbors_chamfer")]
+    return [*found, _cuda.Configuration("neighbors_radius")]
 
 
 @functools.lru_cache(maxsize=256)
@@ -541,7 +618,7 @@ class _Layout(NamedTuple):
     slots: int
     nodes: int
     branches: int  # 0 where no cloud has more than one
-    ends: tuple[int, ...]  # of rows, slot_to_point, point_to_slot and, of an index, boxes of tiles, nodes and branches
+    ends: tuple[int, ...]  # of rows and, of an index, boxes of tiles, nodes and branches
 
 
 @functools.lru_cache(maxsize=256)
@@ -552,15 +629,13 @@ def _layout(lengths: tuple[int, ...]) -> _Layout:
     batch = _clouds.batch(lengths, TILE, nodes, branches)
     slots, kept = int(tiles.sum()) * TILE, batch.groups if branches.max(initial=0) > 1 else 0
     boxes = (_BOX_BYTES * count for count in (slots // TILE, batch.tiles, kept))
-    return _Layout(batch, slots, batch.tiles, kept, _cuda.ends(_ROW_BYTES * slots, 4 * slots, 4 * sum(lengths), *boxes))
+    return _Layout(batch, slots, batch.tiles, kept, _cuda.ends(_ROW_BYTES * slots, *boxes))
 
 
 class Queries(NamedTuple):
     """Points in bucket order on a GPU, ready to search an index."""
 
     rows: int  # address of struct Row [slots], relative to the origins of the clouds that they search
-    slot_of: int  # address of int32 [N], the slot of each point, counted from the row at `base`
-    base: int
     layout: _Layout
     clouds: bytes  # struct Clouds of the layout
     held: tuple[Any, ...]  # the memory that is named here
@@ -606,27 +681,29 @@ def origins_cuda(points: Any, lengths: tuple[int, ...]) -> Any:
 
 
 def _rows(
-    points: Any, lengths: tuple[int, ...], origins: Any, boxes: bool = False, second: int | None = None
+    batches: Sequence[tuple[Any, tuple[int, ...]]], origins: Any, boxes: bool = False
 ) -> tuple[Queries, tuple[int, ...]]:
     """Points [N, 2 or 3] of any strides and float dtype; and the boxes of their tiles, nodes and branches, if asked.
 
-    At the cloud `second` another batch begins, whose indices count from 0 again.
+    They are of one batch, or of two of one dtype and as many clouds, whose indices count from 0 each.
     """
+    lengths = tuple(n for _, of_batch in batches for n in of_batch)
     layout = _layout(lengths)
-    ends = layout.ends if boxes else layout.ends[:4]
-    memory, (rows, order, slot_of, *of_boxes) = _cuda.allocate(ends)
+    memory, (rows, *of_boxes) = _cuda.allocate(layout.ends if boxes else layout.ends[:2])
     clouds, table = _clouds.pack(layout.batch, TILE)
-    queries = Queries(rows, slot_of, rows, layout, clouds, (memory, table))
+    queries = Queries(rows, layout, clouds, (memory, table))
     if layout.slots == 0:
         return queries, tuple(of_boxes)
-    points = _xyz(points)
-    sort_cuda(points, (_point_macro(points), _ZORDER_DIV), 0.0, TILE, lengths, order, slot_of, 0)
-    address = 0
+    arrays, order, address = [_xyz(points) for points, _ in batches], 0, 0
+    if not boxes or max(lengths) > NODE:  # else index_nodes, which puts the points of a node into order, does it all
+        points = _joined(*arrays) if len(arrays) > 1 else arrays[0]
+        _held, (order, inverse) = _cuda.workspace(4 * layout.slots, 4 * sum(lengths))
+        sort_cuda(points, (_point_macro(points), _ZORDER_DIV), 0.0, TILE, lengths, order, inverse, 0)
     if origins is not None:
-        points, address = points.astype(np.float64, copy=False), origins.data.ptr
-    device, macros = points.data.device_id, (_point_macro(points),)
-    to = of_boxes[:2] or (0, 0)
-    args = points.data.ptr, order, clouds, len(lengths) if second is None else second, address, rows, slot_of, *to
+        arrays, address = [x.astype(np.float64, copy=False) for x in arrays], origins.data.ptr
+    device, macros = arrays[0].data.device_id, (_point_macro(arrays[0]),)
+    of_points = arrays[0].data.ptr, arrays[-1].data.ptr, order
+    args = *of_points, clouds, len(batches[0][1]), address, rows, *(of_boxes[:2] or (0, 0))
     _launch("index_nodes", device, layout.nodes, *args, block=INDEX_THREADS, macros=macros)
     if boxes and layout.branches:
         grid = -(-layout.branches // (BRANCH_THREADS // 32))
@@ -658,12 +735,9 @@ def pair_cuda(
     if x.dtype != y.dtype or x.dtype == np.float64:
         dtype = np.float32 if origins is None else np.float64
         x, y = x.astype(dtype, copy=False), y.astype(dtype, copy=False)
-    points = _joined(_xyz(x), _xyz(y))
-    if origins is not None:
-        origins = _joined(origins, origins)
-    both, boxes = _rows(points, x_lengths + y_lengths, origins, boxes=True, second=len(x_lengths))
+    both, boxes = _rows([(x, x_lengths), (y, y_lengths)], origins, boxes=True)
     searches, before = [], (0, 0, 0)  # slots, nodes and branches
-    for lengths, first in ((x_lengths, 0), (y_lengths, x.shape[0])):
+    for lengths in (x_lengths, y_lengths):
         layout = _layout(lengths)
         clouds, table = _clouds.pack(layout.batch, TILE)
         slots, nodes, branches = before
@@ -672,8 +746,7 @@ def pair_cuda(
             address + _BOX_BYTES * count for address, count in zip(boxes, (slots // TILE, nodes, branches), strict=True)
         )
         packed = _INDEX.pack(rows, tiles, of_nodes, of_branches if both.layout.branches else 0)
-        held = *both.held, table
-        own = Queries(rows, both.slot_of + 4 * first, both.rows, layout, clouds, held)
+        own = Queries(rows, layout, clouds, (*both.held, table))
         searches.append(Search(own, packed, origins))
         before = layout.slots, layout.nodes, layout.batch.groups
     return searches[0], searches[1]
@@ -682,7 +755,7 @@ def pair_cuda(
 def _index_cuda(points: Any, lengths: tuple[int, ...]) -> Search:
     """What NeighborIndex.search holds of points [N, 2 or 3], of any strides and float dtype."""
     origins = origins_cuda(points, lengths)
-    own, (tiles, nodes, branches) = _rows(points, lengths, origins, boxes=True)
+    own, (tiles, nodes, branches) = _rows([(points, lengths)], origins, boxes=True)
     return Search(own, _INDEX.pack(own.rows, tiles, nodes, branches if own.layout.branches else 0), origins)
 
 
@@ -690,7 +763,7 @@ def _queries(query: Any, lengths: tuple[int, ...], index: NeighborIndex) -> Quer
     """What searches the index; its own rows where the queries are its points."""
     if query is index.points and lengths == index.lengths:
         return index.search.own
-    return _rows(query, lengths, index.search.origins)[0]
+    return _rows([(query, lengths)], index.search.origins)[0]
 
 
 def _grouped(queries: Queries, k: int) -> tuple[tuple[Any, ...], int]:
@@ -755,53 +828,69 @@ def _radius_search_cuda(
     return offsets, indices, distances
 
 
-def _chamfer_cuda(
-    x_index: NeighborIndex, y_index: NeighborIndex, squared: bool, reduction: str, with_grad: bool
-) -> tuple[Any, ...]:
-    """The loss float32 [] or [B], and with_grad the gradients of x and y as packed, in their dtypes."""
+def _chamfer_cuda(x_index: NeighborIndex, y_index: NeighborIndex, squared: bool, reduction: str) -> tuple[Any, Any]:
+    """The loss float32 [] or [B], and what was found."""
     import cupy
 
-    clouds, mean, searches = len(x_index.lengths), reduction == "mean", (x_index.search, y_index.search)
-    counts = [index.points.shape[0] for index in (x_index, y_index)]
+    clouds, indices, searches = len(x_index.lengths), (x_index, y_index), (x_index.search, y_index.search)
+    parts = reference.found_parts(x_index.lengths, y_index.lengths)
     loss = cupy.ndarray((clouds,) if reduction == "none" else (), _FLOAT)
-    given, gradients = 0, []
-    if with_grad:
-        taken = cupy.ndarray((3 * sum(counts),), _INT64)
-        _cuda.clear(taken.data, taken.nbytes)
-        given, gradients = taken.data.ptr, [cupy.ndarray((count, 3), _FLOAT) for count in counts]
-    device, sides, searched, blocks, nodes, slots = loss.data.device_id, [], [], 0, 0, 0
-    # Of each side nearest, d2, largest and sums; then the losses of all clouds, and how many of them are known.
-    sizes = [
-        (4 * n, 4 * n, 4 * s.own.layout.nodes, 8 * s.own.layout.nodes) for n, s in zip(counts, searches, strict=True)
-    ]
-    memory, places = _cuda.workspace(*sizes[0], *sizes[1], 8 * clouds, 4)
-    for i, (index, other) in enumerate(((x_index, y_index), (y_index, x_index))):
-        own, queries = index.search.own, index.search.own
+    found = cupy.ndarray((parts[-1],), _INT32)
+    device, sides, searched, blocks, nodes = loss.data.device_id, [], [], 0, 0
+    # Of each side the tiles' sums, and the largest of their distances; then the losses of all clouds, and how many of
+    # them are known.
+    sizes = [size for search in searches for size in (8 * search.own.layout.nodes, 4 * search.own.layout.nodes)]
+    memory, places = _cuda.workspace(*sizes, 8 * clouds, 4)
+    losses, known = places[4:]
+    held = []
+    for i, (index, other) in enumerate((indices, indices[::-1])):
+        queries = index.search.own
         if index.search.origins is not None or other.search.origins is not None:
             queries = _queries(index.points, index.lengths, other)
-        nearest, d2, *sums = places[4 * i : 4 * i + 4]
+        nearest, d2, largest = (found.data.ptr + 4 * part for part in parts[3 * i : 3 * i + 3])
         of_queries, of_side = _grouped(queries, 1)
         searched += [*of_queries, index.search.packed, d2, nearest]
-        blocks += of_side
-        to = (gradients[i].data.ptr, given + 24 * i * counts[0]) if with_grad else (0, 0)
-        sides.append((_SIDE.pack(queries.rows, own.base, own.slot_of, nearest, d2, *sums, *to), queries))
-        nodes, slots = nodes + own.layout.nodes, slots + own.layout.slots
-    both = sides[0][0], sides[1][0], searches[0].own.clouds, searches[1].own.clouds
-    losses, known = places[8:]
+        sides.append(_SUMMED.pack(d2, *places[2 * i : 2 * i + 2], largest))
+        held.append(queries)
+        blocks, nodes = blocks + of_side, nodes + index.search.own.layout.nodes
     _launch("knn_both", device, max(1, blocks), *searched, known, block=KNN_THREADS, macros=(("LISTS", 0),))
+    both, macros = (*sides, *(search.own.clouds for search in searches)), (_point_macro(x_index.points),)
     tiled = nodes > 2 * clouds
     if tiled:  # else chamfer_losses does it
-        _launch("chamfer_tiles", device, nodes, *both, squared, block=NODE)
-    parts = clouds if mean else 1
+        _launch("chamfer_tiles", device, nodes, *both, squared, block=NODE, macros=macros)
     of_clouds = (loss.data.ptr, 0) if reduction == "none" else (0, loss.data.ptr)
-    args = losses, known, *of_clouds, parts, tiled, squared
-    _launch("chamfer_losses", device, max(1, clouds), *both, *args, block=NODE)
-    if with_grad:
-        grid = -(-slots // CHAMFER_THREADS)
-        _launch("chamfer_give", device, grid, *both, squared, block=CHAMFER_THREADS)
-        _launch("chamfer_gradient", device, grid, *both, squared, parts, block=CHAMFER_THREADS)
-    del memory, sides  # held until here
-    return loss, *(
-        gradient[:, : index.points.shape[1]].astype(index.points.dtype, copy=False)
-        for gradient, index in zip(gradients, (x_index, y_index), strict=False)
+    args = losses, known, *of_clouds, clouds if reduction == "mean" else 1, tiled, squared
+    _launch("chamfer_losses", device, max(1, clouds), *both, *args, block=NODE, macros=macros)
+    del memory, held  # held until here
+    return loss, found
+
+
+def _chamfer_backward_cuda(
+    dloss: Any, x: _Side, y: _Side, found: Any, squared: bool, reduction: str
+) -> tuple[Any, Any]:
+    import cupy
+
+    common = x.points.dtype
+    if y.points.dtype != common:
+        common = np.dtype(np.float64 if np.float64 in (common, y.points.dtype) else np.float32)
+    arrays = [_xyz(side.points.astype(common, copy=False)) for side in (x, y)]
+    counts, parts = [array.shape[0] for array in arrays], reference.found_parts(x.lengths, y.lengths)
+    given = cupy.ndarray((3 * sum(counts),), _INT64)
+    _cuda.clear(given.data, given.nbytes)
+    gradients, sides = [cupy.ndarray(array.shape, common) for array in arrays], []
+    for i, side in enumerate((x, y)):
+        origins = 0 if side.origins is None else side.origins.data.ptr
+        of_search = (found.data.ptr + 4 * part for part in parts[3 * i : 3 * i + 3])
+        to = given.data.ptr + 24 * i * counts[0], gradients[i].data.ptr
+        sides.append(_PULLED.pack(arrays[i].data.ptr, origins, *of_search, *to))
+    device, grid, macros = found.data.device_id, -(-sum(counts) // CHAMFER_THREADS), (_point_macro(arrays[0]),)
+    both = sides[0], sides[1], x.clouds, y.clouds, squared
+    _launch("chamfer_give", device, grid, *both, block=CHAMFER_THREADS, macros=macros)
+    asked = (0, 0) if dloss is None else (dloss.data.ptr, dloss.strides[0] // 4 if dloss.ndim else 0)
+    args = *both, _ASKED.pack(*asked, len(x.lengths) if reduction == "mean" else 1)
+    _launch("chamfer_gradient", device, grid, *args, block=CHAMFER_THREADS, macros=macros)
+    dx, dy = (
+        gradient[:, : side.points.shape[1]].astype(side.points.dtype, copy=False)
+        for gradient, side in zip(gradients, (x, y), strict=True)
     )
+    return dx, dy

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The index of the neighbour search, and the walk through it that skips what is too far. Include clouds.cuh first.
+// The index of the neighbour search, and the walk through it that skips what is too far. Include clouds.cuh first;
+// and voxels.cuh, for coordinates.
 //
 // A cloud in bucket order is cut into nodes of 1024 points, a node's points into tiles of 32 (neighbors_index.cu puts them into
 // another order for that); 32 nodes make a branch, none across clouds. Each has a box, and tiles and nodes a slab besides: two
@@ -41,6 +42,19 @@ struct Index {
     const Box *tiles, *nodes;
     const Box *branches;    // null where no cloud has more than one
 };
+
+#ifdef POINT                // with voxels.cuh
+// Coordinate d of point i. Of float64 ones the origin, if there is one, is subtracted in float64.
+__device__ __forceinline__ float coordinate(const point_t *points, int i, int d, const double *origin) {
+    coord_t x = widen(points[3 * (size_t)i + d]);
+#if POINT == 1
+    if (origin) x = __dsub_rn(x, origin[d]);
+    return __double2float_rn(x);
+#else
+    return x;
+#endif
+}
+#endif
 
 __device__ __forceinline__ int slots_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].slot; }
 __device__ __forceinline__ int nodes_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].tile; }

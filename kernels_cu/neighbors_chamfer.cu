@@ -3,25 +3,24 @@
 //
 // Sums are float64, by halving tiles of SUM_TILE values until one is left. The gradient of a point is a term away from its own
 // nearest neighbour, and one away from each point whose nearest it is. The latter are added as integers, multiples of a power
-// of two: integers add up to the same in any order, so atomics are deterministic.
+// of two: integers add up to the same in any order, so atomics are deterministic. On the way back nothing is needed but the
+// points, whose nearest was which, and how far: neither buckets nor an index.
 
 #define THREADS 256
 #define SUM_TILE 1024       // mirrored by gpu3d/reference/neighbors.py; a node of the index, so that they share a table of clouds
 
 #include "clouds.cuh"
+#include "voxels.cuh"
 #include "neighbors.cuh"
 
-// One of the two batches of clouds, and what was found for its points in the other.
-struct Side {
-    const Row *queries;     // [slots] relative to the origins of the other
-    const Row *rows;        // [slots] relative to its own
-    const int *slot_of;     // [points]
-    const int *nearest;     // [points] the index of the nearest of the other
-    const float *d2;        // [points] and how far it is
-    u32 *largest;           // [tiles] bits of the largest finite distance; once the loss is known, a cloud's in its first
+// ---- the loss ------------------------------------------------------------------------------------------------------
+
+// One of the two batches of clouds.
+struct Summed {
+    const float *d2;        // [points] the squared distance of the nearest in the other
     double *sums;           // [tiles] of distances
-    float *gradient;        // [points, 3]
-    u64 *given;             // [points, 3] what the points of the other give to it, zeros at first
+    u32 *most;              // [tiles] bits of the largest finite distance
+    u32 *largest;           // [clouds] likewise
 };
 
 // The sum of the block's SUM_TILE values, one a thread, on every thread: the second half added to the first, and again.
@@ -42,26 +41,42 @@ __device__ double halved(double value) {
     return sums[0];
 }
 
-__device__ void sum_tile(const Side &side, const Clouds &clouds, int tile, int squared) {
+// The largest of the block's values, on every thread.
+__device__ u32 largest_of(u32 value) {
     __shared__ u32 largest;
+    __syncthreads();
     if (threadIdx.x == 0) largest = 0;
-    const int b = cloud_of<&Cloud::tile>(clouds, tile);
+    __syncthreads();
+    value = __reduce_max_sync(FULL, value);
+    if ((threadIdx.x & 31) == 0 && value) atomicMax(&largest, value);
+    __syncthreads();
+    return largest;
+}
+
+struct Tile {
+    double sum;             // of distances
+    u32 most;               // bits of the largest finite distance
+};
+
+// By the whole block, which is tile `tile` of a side; on every thread.
+__device__ Tile summed(const Summed &side, const Clouds &clouds, int b, int tile, int squared) {
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int i = cloud.point + (tile - cloud.tile) * SUM_TILE + threadIdx.x;
     const float square = i < next.point ? side.d2[i] : 0, distance = __fsqrt_rn(square);
-    const double sum = halved(squared ? square : distance);
-    const u32 most = __reduce_max_sync(FULL, square - square == 0 ? __float_as_uint(distance) : 0u);
-    if ((threadIdx.x & 31) == 0) atomicMax(&largest, most);
-    __syncthreads();
+    return Tile{halved(squared ? square : distance), largest_of(square - square == 0 ? __float_as_uint(distance) : 0u)};
+}
+
+__device__ void sum_tile(const Summed &side, const Clouds &clouds, int tile, int squared) {
+    const Tile of_tile = summed(side, clouds, cloud_of<&Cloud::tile>(clouds, tile), tile, squared);
     if (threadIdx.x) return;
-    side.sums[tile] = sum;
-    side.largest[tile] = largest;
+    side.sums[tile] = of_tile.sum;
+    side.most[tile] = of_tile.most;
 }
 
 // A block a tile of x, then of y: the sum of their distances, and the largest. Where no cloud has two, chamfer_losses does it.
 extern "C" __global__ __launch_bounds__(SUM_TILE) void chamfer_tiles(
-    const __grid_constant__ Side x,
-    const __grid_constant__ Side y,
+    const __grid_constant__ Summed x,
+    const __grid_constant__ Summed y,
     const __grid_constant__ Clouds x_clouds,
     const __grid_constant__ Clouds y_clouds,
     int squared)                                // 1: of their squares
@@ -86,21 +101,23 @@ __device__ double sum_of(double *values, int count) {
     return count ? values[0] : 0;
 }
 
-// The mean distance of a cloud's points, by a whole block; the largest of all goes into the cloud's first tile.
-__device__ double mean_of(const Side &side, const Clouds &clouds, int b) {
+// The mean distance of cloud b's points, on every thread of the block; the largest is written.
+__device__ double mean_of(const Summed &side, const Clouds &clouds, int b, int tiled, int squared) {
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
-    u32 most = 0;
-    for (int tile = cloud.tile + threadIdx.x; tile < next.tile; tile += SUM_TILE) most = max(most, side.largest[tile]);
-    most = __reduce_max_sync(FULL, most);
-    __syncthreads();
-    if ((threadIdx.x & 31) == 0 && most) atomicMax(&side.largest[cloud.tile], most);
-    return sum_of(side.sums + cloud.tile, next.tile - cloud.tile) / (next.point - cloud.point);
+    Tile all;
+    if (tiled) {
+        u32 most = 0;
+        for (int tile = cloud.tile + threadIdx.x; tile < next.tile; tile += SUM_TILE) most = max(most, side.most[tile]);
+        all = Tile{sum_of(side.sums + cloud.tile, next.tile - cloud.tile), largest_of(most)};
+    } else all = summed(side, clouds, b, cloud.tile, squared);
+    if (threadIdx.x == 0) side.largest[b] = all.most;
+    return all.sum / (next.point - cloud.point);
 }
 
 // A block a cloud: its loss; and the block that comes last, that of all clouds. One block where there is no cloud.
 extern "C" __global__ __launch_bounds__(SUM_TILE) void chamfer_losses(
-    const __grid_constant__ Side x,
-    const __grid_constant__ Side y,
+    const __grid_constant__ Summed x,
+    const __grid_constant__ Summed y,
     const __grid_constant__ Clouds x_clouds,
     const __grid_constant__ Clouds y_clouds,
     double *__restrict__ losses,                // [clouds]
@@ -114,28 +131,41 @@ extern "C" __global__ __launch_bounds__(SUM_TILE) void chamfer_losses(
     __shared__ bool last;
     const int b = blockIdx.x;
     if (b < x_clouds.count) {
-        if (!tiled) {
-            sum_tile(x, x_clouds, rows_of(x_clouds)[b].tile, squared);
-            sum_tile(y, y_clouds, rows_of(y_clouds)[b].tile, squared);
-            __syncthreads();
-        }
-        const double of_x = mean_of(x, x_clouds, b), of_y = mean_of(y, y_clouds, b);
+        const double of_x = mean_of(x, x_clouds, b, tiled, squared), of_y = mean_of(y, y_clouds, b, tiled, squared);
         if (threadIdx.x == 0) {
             losses[b] = of_x + of_y;
             if (each) each[b] = (float)(of_x + of_y);
         }
     }
     if (!loss) return;
-    if (threadIdx.x == 0) {
-        __threadfence();
-        last = atomicAdd(known, 1) == gridDim.x - 1;
-        __threadfence();
+    if (gridDim.x > 1) {
+        if (threadIdx.x == 0) {
+            __threadfence();
+            last = atomicAdd(known, 1) == gridDim.x - 1;
+            __threadfence();
+        }
+        __syncthreads();
+        if (!last) return;
     }
     __syncthreads();
-    if (!last) return;
     const double sum = sum_of(losses, x_clouds.count);
     if (threadIdx.x == 0) *loss = (float)(sum / parts);
 }
+
+// ---- the gradient --------------------------------------------------------------------------------------------------
+
+// One of the two batches of clouds.
+struct Pulled {
+    const point_t *points;  // [points, 3]
+    const double *origins;  // [clouds, 3] that the search in this batch takes coordinates relative to; null: 0
+    const int *nearest;     // [points] the index of the nearest in the other
+    const float *d2;        // [points] and how far it is
+    const u32 *largest;     // [clouds] bits of the largest finite distance
+    u64 *given;             // [points, 3] what the points of the other give to it, zeros at first
+    point_t *gradient;      // [points, 3]
+};
+
+__device__ __forceinline__ int points_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].point; }
 
 // Terms of `count` points, none beyond what `largest` allows, times 2**shift_of fit a sum of 62 bits.
 __device__ __forceinline__ int shift_of(int count, u32 largest, int squared) {
@@ -144,74 +174,82 @@ __device__ __forceinline__ int shift_of(int count, u32 largest, int squared) {
     return 62 - (32 - __clz(count)) - bound;
 }
 
-// The gradient of one distance with respect to its first point.
-__device__ __forceinline__ void term_of(float term[3], const Row &x, const Row &y, float d2, int squared) {
-    const float v[3] = {__fsub_rn(x.x, y.x), __fsub_rn(x.y, y.y), __fsub_rn(x.z, y.z)}, d = __fsqrt_rn(d2);
+// The gradient of a distance that is found, of point i of cloud b, with respect to the point.
+__device__ __forceinline__ void term_of(float term[3], const Pulled &side, const Pulled &other, int b, int i, int squared) {
+    const double *origin = other.origins ? other.origins + 3 * b : nullptr;
+    const float d = __fsqrt_rn(side.d2[i]);
+    const int nearest = side.nearest[i];
 #pragma unroll
-    for (int e = 0; e < 3; ++e) term[e] = d == 0 ? 0.0f : squared ? __fmul_rn(2, v[e]) : __fdiv_rn(v[e], d);
+    for (int e = 0; e < 3; ++e) {
+        const float v = __fsub_rn(coordinate(side.points, i, e, origin), coordinate(other.points, nearest, e, origin));
+        term[e] = d == 0 ? 0.0f : squared ? __fmul_rn(2, v) : __fdiv_rn(v, d);
+    }
 }
 
-// What point `slot` of a side gives to its nearest.
-__device__ void give(const Side &side, const Clouds &clouds, const Side &other, int slot, int squared) {
-    const Row point = side.queries[slot];
-    if (point.index < 0 || side.nearest[point.index] < 0) return;
-    const float square = side.d2[point.index];
-    if (square - square != 0) return;           // infinitely far
-    const int nearest = side.nearest[point.index], b = cloud_of<&Cloud::slot>(clouds, slot);
-    const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
-    const int shift = shift_of(next.point - cloud.point, side.largest[cloud.tile], squared);
+__device__ __forceinline__ bool is_found(const Pulled &side, int i) {
+    return side.nearest[i] >= 0 && side.d2[i] - side.d2[i] == 0;        // and not infinitely far
+}
+
+// What point i of a side gives to its nearest.
+__device__ void give(const Pulled &side, const Clouds &clouds, const Pulled &other, int i, int squared) {
+    if (!is_found(side, i)) return;
+    const int b = cloud_of<&Cloud::point>(clouds, i);
+    const int shift = shift_of(rows_of(clouds)[b + 1].point - rows_of(clouds)[b].point, side.largest[b], squared);
     float term[3];
-    term_of(term, point, other.rows[other.slot_of[nearest]], square, squared);
+    term_of(term, side, other, b, i, squared);
+    u64 *given = other.given + 3 * (size_t)side.nearest[i];
 #pragma unroll
-    for (int e = 0; e < 3; ++e)
-        atomicAdd(&other.given[3 * (size_t)nearest + e], (u64)-llrint(scalbn((double)term[e], shift)));
+    for (int e = 0; e < 3; ++e) atomicAdd(&given[e], (u64)-llrint(scalbn((double)term[e], shift)));
 }
 
-// A thread a slot of x, then of y.
+// A thread a point of x, then of y.
 extern "C" __global__ __launch_bounds__(THREADS) void chamfer_give(
-    const __grid_constant__ Side x,
-    const __grid_constant__ Side y,
+    const __grid_constant__ Pulled x,
+    const __grid_constant__ Pulled y,
     const __grid_constant__ Clouds x_clouds,
     const __grid_constant__ Clouds y_clouds,
     int squared)
 {
-    const int slot = blockIdx.x * THREADS + threadIdx.x, x_slots = slots_of(x_clouds);
-    if (slot < x_slots) give(x, x_clouds, y, slot, squared);
-    else if (slot < x_slots + slots_of(y_clouds)) give(y, y_clouds, x, slot - x_slots, squared);
+    const int i = blockIdx.x * THREADS + threadIdx.x, in_x = points_of(x_clouds);
+    if (i < in_x) give(x, x_clouds, y, i, squared);
+    else if (i - in_x < points_of(y_clouds)) give(y, y_clouds, x, i - in_x, squared);
 }
 
-// The gradient of point `slot` of a side.
+// What is asked of each cloud's loss, or of the one that all have.
+struct Asked {
+    const float *dloss;     // [clouds], or []; null: 1
+    long long step;         // from one to the next; 0: there is one
+    int parts;              // that the loss is the mean of, or 1
+};
+
 __device__ void write_gradient(
-    const Side &side, const Clouds &clouds, const Side &other, const Clouds &other_clouds, int slot, int squared, int parts)
+    const Pulled &side, const Clouds &clouds, const Pulled &other, const Clouds &other_clouds, int i, int squared, const Asked &asked)
 {
-    const Row point = side.queries[slot];
-    if (point.index < 0) return;
-    const int b = cloud_of<&Cloud::slot>(clouds, slot), nearest = side.nearest[point.index];
+    const int b = cloud_of<&Cloud::point>(clouds, i);
     const int count = rows_of(clouds)[b + 1].point - rows_of(clouds)[b].point;
-    const Cloud cloud = rows_of(other_clouds)[b];
-    const int other_count = rows_of(other_clouds)[b + 1].point - cloud.point;
-    const int shift = shift_of(other_count, other.largest[cloud.tile], squared);
-    const float square = side.d2[point.index];
-    float own[3] = {square - square, square - square, square - square};         // NaN where infinitely far
-    if (own[0] == 0 && nearest >= 0) term_of(own, point, other.rows[other.slot_of[nearest]], square, squared);
+    const int other_count = rows_of(other_clouds)[b + 1].point - rows_of(other_clouds)[b].point;
+    const int shift = shift_of(other_count, other.largest[b], squared);
+    const float nan = __int_as_float(0x7fffffff), dloss = asked.dloss ? asked.dloss[b * asked.step] : 1;
+    float own[3] = {nan, nan, nan};
+    if (is_found(side, i)) term_of(own, side, other, b, i, squared);
 #pragma unroll
     for (int e = 0; e < 3; ++e) {
-        const size_t at = 3 * (size_t)point.index + e;
+        const size_t at = 3 * (size_t)i + e;
         const double sum = own[e] / (double)count + scalbn((double)(long long)side.given[at], -shift) / other_count;
-        side.gradient[at] = (float)(sum / parts);
+        side.gradient[at] = narrow(__fmul_rn((float)(sum / asked.parts), dloss));
     }
 }
 
-// A thread a slot of x, then of y.
+// A thread a point of x, then of y.
 extern "C" __global__ __launch_bounds__(THREADS) void chamfer_gradient(
-    const __grid_constant__ Side x,
-    const __grid_constant__ Side y,
+    const __grid_constant__ Pulled x,
+    const __grid_constant__ Pulled y,
     const __grid_constant__ Clouds x_clouds,
     const __grid_constant__ Clouds y_clouds,
     int squared,
-    int parts)                                  // that the loss is the mean of, or 1
+    const __grid_constant__ Asked asked)
 {
-    const int slot = blockIdx.x * THREADS + threadIdx.x, x_slots = slots_of(x_clouds);
-    if (slot < x_slots) write_gradient(x, x_clouds, y, y_clouds, slot, squared, parts);
-    else if (slot < x_slots + slots_of(y_clouds)) write_gradient(y, y_clouds, x, x_clouds, slot - x_slots, squared, parts);
+    const int i = blockIdx.x * THREADS + threadIdx.x, in_x = points_of(x_clouds);
+    if (i < in_x) write_gradient(x, x_clouds, y, y_clouds, i, squared, asked);
+    else if (i - in_x < points_of(y_clouds)) write_gradient(y, y_clouds, x, x_clouds, i - in_x, squared, asked);
 }

@@ -3,7 +3,7 @@
 //
 // A piece of the bucket order's curve of 32 points is long, or even apart. So the points of a node are split again, in halves across
 // the longest edge of their box, down to tiles. Counted on a sphere of 131,072 points: near queries must look at 1.8 tiles and not at
-// 3.1, those around the centre at 87 and not at 230.
+// 3.1, those around the centre at 87 and not at 230. Where every cloud is one node, no bucket order is needed before.
 
 #define THREADS 1024        // points of a node
 #define BRANCH_THREADS 128
@@ -198,12 +198,12 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_join(
 // A block a node, a warp a tile. float64 coordinates are taken relative to `origins`, in float64, and then rounded.
 extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
     const point_t *__restrict__ points,         // [points, 3]
-    const int *__restrict__ slot_to_point,      // [slots] in bucket order, -1 in padding
+    const point_t *__restrict__ others,         // those of a second batch, if there is one
+    const int *__restrict__ slot_to_point,      // [slots] in bucket order, -1 in padding; null: as they come
     const __grid_constant__ Clouds clouds,      // of these points
     int second,                                 // cloud where a second batch begins, whose indices count from 0 again
-    const double *__restrict__ origins,         // [clouds, 3] of the cloud that is searched; null: 0
+    const double *__restrict__ origins,         // [clouds of a batch, 3] of the cloud that is searched; null: 0
     Row *__restrict__ rows,                     // [slots]
-    int *__restrict__ slot_of,                  // [points] where each point is in the end
     Box *__restrict__ tiles,                    // [slots / TILE], or null: rows alone
     Box *__restrict__ nodes)                    // [nodes]
 {
@@ -215,20 +215,18 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
     const float nan = __int_as_float(0x7fffffff);
     Row row = {nan, nan, nan, -1};
     if (slot < next.slot) {                     // by whole tiles
-        const int i = slot_to_point[slot];
-        float x[3];
+        const int place = cloud.point + slot - cloud.slot;
+        const int i = slot_to_point ? slot_to_point[slot] : place < next.point ? place : -1;
+        if (i >= 0) {
+            const bool first = b < second;
+            const double *origin = origins ? origins + 3 * (first ? b : b - second) : nullptr;
+            row.index = first ? i : i - rows_of(clouds)[second].point;
+            float x[3];
 #pragma unroll
-        for (int d = 0; d < 3; ++d) {
-            coord_t value = i >= 0 ? widen(points[3 * (size_t)i + d]) : (coord_t)0;
-#if POINT == 1
-            if (origins) value = __dsub_rn(value, origins[3 * b + d]);
-            x[d] = __double2float_rn(value);
-#else
-            x[d] = value;
-#endif
+            for (int d = 0; d < 3; ++d) x[d] = coordinate(first ? points : others, row.index, d, origin);
+            // Infinities become NaN: else one would be found, infinitely far, where nothing nearer is, or within an infinite radius.
+            if (is_finite(x[0]) && is_finite(x[1]) && is_finite(x[2])) row = Row{x[0], x[1], x[2], row.index};
         }
-        // Infinities become NaN: else one would be found, infinitely far, where nothing nearer is, or within an infinite radius.
-        row = i >= 0 && is_finite(x[0]) && is_finite(x[1]) && is_finite(x[2]) ? Row{x[0], x[1], x[2], i} : Row{nan, nan, nan, i};
     }
     if (tiles) {
         splitter.x[0][threadIdx.x] = row.x;
@@ -239,9 +237,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
         u32 from = threadIdx.x, last = is_finite(row) ? 0 : row.index >= 0 ? PLACES - 2 : PLACES - 1;
         split<THREADS>(splitter, from, last, 0);
         row = Row{splitter.x[0][from], splitter.x[1][from], splitter.x[2][from], splitter.index[from]};
-        if (row.index >= 0) slot_of[row.index] = slot;
     }
-    if (row.index >= 0 && b >= second) row.index -= rows_of(clouds)[second].point;
     if (slot < next.slot) rows[slot] = row;
     if (!tiles) return;
     const bool finite = is_finite(row);

@@ -235,12 +235,13 @@ def samples():
     yield OPS.bucket_unpool_backward, features.detach(), members, *shape, 2
     x, y, lengths = normal(40, 3), normal(30, 3, seed=1), ((30, 10), (10, 20))
     for reduction in ("mean", "none"):
-        yield OPS.chamfer, x, y, *lengths, False, reduction, True
-    yield OPS.chamfer, x.detach(), y.detach(), *lengths, True, "sum", False
+        yield OPS.chamfer, x, y, *lengths, False, reduction
+        loss, found = OPS.chamfer(x.detach(), y.detach(), *lengths, True, reduction)
+        yield OPS.chamfer_backward, torch.rand(loss.shape), x.detach(), y.detach(), found, *lengths, True, reduction
     yield OPS.apml, x, y, *lengths, 0.8, 1e-8, 20, "mean", "none", 5000, True
     yield OPS.apml, x.detach(), y.detach(), *lengths, 0.8, 1e-8, 20, "min", "sum", None, False
-    _, dx, dy = OPS.chamfer(x, y, *lengths, False, "none", True)
-    yield OPS.loss_backward, torch.rand(2), dx, dy, x.detach(), y.detach(), *lengths
+    _, dx, dy = OPS.apml(x, y, *lengths, 0.8, 1e-8, 20, "mean", "none", 5000, True)
+    yield OPS.apml_backward, torch.rand(2), dx, dy, x.detach(), y.detach(), *lengths
 
 
 @compiling

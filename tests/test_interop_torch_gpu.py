@@ -101,7 +101,11 @@ def test_chamfer(cp, d, reduction):
     options = {"x_lengths": [200, 400], "y_lengths": [450, 50], "reduction": reduction}
     loss = g.chamfer(x, y, **options)
     expected, gradients = gpu3d.chamfer_value_and_grad(x, y, **options)
-    assert_same([loss, *torch.autograd.grad(loss.sum(), (x, y))], [expected, *gradients])
+    assert_same([loss, *torch.autograd.grad(loss.sum(), (x, y), retain_graph=True)], [expected, *gradients])
+    asked = torch.tensor([4.0, 9, -0.5, 9], device="cuda")[::2] if reduction == "none" else torch.tensor(4.0).cuda()
+    factors = [4.0, -0.5 if reduction == "none" else 4.0]
+    pulled = [torch.cat([z[:n] * factors[0], z[n:] * factors[1]]) for z, n in zip(gradients, (200, 450), strict=True)]
+    assert_same(torch.autograd.grad(loss, (x, y), asked), pulled)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -171,7 +175,7 @@ def test_calls_that_are_played(cp, monkeypatch, by):
         x.copy_(normal(600, 3, seed=seed))
         graph.replay()
         assert_same([loss], [gpu3d.chamfer(x, y, **sides[0])])
-    played = {"bucketize", "move_rows", "chamfer", "apml"} | {
+    played = {"bucketize", "move_rows", "chamfer", "chamfer_backward", "apml"} | {
         f"bucket_{name}{back}" for name in ("attention", "pool", "unpool") for back in ("", "_backward")
     }
     calls = [(key[0], kind.played) for key, kinds in g._kinds.items() for kind in kinds if kind.played is not None]

@@ -74,7 +74,7 @@ def test_a_program_is_played(driver):
     for base in (1000, 9000):
         _replay.play(program, [base, 5000], 77)
         cleared, launched = driver.steps
-        view = struct.pack("<QQQ", 5016, 2**40, 5000 + _replay.PIECE)
+        view = struct.pack("<QQQ", 5016, 2**40, 5000 + _replay.PIECE + _replay.GAP)
         assert cleared == (5032, 0, 8, 77)
         assert launched == (FUNCTION, (3, 1, 1, 128, 1, 1, 0), 77, struct.pack("<Q24siQ", base + 8, view, 7, 0), None)
         driver.steps.clear()
@@ -108,11 +108,11 @@ def test_where_it_cannot_be_had(monkeypatch):
     """No compiler, one that fails, or no driver: None, and no error."""
     functions = types.SimpleNamespace(**dict.fromkeys(_native.DRIVER, ctypes.CFUNCTYPE(None)(lambda: None)))
     library = _native.library.__wrapped__
-    for compiler in ("no-such-compiler", "false", "sh -c 'exit 3'"):
+    for compiler in ("no-such-compiler", "false", "sh -c 'exit 3'", "cc 'an open quote"):
         monkeypatch.setattr(_cuda, "driver", lambda: functions)
         monkeypatch.setenv("CC", compiler)
         assert library() is None
-        with pytest.raises(OSError):
+        with pytest.raises((OSError, ValueError)):
             _native.load([0] * len(_native.DRIVER))
 
     def no_driver():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 
 import gpu3d
-from gpu3d import _arrays
+from gpu3d import _arrays, neighbors
 from gpu3d.reference import neighbors as reference
 
 DTYPES = {
@@ -231,6 +231,43 @@ def test_chamfer_is_the_definition(dtype, dimensions, squared):
         rounded = exact[:, :dimensions].astype(np.float32).astype(of.dtype)
         assert_same_bits([gradient], [rounded])
         assert (gradient.astype(float) != 0).any(axis=1).mean() > 0.5
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chamfer_backward(dtype, reduction):
+    """The gradients times what is asked of the loss: in float32, and then rounded."""
+    lengths = {"x_lengths": (50, 1, 30), "y_lengths": (20, 64, 1)}
+    x, y = ragged(*lengths.values(), dtype=dtype)
+    options = {**lengths, "squared": True, "reduction": reduction}
+    loss, found = neighbors.chamfer_found(x, y, **options)
+    assert_same_bits([loss], [gpu3d.chamfer(x, y, **options)])
+    dloss = np.random.default_rng(0).standard_normal(loss.shape).astype(np.float32)
+    got = neighbors.chamfer_backward(dloss, x, y, found, **options)
+    wide = (z if dtype == "float64" else z.astype(np.float32) for z in (x, y))  # whose gradients are float32
+    plain, expected = gpu3d.chamfer_value_and_grad(*wide, **options).gradients, []
+    for gradient, of_clouds in zip(plain, lengths.values(), strict=True):
+        factors = np.repeat(dloss, of_clouds) if reduction == "none" else np.full(sum(of_clouds), dloss)
+        expected.append((gradient.astype(np.float32) * factors[:, None]).astype(x.dtype))
+    assert_same_bits(got, expected)
+
+
+def test_bad_input_of_chamfer_backward():
+    """Memory is read by what was found, so that must fit."""
+    (x, y), lengths = pair("near", 40, 50), {"x_lengths": (30, 10), "y_lengths": (20, 30)}
+    options = {**lengths, "squared": False, "reduction": "none"}
+    loss, found = neighbors.chamfer_found(x, y, **options)
+    for changes, message in (
+        ({"found": found[:-1]}, r"found must be int32 \[184\], of the same clouds, got int32 \[183\]"),
+        ({"found": found.view(np.float32)}, r"found must be int32 \[184\], .* got float32 \[184\]"),
+        ({"x": x[1:]}, "x_lengths must sum to the number of x"),
+        ({"dloss": loss[:1]}, r"dloss must have the loss's shape, got \[1\] for reduction 'none'"),
+        ({"reduction": "sum"}, r"dloss must have the loss's shape, got \[2\] for reduction 'sum'"),
+    ):
+        good = {"dloss": loss, "x": x, "y": y, "found": found, **options}
+        neighbors.chamfer_backward(**good)
+        with pytest.raises(ValueError, match=message):
+            neighbors.chamfer_backward(**{**good, **changes})
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

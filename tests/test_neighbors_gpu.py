@@ -25,6 +25,7 @@ from test_neighbors import (
 )
 
 import gpu3d
+from gpu3d import neighbors
 from gpu3d.reference import neighbors as reference
 
 pytestmark = pytest.mark.gpu
@@ -72,6 +73,26 @@ def check_chamfer(cp, x, y, note="", **options):
         loss = check(cp, gpu3d.chamfer, x, y, note=note, squared=squared, **options)
         both = check(cp, gpu3d.chamfer_value_and_grad, x, y, note=note, squared=squared, **options)
         assert_same_bits(both[:1], loss)
+    check_chamfer_backward(cp, x, y, note, **options)
+
+
+def check_chamfer_backward(cp, x, y, note, x_lengths=None, y_lengths=None, reduction="mean"):
+    """What was found, and the gradients times what is asked of the losses, which are every other number of an array."""
+    shared = {"squared": True, "reduction": reduction}
+    lengths = {"x_lengths": tuple(x_lengths or [len(x)]), "y_lengths": tuple(y_lengths or [len(y)])}
+    numbers = np.random.default_rng(len(x)).standard_normal((len(lengths["x_lengths"]), 2), np.float32)
+    found, gradients = [], []
+    for asarray in (np.asarray, cp.asarray):
+        arrays, dloss = (asarray(x), asarray(y)), asarray(numbers)[:, 0]
+        dloss = dloss if reduction == "none" else dloss[:1].reshape(())
+        poison(cp, max(1 << 26, 300 * (x.nbytes + y.nbytes)))
+        found.append(neighbors.chamfer_found(*arrays, **lengths, **shared)[1])
+        gradients.append(neighbors.chamfer_backward(dloss, *arrays, found[-1], **lengths, **shared))
+    on_cpu, on_gpu = (np.split(cp.asnumpy(z), reference.found_parts(*lengths.values())[1:-1]) for z in found)
+    for number, (a, b) in enumerate(zip(on_gpu, on_cpu, strict=True)):
+        dtype = np.float32 if number % 3 else np.int32
+        assert_same_bits([a.view(dtype)], [b.view(dtype)], f"part {number} of what was found, {note}")
+    assert_same_bits([z.get() for z in gradients[1]], gradients[0], f"backward {note}")
 
 
 # ---- the same bits as the reference --------------------------------------------------------------------------------

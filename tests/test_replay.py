@@ -16,6 +16,7 @@ import pytest
 from gpu3d import _cuda
 from gpu3d.interop import _replay
 
+PIECE, GAP = _replay.PIECE, _replay.GAP
 FUNCTION = 4321
 FORMATS = ("Q", "24s", "i", "Q")  # a pointer, a struct with one, a number, and a pointer that is null or not
 
@@ -61,7 +62,7 @@ def test_addresses_follow_their_memory(runtime):
     _replay.play(program, [1000, 5000], 77)
     ((size, stream, (pointer, view, number, null)),) = launched
     assert (size, stream, pointer, number, null) == ((3, 1, 1, 128, 1, 1, 0), 77, 1008, 7, 0)
-    assert struct.unpack("<QQQ", view) == (5016, 2**40, 5000 + _replay.PIECE) and program.workspace == 2 * _replay.PIECE
+    assert struct.unpack("<QQQ", view) == (5016, 2**40, 5000 + PIECE + GAP) and program.workspace == 2 * (PIECE + GAP)
     assert runtime == [(5032, 0, 8, 77)]
 
 
@@ -186,7 +187,7 @@ def test_a_call_is_rehearsed(driver):
     driver.kernel = _kernel(started)
     program = _replay.rehearse(lambda x: _call(driver, x), ARRAYS, 0)
     assert not started and driver.captures == 0 and driver.mode == 0 and _cuda._thread.steps is None
-    assert program.workspace == _replay.PIECE
+    assert program.workspace == PIECE + GAP
     assert program.results == (((5,), np.float32, 0, None), ((0,), np.float32, 0, None))
     _replay.play(program, [1004, 2000, 0, 3000], 77)
     ((_, stream, (pointer, view, number, null)),) = started

@@ -66,7 +66,7 @@ def library() -> ctypes.CDLL | None:
     """play.c with CUDA's driver; None: Python does it."""
     try:
         return load([ctypes.cast(getattr(_cuda.driver(), name), c_void_p).value or 0 for name in DRIVER])
-    except (OSError, AttributeError):  # no driver, no compiler, or a folder from which nothing may be run
+    except (OSError, AttributeError, ValueError):  # no driver, no compiler, or one that is not what $CC says
         return None
 
 

@@ -10,10 +10,10 @@ for the GPU; a call runs on XLA's stream, and its results and workspaces are XLA
 Where there is a GPU when a program is traced, a dry run of each call tells what it launches and how much workspace it
 needs. The workspace is one more result of the foreign function then. From its second run on XLA calls play.c, which
 launches the same again without Python, if the machine has a C compiler; and XLA may record the op in a command buffer
-(a CUDA graph), and ask nobody. By default it does so where five or more of a program's
-operations can be recorded; jax.jit(..., compiler_options={"xla_gpu_graph_min_graph_size": 1}) has it record fewer.
-Ops that are not recorded, as those of 2-D and of float64 clouds, whose calls have CuPy's own kernels in them, and
-bucketize with check_finite=True, give their workspace back when the call has been enqueued.
+(a CUDA graph), and ask nobody. By default it does so where five or more of a program's operations can be recorded;
+jax.jit(..., compiler_options={"xla_gpu_graph_min_graph_size": 1}) has it record fewer. Ops that are not recorded, as
+those of 2-D and of float64 clouds, whose calls have CuPy's own kernels in them, and bucketize with check_finite=True,
+give their workspace back when the call has been enqueued.
 
 `Buckets`, `Scopes` and `Pooling` are pytrees: arrays are leaves, lengths and sizes are static. jit compiles a function
 anew for other lengths. scatter, gather and scopes are JAX's own gathers and constants, which XLA fuses with what

@@ -11,7 +11,8 @@ made inside a compiled function, passed into it and returned from it. Lengths ar
 those of another batch as symbols, and the number of clouds as fixed.
 
 On the current GPU calls are played from the third of a kind on (the same shapes, strides, dtypes and numbers): see
-`_replay`. Through autograd goes the first result alone, and with it what its gradient takes.
+`_replay`. Calls in which one tensor comes twice (q, k and v in one, x beside itself) are not. Through autograd goes the
+first result alone, and with it what its gradient takes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ except ImportError as error:
     raise ImportError('gpu3d.interop.torch needs torch: pip install "gpu3d[torch]".') from error
 
 import gpu3d
-from gpu3d import _arrays, attention, pooling
+from gpu3d import _arrays, attention, neighbors, pooling
 from gpu3d import buckets as layouts
 from gpu3d.buckets import Buckets, Scopes
 from gpu3d.interop import _layouts, _replay
@@ -716,12 +717,8 @@ _no_second_derivative("bucket_unpool_backward")
 # ---- operators: losses ---------------------------------------------------------------------------------------------
 
 
-def _loss_fake(
-    x: torch.Tensor, y: torch.Tensor, x_lengths: Sequence[int], reduction: str, with_grad: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    loss = x.new_empty((len(x_lengths),) if reduction == "none" else (), dtype=torch.float32)
-    dx, dy = (z.new_empty(z.shape if with_grad else (0,)) for z in (x, y))
-    return loss, dx, dy
+def _loss_fake(x: torch.Tensor, x_lengths: Sequence[int], reduction: str) -> torch.Tensor:
+    return x.new_empty((len(x_lengths),) if reduction == "none" else (), dtype=torch.float32)
 
 
 def _chamfer_fake(
@@ -731,14 +728,14 @@ def _chamfer_fake(
     y_lengths: Sequence[int],
     squared: bool,
     reduction: str,
-    with_grad: bool,
 ) -> Any:
-    return _loss_fake(x, y, x_lengths, reduction, with_grad)
+    words = 2 * (x.shape[0] + y.shape[0] + len(x_lengths))
+    return _loss_fake(x, x_lengths, reduction), x.new_empty((words,), dtype=torch.int32)
 
 
 @_operator(
-    "chamfer(Tensor x, Tensor y, SymInt[] x_lengths, SymInt[] y_lengths, bool squared, str reduction, bool with_grad) "
-    "-> (Tensor, Tensor, Tensor)",
+    "chamfer(Tensor x, Tensor y, SymInt[] x_lengths, SymInt[] y_lengths, bool squared, str reduction) "
+    "-> (Tensor, Tensor)",
     _chamfer_fake,
     _always,
 )
@@ -749,65 +746,47 @@ def _chamfer(
     y_lengths: Sequence[int],
     squared: bool,
     reduction: str,
-    with_grad: bool,
 ) -> Any:
-    """The loss and, with_grad, what it pulls x and y by: the search that finds one has found the other."""
-    options: dict[str, Any] = {
-        "x_lengths": x_lengths,
-        "y_lengths": y_lengths,
-        "squared": squared,
-        "reduction": reduction,
-    }
-    if not with_grad:
-        return gpu3d.chamfer(x, y, **options), _nothing(x), _nothing(y)
-    loss, (dx, dy) = gpu3d.chamfer_value_and_grad(x, y, **options)
-    return loss, _contiguous(dx), _contiguous(dy)
+    """The loss, and what the search found on the way, for its gradient."""
+    return neighbors.chamfer_found(x, y, x_lengths=x_lengths, y_lengths=y_lengths, squared=squared, reduction=reduction)
 
 
-def _save_loss(ctx: Any, tensors: Any, numbers: Any, output: Any) -> None:
-    _, dx, dy = output
-    ctx.save_for_backward(dx, dy, *tensors)
-    ctx.lengths = numbers[:2]
+def _chamfer_backward_fake(dloss: torch.Tensor, x: torch.Tensor, y: torch.Tensor, *rest: Any) -> Any:
+    return x.new_empty(x.shape), y.new_empty(y.shape)
 
 
-def _backward_of_loss(ctx: Any, dloss: torch.Tensor) -> Any:
-    return _run("loss_backward", (dloss, *ctx.saved_tensors), ctx.lengths)
-
-
-def _loss_backward_fake(dloss: torch.Tensor, dx: torch.Tensor, dy: torch.Tensor, *rest: Any) -> Any:
-    return dx.new_empty(dx.shape), dy.new_empty(dy.shape)
-
-
-# x and y stand here so that torch knows what the result depends on: a second derivative is refused, not taken for 0.
 @_operator(
-    "loss_backward(Tensor dloss, Tensor dx, Tensor dy, Tensor x, Tensor y, SymInt[] x_lengths, SymInt[] y_lengths) "
-    "-> (Tensor, Tensor)",
-    _loss_backward_fake,
-    in_torch=True,
+    "chamfer_backward(Tensor dloss, Tensor x, Tensor y, Tensor found, SymInt[] x_lengths, SymInt[] y_lengths, "
+    "bool squared, str reduction) -> (Tensor, Tensor)",
+    _chamfer_backward_fake,
+    _always,
 )
-def _loss_backward(
+def _chamfer_backward(
     dloss: torch.Tensor,
-    dx: torch.Tensor,
-    dy: torch.Tensor,
     x: torch.Tensor,
     y: torch.Tensor,
+    found: torch.Tensor,
     x_lengths: Sequence[int],
     y_lengths: Sequence[int],
+    squared: bool,
+    reduction: str,
 ) -> Any:
-    if dloss.ndim == 0 and dx.dtype == dy.dtype == dloss.dtype:
-        return tuple(torch._foreach_mul([dx, dy], dloss))  # in one launch
-    return _pulled(dx, dloss, x_lengths), _pulled(dy, dloss, y_lengths)
+    options: dict[str, Any] = {"squared": squared, "reduction": reduction}
+    gradients = neighbors.chamfer_backward(dloss, x, y, found, x_lengths=x_lengths, y_lengths=y_lengths, **options)
+    return tuple(map(_contiguous, gradients))
 
 
-def _pulled(gradient: torch.Tensor, dloss: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """The gradient of each cloud times that of its loss."""
-    if dloss.ndim and lengths:  # no repeat_interleave: its counts would have to come from the host
-        dloss = torch.cat([part.expand(n, 1) for part, n in zip(dloss, lengths, strict=True)])
-    return (gradient * dloss).to(gradient.dtype)
+def _save_chamfer(ctx: Any, tensors: Any, numbers: Any, output: Any) -> None:
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.numbers = numbers
 
 
-_gradient("chamfer", _backward_of_loss, _save_loss)
-_no_second_derivative("loss_backward")
+def _backward_of_chamfer(ctx: Any, dloss: torch.Tensor) -> Any:
+    return _run("chamfer_backward", (dloss, *ctx.saved_tensors), ctx.numbers)
+
+
+_gradient("chamfer", _backward_of_chamfer, _save_chamfer)
+_no_second_derivative("chamfer_backward")
 _autocast("chamfer", 2, torch.float32)
 
 
@@ -824,7 +803,8 @@ def _apml_fake(
     max_entries: int | None,
     with_grad: bool,
 ) -> Any:
-    return _loss_fake(pred, target, pred_lengths, reduction, with_grad)
+    dpred, dtarget = (z.new_empty(z.shape if with_grad else (0,)) for z in (pred, target))
+    return _loss_fake(pred, pred_lengths, reduction), dpred, dtarget
 
 
 @_operator(
@@ -863,7 +843,51 @@ def _apml(
     return loss, _contiguous(dpred), _contiguous(dtarget)
 
 
-_gradient("apml", _backward_of_loss, _save_loss)
+def _apml_backward_fake(dloss: torch.Tensor, dpred: torch.Tensor, dtarget: torch.Tensor, *rest: Any) -> Any:
+    return dpred.new_empty(dpred.shape), dtarget.new_empty(dtarget.shape)
+
+
+# pred and target stand here so that torch knows what the result depends on: a second derivative is refused, not taken
+# for 0.
+@_operator(
+    "apml_backward(Tensor dloss, Tensor dpred, Tensor dtarget, Tensor pred, Tensor target, SymInt[] pred_lengths, "
+    "SymInt[] target_lengths) -> (Tensor, Tensor)",
+    _apml_backward_fake,
+    in_torch=True,
+)
+def _apml_backward(
+    dloss: torch.Tensor,
+    dpred: torch.Tensor,
+    dtarget: torch.Tensor,
+    pred: torch.Tensor,
+    target: torch.Tensor,
+    pred_lengths: Sequence[int],
+    target_lengths: Sequence[int],
+) -> Any:
+    if dloss.ndim == 0 and dpred.dtype == dtarget.dtype == dloss.dtype:
+        return tuple(torch._foreach_mul([dpred, dtarget], dloss))  # in one launch
+    return _pulled(dpred, dloss, pred_lengths), _pulled(dtarget, dloss, target_lengths)
+
+
+def _pulled(gradient: torch.Tensor, dloss: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """The gradient of each cloud times that of its loss."""
+    if dloss.ndim and lengths:  # no repeat_interleave: its counts would have to come from the host
+        dloss = torch.cat([part.expand(n, 1) for part, n in zip(dloss, lengths, strict=True)])
+    return (gradient * dloss).to(gradient.dtype)
+
+
+def _save_apml(ctx: Any, tensors: Any, numbers: Any, output: Any) -> None:
+    _, dpred, dtarget = output
+    ctx.save_for_backward(dpred, dtarget, *tensors)
+    ctx.lengths = numbers[:2]
+
+
+def _backward_of_apml(ctx: Any, dloss: torch.Tensor) -> Any:
+    return _run("apml_backward", (dloss, *ctx.saved_tensors), ctx.lengths)
+
+
+_gradient("apml", _backward_of_apml, _save_apml)
+_no_second_derivative("apml_backward")
 _autocast("apml", 2, torch.float32)
 
 
@@ -1104,8 +1128,7 @@ def chamfer(
     _check_tensors(x=x, y=y)
     packed_x, x_lengths = _arrays.pack_points(x, x_lengths, "x", "x_lengths", dimensions=(2, 3))
     packed_y, y_lengths = _arrays.pack_points(y, y_lengths, "y", "y_lengths", dimensions=(2, 3))
-    with_grad = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    loss, _, _ = _run("chamfer", (packed_x, packed_y), (x_lengths, y_lengths, squared, reduction, with_grad))
+    loss, _ = _run("chamfer", (packed_x, packed_y), (x_lengths, y_lengths, squared, reduction))
     return loss
 
 

@@ -12,6 +12,7 @@ is -1 and the distance NaN.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -396,47 +397,87 @@ def chamfer(
     y_clouds: Sequence[Cloud],
     squared: bool,
     reduction: str,
-    with_grad: bool,
-) -> tuple[np.ndarray, ...]:
-    """The loss float32 [] or [B], and with_grad the gradients of x and y in their dtypes behind it.
+) -> tuple[np.ndarray, np.ndarray]:
+    """The loss float32 [] or [B], and what was found on the way to it, which is all that the gradient takes.
 
     A cloud's loss is ordered_sum(d of x) / n + ordered_sum(d of y) / m in float64. "sum" is the ordered_sum over the
     clouds, "mean" that divided by their number; rounded to float32 at the end.
 
-    Gradients. The term of point i with its nearest j at d > 0 is v / d, or 2 * v if squared, in float32, where
-    v = x_i - y_j is the float32 difference that d is of. At d = 0 the term is 0; where d is not finite it is NaN.
-    The gradient of x_i is its own term / n plus (minus the terms of all y that have x_i as nearest) / m, in float64;
-    with "mean" divided by the number of clouds; rounded to float32 and then to x's dtype. Terms are added as integers,
-    so in any order: each times 2**shift, rounded to nearest even, where shift = 62 - bit_length(number of points that
-    the terms are of) - e, all terms being below 2**e: e = 1, or if squared e = 2 + E where the largest finite d of the
-    cloud's direction is f * 2**E, 1/2 <= f < 1 (no d above 0: all terms are 0). NaN terms are not added.
+    What was found is int32 [2 * (N + M + B)], see `found_parts`.
     """
-    x_lengths, y_lengths = ([cloud.length for cloud in clouds] for clouds in (x_clouds, y_clouds))
-    x_d2, x_nearest = nearest(x, x_lengths, y_clouds, 1)
-    y_d2, y_nearest = nearest(y, y_lengths, x_clouds, 1)
-    losses = np.zeros(len(x_lengths))
-    dx, dy = np.zeros((len(x), 3)), np.zeros((len(y), 3))
-    for b, (in_x, in_y) in enumerate(zip(x_clouds, y_clouds, strict=True)):
-        rows, columns = (slice(cloud.first, cloud.first + cloud.length) for cloud in (in_x, in_y))
-        n, m = in_x.length, in_y.length
-        d2 = x_d2[rows, 0], y_d2[columns, 0]
-        to_y, to_x = d2 if squared else map(np.sqrt, d2)
-        losses[b] = ordered_sum(to_y) / n + ordered_sum(to_x) / m
-        if with_grad:
-            of_x, given_y = _terms(x[rows], y[columns], x_nearest[rows, 0] - in_y.first, d2[0], in_y.origin, squared)
-            of_y, given_x = _terms(y[columns], x[rows], y_nearest[columns, 0] - in_x.first, d2[1], in_x.origin, squared)
-            dx[rows] = of_x / n + given_x / m
-            dy[columns] = of_y / m + given_y / n
+    parts: list[np.ndarray] = []
+    losses = np.zeros(len(x_clouds))
+    for points, clouds, others in ((x, x_clouds, y_clouds), (y, y_clouds, x_clouds)):
+        d2, indices = nearest(points, [cloud.length for cloud in clouds], others, 1)
+        d = np.sqrt(d2[:, 0])
+        largest = np.zeros(len(clouds), np.float32)
+        for b, cloud in enumerate(clouds):
+            of_cloud = d[cloud.first : cloud.first + cloud.length]
+            largest[b] = of_cloud.max(initial=0, where=np.isfinite(of_cloud))
+            of_cloud = d2[cloud.first : cloud.first + cloud.length, 0] if squared else of_cloud
+            losses[b] += ordered_sum(of_cloud) / cloud.length
+        parts += [indices[:, 0], d2[:, 0].view(np.int32), largest.view(np.int32)]
     with np.errstate(over="ignore", invalid="ignore"):
         if reduction != "none":
             losses = np.array(ordered_sum(losses))
         if reduction == "mean":
-            losses, dx, dy = (z / np.float64(len(x_clouds)) for z in (losses, dx, dy))  # of no clouds: NaN
-        loss = np.asarray(losses, np.float32)
-        if not with_grad:
-            return (loss,)
-        dx, dy = (g[:, : of.shape[1]].astype(np.float32).astype(of.dtype) for g, of in ((dx, x), (dy, y)))
-    return loss, dx, dy
+            losses = losses / np.float64(len(x_clouds))  # of no clouds: NaN
+        return np.asarray(losses, np.float32), np.concatenate(parts)
+
+
+def found_parts(x_lengths: Sequence[int], y_lengths: Sequence[int]) -> list[int]:
+    """Where the parts of what a Chamfer distance found begin, and where the last ends, in words.
+
+    Of each side, x and then y: for each point the index of its nearest in the other, int32, or -1; their d2, float32;
+    and for each cloud the largest finite distance, float32.
+    """
+    n, m, clouds = sum(x_lengths), sum(y_lengths), len(x_lengths)
+    return list(itertools.accumulate((n, n, clouds, m, m, clouds), initial=0))
+
+
+def chamfer_backward(
+    dloss: np.ndarray | None,
+    x: np.ndarray,
+    y: np.ndarray,
+    found: np.ndarray,
+    x_lengths: Sequence[int],
+    y_lengths: Sequence[int],
+    squared: bool,
+    reduction: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The gradients of x and y in their dtypes; dloss float32 [] or [B] is that of the loss, None: 1.
+
+    The term of point i with its nearest j at d > 0 is v / d, or 2 * v if squared, in float32, where v = x_i - y_j is
+    the float32 difference that d is of. At d = 0 the term is 0; where d is not finite it is NaN. The gradient of x_i is
+    its own term / n plus (minus the terms of all y that have x_i as nearest) / m, in float64; with "mean" divided by
+    the number of clouds; rounded to float32; times dloss, in float32; and rounded to x's dtype. Terms are added as
+    integers, so in any order: each times 2**shift, rounded to nearest even, where shift = 62 - bit_length(number of
+    points that the terms are of) - e, all terms being below 2**e: e = 1, or if squared e = 2 + E where the largest
+    finite d of the cloud's direction is f * 2**E, 1/2 <= f < 1 (no d above 0: all terms are 0). NaN terms are not
+    added.
+    """
+    parts = np.split(found, found_parts(x_lengths, y_lengths)[1:-1])
+    of_x, of_y = (
+        (indices, d2.view(np.float32), largest.view(np.float32)) for indices, d2, largest in (parts[:3], parts[3:])
+    )
+    dx, dy, row, column = np.zeros((len(x), 3)), np.zeros((len(y), 3)), 0, 0
+    for b, (n, m) in enumerate(zip(x_lengths, y_lengths, strict=True)):
+        rows, columns = slice(row, row + n), slice(column, column + m)
+        own_x, given_y = _terms(x[rows], y[columns], of_x[0][rows] - column, of_x[1][rows], of_x[2][b], squared)
+        own_y, given_x = _terms(y[columns], x[rows], of_y[0][columns] - row, of_y[1][columns], of_y[2][b], squared)
+        dx[rows] = own_x / n + given_x / m
+        dy[columns] = own_y / m + given_y / n
+        row, column = row + n, column + m
+    made = []
+    with np.errstate(over="ignore", invalid="ignore"):
+        for gradient, points, lengths in ((dx, x, x_lengths), (dy, y, y_lengths)):
+            if reduction == "mean":
+                gradient /= np.float64(len(lengths))
+            gradient = gradient[:, : points.shape[1]].astype(np.float32)
+            if dloss is not None:
+                gradient *= (np.repeat(dloss, lengths) if dloss.ndim else dloss.reshape(1))[:, None]
+            made.append(gradient.astype(points.dtype, copy=False))
+    return made[0], made[1]
 
 
 def _terms(
@@ -444,20 +485,21 @@ def _terms(
     targets: np.ndarray,
     nearest: np.ndarray,
     d2: np.ndarray,
-    origin: np.ndarray | None,
+    largest: np.float32,
     squared: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The sources' own terms float64 [n, 3], and what they give to the targets float64 [m, 3]."""
+    here = origin(targets)
     finite = np.isfinite(d2)
     d = np.sqrt(d2[finite])
     chosen = nearest[finite]
-    v = local(sources[finite], origin) - local(targets[chosen], origin)
+    v = local(sources[finite], here) - local(targets[chosen], here)
     with np.errstate(under="ignore"):
         term = 2 * v if squared else v / np.where(d > 0, d, np.float32(1))[:, None]
     term[d == 0] = 0
     own = np.full((len(sources), 3), np.nan)
     own[finite] = term
-    bound = 2 + int(np.frexp(d.max(initial=0))[1]) if squared else 1
+    bound = 2 + int(np.frexp(largest)[1]) if squared else 1
     shift = 62 - len(sources).bit_length() - bound
     given = np.zeros((len(targets), 3), np.int64)
     np.add.at(given, chosen, -np.rint(np.ldexp(own[finite], shift)).astype(np.int64))
