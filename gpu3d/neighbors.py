@@ -544,7 +544,7 @@ def _pair(x: Any, entered_x: _Entered, y: Any, entered_y: _Entered) -> tuple[Nei
 
 TILE = 32  # points; and tiles of a node, nodes of a branch
 NODE = reference.SUM_TILE  # points, of which an index keeps a box and a Chamfer distance a sum
-INDEX_THREADS = NODE
+INDEX_THREADS = NODE // 4
 BRANCH_THREADS = KNN_THREADS = RADIUS_THREADS = 128
 CHAMFER_THREADS = 256
 QUERIES, QUERIES_OF_FEW = 8, 2  # that a warp takes; fewer where k <= 2, for all wait in the end for the slowest warp

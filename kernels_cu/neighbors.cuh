@@ -91,7 +91,7 @@ __device__ __forceinline__ float along_normal(const Box &box, float x, float y, 
 // With u = 2^-24 the rounding of along_normal is below 4 u (|x| + |y| + |z|), and SLACK is 8 u, of a query and, in the planes, of a
 // point; normals are shortened by 32 u, so their square by 64 u, and that of d2 is 5 u.
 #define SLACK 0x1p-21f
-#define SHORTENED 0x1.fffffp-1f
+#define SHORTENED 0x1.ffffcp-1f
 __device__ __forceinline__ float slab_distance2(const Row &query, const Box &box) {
     const float s = along_normal(box, query.x, query.y, query.z), slack = SLACK * (fabsf(query.x) + fabsf(query.y) + fabsf(query.z));
     const float gap = fmaxf(fmaxf(box.below - s, s - box.above) - slack, 0);

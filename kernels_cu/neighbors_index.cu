@@ -5,12 +5,24 @@
 // the longest edge of their box, down to tiles. Counted on a sphere of 131,072 points: near queries must look at 1.8 tiles and not at
 // 3.1, those around the centre at 87 and not at 230. Where every cloud is one node, no bucket order is needed before.
 
-#define THREADS 1024        // points of a node
+//
+// A thread has four points that stand side by side in the node's order: of the 150 exchanges that split a node 65 are within a thread,
+// and all but seven of the others within a warp. Two nodes take 10.4 us and 1024 nodes 52; with a point a thread they took 19.3 and 132
+// (H200).
+
+#define POINTS 1024         // of a node
+#define EACH 4              // that a thread has
+#define THREADS (POINTS / EACH)     // mirrored by gpu3d/neighbors.py, as is the next
 #define BRANCH_THREADS 128
 
 #include "clouds.cuh"
 #include "voxels.cuh"
 #include "neighbors.cuh"
+
+#define OF_TILE (TILE / EACH)       // lanes
+#define WARPS (THREADS / 32)
+
+static_assert(EACH == 4, "a sort has its first two merges in registers");
 
 // Floats as integers of the same order, for min and max in one instruction a warp.
 __device__ __forceinline__ int ordered(float x) { const int i = __float_as_int(x); return i ^ (i >> 31 & 0x7fffffff); }
@@ -18,42 +30,53 @@ __device__ __forceinline__ float unordered(int i) { return __int_as_float(i ^ (i
 __device__ __forceinline__ float least(float x) { return unordered(__reduce_min_sync(FULL, ordered(x))); }
 __device__ __forceinline__ float most(float x) { return unordered(__reduce_max_sync(FULL, ordered(x))); }
 
-// What N numbers of all points add up to, of a warp or of the block; and the least and the most. On every thread.
-struct Warp {
+// What N numbers of LANES lanes, or of the block, add up to; and the least and the most. On every thread.
+template <int LANES>
+struct Lanes {
     template <int N>
     __device__ __forceinline__ void add(float (&x)[N]) const {
 #pragma unroll
         for (int i = 0; i < N; ++i)
 #pragma unroll
-            for (int step = 16; step; step /= 2) x[i] += __shfl_xor_sync(FULL, x[i], step);
+            for (int step = LANES / 2; step; step /= 2) x[i] += __shfl_xor_sync(FULL, x[i], step);
     }
-    __device__ __forceinline__ void bound(float &low, float &high) const { low = least(low); high = most(high); }
+    __device__ __forceinline__ void bound(float &low, float &high) const {
+        if constexpr (LANES == 32) {
+            low = least(low);
+            high = most(high);
+        } else
+#pragma unroll
+            for (int step = LANES / 2; step; step /= 2) {
+                low = fminf(low, __shfl_xor_sync(FULL, low, step));
+                high = fmaxf(high, __shfl_xor_sync(FULL, high, step));
+            }
+    }
 };
 
 struct Block {
-    float (*shared)[THREADS / 32];              // [6]
+    float (*shared)[WARPS];                     // [6]
     template <int N>
     __device__ __forceinline__ void add(float (&x)[N]) const {
         const int lane = threadIdx.x & 31;
-        Warp().add(x);
+        Lanes<32>().add(x);
         __syncthreads();
         if (lane == 0)
 #pragma unroll
             for (int i = 0; i < N; ++i) shared[i][threadIdx.x >> 5] = x[i];
         __syncthreads();
 #pragma unroll
-        for (int i = 0; i < N; ++i) x[i] = shared[i][lane];
-        Warp().add(x);
+        for (int i = 0; i < N; ++i) x[i] = shared[i][lane % WARPS];
+        Lanes<WARPS>().add(x);
     }
     __device__ __forceinline__ void bound(float &low, float &high) const {
         const int lane = threadIdx.x & 31;
-        Warp().bound(low, high);
+        Lanes<32>().bound(low, high);
         __syncthreads();
         if (lane == 0) { shared[0][threadIdx.x >> 5] = low; shared[1][threadIdx.x >> 5] = high; }
         __syncthreads();
-        low = shared[0][lane];
-        high = shared[1][lane];
-        Warp().bound(low, high);
+        low = shared[0][lane % WARPS];
+        high = shared[1][lane % WARPS];
+        Lanes<WARPS>().bound(low, high);
     }
 };
 
@@ -62,46 +85,69 @@ __device__ __forceinline__ Box no_box() {
     return Box{{INFINITE, INFINITE, INFINITE}, -1, {-INFINITE, -INFINITE, -INFINITE}, 0, {0, 0, 0}, 0};
 }
 
-// The box around the boxes of a warp's lanes. It has no slab.
+// The box around the boxes of lanes that are STEP, 2 STEP, ... LANES / 2 apart. It has no slab.
+template <int STEP, int LANES>
 __device__ __forceinline__ Box joined(const Box &box) {
     Box all = no_box();
+    u32 first = box.first;
 #pragma unroll
     for (int d = 0; d < 3; ++d) {
-        all.low[d] = least(box.low[d]);
-        all.high[d] = most(box.high[d]);
+        all.low[d] = box.low[d];
+        all.high[d] = box.high[d];
     }
-    all.first = (int)__reduce_min_sync(FULL, (u32)box.first);
+#pragma unroll
+    for (int step = STEP; step < LANES; step *= 2) {
+#pragma unroll
+        for (int d = 0; d < 3; ++d) {
+            all.low[d] = fminf(all.low[d], __shfl_xor_sync(FULL, all.low[d], step));
+            all.high[d] = fmaxf(all.high[d], __shfl_xor_sync(FULL, all.high[d], step));
+        }
+        first = min(first, __shfl_xor_sync(FULL, first, step));
+    }
+    all.first = (int)first;
     return all;
 }
 
-// The slab of the points in a box, a point a thread, into the box: the planes across the direction in which they vary least.
+// The slab of the points in a box into the box, on every thread that has some: the planes across the direction in which they vary
+// least.
 //
 // That is the eigenvector of their covariance's least eigenvalue, so the largest of its cofactors' matrix, to which the columns
 // of a power of that matrix converge. Any direction is right, and only a good one is useful.
 template <class Threads>
-__device__ __forceinline__ void find_slab(Box &box, const Row &point, bool finite, const Threads &threads) {
-    const float x[3] = {point.x, point.y, point.z};
-    float size = 0, reach = 0, scaled[3], sums[4];
+__device__ __forceinline__ void find_slab(Box &box, const Row (&points)[EACH], const Threads &threads) {
+    float size = 0, reach = 0, scaled[EACH][3], sums[4] = {}, moments[6] = {};
 #pragma unroll
     for (int d = 0; d < 3; ++d) {
         size = fmaxf(size, box.high[d] - box.low[d]);
         reach += fmaxf(fabsf(box.low[d]), fabsf(box.high[d]));
     }
-    if (!(size > 0 && reach < 1e37f)) return;               // one point, or along_normal may overflow; alike on all threads
+    const float scale = __fdividef(1, size);    // infinite for one point: then nothing is a number, and there is no slab
 #pragma unroll
-    for (int d = 0; d < 3; ++d) sums[d] = scaled[d] = finite ? (x[d] - 0.5f * (box.low[d] + box.high[d])) / size : 0;
-    sums[3] = finite;
+    for (int k = 0; k < EACH; ++k) {
+        const float x[3] = {points[k].x, points[k].y, points[k].z};
+        const bool finite = is_finite(points[k]);
+#pragma unroll
+        for (int d = 0; d < 3; ++d) sums[d] += scaled[k][d] = finite ? (x[d] - 0.5f * (box.low[d] + box.high[d])) * scale : 0;
+        sums[3] += finite;
+    }
     threads.add(sums);
+    const float of_one = __fdividef(1, sums[3]);
 #pragma unroll
-    for (int d = 0; d < 3; ++d) scaled[d] = finite ? scaled[d] - sums[d] / sums[3] : 0;
-    float moments[6] = {scaled[0] * scaled[0], scaled[0] * scaled[1], scaled[0] * scaled[2],
-                        scaled[1] * scaled[1], scaled[1] * scaled[2], scaled[2] * scaled[2]};
+    for (int k = 0; k < EACH; ++k) {
+        const bool finite = is_finite(points[k]);
+        float v[3];
+#pragma unroll
+        for (int d = 0; d < 3; ++d) v[d] = finite ? scaled[k][d] - sums[d] * of_one : 0;
+        const float products[6] = {v[0] * v[0], v[0] * v[1], v[0] * v[2], v[1] * v[1], v[1] * v[2], v[2] * v[2]};
+#pragma unroll
+        for (int i = 0; i < 6; ++i) moments[i] += products[i];
+    }
     threads.add(moments);
     const float xx = moments[0], xy = moments[1], xz = moments[2], yy = moments[3], yz = moments[4], zz = moments[5];
     float m[6] = {yy * zz - yz * yz, xz * yz - xy * zz, xy * yz - xz * yy, xx * zz - xz * xz, xy * xz - xx * yz, xx * yy - xy * xy};
 #pragma unroll
     for (int power = 0; power < 3; ++power) {               // xx xy xz yy yz zz of the cofactors, squared thrice
-        const float scale = 1 / (m[0] + m[3] + m[5]);
+        const float scale = __fdividef(1, m[0] + m[3] + m[5]);
 #pragma unroll
         for (int i = 0; i < 6; ++i) m[i] *= scale;
         const float square[6] = {
@@ -114,73 +160,146 @@ __device__ __forceinline__ void find_slab(Box &box, const Row &point, bool finit
     float normal[3] = {m[0], m[1], m[2]};                   // the longest column
     if (m[3] > m[0]) { normal[0] = m[1]; normal[1] = m[3]; normal[2] = m[4]; }
     if (m[5] > fmaxf(m[0], m[3])) { normal[0] = m[2]; normal[1] = m[4]; normal[2] = m[5]; }
-    const float length = sqrtf(normal[0] * normal[0] + normal[1] * normal[1] + normal[2] * normal[2]);
-    if (!(length > 0 && length < INFINITE)) return;         // collinear; alike on all threads
+    const float shorter = SHORTENED * rsqrtf(normal[0] * normal[0] + normal[1] * normal[1] + normal[2] * normal[2]);
+    // Not where all points are one or on a line, nor where along_normal may overflow.
+    const bool usable = shorter > 0 && shorter < INFINITE && reach < 1e37f;
 #pragma unroll
-    for (int d = 0; d < 3; ++d) box.normal[d] = normal[d] / length * SHORTENED;
-    const float s = along_normal(box, x[0], x[1], x[2]), slack = SLACK * (fabsf(x[0]) + fabsf(x[1]) + fabsf(x[2]));
-    float low = finite ? s - slack : INFINITE, high = finite ? s + slack : -INFINITE;
+    for (int d = 0; d < 3; ++d) box.normal[d] = usable ? normal[d] * shorter : 0;
+    float low = INFINITE, high = -INFINITE;
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+        const Row &point = points[k];
+        const float s = along_normal(box, point.x, point.y, point.z);
+        const float slack = SLACK * (fabsf(point.x) + fabsf(point.y) + fabsf(point.z));
+        low = fminf(low, s - slack);            // NaN, of a point that is not finite, is passed over
+        high = fmaxf(high, s + slack);
+    }
     threads.bound(low, high);
-    box.below = low;
-    box.above = high;
+    box.below = usable ? low : 0;
+    box.above = usable ? high : 0;
 }
 
 #define PLACES (1u << 22)   // along an edge
-static_assert(THREADS <= 1 << 10, "a place and a thread are one word");
+static_assert(POINTS <= 1 << 10, "a place and a point are one word");
 
-struct Splitter {
-    float x[3][THREADS];
-    int index[THREADS];
-    u32 keys[2][THREADS];
-    float low[3][THREADS / 32], high[3][THREADS / 32];
+struct __align__(16) Splitter {
+    float x[3][POINTS];
+    int index[POINTS];
+    u32 keys[2][POINTS];
+    float low[3][WARPS], high[3][WARPS];
 };
 
-// Each SIZE threads hold the points of the threads `from`. Exchanges them so that of the first and the second half one lies before the
-// other along the longest edge of the box around both; then the same with the halves. `last` is the place of a point that is not
-// finite, or of none, which come last; else 0.
-//
-// A half is sorted upwards, the other downwards; then the lower of each pair that is half a size apart are the lower half.
-template <int SIZE>
-__device__ __forceinline__ void split(Splitter &splitter, u32 &from, u32 &last, int buffer) {
-    const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, warps = SIZE / 32, first = warp & -warps;
-    float x[3], low[3], high[3];
+__device__ __forceinline__ void order(u32 &a, u32 &b) {
+    const u32 smaller = min(a, b);
+    b = max(a, b);
+    a = smaller;
+}
+
+// Compares a thread's keys with those of the thread `other` that differs from it in the bits of MASK, and keeps the smaller ones where
+// it is the lower of both. REVERSED: the first with its last.
+template <int MASK, bool REVERSED>
+__device__ __forceinline__ void exchange(Splitter &splitter, u32 (&key)[EACH], int &buffer, bool lower) {
+    u32 others[EACH];
+    if constexpr (MASK < 32) {
 #pragma unroll
-    for (int d = 0; d < 3; ++d) {
-        x[d] = splitter.x[d][from];
-        low[d] = least(last ? INFINITE : x[d]);
-        high[d] = most(last ? -INFINITE : x[d]);
-        if (lane == 0) { splitter.low[d][warp] = low[d]; splitter.high[d][warp] = high[d]; }
+        for (int k = 0; k < EACH; ++k) others[k] = __shfl_xor_sync(FULL, key[k], MASK);
+    } else {
+        uint4 *keys = (uint4 *)splitter.keys[buffer];
+        keys[threadIdx.x] = make_uint4(key[0], key[1], key[2], key[3]);
+        __syncthreads();
+        const uint4 four = keys[threadIdx.x ^ MASK];
+        others[0] = four.x; others[1] = four.y; others[2] = four.z; others[3] = four.w;
+        buffer ^= 1;
     }
-    __syncthreads();
+    u32 kept[EACH];
 #pragma unroll
-    for (int d = 0; d < 3; ++d) {
-        low[d] = least(splitter.low[d][first + (lane & warps - 1)]);
-        high[d] = most(splitter.high[d][first + (lane & warps - 1)]);
+    for (int k = 0; k < EACH; ++k) {
+        const u32 other = others[REVERSED ? EACH - 1 - k : k];
+        kept[k] = lower ? min(key[k], other) : max(key[k], other);
+    }
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) key[k] = kept[k];
+}
+
+// Threads that are STEP apart, then STEP / 2, ... down to the thread's own keys: what rises and falls becomes ascending.
+template <int STEP>
+__device__ __forceinline__ void merge(Splitter &splitter, u32 (&key)[EACH], int &buffer) {
+    if constexpr (STEP > 0) {
+        exchange<STEP, false>(splitter, key, buffer, !(threadIdx.x & STEP));
+        merge<STEP / 2>(splitter, key, buffer);
+    } else {
+        order(key[0], key[2]);
+        order(key[1], key[3]);
+        order(key[0], key[1]);
+        order(key[2], key[3]);
+    }
+}
+
+// Sorts SIZE keys, but for the last merge: then the lower half has the smaller keys, in some order.
+template <int SIZE, int SORTED = 2 * EACH>
+__device__ __forceinline__ void halve(Splitter &splitter, u32 (&key)[EACH], int &buffer) {
+    if constexpr (SORTED == 2 * EACH) {
+        order(key[0], key[1]);
+        order(key[2], key[3]);
+        order(key[0], key[3]);
+        order(key[1], key[2]);
+        order(key[0], key[1]);
+        order(key[2], key[3]);
+    }
+    constexpr int LANES = SORTED / EACH;
+    exchange<LANES - 1, true>(splitter, key, buffer, !(threadIdx.x & LANES / 2));
+    if constexpr (SORTED < SIZE) {
+        merge<LANES / 4>(splitter, key, buffer);
+        halve<SIZE, 2 * SORTED>(splitter, key, buffer);
+    }
+}
+
+// The low bits of the keys of SIZE / EACH threads are points. Exchanges them so that of the first and the second half one lies before
+// the other along the longest edge of the box around both; then the same with the halves. Points that are not finite come last, and
+// places without a point behind them.
+template <int SIZE>
+__device__ __forceinline__ void split(Splitter &splitter, u32 (&key)[EACH], int buffer) {
+    constexpr int LANES = SIZE / EACH < 32 ? SIZE / EACH : 32, OF_SIZE = SIZE / EACH / LANES;      // warps
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    float x[EACH][3], low[3] = {INFINITE, INFINITE, INFINITE}, high[3] = {-INFINITE, -INFINITE, -INFINITE};
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+        key[k] &= POINTS - 1;
+#pragma unroll
+        for (int d = 0; d < 3; ++d) {
+            x[k][d] = splitter.x[d][key[k]];
+            low[d] = fminf(low[d], x[k][d]);    // which pass over NaN
+            high[d] = fmaxf(high[d], x[k][d]);
+        }
+    }
+#pragma unroll
+    for (int d = 0; d < 3; ++d) Lanes<LANES>().bound(low[d], high[d]);
+    if constexpr (OF_SIZE > 1) {
+        if (lane == 0)
+#pragma unroll
+            for (int d = 0; d < 3; ++d) { splitter.low[d][warp] = low[d]; splitter.high[d][warp] = high[d]; }
+        __syncthreads();
+        const int at = warp / OF_SIZE * OF_SIZE + lane % OF_SIZE;
+#pragma unroll
+        for (int d = 0; d < 3; ++d) {
+            low[d] = splitter.low[d][at];
+            high[d] = splitter.high[d][at];
+            Lanes<OF_SIZE>().bound(low[d], high[d]);
+        }
     }
     const bool y_longest = high[1] - low[1] > high[0] - low[0];
     const float xy = y_longest ? high[1] - low[1] : high[0] - low[0], edge = fmaxf(xy, high[2] - low[2]);
-    const float at = edge > xy ? x[2] - low[2] : y_longest ? x[1] - low[1] : x[0] - low[0];
-    const u32 place = last ? last : min((u32)(at / edge * PLACES), PLACES - 3);     // NaN, where all are one point, is 0
-    u32 key = place << 10 | from;
+    const bool z_longest = edge > xy;
+    const float from = z_longest ? low[2] : y_longest ? low[1] : low[0], scale = __fdividef(PLACES, edge);
 #pragma unroll
-    for (int sorted = 2; sorted <= SIZE; sorted *= 2)
-#pragma unroll
-        for (int step = sorted / 2; step; step /= 2) {
-            if (sorted == SIZE && step < SIZE / 2) continue;
-            u32 other;
-            if (step < 32) other = __shfl_xor_sync(FULL, key, step);
-            else {
-                splitter.keys[buffer][thread] = key;
-                __syncthreads();
-                other = splitter.keys[buffer][thread ^ step];
-                buffer ^= 1;
-            }
-            const bool upwards = sorted == SIZE || !(thread & sorted), lower = !(thread & step);
-            key = upwards == lower ? min(key, other) : max(key, other);
-        }
-    from = key & THREADS - 1;
-    last = key >> 10 < PLACES - 2 ? 0 : key >> 10;
-    if constexpr (SIZE > 2 * TILE) split<SIZE / 2>(splitter, from, last, buffer);
+    for (int k = 0; k < EACH; ++k) {
+        const float at = ((z_longest ? x[k][2] : y_longest ? x[k][1] : x[k][0]) - from) * scale;
+        u32 place = min((u32)at, PLACES - 3);   // NaN, where all are one point, is 0
+        if (x[k][0] != x[k][0]) place = splitter.index[key[k]] >= 0 ? PLACES - 2 : PLACES - 1;
+        key[k] |= place << 10;
+    }
+    halve<SIZE>(splitter, key, buffer);
+    if constexpr (SIZE > 2 * TILE) split<SIZE / 2>(splitter, key, buffer);
 }
 
 // Two arrays, one behind the other.
@@ -195,7 +314,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_join(
     if (i < all) joined[i] = i < count ? first[i] : second[i - count];
 }
 
-// A block a node, a warp a tile. float64 coordinates are taken relative to `origins`, in float64, and then rounded.
+// A block a node. float64 coordinates are taken relative to `origins`, in float64, and then rounded.
 extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
     const point_t *__restrict__ points,         // [points, 3]
     const point_t *__restrict__ others,         // those of a second batch, if there is one
@@ -207,52 +326,70 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
     Box *__restrict__ tiles,                    // [slots / TILE], or null: rows alone
     Box *__restrict__ nodes)                    // [nodes]
 {
+    __shared__ Splitter splitter;
     const int b = cloud_of<&Cloud::tile>(clouds, blockIdx.x);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
-    __shared__ Splitter splitter;
-    const int slot = cloud.slot + (blockIdx.x - cloud.tile) * THREADS + threadIdx.x;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int first = cloud.slot + (blockIdx.x - cloud.tile) * POINTS;
+    const bool in_first = b < second;
+    const int base = in_first ? 0 : rows_of(clouds)[second].point;
+    const double *origin = origins ? origins + 3 * (in_first ? b : b - second) : nullptr;
     const float nan = __int_as_float(0x7fffffff);
-    Row row = {nan, nan, nan, -1};
-    if (slot < next.slot) {                     // by whole tiles
-        const int place = cloud.point + slot - cloud.slot;
-        const int i = slot_to_point ? slot_to_point[slot] : place < next.point ? place : -1;
-        if (i >= 0) {
-            const bool first = b < second;
-            const double *origin = origins ? origins + 3 * (first ? b : b - second) : nullptr;
-            row.index = first ? i : i - rows_of(clouds)[second].point;
-            float x[3];
 #pragma unroll
-            for (int d = 0; d < 3; ++d) x[d] = coordinate(first ? points : others, row.index, d, origin);
-            // Infinities become NaN: else one would be found, infinitely far, where nothing nearer is, or within an infinite radius.
-            if (is_finite(x[0]) && is_finite(x[1]) && is_finite(x[2])) row = Row{x[0], x[1], x[2], row.index};
+    for (int k = 0; k < EACH; ++k) {
+        const int at = k * THREADS + threadIdx.x, slot = first + at, place = cloud.point + slot - cloud.slot;
+        Row row = {nan, nan, nan, -1};
+        if (slot < next.slot) {                 // by whole tiles
+            const int i = slot_to_point ? slot_to_point[slot] : place < next.point ? place : -1;
+            if (i >= 0) {
+                row.index = i - base;
+                float x[3];
+#pragma unroll
+                for (int d = 0; d < 3; ++d) x[d] = coordinate(in_first ? points : others, row.index, d, origin);
+                // Infinities become NaN: else one would be found, infinitely far, where nothing nearer is, or within an infinite
+                // radius.
+                if (is_finite(x[0]) && is_finite(x[1]) && is_finite(x[2])) row = Row{x[0], x[1], x[2], row.index};
+            }
+            if (!tiles) rows[slot] = row;
         }
+        splitter.x[0][at] = row.x;
+        splitter.x[1][at] = row.y;
+        splitter.x[2][at] = row.z;
+        splitter.index[at] = row.index;
     }
-    if (tiles) {
-        splitter.x[0][threadIdx.x] = row.x;
-        splitter.x[1][threadIdx.x] = row.y;
-        splitter.x[2][threadIdx.x] = row.z;
-        splitter.index[threadIdx.x] = row.index;
-        __syncthreads();
-        u32 from = threadIdx.x, last = is_finite(row) ? 0 : row.index >= 0 ? PLACES - 2 : PLACES - 1;
-        split<THREADS>(splitter, from, last, 0);
-        row = Row{splitter.x[0][from], splitter.x[1][from], splitter.x[2][from], splitter.index[from]};
-    }
-    if (slot < next.slot) rows[slot] = row;
     if (!tiles) return;
-    const bool finite = is_finite(row);
+    __syncthreads();
+
+    const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, slot = first + EACH * thread;
+    u32 key[EACH];
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) key[k] = EACH * thread + k;
+    split<POINTS>(splitter, key, 0);
+    Row row[EACH];
     Box box = no_box();
-    if (finite) box = Box{{row.x, row.y, row.z}, row.index, {row.x, row.y, row.z}, 0, {0, 0, 0}, 0};
-    box = joined(box);
-    find_slab(box, row, finite, Warp());
-    if (lane == 0 && slot < next.slot) tiles[slot / TILE] = box;
-    __shared__ Box boxes[THREADS / 32];
-    __shared__ float sums[6][THREADS / 32];
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+        const int from = key[k] & POINTS - 1;
+        const float x[3] = {splitter.x[0][from], splitter.x[1][from], splitter.x[2][from]};
+        row[k] = Row{x[0], x[1], x[2], splitter.index[from]};
+        if (slot < next.slot) rows[slot + k] = row[k];
+#pragma unroll
+        for (int d = 0; d < 3; ++d) {
+            box.low[d] = fminf(box.low[d], x[d]);           // which pass over NaN
+            box.high[d] = fmaxf(box.high[d], x[d]);
+        }
+        if (is_finite(row[k])) box.first = (int)min((u32)box.first, (u32)row[k].index);
+    }
+    box = joined<1, OF_TILE>(box);
+    find_slab(box, row, Lanes<OF_TILE>());
+    if (lane % OF_TILE == 0 && slot < next.slot) tiles[slot / TILE] = box;
+    __shared__ Box boxes[WARPS];
+    __shared__ float sums[6][WARPS];
+    box = joined<OF_TILE, 32>(box);
     if (lane == 0) boxes[warp] = box;
     __syncthreads();
-    box = joined(boxes[lane]);
-    find_slab(box, row, finite, Block{sums});
-    if (threadIdx.x == 0) nodes[blockIdx.x] = box;
+    box = joined<1, WARPS>(boxes[lane % WARPS]);
+    find_slab(box, row, Block{sums});
+    if (thread == 0) nodes[blockIdx.x] = box;
 }
 
 // A warp a branch: the box around up to 32 nodes.
@@ -267,6 +404,6 @@ extern "C" __global__ __launch_bounds__(BRANCH_THREADS) void index_branches(
     const int b = cloud_of<&Cloud::group>(clouds, at);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int node = cloud.tile + (at - cloud.group) * 32 + lane;
-    const Box box = joined(node < next.tile ? nodes[node] : no_box());
+    const Box box = joined<1, 32>(node < next.tile ? nodes[node] : no_box());
     if (lane == 0) branches[at] = box;
 }
