@@ -293,7 +293,8 @@ def chamfer(
     >>> gpu3d.chamfer(x, y, squared=True)
     array(8.5, dtype=float32)
     """
-    return _chamfer(x, y, x_lengths, y_lengths, squared, reduction, with_grad=False)[0]
+    (loss,) = _chamfer(x, y, x_lengths, y_lengths, squared, reduction, "loss")
+    return loss
 
 
 def chamfer_value_and_grad(
@@ -347,7 +348,7 @@ def chamfer_value_and_grad(
     >>> dy
     array([[-1.,  0.,  8.]], dtype=float32)
     """
-    loss, _, dx, dy = _chamfer(x, y, x_lengths, y_lengths, squared, reduction, with_grad=True)
+    loss, dx, dy = _chamfer(x, y, x_lengths, y_lengths, squared, reduction, "gradients")
     return ChamferGradients(loss, (dx, dy))
 
 
@@ -361,7 +362,7 @@ def chamfer_found(
     reduction: str,
 ) -> tuple[Any, Any]:
     """`chamfer`, and what was found on the way, int32 [2 * (N + M + B)], which is for `chamfer_backward`."""
-    loss, found = _chamfer(x, y, x_lengths, y_lengths, squared, reduction, with_grad=False)
+    loss, found = _chamfer(x, y, x_lengths, y_lengths, squared, reduction, "found")
     return loss, found
 
 
@@ -394,9 +395,9 @@ def chamfer_backward(
 
 
 def _chamfer(
-    x: Any, y: Any, x_lengths: Any, y_lengths: Any, squared: Any, reduction: Any, with_grad: bool
+    x: Any, y: Any, x_lengths: Any, y_lengths: Any, squared: Any, reduction: Any, what: str
 ) -> tuple[Any, ...]:
-    """The loss, what was found, and with_grad the gradients of x and y behind it."""
+    """The loss, and behind it what `what` says: nothing for "loss", what was "found", or both "gradients"."""
     entered_x, entered_y = _entered(x, x_lengths, "x", "x_lengths"), _entered(y, y_lengths, "y", "y_lengths")
     _check_pair(entered_x, "x", entered_y, "y")
     if not isinstance(squared, (bool, np.bool_)):
@@ -412,8 +413,10 @@ def _chamfer(
             loss, found = reference.chamfer(x_index.points, x_index.search, y_index.points, y_index.search, *options)
         else:
             loss, found = _chamfer_cuda(x_index, y_index, *options)
-        left = [_arrays.leave(loss, origin), _arrays.leave(found, origin)]
-        if with_grad:
+        left = [_arrays.leave(loss, origin)]
+        if what == "found":
+            left.append(_arrays.leave(found, origin))
+        if what == "gradients":
             gradients = _gradients(None, _side_of(x_index), _side_of(y_index), found, *options)
             for gradient, entered in zip(gradients, (entered_x, entered_y), strict=True):
                 left.append(_arrays.leave(gradient.reshape(entered.shape), entered.origin))
@@ -633,7 +636,7 @@ def _layout(lengths: tuple[int, ...]) -> _Layout:
 
 
 class Queries(NamedTuple):
-    """Points in bucket order on a GPU, ready to search an index."""
+    """Points on a GPU, in an order in which neighbours stand side by side, ready to search an index."""
 
     rows: int  # address of struct Row [slots], relative to the origins of the clouds that they search
     layout: _Layout
@@ -695,7 +698,7 @@ def _rows(
     if layout.slots == 0:
         return queries, tuple(of_boxes)
     arrays, order, address = [_xyz(points) for points, _ in batches], 0, 0
-    if not boxes or max(lengths) > NODE:  # else index_nodes, which puts the points of a node into order, does it all
+    if max(lengths) > NODE:  # else index_nodes, which puts the points of a node into order, does it all
         points = _joined(*arrays) if len(arrays) > 1 else arrays[0]
         _held, (order, inverse) = _cuda.workspace(4 * layout.slots, 4 * sum(lengths))
         sort_cuda(points, (_point_macro(points), _ZORDER_DIV), 0.0, TILE, lengths, order, inverse, 0)

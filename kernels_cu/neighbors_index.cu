@@ -3,7 +3,7 @@
 //
 // A piece of the bucket order's curve of 32 points is long, or even apart. So the points of a node are split again, in halves across
 // the longest edge of their box, down to tiles. Counted on a sphere of 131,072 points: near queries must look at 1.8 tiles and not at
-// 3.1, those around the centre at 87 and not at 230. Where every cloud is one node, no bucket order is needed before.
+// 3.1, those around the centre at 87 and not at 230. Where every cloud is one node, no bucket order is needed.
 
 //
 // A thread has four points that stand side by side in the node's order: of the 150 exchanges that split a node 65 are within a thread,
@@ -323,14 +323,14 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
     int second,                                 // cloud where a second batch begins, whose indices count from 0 again
     const double *__restrict__ origins,         // [clouds of a batch, 3] of the cloud that is searched; null: 0
     Row *__restrict__ rows,                     // [slots]
-    Box *__restrict__ tiles,                    // [slots / TILE], or null: rows alone
+    Box *__restrict__ tiles,                    // [slots / TILE], or null: rows alone, in the bucket order if there is one
     Box *__restrict__ nodes)                    // [nodes]
 {
     __shared__ Splitter splitter;
     const int b = cloud_of<&Cloud::tile>(clouds, blockIdx.x);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int first = cloud.slot + (blockIdx.x - cloud.tile) * POINTS;
-    const bool in_first = b < second;
+    const bool in_first = b < second, in_order = slot_to_point && !tiles;
     const int base = in_first ? 0 : rows_of(clouds)[second].point;
     const double *origin = origins ? origins + 3 * (in_first ? b : b - second) : nullptr;
     const float nan = __int_as_float(0x7fffffff);
@@ -349,14 +349,14 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
                 // radius.
                 if (is_finite(x[0]) && is_finite(x[1]) && is_finite(x[2])) row = Row{x[0], x[1], x[2], row.index};
             }
-            if (!tiles) rows[slot] = row;
+            if (in_order) rows[slot] = row;
         }
         splitter.x[0][at] = row.x;
         splitter.x[1][at] = row.y;
         splitter.x[2][at] = row.z;
         splitter.index[at] = row.index;
     }
-    if (!tiles) return;
+    if (in_order) return;
     __syncthreads();
 
     const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, slot = first + EACH * thread;
@@ -379,6 +379,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
         }
         if (is_finite(row[k])) box.first = (int)min((u32)box.first, (u32)row[k].index);
     }
+    if (!tiles) return;
     box = joined<1, OF_TILE>(box);
     find_slab(box, row, Lanes<OF_TILE>());
     if (lane % OF_TILE == 0 && slot < next.slot) tiles[slot / TILE] = box;
