@@ -12,6 +12,7 @@ import ctypes
 import functools
 import os
 import shlex
+import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -87,7 +88,7 @@ def play(program: Any, addresses: Sequence[int], stream: int) -> None:
     """Launches it on the current context."""
     native = library()
     assert native is not None
-    status = native.play(program, (c_uint64 * len(addresses))(*addresses), stream)
+    status = native.play(program, struct.pack(f"={len(addresses)}Q", *addresses), stream)
     if status:
         from cupy.cuda import driver
 

@@ -262,7 +262,7 @@ class _Operator:
 
 
 _OPERATORS: dict[str, _Operator] = {}
-_TENSORS = torch.Tensor, torch.nn.Parameter  # other subclasses may have a say in what is done to them
+_TENSORS = {torch.Tensor, torch.nn.Parameter}  # other subclasses may have a say in what is done to them
 
 
 def _run(name: str, tensors: tuple[torch.Tensor, ...], numbers: tuple[Any, ...]) -> Any:
@@ -278,14 +278,12 @@ def _run(name: str, tensors: tuple[torch.Tensor, ...], numbers: tuple[Any, ...])
         or torch._C._are_functorch_transforms_active()
     ):
         return op.dispatched(*tensors, *numbers)
-    device, with_grad = "cuda" if tensors[0].is_cuda else "cpu" if tensors[0].is_cpu else "another", False
-    for x in tensors:
-        if type(x) not in _TENSORS or device == "another":
-            return op.dispatched(*tensors, *numbers)
-        with_grad = with_grad or x.requires_grad
+    device = "cuda" if tensors[0].is_cuda else "cpu" if tensors[0].is_cpu else "another"
+    if device == "another" or not _TENSORS.issuperset(map(type, tensors)):
+        return op.dispatched(*tensors, *numbers)
     if op.cast is not None and torch.is_autocast_enabled(device):
         tensors = op.cast(device, tensors)
-    if not (with_grad and torch.is_grad_enabled()):
+    if not (torch.is_grad_enabled() and any([x.requires_grad for x in tensors])):
         return op.kernel(tensors, numbers)
     if op.apply is None:
         return op.dispatched(*tensors, *numbers)
