@@ -107,11 +107,15 @@ def test_constants_agree_with_python():
         module, _, part = file.stem.partition("_")
         owners = [name for name in (f"gpu3d.{module}", f"gpu3d._{module}") if importlib.util.find_spec(name)]
         constants = vars(importlib.import_module(owners[0])) if owners else {}  # voxels.cuh has no owner
-        for name, value in re.findall(r"^#define (\w+) +(\d+)\b", file.read_text(), re.MULTILINE):
+        defined: dict[str, int] = {}
+        for name, text in re.findall(r"^#define (\w+) +(\d+\b|\([\w /*+-]+\))", file.read_text(), re.MULTILINE):
+            if {*re.findall(r"\b[A-Za-z_]\w*", text)} <= {*defined}:  # a number, or made of those before it
+                defined[name] = eval(text.replace("/", "//"), {}, defined)
+        for name, value in defined.items():
             name = f"{part}_{name}".upper() if part else name
             if isinstance(constants.get(name), int):
-                common[name] = int(value), constants[name]
-    assert len(common) > 3, common
+                common[name] = value, constants[name]
+    assert len(common) > 3 and "INDEX_THREADS" in common, common
     assert all(cuda == python for cuda, python in common.values()), common
 
 
