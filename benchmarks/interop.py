@@ -20,9 +20,9 @@ its backward, or the loss with its gradients.
   as jaxlib 0.11 does. "recorded" is the same function with the compiler's option that has XLA put programs of one
   operation into command buffers, too.
 - graph: the operator captured by torch.cuda.graph, beside the plain call captured likewise, in torch's memory; in
-  turns, and the least of both. Where its workspace lies changes APML by up to 5 % (H200). Autograd multiplies
-  APML's gradients by that of the loss, in 1.7 us, which the plain call does not; that one is there before, as what
-  comes from other operators is, for torch fills a tensor with it otherwise.
+  turns, and the least of both. Where its workspace lies changes APML by up to 5 % (H200). Autograd multiplies APML's
+  gradients by that of the loss, in 1.7 us, which the plain call does not; that one is there before, as what comes from
+  other operators is, for torch fills a tensor with it otherwise.
 - import: gpu3d.interop.torch where torch is imported already, in new processes.
 - memory: what torch's allocator and CuPy's pool hold after 1,000 steps of training, and after 10.
 - two GPUs: see `parallel`. Each has a batch of the size that one GPU has alone.

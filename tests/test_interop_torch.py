@@ -184,7 +184,11 @@ def test_apml(dtype, options):
     options = {"pred_lengths": [20, 40], "target_lengths": [45, 5], **options}
     loss = g.apml(x, y, **options)
     expected, plain = gpu3d.apml_value_and_grad(x, y, **options)
-    assert_same([loss, *torch.autograd.grad(loss.sum(), (x, y))], [expected, *plain])
+    assert_same([loss, *torch.autograd.grad(loss.sum(), (x, y), retain_graph=True)], [expected, *plain])
+    first, second = (2.0, -0.5) if loss.ndim else (4.0, 4.0)  # exact factors
+    asked = torch.tensor([first, second] if loss.ndim else first)
+    pulled = [torch.cat([z[:n] * first, z[n:] * second]) for z, n in zip(plain, (20, 45), strict=True)]
+    assert_same(torch.autograd.grad(loss, (x, y), asked), pulled)
     assert_same([g.apml(x.detach(), y.detach(), **options)], [expected])
     too_small = g.apml(x, y, **options, max_entries=10)
     assert bool(torch.isnan(too_small).all())
@@ -238,6 +242,7 @@ def samples():
         yield OPS.chamfer, x, y, *lengths, False, reduction
         loss, found = OPS.chamfer(x.detach(), y.detach(), *lengths, True, reduction)
         yield OPS.chamfer_backward, torch.rand(loss.shape), x.detach(), y.detach(), found, *lengths, True, reduction
+    yield OPS.chamfer, x.detach(), y.detach(), *lengths, True, "sum"
     yield OPS.apml, x, y, *lengths, 0.8, 1e-8, 20, "mean", "none", 5000, True
     yield OPS.apml, x.detach(), y.detach(), *lengths, 0.8, 1e-8, 20, "min", "sum", None, False
     _, dx, dy = OPS.apml(x, y, *lengths, 0.8, 1e-8, 20, "mean", "none", 5000, True)
