@@ -2,7 +2,7 @@
 """The only module that touches NVRTC and RawModule: find a source, specialise it, compile, cache, launch.
 
 A kernel file is specialised late, by a few -D macros, and compiled for the device at hand the first time it is asked
-for. The cubin is cached on disk under a hash of everything that went into it: the text with its `.cuh` files inlined,
+for. The cubin is cached on disk under a hash of everything that went into it: the text with its headers inlined,
 the options and the version of NVRTC. So an edited header is noticed, and two machines may share a folder. Compiling
 itself needs no GPU and no CuPy, which is how `make kernels` checks every kernel on any machine.
 """
@@ -54,13 +54,17 @@ def source_dir() -> Path:
 
 @functools.cache
 def source_text(name: str) -> str:
-    """The text of kernels_cu/<name>.cu with its `#include "*.cuh"` lines replaced by the files' texts."""
+    """The text of kernels_cu/<name>.cu or of header <name>, with what it includes in its place, each header once."""
+    inlined = set()
 
-    def inline(match: re.Match[str]) -> str:
-        return (source_dir() / match[1]).read_text(encoding="utf-8")
+    def inline(file: str) -> str:
+        if file in inlined:
+            return ""
+        inlined.add(file)
+        text = (source_dir() / file).read_text(encoding="utf-8")
+        return re.sub(r'^#include "(\w+\.cuh)"$', lambda match: inline(match[1]), text, flags=re.MULTILINE)
 
-    text = (source_dir() / f"{name}.cu").read_text(encoding="utf-8")
-    return re.sub(r'^#include "(\w+\.cuh)"$', inline, text, flags=re.MULTILINE)
+    return inline(name if name.endswith(".cuh") else f"{name}.cu")
 
 
 # ---- NVRTC ---------------------------------------------------------------------------------------------------------

@@ -39,6 +39,11 @@
 //
 // In registers, row `lane / 4` (and that + 8) and columns 2 * (lane % 4) + {0, 1} of each 16 x 8 tile belong to a lane.
 
+#ifndef GPU3D_ATTENTION_CUH
+#define GPU3D_ATTENTION_CUH
+
+#include "clouds.cuh"
+
 // Chosen by gpu3d/attention.py, all of them; these are for a compiler by hand.
 #ifndef D
 #define D 64                // head dimension, padded with zeros on load: 16, 32, 64 or 128
@@ -888,3 +893,5 @@ __device__ __forceinline__ void visit(
 }
 
 #endif
+
+#endif  // GPU3D_ATTENTION_CUH

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the bucket kernels share: hash keys, bounds and frames. Include clouds.cuh and voxels.cuh first.
+// What the bucket kernels share: hash keys, bounds and frames.
 //
 // Definitions (Flash3D, section 4.1; hash and voxels as gpu3d.bucketize documents them):
 //   m        the top 16 of the 48 bits of a Morton code
@@ -8,6 +8,12 @@
 //
 // Why 48 bits suffice for xor_*: inside one x the Morton digits (z, y, x) of a level are ordered by (z, y) alone,
 // since the third bit follows from x. So (x, Morton) sorts as (x, interleave(vz, vy)): 16 + 32 bits.
+
+#ifndef GPU3D_BUCKETS_CUH
+#define GPU3D_BUCKETS_CUH
+
+#include "clouds.cuh"
+#include "voxels.cuh"
 
 #ifndef KEY
 #define KEY 3               // 0 xor_mod, 1 xor_div, 2 zorder_mod, 3 zorder_div, 4 given: int32 keys instead of points
@@ -104,3 +110,5 @@ __device__ void write_bounds(const point_t *points, int first, int last, coord_t
     if (threadIdx.x == 0)
         for (int d = 0; d < 3; ++d) { row[d] = low[d]; row[3 + d] = high[d]; }
 }
+
+#endif  // GPU3D_BUCKETS_CUH

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The batch's table of clouds, which every kernel over ragged batches reads.
 
+#ifndef GPU3D_CLOUDS_CUH
+#define GPU3D_CLOUDS_CUH
+
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
@@ -43,3 +46,5 @@ __device__ __forceinline__ int cloud_of(const Clouds &clouds, int item) {
 // x, which is the same on all lanes. The compiler knows it then, and that a branch on it does not part the warp: where it cannot
 // know, it asks before each vote and shuffle whether the warp is together. A __syncwarp() behind a branch in a loop helps likewise.
 __device__ __forceinline__ int uniform(int x) { return __reduce_max_sync(FULL, x); }
+
+#endif  // GPU3D_CLOUDS_CUH

@@ -1,5 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// A barrier of a whole cooperative grid. Include clouds.cuh first.
+// A barrier of a whole cooperative grid.
+
+#ifndef GPU3D_GRID_CUH
+#define GPU3D_GRID_CUH
+
+#include "clouds.cuh"
 
 // Waits until all blocks are here, and have written what they wrote. `arrived` is one word for all calls, 0 at first; `awaited` is
 // each thread's own, 0 at first.
@@ -14,3 +19,5 @@ __device__ __forceinline__ void wait_for_grid(u32 *arrived, u32 &awaited) {
     }
     __syncthreads();
 }
+
+#endif  // GPU3D_GRID_CUH

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The index of the neighbour search, and the walk through it that skips what is too far. Include clouds.cuh first;
-// and voxels.cuh, for coordinates.
+// The index of the neighbour search, and the walk through it that skips what is too far.
 //
 // A cloud in bucket order is cut into nodes of 1024 points, a node's points into tiles of 32 (neighbors_index.cu puts them into
 // another order for that); 32 nodes make a branch, none across clouds. Each has a box, and tiles and nodes a slab besides: two
@@ -17,6 +16,11 @@
 //
 // In the index's table of clouds, Cloud::slot / 32 is the cloud's first tile, Cloud::tile its first node, Cloud::group its first
 // branch.
+
+#ifndef GPU3D_NEIGHBORS_CUH
+#define GPU3D_NEIGHBORS_CUH
+
+#include "clouds.cuh"
 
 #define TILE 32             // points; mirrored by gpu3d/neighbors.py
 #define NOTHING 0x7f800000ffffffffull                       // the key of no neighbour: infinitely far, index -1
@@ -42,19 +46,6 @@ struct Index {
     const Box *tiles, *nodes;
     const Box *branches;    // null where no cloud has more than one
 };
-
-#ifdef POINT                // with voxels.cuh
-// Coordinate d of point i. Of float64 ones the origin, if there is one, is subtracted in float64.
-__device__ __forceinline__ float coordinate(const point_t *points, int i, int d, const double *origin) {
-    coord_t x = widen(points[3 * (size_t)i + d]);
-#if POINT == 1
-    if (origin) x = __dsub_rn(x, origin[d]);
-    return __double2float_rn(x);
-#else
-    return x;
-#endif
-}
-#endif
 
 __device__ __forceinline__ int slots_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].slot; }
 __device__ __forceinline__ int nodes_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].tile; }
@@ -187,3 +178,5 @@ __device__ __forceinline__ void walk_tiles(
         walk_nodes(nodes, min(nodes + 32, nodes_end));
     });
 }
+
+#endif  // GPU3D_NEIGHBORS_CUH

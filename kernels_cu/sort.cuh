@@ -1,7 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sorts many short rows of keys: a row of up to ROW by a warp in registers, a longer one by the whole block. Include clouds.cuh
-// first; define THREADS, and ROW as 256 or 512.
+// Sorts many short rows of keys: a row of up to ROW by a warp in registers, a longer one by the whole block.
+// The file that includes this defines THREADS, and ROW as 256 or 512.
 
+#ifndef GPU3D_SORT_CUH
+#define GPU3D_SORT_CUH
+
+#include "clouds.cuh"
+
+#ifndef THREADS
+#define THREADS 128
+#endif
+#ifndef ROW
+#define ROW 512
+#endif
 #define WARPS (THREADS / 32)
 #define STAGED (ROW + 32)       // keys that a warp stages
 #define BLOCK_ROW (WARPS * STAGED / 2)      // keys that a block sorts in shared memory, which is that of its warps
@@ -99,3 +110,5 @@ __device__ void sort_long(Key *row, Key *spare, Key *shared, int count, Write wr
     for (int i = threadIdx.x; i < count; i += THREADS) write(i, keys[i]);
     __syncthreads();                                        // then `shared` may hold other keys
 }
+
+#endif  // GPU3D_SORT_CUH

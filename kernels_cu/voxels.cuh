@@ -1,8 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Voxels of a grid over a block's points: coordinates, bounds, the grid's frame, Morton codes. Include clouds.cuh first.
+// Voxels of a grid over a block's points: coordinates, bounds, the grid's frame, Morton codes.
 //
 //   voxel    v_d = clamp(floor((x_d - min_d) / cell_d), 0, VOXELS - 1), every operation rounded once
 //   Morton   bit 3b + d is bit b of axis d
+
+#ifndef GPU3D_VOXELS_CUH
+#define GPU3D_VOXELS_CUH
+
+#include "clouds.cuh"
 
 #ifndef POINT
 #define POINT 0             // coordinates: 0 float32, 1 float64, 2 float16, 3 bfloat16
@@ -44,6 +49,17 @@ __device__ __forceinline__ point_t narrow(coord_t x) {
     return y;
 }
 #endif
+
+// Coordinate d of point i in float32. Of float64 ones the origin, if there is one, is subtracted in float64.
+__device__ __forceinline__ float coordinate(const point_t *points, int i, int d, const double *origin) {
+    coord_t x = widen(points[3 * (size_t)i + d]);
+#if POINT == 1
+    if (origin) x = __dsub_rn(x, origin[d]);
+    return __double2float_rn(x);
+#else
+    return x;
+#endif
+}
 
 __device__ __forceinline__ bool is_finite(coord_t x) { return x - x == 0; }     // inf - inf and NaN - NaN are NaN
 
@@ -132,3 +148,5 @@ __device__ void join_bounds(coord_t low[3], coord_t high[3]) {
         }
     }
 }
+
+#endif  // GPU3D_VOXELS_CUH

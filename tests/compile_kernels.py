@@ -2,9 +2,9 @@
 """Compiles every CUDA kernel with NVRTC, on any machine, and prints the registers and spills that ptxas reports.
 
 For sm_90a every configuration that gpu3d can ask for; for the other architectures the first and the last of each file
-that are meant for them, its smallest and its largest; and every file alone, as it is written. Exits with 1 if anything
-does not compile or a kernel has more static shared memory than CUDA allows. What has not changed is taken from
-.cache/kernels.json.
+that are meant for them, its smallest and its largest; and every file alone, headers too, as it is written. Exits with
+1 if anything does not compile or a kernel has more static shared memory than CUDA allows. What has not changed is
+taken from .cache/kernels.json.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def jobs() -> Iterator[Job]:
         configurations = [configuration for configuration in everywhere if configuration.only is None]
         for configuration in dict.fromkeys((configurations[0], configurations[-1])):
             yield from (Job(configuration, arch) for arch in OTHERS)
-    for file in sorted(_cuda.source_dir().glob("*.cu")):
-        yield Job(_cuda.Configuration(file.stem), MAIN)
+    for file in sorted(_cuda.source_dir().glob("*.cu*")):
+        yield Job(_cuda.Configuration(file.name if file.suffix == ".cuh" else file.stem), MAIN)
 
 
 def parse(log: str) -> dict[str, Usage]:
@@ -94,8 +94,9 @@ def parse(log: str) -> dict[str, Usage]:
 def compile_job(job: Job) -> dict[str, Usage] | str:
     """The usage of the job's kernels, or what went wrong."""
     try:
-        text = _cuda.source_text(job.configuration.source)
-        return parse(_cuda.compile_source(text, f"{job.configuration.source}.cu", job.options)[1])
+        name = job.configuration.source
+        log = _cuda.compile_source(_cuda.source_text(name), f"{name}.cu", job.options)[1]
+        return {} if name.endswith(".cuh") else parse(log)  # a header holds no kernel
     except RuntimeError as error:
         return f"{job}: {error}"
 

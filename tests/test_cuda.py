@@ -82,10 +82,19 @@ def nvrtc():
 # ---- sources -------------------------------------------------------------------------------------------------------
 
 
-def test_a_header_is_inlined():
-    text = _cuda.source_text("buckets_merge")
-    assert '#include "' not in text
-    assert (_cuda.source_dir() / "buckets.cuh").read_text() in text and "merge_partitions" in text
+def test_headers_are_inlined_once(sources):
+    (sources / "a.cuh").write_text("// a.cuh\n")
+    (sources / "b.cuh").write_text('#include "a.cuh"\n// b.cuh\n')
+    (sources / "c.cu").write_text('#include "b.cuh"\n#include "a.cuh"\n// c.cu\n')
+    assert _cuda.source_text("c").split() == ["//", "a.cuh", "//", "b.cuh", "//", "c.cu"]
+    assert _cuda.source_text("b.cuh").split() == ["//", "a.cuh", "//", "b.cuh"]
+
+
+def test_every_header_has_a_guard():
+    for file in _cuda.source_dir().glob("*.cuh"):
+        guard = f"GPU3D_{file.stem.upper()}_CUH"
+        lines = [line for line in file.read_text().split("\n") if line and not line.startswith("//")]
+        assert lines[:2] == [f"#ifndef {guard}", f"#define {guard}"] and lines[-1] == f"#endif  // {guard}", file.name
 
 
 def test_every_configuration_has_a_file_and_every_file_a_configuration():
@@ -353,7 +362,7 @@ def test_make_kernels(compiler, monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(_cuda, "compile_source", compile_source)
     monkeypatch.setattr(_kernels, "configurations", lambda: [MERGE, MOVE, MOVE._replace(macros=(("WORD", 4),))])
-    jobs = 3 + 5 * 3 + len(list(_cuda.source_dir().glob("*.cu")))
+    jobs = 3 + 5 * 3 + len(list(_cuda.source_dir().glob("*.cu*")))
     assert compile_kernels.main() == 0
     out = capsys.readouterr().out
     assert f"{jobs} compiled, 0 from the cache, 0 failed" in out
