@@ -4,7 +4,7 @@
 #ifndef GPU3D_APML_CUH
 #define GPU3D_APML_CUH
 
-#include "clouds.cuh"
+#include "types.cuh"
 
 // A weight of a point's row of P1, or of P2, and the slot of the other side that it goes to.
 struct __align__(8) Entry {

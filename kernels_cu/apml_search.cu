@@ -16,23 +16,17 @@
 #define BLOCKS 8            // a multiprocessor at least
 #define LISTED 512          // candidates that a warp keeps; of more it repeats the search, three times
 
+#include "apml.cuh"
 #include "clouds.cuh"
 #include "neighbors.cuh"
-#include "apml.cuh"
 
 #define GAP 1e-8
-#define INFINITE_DOUBLE __longlong_as_double(0x7ff0000000000000ll)
 
 // A double a cloud; few travel inside the kernel's arguments.
 struct Masses {
     const double *table;    // [clouds] on the device, or null
     double inlined[INLINE_CLOUDS];
 };
-
-__device__ __forceinline__ u64 least_of(u64 key) {
-    const u32 high = __reduce_min_sync(FULL, (u32)(key >> 32));
-    return (u64)high << 32 | __reduce_min_sync(FULL, (u32)(key >> 32) == high ? (u32)key : FULL);
-}
 
 // d2 of the two nearest of what a warp has seen, alike on all lanes.
 struct Two {
@@ -92,10 +86,10 @@ __device__ __forceinline__ void keep(const Kept &kept, int slot, double mass, co
         next = min(next, max(least, c));
         least = min(least, c);
     });
-    const u64 mine = __double_as_longlong(least), first = least_of(mine);      // bits have the order of what is not negative
+    const u64 mine = __double_as_longlong(least), first = min_of_warp(mine);      // bits have the order of what is not negative
     const bool has_first = lane == __ffs(__ballot_sync(FULL, mine == first)) - 1;
     const double d1 = __longlong_as_double(first);
-    const double d2 = __longlong_as_double(least_of(has_first ? __double_as_longlong(next) : mine));
+    const double d2 = __longlong_as_double(min_of_warp(has_first ? __double_as_longlong(next) : mine));
     const double t = __ddiv_rn(mass, max(__dsub_rn(d2, d1), GAP));
     const auto exponent = [&](double c) { return __dmul_rn(__dsub_rn(c, d1), t); };
 
@@ -107,8 +101,7 @@ __device__ __forceinline__ void keep(const Kept &kept, int slot, double mass, co
         count += __popc(__ballot_sync(FULL, stays));
         if (stays) sum += (double)(float)exp(-x);
     });
-#pragma unroll
-    for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(FULL, sum, step);
+    sum = sum_of_warp(sum);
 
     u64 start = 0;
     if (lane == 0) {
@@ -124,7 +117,7 @@ __device__ __forceinline__ void keep(const Kept &kept, int slot, double mass, co
         const bool stays = is && x < kept.limit;
         const u32 all = __ballot_sync(FULL, stays);
         if (stays) {
-            to[__popc(all & (1u << lane) - 1)] = Entry{(u32)other, (float)((double)(float)exp(-x) / sum)};
+            to[rank_in(all, lane)] = Entry{(u32)other, (float)((double)(float)exp(-x) / sum)};
             if (kept.named) atomicAdd(&kept.named[other], 1);
         }
         __syncwarp();                           // else the compiler takes the warp for apart, and asks before each vote
@@ -196,7 +189,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void search_balls(
     int count = 0;
     const auto list = [&](int slot, bool is) {
         const u32 all = __ballot_sync(FULL, is);
-        const int at = count + __popc(all & (1u << lane) - 1);
+        const int at = count + rank_in(all, lane);
         if (is && at < LISTED) slots[at] = slot;
         count = min(count + __popc(all), LISTED + 1);
     };

@@ -26,15 +26,14 @@
 #define OWNED 5248          // entries that a block keeps in shared memory: with the rest of it 48 KiB
 #define NODE 1024           // slots whose losses are added first; a node of the index
 
-#include "clouds.cuh"
-#include "neighbors.cuh"
-#include "sort.cuh"
-#include "grid.cuh"
 #include "apml.cuh"
+#include "clouds.cuh"
+#include "grid.cuh"
+#include "neighbors.cuh"
+#include "scan.cuh"
+#include "sort_rows.cuh"
 
 #define EPSILON 1e-8
-#define NAN_FLOAT __int_as_float(0x7fffffff)
-#define NAN_DOUBLE __longlong_as_double(0x7fffffffffffffffll)
 
 // One of the two batches of clouds.
 struct Side {
@@ -62,12 +61,6 @@ struct Plan {
     __device__ __forceinline__ Entry *columns() const { return (Entry *)keys; }
 };
 
-__device__ __forceinline__ double sum_of_warp(double x) {
-#pragma unroll
-    for (int step = 16; step; step /= 2) x += __shfl_xor_sync(FULL, x, step);
-    return x;
-}
-
 // ---- prefix sums over the grid -------------------------------------------------------------------------------------
 
 // The slots that this block adds up.
@@ -79,45 +72,24 @@ __device__ __forceinline__ Range range_of(int slots) {
     return {min((int)blockIdx.x * each, slots), min(((int)blockIdx.x + 1) * each, slots)};
 }
 
-// The sum over the block of one number a thread, and where `before` is asked for that of the threads before.
-__device__ u32 sum_of_block(u32 x, u32 *before = nullptr) {
-    __shared__ u32 of_warps[WARPS];
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    u32 scan = x;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const u32 left = __shfl_up_sync(FULL, scan, step);
-        if (lane >= step) scan += left;
-    }
-    __syncthreads();
-    if (lane == 31) of_warps[warp] = scan;
-    __syncthreads();
-    u32 sum = 0, earlier = 0;
-    for (int w = 0; w < WARPS; ++w) {
-        if (w == warp) earlier = sum;
-        sum += of_warps[w];
-    }
-    if (before) *before = earlier + scan - x;
-    return sum;
-}
-
 // first[i] = the sum of count(j) over j < i, for all slots and one more. The whole grid waits once.
 template <class Count>
 __device__ void prefix_sums(u32 *first, int slots, Count count, u32 *of_blocks, u32 *arrived, u32 &awaited) {
     const Range range = range_of(slots);
-    u32 mine = 0;
+    u32 mine = 0, all;
     for (int i = range.begin + threadIdx.x; i < range.end; i += THREADS) mine += count(i);
-    mine = sum_of_block(mine);
-    if (threadIdx.x == 0) of_blocks[blockIdx.x] = mine;
+    scan_of_block<WARPS>(mine, all);
+    if (threadIdx.x == 0) of_blocks[blockIdx.x] = all;
     wait_for_grid(arrived, awaited);
     u32 earlier = 0;
     for (int block = threadIdx.x; block < blockIdx.x; block += THREADS) earlier += of_blocks[block];
-    u32 at = sum_of_block(earlier), before;
+    u32 at;
+    scan_of_block<WARPS>(earlier, at);
     for (int base = range.begin; base < range.end; base += THREADS) {
         const int i = base + (int)threadIdx.x;
-        const u32 sum = sum_of_block(i < range.end ? count(i) : 0, &before);
+        const u32 before = scan_of_block<WARPS>(i < range.end ? count(i) : 0, all);
         if (i < range.end) first[i] = at + before;
-        at += sum;
+        at += all;
     }
     if (range.begin < range.end && range.end == slots && threadIdx.x == 0) first[slots] = at;
     if (slots == 0 && blockIdx.x == 0 && threadIdx.x == 0) first[0] = 0;
@@ -228,8 +200,8 @@ template <class First, class Count, class At>
 __device__ __forceinline__ u32 take_over(Owned &owned, Entry *entries, u32 used, Range range, First first, Count count, At at) {
     const int lines = range.end - range.begin, mine = range.begin + (int)threadIdx.x;
     if (threadIdx.x == 0) owned.long_count = 0;
-    u32 before;
-    const u32 own = mine < range.end ? count(mine) : 0, all = used + sum_of_block(own, &before);
+    u32 sum;
+    const u32 own = mine < range.end ? count(mine) : 0, before = scan_of_block<WARPS>(own, sum), all = used + sum;
     if (lines > THREADS || all > OWNED) return OWNED + 1;
     owned.begin[threadIdx.x] = used + before;
     owned.end[threadIdx.x] = used + before + own;
@@ -358,7 +330,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
 #else
             const float value = (weight + other) / 2;
 #endif
-            const u32 all = lanes > 1 ? __ballot_sync(FULL, kept) : kept, at = to + __popc(all & (1u << lane) - 1);
+            const u32 all = lanes > 1 ? __ballot_sync(FULL, kept) : kept, at = to + rank_in(all, lane);
             to += __popc(all);
             if (!kept) continue;
             plan.rows()[at] = Entry{column_of(key), value};
@@ -447,7 +419,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
             if (lane == 0) write_gradient(y.gradient, point.index, pull, parts);
         });
     wait_for_grid(arrived, awaited);
-    const int x_nodes = nodes_of(x_clouds), nodes = x_nodes + nodes_of(y_clouds);
+    const int x_nodes = tiles_of(x_clouds), nodes = x_nodes + tiles_of(y_clouds);
     for (int node = blockIdx.x * WARPS + (threadIdx.x >> 5); node < nodes; node += gridDim.x * WARPS) {
         const bool of_x = node < x_nodes;
         const Clouds &clouds = of_x ? x_clouds : y_clouds;

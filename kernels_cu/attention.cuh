@@ -43,6 +43,8 @@
 #define GPU3D_ATTENTION_CUH
 
 #include "clouds.cuh"
+#include "floats.cuh"
+#include "warp.cuh"
 
 // Chosen by gpu3d/attention.py, all of them; these are for a compiler by hand.
 #ifndef D
@@ -58,8 +60,6 @@
 #define PAIRED 0            // 1: two warps own the same rows, and each makes one of two gradients (attention_dkdv.cu, float32)
 #define LAZY 0              // 1: a chunk's sums are still under way while the next one's weights are worked out (WGMMA)
 #endif
-
-typedef unsigned short u16;
 
 #define THREADS (32 * WARPS)
 #define OWN (16 * WARPS / (1 + PAIRED) * OWN_TILES)     // rows a block owns
@@ -209,16 +209,10 @@ __device__ __forceinline__ float exponential(float score, float slope, float shi
     return exp2_fast(PLANES == 1 ? x : x * LOG2E);
 }
 
-// Two floats, rounded, in one word: `low` in its low half.
-__device__ __forceinline__ u32 pack(float low, float high) {
-    u32 word;
-#if ELEMENT == 2
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-#endif
-    return word;
-}
+// Pairs of values in a word. The planes of float32 are bfloat16.
+typedef Float<ELEMENT == FLOAT16 ? FLOAT16 : BFLOAT16> Half;
+__device__ __forceinline__ u32 pack(float low, float high) { return Half::narrow_pair(low, high); }
+__device__ __forceinline__ float2 unpack(u32 word) { return Half::widen_pair(word); }
 
 // The planes of two floats; the first alone where PLANES is 1.
 __device__ __forceinline__ void split(float low, float high, u32 planes[PLANES]) {
@@ -228,16 +222,6 @@ __device__ __forceinline__ void split(float low, float high, u32 planes[PLANES])
         low -= __uint_as_float(planes[i] << 16);            // exact; unused, and dropped, after the last plane
         high -= __uint_as_float(planes[i] & 0xffff0000u);
     }
-}
-
-__device__ __forceinline__ float2 unpack(u32 word) {
-#if ELEMENT == 2
-    float2 x;
-    asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(x.x), "=f"(x.y) : "r"(word));
-    return x;
-#else
-    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
-#endif
 }
 
 // Two columns, as floats.

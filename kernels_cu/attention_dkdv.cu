@@ -11,8 +11,8 @@
 // Where the sums of both do not fit in registers beside the rest (float32, D = 128), two warps own the same keys (PAIRED): one
 // makes P and dv, the other takes P from it and makes dS and dk.
 
-#include "clouds.cuh"
 #include "attention.cuh"
+#include "clouds.cuh"
 
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
     const __grid_constant__ View dout,          // [slots, heads, D]

@@ -6,8 +6,8 @@
 // A block owns OWN query rows of one scope and head, with their dout, as in attention_forward.cu; keys and values visit.
 // Each row of dq is summed by one warp in the order of the scope: nothing is shared, so nothing is atomic.
 
-#include "clouds.cuh"
 #include "attention.cuh"
+#include "clouds.cuh"
 
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
     const __grid_constant__ View dout,          // [slots, heads, D]

@@ -21,8 +21,8 @@
 #define LIMIT (ELEMENT == 2 ? 32768.0f : 0x1p60f)       // float16 holds 65504; a row has less than 2^31 weights
 #endif
 
-#include "clouds.cuh"
 #include "attention.cuh"
+#include "clouds.cuh"
 
 // Raises the top of a row above its maximum in the chunk; the factor that brings older weights to the new top.
 __device__ __forceinline__ float raise_top(float &top, const float score[CHUNK / 8][4], int half, float slope) {
@@ -151,7 +151,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
         }
         if (lse && inside && (threadIdx.x & 3) == 0)
             lse[(long long)slot * heads + head] =
-                holds ? fmaf(top[m][half], 1 / UNIT, log2f(x) * LN2) : __int_as_float(0xff800000);
+                holds ? fmaf(top[m][half], 1 / UNIT, log2f(x) * LN2) : -INFINITE;
         return __fdividef(1, x);
     };
     store_owned(at_head({out, q.dim, heads * q.dim, q.dim}, head), sums, finish, scope, slots, first);

@@ -31,54 +31,16 @@
 #define POSITION_BITS 15
 #define POSITION ((1ull << POSITION_BITS) - 1)
 
-#include "clouds.cuh"
-#include "voxels.cuh"
 #include "buckets.cuh"
+#include "clouds.cuh"
+#include "sort.cuh"
+#include "voxels.cuh"
+#include "warp.cuh"
 
 static_assert(TILE == 1024 || TILE == 2048 || TILE == 4096, "THREADS is a block of 256 to 1024 threads");
 static_assert(CAPACITY <= 1 << POSITION_BITS, "a position in a partition has 15 bits");
 
 // ---- block-wide sort -----------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ void order(u64 &a, u64 &b) {
-    const u64 small = min(a, b);
-    b = max(a, b);
-    a = small;
-}
-
-// Bitonic sort of 128 elements, four a lane: element e of the result is x[e % 4] of lane e / 4. All merges ascend: the
-// first step of a merge compares e with its mirror image, the others with e ^ step.
-__device__ __forceinline__ void sort_warp(u64 x[4]) {
-    const int lane = threadIdx.x & 31;
-    order(x[0], x[1]);
-    order(x[2], x[3]);
-    order(x[0], x[3]);
-    order(x[1], x[2]);
-    order(x[0], x[1]);
-    order(x[2], x[3]);
-#pragma unroll
-    for (int size = 2; size <= 32; size <<= 1) {            // lanes that hold one sorted run after this merge
-        const bool low_half = (lane & (size >> 1)) == 0;
-        u64 mirror[4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) mirror[k] = __shfl_xor_sync(FULL, x[3 - k], size - 1);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) x[k] = (x[k] < mirror[k]) == low_half ? x[k] : mirror[k];
-#pragma unroll
-        for (int step = size >> 2; step; step >>= 1) {
-            const bool low = (lane & step) == 0;
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                const u64 other = __shfl_xor_sync(FULL, x[k], step);
-                x[k] = (x[k] < other) == low ? x[k] : other;
-            }
-        }
-        order(x[0], x[2]);
-        order(x[1], x[3]);
-        order(x[0], x[1]);
-        order(x[2], x[3]);
-    }
-}
 
 // Elements at..at + 3 of the merge of two sorted runs ("merge path", Odeh et al. 2012): a binary search for where the
 // output's diagonal leaves the two runs, then four steps of the merge. Elements are distinct and below ~0.
@@ -340,13 +302,8 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_partitions(
             sum += length[k];
             skipped += cut[0][t];
         }
-        int scan = sum;
-#pragma unroll
-        for (int step = 1; step < 32; step <<= 1) {
-            const int left = __shfl_up_sync(FULL, scan, step);
-            if (lane >= step) scan += left;
-            skipped += __shfl_xor_sync(FULL, skipped, step);
-        }
+        const int scan = scan_of_warp(sum);
+        skipped = sum_of_warp(skipped);
         int at = scan - sum;
 #pragma unroll
         for (int k = 0; k < MAX_TILES / 32; ++k) { offset[lane * (MAX_TILES / 32) + k] = at; at += length[k]; }

@@ -17,50 +17,14 @@
 #define THREADS 1024        // mirrored by gpu3d/buckets.py
 #define CANDIDATES 128
 
-#include "clouds.cuh"
-#include "voxels.cuh"
 #include "buckets.cuh"
+#include "clouds.cuh"
 #include "grid.cuh"
+#include "scan.cuh"
+#include "voxels.cuh"
 
 // Offsets of the candidates in steps, one packed word each: (x + 4) | (y + 4) << 4 | (z + 4) << 8.
 struct Candidates { unsigned short packed[CANDIDATES]; };
-
-// Sum over the block; every thread returns it.
-__device__ int sum_block(int x) {
-    __shared__ int sums[THREADS / 32];
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-#pragma unroll
-    for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(FULL, x, step);
-    __syncthreads();
-    if (lane == 0) sums[warp] = x;
-    __syncthreads();
-    x = sums[lane];
-#pragma unroll
-    for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(FULL, x, step);
-    return x;
-}
-
-// Exclusive scan over the block; `sum` is the block's total.
-__device__ int scan_block(int x, int &sum) {
-    __shared__ int sums[THREADS / 32];
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    int scan = x;
-#pragma unroll
-    for (int step = 1; step < 32; step <<= 1) {
-        const int left = __shfl_up_sync(FULL, scan, step);
-        if (lane >= step) scan += left;
-    }
-    __syncthreads();
-    if (lane == 31) sums[warp] = scan;
-    __syncthreads();
-    int before = 0, all = 0;
-    for (int w = 0; w < THREADS / 32; ++w) {
-        if (w < warp) before += sums[w];
-        all += sums[w];
-    }
-    sum = all;
-    return before + scan - x;
-}
 
 // The bucket, counted over the batch, of point i's voxel moved by `step` times 4 * buckets.
 __device__ __forceinline__ int bucket_moved(const Clouds &clouds, int i, u64 packed, const int step[3]) {
@@ -154,8 +118,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
             for (int k = warp; k < listed; k += THREADS / 32) {
                 int before = 0;
                 for (int other = lane; other < block; other += 32) before += __ldcg(&count[(size_t)list[k] * blocks + other]);
-#pragma unroll
-                for (int hop = 16; hop; hop >>= 1) before += __shfl_xor_sync(FULL, before, hop);
+                before = sum_of_warp(before);
                 if (lane == 0) cursor[list[k]] = before;
             }
             __syncthreads();
@@ -176,7 +139,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
                     for (u32 todo = turns; todo; todo &= todo - 1) {
                         if (warp == __ffs(todo) - 1 && crowded) {
                             const u32 same = __match_any_sync(asking, c);
-                            const int rank = cursor[c] + __popc(same & (1u << lane) - 1);
+                            const int rank = cursor[c] + rank_in(same, lane);
                             accepted = rank < room[c];
                             __syncwarp(asking);
                             if (lane == __ffs(same) - 1) cursor[c] = rank + __popc(same);
@@ -207,15 +170,15 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
     if (homeless) {
         int mine = 0;               // homeless points of this block
         for (int i = first + threadIdx.x; i < last; i += THREADS) mine += home[i] < 0;
-        mine = sum_block(mine);
+        mine = sum_of_block<THREADS / 32>(mine);
         if (threadIdx.x == 0) left[block] = mine;
         wait_for_grid(arrived, awaited);
         int before = 0;
         for (int k = threadIdx.x; k < block; k += THREADS) before += __ldcg(&left[k]);
-        before = sum_block(before);
+        before = sum_of_block<THREADS / 32>(before);
         for (int base = 0, sum, free = 0; base < all_buckets; base += THREADS) {        // room -> free slots before it
             const int c = base + threadIdx.x;
-            const int at = scan_block(c < all_buckets ? room[c] : 0, sum);
+            const int at = scan_of_block<THREADS / 32>(c < all_buckets ? room[c] : 0, sum);
             if (c < all_buckets) room[c] = free + at;
             free += sum;
         }
@@ -223,7 +186,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
         for (int base = first, sum; base < last; base += THREADS) {
             const int i = base + threadIdx.x;
             const bool waiting = i < last && home[i] < 0;
-            const int k = before + scan_block(waiting, sum);
+            const int k = before + scan_of_block<THREADS / 32>((int)waiting, sum);
             before += sum;
             if (!waiting) continue;
             int low = 0, high = all_buckets;                // room[low] <= k: the last such bucket has free slots
@@ -238,6 +201,6 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
     int away = 0;
     const int nowhere[3] = {0, 0, 0};
     for (int i = first + threadIdx.x; i < last; i += THREADS) away += home[i] != bucket_moved(clouds, i, voxels[i], nowhere);
-    away = sum_block(away);
+    away = sum_of_block<THREADS / 32>(away);
     if (threadIdx.x == 0 && away) atomicAdd(moved, away);   // integers: any order, one sum
 }

@@ -33,9 +33,11 @@
 #define POSITION_BITS 16
 #define WINDOW 8            // tiles looked back at together: their loads overlap
 
-#include "clouds.cuh"
-#include "voxels.cuh"
 #include "buckets.cuh"
+#include "clouds.cuh"
+#include "grid.cuh"
+#include "voxels.cuh"
+#include "warp.cuh"
 
 static_assert(TILE % THREADS == 0 && THREADS >= DIGITS, "a thread a digit, and whole items a thread");
 static_assert(TILE <= 1 << POSITION_BITS, "pass 0 packs a place in the tile beside 48 bits of key");
@@ -59,19 +61,12 @@ extern "C" __global__ __launch_bounds__(FRAME_THREADS) void radix_frames(
     coord_t *bounds,                            // [groups, 6]
     Frame *__restrict__ frames)                 // [clouds], unwritten where a cloud is empty
 {
-    __shared__ bool last;
     const int group = blockIdx.x;               // ranges [0, groups)
     const int b = cloud_of<&Cloud::group>(clouds, group);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int first = cloud.point + (group - cloud.group) * group_points;
     write_bounds(points, first, min(next.point - first, group_points) + first, bounds + 6 * (size_t)group);
-    if (threadIdx.x == 0) {
-        __threadfence();                        // the row of bounds is seen before the arrival
-        last = atomicAdd(&arrived[b], 1) == next.group - cloud.group - 1;
-        __threadfence();
-    }
-    __syncthreads();
-    if (!last) return;
+    if (!is_last_block(&arrived[b], next.group - cloud.group)) return;
     const Frame frame = frame_from_rows(bounds, cloud.group, next.group, voxel_size);
     if (threadIdx.x == 0) frames[b] = frame;
 }
@@ -136,12 +131,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_keys(
 // Exclusive scan over the first DIGITS threads; every thread of the block must call it.
 __device__ u32 scan_digits(u32 x, u32 *warp_sums) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    u32 scan = x;
-#pragma unroll
-    for (int step = 1; step < 32; step <<= 1) {
-        const u32 left = __shfl_up_sync(FULL, scan, step);
-        if (lane >= step) scan += left;
-    }
+    const u32 scan = scan_of_warp(x);
     __syncthreads();                            // warp_sums may still be read from the call before
     if (lane == 31) warp_sums[warp] = scan;
     __syncthreads();
@@ -188,7 +178,7 @@ __device__ __forceinline__ void move_tile(
     for (int k = 0; k < ITEMS; ++k) mine[k] = 32 * k < mine_left ? in[32 * k] : 0;
     // Where the cloud's digits begin: its loads and barriers overlap the records' loads.
     const int d = threadIdx.x;
-    volatile u32 *board = published + (size_t)pass * rows_of(clouds)[clouds.count].tile * DIGITS;
+    volatile u32 *board = published + (size_t)pass * tiles_of(clouds) * DIGITS;
     const u32 bin = scan_digits(d < DIGITS ? histogram[((size_t)b * PASSES + pass) * DIGITS + d] : 0, warp_sums);
 #pragma unroll
     for (int k = 0; k < ITEMS; ++k) {
@@ -241,7 +231,7 @@ __device__ __forceinline__ void move_tile(
         __syncwarp();
         if (same >> lane == 1) words[digit] = (u64)(earlier + __popc(same)) << 32;      // the last lane, for the next item
         __syncwarp();
-        seat[k] |= earlier + __popc(same & (1u << lane) - 1) << 8;
+        seat[k] |= earlier + rank_in(same, lane) << 8;
     }
     __syncthreads();
     if (d < DIGITS) {

@@ -4,12 +4,9 @@
 #ifndef GPU3D_CLOUDS_CUH
 #define GPU3D_CLOUDS_CUH
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "types.cuh"
 
 #define INLINE_CLOUDS 64    // mirrored by gpu3d/_clouds.py
-#define FULL 0xffffffffu
-#define INFINITE __int_as_float(0x7f800000)
 
 // Row b says where cloud b begins, row `count` where the batch ends.
 struct Cloud {
@@ -31,6 +28,11 @@ __device__ __forceinline__ const Cloud *rows_of(const Clouds &clouds) {
     return clouds.table ? clouds.table : clouds.inlined;
 }
 
+// How many points, slots and tiles the batch has.
+__device__ __forceinline__ int points_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].point; }
+__device__ __forceinline__ int slots_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].slot; }
+__device__ __forceinline__ int tiles_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].tile; }
+
 // The cloud whose range of tiles, groups or points holds `item`. Empty clouds hold nothing.
 template <int Cloud::*COLUMN>
 __device__ __forceinline__ int cloud_of(const Clouds &clouds, int item) {
@@ -42,9 +44,5 @@ __device__ __forceinline__ int cloud_of(const Clouds &clouds, int item) {
     }
     return low;
 }
-
-// x, which is the same on all lanes. The compiler knows it then, and that a branch on it does not part the warp: where it cannot
-// know, it asks before each vote and shuffle whether the warp is together. A __syncwarp() behind a branch in a loop helps likewise.
-__device__ __forceinline__ int uniform(int x) { return __reduce_max_sync(FULL, x); }
 
 #endif  // GPU3D_CLOUDS_CUH

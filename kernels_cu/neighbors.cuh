@@ -21,6 +21,8 @@
 #define GPU3D_NEIGHBORS_CUH
 
 #include "clouds.cuh"
+#include "floats.cuh"
+#include "warp.cuh"
 
 #define TILE 32             // points; mirrored by gpu3d/neighbors.py
 #define NOTHING 0x7f800000ffffffffull                       // the key of no neighbour: infinitely far, index -1
@@ -46,9 +48,6 @@ struct Index {
     const Box *tiles, *nodes;
     const Box *branches;    // null where no cloud has more than one
 };
-
-__device__ __forceinline__ int slots_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].slot; }
-__device__ __forceinline__ int nodes_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].tile; }
 
 // (d2, index) as one number of the same order: d2 is not negative. A NaN comes after everything.
 __device__ __forceinline__ u64 key_of(float d2, int index) { return (u64)__float_as_uint(d2) << 32 | (u32)index; }

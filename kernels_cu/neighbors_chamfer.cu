@@ -10,8 +10,9 @@
 #define SUM_TILE 1024       // mirrored by gpu3d/reference/neighbors.py; a node of the index, so that they share a table of clouds
 
 #include "clouds.cuh"
-#include "voxels.cuh"
+#include "grid.cuh"
 #include "neighbors.cuh"
+#include "voxels.cuh"
 
 // ---- the loss ------------------------------------------------------------------------------------------------------
 
@@ -34,7 +35,7 @@ __device__ double halved(double value) {
     }
     if (threadIdx.x < 32) {
         value = sums[threadIdx.x];
-        for (int half = 16; half; half /= 2) value += __shfl_xor_sync(FULL, value, half);
+        value = sum_of_warp(value);
         if (threadIdx.x == 0) sums[0] = value;
     }
     __syncthreads();
@@ -63,7 +64,7 @@ __device__ Tile summed(const Summed &side, const Clouds &clouds, int b, int tile
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int i = cloud.point + (tile - cloud.tile) * SUM_TILE + threadIdx.x;
     const float square = i < next.point ? side.d2[i] : 0, distance = __fsqrt_rn(square);
-    return Tile{halved(squared ? square : distance), largest_of(square - square == 0 ? __float_as_uint(distance) : 0u)};
+    return Tile{halved(squared ? square : distance), largest_of(is_finite(square) ? __float_as_uint(distance) : 0u)};
 }
 
 __device__ void sum_tile(const Summed &side, const Clouds &clouds, int tile, int squared) {
@@ -81,9 +82,9 @@ extern "C" __global__ __launch_bounds__(SUM_TILE) void chamfer_tiles(
     const __grid_constant__ Clouds y_clouds,
     int squared)                                // 1: of their squares
 {
-    const int tile = blockIdx.x, x_tiles = nodes_of(x_clouds);
+    const int tile = blockIdx.x, x_tiles = tiles_of(x_clouds);
     if (tile < x_tiles) sum_tile(x, x_clouds, tile, squared);
-    else if (tile < x_tiles + nodes_of(y_clouds)) sum_tile(y, y_clouds, tile - x_tiles, squared);
+    else if (tile < x_tiles + tiles_of(y_clouds)) sum_tile(y, y_clouds, tile - x_tiles, squared);
 }
 
 // The sum of count values by halving tiles of them; by a whole block, which overwrites them.
@@ -128,7 +129,6 @@ extern "C" __global__ __launch_bounds__(SUM_TILE) void chamfer_losses(
     int tiled,                                  // 1: by chamfer_tiles
     int squared)
 {
-    __shared__ bool last;
     const int b = blockIdx.x;
     if (b < x_clouds.count) {
         const double of_x = mean_of(x, x_clouds, b, tiled, squared), of_y = mean_of(y, y_clouds, b, tiled, squared);
@@ -138,15 +138,7 @@ extern "C" __global__ __launch_bounds__(SUM_TILE) void chamfer_losses(
         }
     }
     if (!loss) return;
-    if (gridDim.x > 1) {
-        if (threadIdx.x == 0) {
-            __threadfence();
-            last = atomicAdd(known, 1) == gridDim.x - 1;
-            __threadfence();
-        }
-        __syncthreads();
-        if (!last) return;
-    }
+    if (gridDim.x > 1 && !is_last_block(known, gridDim.x)) return;
     __syncthreads();
     const double sum = sum_of(losses, x_clouds.count);
     if (threadIdx.x == 0) *loss = (float)(sum / parts);
@@ -164,8 +156,6 @@ struct Pulled {
     u64 *given;             // [points, 3] what the points of the other give to it, zeros at first
     point_t *gradient;      // [points, 3]
 };
-
-__device__ __forceinline__ int points_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].point; }
 
 // Terms of `count` points, none beyond what `largest` allows, times 2**shift_of fit a sum of 62 bits.
 __device__ __forceinline__ int shift_of(int count, u32 largest, int squared) {
@@ -187,7 +177,7 @@ __device__ __forceinline__ void term_of(float term[3], const Pulled &side, const
 }
 
 __device__ __forceinline__ bool is_found(const Pulled &side, int i) {
-    return side.nearest[i] >= 0 && side.d2[i] - side.d2[i] == 0;        // and not infinitely far
+    return side.nearest[i] >= 0 && is_finite(side.d2[i]);        // and not infinitely far
 }
 
 // What point i of a side gives to its nearest.
@@ -229,8 +219,8 @@ __device__ void write_gradient(
     const int count = rows_of(clouds)[b + 1].point - rows_of(clouds)[b].point;
     const int other_count = rows_of(other_clouds)[b + 1].point - rows_of(other_clouds)[b].point;
     const int shift = shift_of(other_count, other.largest[b], squared);
-    const float nan = __int_as_float(0x7fffffff), dloss = asked.dloss ? asked.dloss[b * asked.step] : 1;
-    float own[3] = {nan, nan, nan};
+    const float dloss = asked.dloss ? asked.dloss[b * asked.step] : 1;
+    float own[3] = {NAN_FLOAT, NAN_FLOAT, NAN_FLOAT};
     if (is_found(side, i)) term_of(own, side, other, b, i, squared);
 #pragma unroll
     for (int e = 0; e < 3; ++e) {

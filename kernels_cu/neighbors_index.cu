@@ -16,8 +16,9 @@
 #define BRANCH_THREADS 128
 
 #include "clouds.cuh"
-#include "voxels.cuh"
 #include "neighbors.cuh"
+#include "sort.cuh"
+#include "voxels.cuh"
 
 #define OF_TILE (TILE / EACH)       // lanes
 #define WARPS (THREADS / 32)
@@ -36,9 +37,7 @@ struct Lanes {
     template <int N>
     __device__ __forceinline__ void add(float (&x)[N]) const {
 #pragma unroll
-        for (int i = 0; i < N; ++i)
-#pragma unroll
-            for (int step = LANES / 2; step; step /= 2) x[i] += __shfl_xor_sync(FULL, x[i], step);
+        for (int i = 0; i < N; ++i) x[i] = sum_of_lanes<LANES>(x[i]);
     }
     __device__ __forceinline__ void bound(float &low, float &high) const {
         if constexpr (LANES == 32) {
@@ -189,12 +188,6 @@ struct __align__(16) Splitter {
     float low[3][WARPS], high[3][WARPS];
 };
 
-__device__ __forceinline__ void order(u32 &a, u32 &b) {
-    const u32 smaller = min(a, b);
-    b = max(a, b);
-    a = smaller;
-}
-
 // Compares a thread's keys with those of the thread `other` that differs from it in the bits of MASK, and keeps the smaller ones where
 // it is the lower of both. REVERSED: the first with its last.
 template <int MASK, bool REVERSED>
@@ -333,11 +326,10 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
     const bool in_first = b < second, in_order = slot_to_point && !tiles;
     const int base = in_first ? 0 : rows_of(clouds)[second].point;
     const double *origin = origins ? origins + 3 * (in_first ? b : b - second) : nullptr;
-    const float nan = __int_as_float(0x7fffffff);
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
         const int at = k * THREADS + threadIdx.x, slot = first + at, place = cloud.point + slot - cloud.slot;
-        Row row = {nan, nan, nan, -1};
+        Row row = {NAN_FLOAT, NAN_FLOAT, NAN_FLOAT, -1};
         if (slot < next.slot) {                 // by whole tiles
             const int i = slot_to_point ? slot_to_point[slot] : place < next.point ? place : -1;
             if (i >= 0) {

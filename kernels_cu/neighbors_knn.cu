@@ -17,6 +17,7 @@
 
 #include "clouds.cuh"
 #include "neighbors.cuh"
+#include "sort.cuh"
 
 struct Best {
 #if LISTS
@@ -26,28 +27,6 @@ struct Best {
 };
 
 #if LISTS
-
-// The smaller of this lane's and another's key for the lane that takes the smaller, else the larger.
-__device__ __forceinline__ u64 exchanged(u64 key, int step, bool smaller) {
-    const u64 other = __shfl_xor_sync(FULL, key, step);
-    return smaller == (key < other) ? key : other;
-}
-
-// Ascending from any order, and from rising then falling.
-__device__ __forceinline__ u64 sorted(u64 key) {
-    const int lane = threadIdx.x & 31;
-#pragma unroll
-    for (int size = 2; size <= 32; size *= 2)
-#pragma unroll
-        for (int step = size / 2; step; step /= 2) key = exchanged(key, step, ((lane & step) == 0) == ((lane & size & 31) == 0));
-    return key;
-}
-
-__device__ __forceinline__ u64 merged(u64 key) {
-#pragma unroll
-    for (int step = 16; step; step /= 2) key = exchanged(key, step, (threadIdx.x & step) == 0);
-    return key;
-}
 
 __device__ __forceinline__ u64 reversed(u64 key) { return __shfl_xor_sync(FULL, key, 31); }
 
@@ -74,13 +53,15 @@ __device__ __forceinline__ void insert(Best &best, u64 key, int k) {
 
 // Takes in a key a lane: against the last list, what stays is merged downwards.
 __device__ __forceinline__ void merge(Best &best, u64 key, int k) {
-    key = reversed(sorted(key));
+    u64 keys[1] = {key};
+    sort_warp(keys);
+    key = reversed(keys[0]);
 #pragma unroll
     for (int i = LISTS - 1; i >= 0; --i) {
         const u64 mine = best.key[i];
         const u64 smaller = mine < key ? mine : key, larger = mine < key ? key : mine;
-        if (i < LISTS - 1) best.key[i + 1] = merged(larger);
-        best.key[i] = merged(smaller);
+        if (i < LISTS - 1) best.key[i + 1] = merge_warp(larger);
+        best.key[i] = merge_warp(smaller);
         if (i) key = reversed(best.key[i]);
     }
     set_worst(best, k);
@@ -93,8 +74,7 @@ __device__ __forceinline__ bool take(Best &best, u64 key, int k) {
     u32 closer = __ballot_sync(FULL, key < best.worst);
     if (!closer) return false;
 #if LISTS == 0
-    const u32 high = (u32)(key >> 32), least = __reduce_min_sync(FULL, high);
-    best.worst = min(best.worst, (u64)least << 32 | __reduce_min_sync(FULL, high == least ? (u32)key : FULL));
+    best.worst = min(best.worst, min_of_warp(key));
     return true;
 #else
     const u64 nearest = best.key[0];
@@ -113,7 +93,7 @@ __device__ __forceinline__ bool take(Best &best, u64 key, int k) {
 __device__ __forceinline__ void write(u64 key, size_t at, int squared, float *distances, int *indices) {
     const int found = (int)(u32)key;
     indices[at] = found;
-    distances[at] = found < 0 ? __int_as_float(0x7fffffff) : squared ? distance2_of(key) : __fsqrt_rn(distance2_of(key));
+    distances[at] = found < 0 ? NAN_FLOAT : squared ? distance2_of(key) : __fsqrt_rn(distance2_of(key));
 }
 
 // Block `block` of a search: of knn's arguments.

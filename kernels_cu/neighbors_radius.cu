@@ -6,7 +6,7 @@
 
 #include "clouds.cuh"
 #include "neighbors.cuh"
-#include "sort.cuh"
+#include "sort_rows.cuh"
 
 // Calls found(hits, hit, key) for the points of each tile within the radius: a bit and a truth a lane, keys by index.
 template <class Found>
@@ -62,7 +62,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void radius_fill(
     u64 *to = entries + offsets[query.index];
     const int b = uniform(cloud_of<&Cloud::slot>(query_clouds, slot));
     walk_ball(query, index, clouds, b, radius2, [&](u32 hits, bool hit, u64 key) {
-        if (hit) to[__popc(hits & (1u << lane) - 1)] = key;
+        if (hit) to[rank_in(hits, lane)] = key;
         to += __popc(hits);
     });
 }
@@ -81,7 +81,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void radius_sort(
     const long long total = offsets[all], end = total <= room ? total : 0;
     for (long long i = end + blockIdx.x * THREADS + threadIdx.x; i < room; i += (long long)gridDim.x * THREADS) {
         indices[i] = -1;
-        distances[i] = __int_as_float(0x7fffffff);
+        distances[i] = NAN_FLOAT;
     }
     if (end == 0) return;
     const auto writer = [=](long long first) {

@@ -12,19 +12,15 @@
 #define VOXELS 1024         // an axis of a tile
 
 #include "clouds.cuh"
+#include "sort.cuh"
 #include "voxels.cuh"
 
 // Ascending over the block's TILE threads: thread t gets the item of rank t.
 __device__ __forceinline__ u64 sorted(u64 item, u64 *before, u64 *after) {
     const int t = threadIdx.x;
-#pragma unroll
-    for (int size = 2; size <= 32; size *= 2)
-#pragma unroll
-        for (int step = size / 2; step; step /= 2) {
-            const u64 other = __shfl_xor_sync(FULL, item, step);
-            const bool smaller = (t & step) == 0, ascends = (t & size & 31) == 0;
-            item = smaller == ascends ? min(item, other) : max(item, other);
-        }
+    u64 its[1] = {item};
+    sort_warp(its);
+    item = its[0];
     for (int run = 32; run < TILE; run *= 2) {
         before[t] = item;
         __syncthreads();
@@ -41,7 +37,7 @@ __device__ __forceinline__ u64 sorted(u64 item, u64 *before, u64 *after) {
 }
 
 __device__ __forceinline__ point_t mean(coord_t sum, int count) {
-#if POINT == 1
+#if POINT == FLOAT64
     return __ddiv_rn(sum, count);
 #else
     return narrow(__fdiv_rn(sum, count));

@@ -23,37 +23,15 @@
 #define ROWS (LOADS / RATIO)                                // children a thread
 
 #include "clouds.cuh"
+#include "floats.cuh"
 
-#if ELEMENT == 0
-typedef float element_t;
-__device__ __forceinline__ float widen(element_t x) { return x; }
-__device__ __forceinline__ element_t narrow(float x) { return x; }
-#else
-typedef unsigned short element_t;
-#if ELEMENT == 2
-__device__ __forceinline__ float widen(element_t x) {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-    return y;
-}
-__device__ __forceinline__ element_t narrow(float x) {
-    element_t y;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
-}
-#else
-__device__ __forceinline__ float widen(element_t x) { return __uint_as_float((u32)x << 16); }
-__device__ __forceinline__ element_t narrow(float x) {
-    element_t y;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
-}
-#endif
-#endif
+typedef Float<ELEMENT>::Stored element_t;
+__device__ __forceinline__ float widen(element_t x) { return Float<ELEMENT>::widen(x); }
+__device__ __forceinline__ element_t narrow(float x) { return Float<ELEMENT>::narrow(x); }
 
 #define PER (WORD / (int)sizeof(element_t))                 // elements a word
 struct __align__(WORD) Word { element_t x[PER]; };
-struct __align__(PER) Places { unsigned char x[PER]; };     // of argmember
+struct __align__(PER) Places { u8 x[PER]; };     // of argmember
 struct Floats { float x[PER]; };
 
 __device__ __forceinline__ Floats widen(const Word &word) {

@@ -7,7 +7,8 @@
 #ifndef GPU3D_VOXELS_CUH
 #define GPU3D_VOXELS_CUH
 
-#include "clouds.cuh"
+#include "floats.cuh"
+#include "warp.cuh"
 
 #ifndef POINT
 #define POINT 0             // coordinates: 0 float32, 1 float64, 2 float16, 3 bfloat16
@@ -16,52 +17,21 @@
 #define VOXELS 65536        // an axis
 #endif
 
-#if POINT == 0
-typedef float point_t;
-typedef float coord_t;
-__device__ __forceinline__ coord_t widen(point_t x) { return x; }
-__device__ __forceinline__ point_t narrow(coord_t x) { return x; }
-#elif POINT == 1
-typedef double point_t;
-typedef double coord_t;
-__device__ __forceinline__ coord_t widen(point_t x) { return x; }
-__device__ __forceinline__ point_t narrow(coord_t x) { return x; }
-#elif POINT == 2
-typedef unsigned short point_t;
-typedef float coord_t;
-__device__ __forceinline__ coord_t widen(point_t x) {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-    return y;
-}
-__device__ __forceinline__ point_t narrow(coord_t x) {
-    point_t y;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
-}
-#else
-typedef unsigned short point_t;
-typedef float coord_t;
-__device__ __forceinline__ coord_t widen(point_t x) { return __uint_as_float((u32)x << 16); }
-__device__ __forceinline__ point_t narrow(coord_t x) {
-    point_t y;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
-}
-#endif
+typedef Float<POINT>::Stored point_t;
+typedef Float<POINT>::Wide coord_t;
+__device__ __forceinline__ coord_t widen(point_t x) { return Float<POINT>::widen(x); }
+__device__ __forceinline__ point_t narrow(coord_t x) { return Float<POINT>::narrow(x); }
 
 // Coordinate d of point i in float32. Of float64 ones the origin, if there is one, is subtracted in float64.
 __device__ __forceinline__ float coordinate(const point_t *points, int i, int d, const double *origin) {
     coord_t x = widen(points[3 * (size_t)i + d]);
-#if POINT == 1
+#if POINT == FLOAT64
     if (origin) x = __dsub_rn(x, origin[d]);
     return __double2float_rn(x);
 #else
     return x;
 #endif
 }
-
-__device__ __forceinline__ bool is_finite(coord_t x) { return x - x == 0; }     // inf - inf and NaN - NaN are NaN
 
 // Where a cloud's voxel grid lies: the origin and the cell of each axis.
 struct Frame {
@@ -71,7 +41,7 @@ struct Frame {
 };
 
 __device__ __forceinline__ float difference(coord_t a, coord_t b) {
-#if POINT == 1
+#if POINT == FLOAT64
     return __double2float_rn(__dsub_rn(a, b));
 #else
     return __fsub_rn(a, b);

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// Floating-point types by the numbers that gpu3d passes for them: how values are stored and what they are computed in.
+
+#ifndef GPU3D_FLOATS_CUH
+#define GPU3D_FLOATS_CUH
+
+#include "types.cuh"
+
+#define FLOAT32 0
+#define FLOAT64 1
+#define FLOAT16 2
+#define BFLOAT16 3
+
+#define INFINITE __int_as_float(0x7f800000)
+#define INFINITE_DOUBLE __longlong_as_double(0x7ff0000000000000ll)
+#define NAN_FLOAT __int_as_float(0x7fffffff)
+#define NAN_DOUBLE __longlong_as_double(0x7fffffffffffffffll)
+
+// False for infinities and NaN: inf - inf and NaN - NaN are NaN.
+__device__ __forceinline__ bool is_finite(float x) { return x - x == 0; }
+__device__ __forceinline__ bool is_finite(double x) { return x - x == 0; }
+
+// Float<TYPE>: values lie in memory as Stored and are computed with as Wide. widen is exact, narrow rounds to the nearest.
+template <int TYPE>
+struct Float;
+
+template <>
+struct Float<FLOAT32> {
+    typedef float Stored;
+    typedef float Wide;
+    static __device__ __forceinline__ float widen(float x) { return x; }
+    static __device__ __forceinline__ float narrow(float x) { return x; }
+};
+
+template <>
+struct Float<FLOAT64> {
+    typedef double Stored;
+    typedef double Wide;
+    static __device__ __forceinline__ double widen(double x) { return x; }
+    static __device__ __forceinline__ double narrow(double x) { return x; }
+};
+
+// The 16-bit types also convert two values at once, in one word: `low` lies in its low half.
+template <>
+struct Float<FLOAT16> {
+    typedef u16 Stored;
+    typedef float Wide;
+    static __device__ __forceinline__ float widen(u16 x) {
+        float y;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+        return y;
+    }
+    static __device__ __forceinline__ u16 narrow(float x) {
+        u16 y;
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+        return y;
+    }
+    static __device__ __forceinline__ float2 widen_pair(u32 word) {
+        float2 x;
+        asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(x.x), "=f"(x.y) : "r"(word));
+        return x;
+    }
+    static __device__ __forceinline__ u32 narrow_pair(float low, float high) {
+        u32 word;
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+        return word;
+    }
+};
+
+template <>
+struct Float<BFLOAT16> {
+    typedef u16 Stored;
+    typedef float Wide;
+    static __device__ __forceinline__ float widen(u16 x) { return __uint_as_float((u32)x << 16); }
+    static __device__ __forceinline__ u16 narrow(float x) {
+        u16 y;
+        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+        return y;
+    }
+    static __device__ __forceinline__ float2 widen_pair(u32 word) {
+        return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+    }
+    static __device__ __forceinline__ u32 narrow_pair(float low, float high) {
+        u32 word;
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+        return word;
+    }
+};
+
+#endif  // GPU3D_FLOATS_CUH
