@@ -4,7 +4,7 @@
 #   make test         the tests (those that need a GPU skip without one)
 #   make test-interop the tests that use torch or JAX, which it installs
 #   make kernels      compile every CUDA kernel with no GPU; prints registers and spills
-#   make lint         ruff and mypy
+#   make lint         ruff and mypy; clang-format for the kernels
 #   make clean        remove .venv and everything built
 #
 # Another Python: PYTHON=python3.12 make test (make clean first where .venv already has a different one).
@@ -38,6 +38,7 @@ kernels: $(VENV)/.has-kernels
 lint: $(VENV)/.has-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror kernels_cu/*
 
 # A stamp file says which extras .venv has; pyproject.toml changed: installed anew.
 $(VENV)/.has-%: pyproject.toml

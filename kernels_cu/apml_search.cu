@@ -13,8 +13,8 @@
 // entries by one atomic. Where rows come to lie differs from run to run, what is in them does not.
 
 #define THREADS 128
-#define BLOCKS 8            // a multiprocessor at least
-#define LISTED 512          // candidates that a warp keeps; of more it repeats the search, three times
+#define BLOCKS 8    // a multiprocessor at least
+#define LISTED 512  // candidates that a warp keeps; of more it repeats the search, three times
 
 #include "apml.cuh"
 #include "clouds.cuh"
@@ -24,7 +24,7 @@
 
 // A double a cloud; few travel inside the kernel's arguments.
 struct Masses {
-    const double *table;    // [clouds] on the device, or null
+    const double *table;  // [clouds] on the device, or null
     double inlined[INLINE_CLOUDS];
 };
 
@@ -36,7 +36,7 @@ struct Two {
 // Takes in a d2 a lane; says whether one of the two is another now.
 __device__ __forceinline__ bool take(Two &two, float d2) {
     bool changes = false;
-    while (__any_sync(FULL, d2 < two.second)) {             // twice at most
+    while (__any_sync(FULL, d2 < two.second)) {  // twice at most
         const Nearest nearest = nearest_of(__float_as_uint(d2));
         const float least = __uint_as_float(nearest.bits);
         two.second = fminf(two.second, fmaxf(two.first, least));
@@ -67,12 +67,12 @@ __device__ __forceinline__ float radius2_of(const Two &two, float ratio) {
 
 // What one side keeps.
 struct Kept {
-    double limit;           // -ln(threshold)
-    u64 room;               // entries
-    u64 *total;             // [] entries so far, room or not; 0 at first
-    u32 *starts, *counts;   // [slots] where the entries of each query begin, and how many they are
-    u32 *named;             // [other slots] entries that name each, zeros at first; or null
-    Entry *entries;         // [room]; what has no room is counted, not written
+    double limit;          // -ln(threshold)
+    u64 room;              // entries
+    u64 *total;            // [] entries so far, room or not; 0 at first
+    u32 *starts, *counts;  // [slots] where the entries of each query begin, and how many they are
+    u32 *named;            // [other slots] entries that name each, zeros at first; or null
+    Entry *entries;        // [room]; what has no room is counted, not written
 };
 
 // Of the candidates of the query in a slot, keeps what the definition does. candidates.each(visit) calls visit(is candidate, slot,
@@ -80,13 +80,14 @@ struct Kept {
 template <class Candidates>
 __device__ __forceinline__ void keep(const Kept &kept, int slot, double mass, const Candidates &candidates) {
     const int lane = threadIdx.x & 31;
-    double least = INFINITE_DOUBLE, next = INFINITE_DOUBLE;     // the two nearest of a lane's
+    double least = INFINITE_DOUBLE, next = INFINITE_DOUBLE;  // the two nearest of a lane's
     candidates.each([&](bool is, int, double c) {
         if (!is) return;
         next = min(next, max(least, c));
         least = min(least, c);
     });
-    const u64 mine = __double_as_longlong(least), first = min_of_warp(mine);      // bits have the order of what is not negative
+    // Their bits have the order of what is not negative.
+    const u64 mine = __double_as_longlong(least), first = min_of_warp(mine);
     const bool has_first = lane == __ffs(__ballot_sync(FULL, mine == first)) - 1;
     const double d1 = __longlong_as_double(first);
     const double d2 = __longlong_as_double(min_of_warp(has_first ? __double_as_longlong(next) : mine));
@@ -94,7 +95,7 @@ __device__ __forceinline__ void keep(const Kept &kept, int slot, double mass, co
     const auto exponent = [&](double c) { return __dmul_rn(__dsub_rn(c, d1), t); };
 
     int count = 0;
-    double sum = 0;                             // of the weights, a lane
+    double sum = 0;  // of the weights, a lane
     candidates.each([&](bool is, int, double c) {
         const double x = exponent(c);
         const bool stays = is && x < kept.limit;
@@ -120,7 +121,7 @@ __device__ __forceinline__ void keep(const Kept &kept, int slot, double mass, co
             to[rank_in(all, lane)] = Entry{(u32)other, (float)((double)(float)exp(-x) / sum)};
             if (kept.named) atomicAdd(&kept.named[other], 1);
         }
-        __syncwarp();                           // else the compiler takes the warp for apart, and asks before each vote
+        __syncwarp();  // else the compiler takes the warp for apart, and asks before each vote
         to += __popc(all);
     });
 }
@@ -132,7 +133,9 @@ struct Few {
     double distance;
 
     template <class Visit>
-    __device__ __forceinline__ void each(Visit visit) const { visit(is, slot, distance); }
+    __device__ __forceinline__ void each(Visit visit) const {
+        visit(is, slot, distance);
+    }
 };
 
 // On a list or, where there are even more, found again each time.
@@ -142,8 +145,8 @@ struct Many {
     const Clouds &clouds;
     int b;
     float radius2;
-    int count;              // on the list, or above LISTED
-    const int *slots;       // [LISTED] of a warp, in shared memory
+    int count;         // on the list, or above LISTED
+    const int *slots;  // [LISTED] of a warp, in shared memory
 
     template <class Visit>
     __device__ __forceinline__ void each(Visit visit) const {
@@ -163,17 +166,19 @@ struct Many {
 };
 
 // Not inlined, so that what most queries run stays short.
-__device__ __noinline__ void keep_of_many(const Kept &kept, int slot, double mass, const Many &many) { keep(kept, slot, mass, many); }
+__device__ __noinline__ void keep_of_many(const Kept &kept, int slot, double mass, const Many &many) {
+    keep(kept, slot, mass, many);
+}
 
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void search_balls(
-    const Row *__restrict__ queries,            // [slots] of one side, in the order of its index
+    const Row *__restrict__ queries,  // [slots] of one side, in the order of its index
     const __grid_constant__ Clouds query_clouds,
     int query_slots,
-    const __grid_constant__ Index index,        // of the other side, from the same origins
+    const __grid_constant__ Index index,  // of the other side, from the same origins
     const __grid_constant__ Clouds clouds,
-    const __grid_constant__ Masses masses,      // L of each cloud
-    const __grid_constant__ Kept kept)
-{
+    const __grid_constant__ Masses masses,  // L of each cloud
+    const __grid_constant__ Kept kept
+) {
     __shared__ int listed[THREADS / 32][LISTED];
     const int warp = uniform(threadIdx.x >> 5), lane = threadIdx.x & 31, slot = blockIdx.x * (THREADS / 32) + warp;
     if (slot >= query_slots) return;
@@ -195,12 +200,12 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void search_balls(
     };
     // The ball of the two nearest so far shrinks as nearer ones are found, though not always.
     Two two = {INFINITE, INFINITE};
-    float radius2 = INFINITE, passed2 = INFINITE;           // passed2: a lane's, the least d2 of what it has passed over
+    float radius2 = INFINITE, passed2 = INFINITE;  // passed2: a lane's, the least d2 of what it has passed over
     const auto bound = [&] { return key_of(radius2, FULL); };
     const auto pass = [&](float d2) { passed2 = fminf(passed2, d2); };
     walk_tiles(query, index, clouds, b, NearestFirst<decltype(bound), decltype(pass)>{bound, pass}, [&](int tile) {
         const int slot = tile * TILE + lane;
-        const float d2 = distance2(query, index.rows[slot]);                    // NaN where there is no point, or it is not finite
+        const float d2 = distance2(query, index.rows[slot]);  // NaN where there is no point, or it is not finite
         if (__any_sync(FULL, d2 <= radius2)) {
             if (take(two, d2)) radius2 = radius2_of(two, ratio);
             list(slot, d2 <= radius2);
@@ -209,14 +214,14 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void search_balls(
     });
     if (__any_sync(FULL, passed2 <= radius2) || count > LISTED) {
         count = 0;
-        __syncwarp();                                       // then other lanes write where these have
+        __syncwarp();  // then other lanes write where these have
         walk_tiles(query, index, clouds, b, Within{radius2}, [&](int tile) {
             const int slot = tile * TILE + lane;
             list(slot, distance2(query, index.rows[slot]) <= radius2);
         });
     }
     __syncwarp();
-    if (count > 32 && count <= LISTED) {                    // without those that were listed before the ball was as small
+    if (count > 32 && count <= LISTED) {  // without those that were listed before the ball was as small
         const int before = count;
         count = 0;
         for (int base = 0; base < before; base += 32) {
@@ -226,7 +231,10 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void search_balls(
         }
         __syncwarp();
     }
-    if (count > 32) { keep_of_many(kept, slot, mass, Many{query, index, clouds, b, radius2, count, slots}); return; }
+    if (count > 32) {
+        keep_of_many(kept, slot, mass, Many{query, index, clouds, b, radius2, count, slots});
+        return;
+    }
     const int mine = lane < count ? slots[lane] : 0;
     keep(kept, slot, mass, Few{lane < count, mine, distance(query, index.rows[mine])});
 }

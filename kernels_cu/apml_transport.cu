@@ -16,15 +16,15 @@
 // back and forth. The same sums in the same order give the same bits either way.
 
 #ifndef MINIMUM
-#define MINIMUM 0           // symmetrize: 0 "mean", 1 "min"
+#define MINIMUM 0  // symmetrize: 0 "mean", 1 "min"
 #endif
-#define THREADS 512         // mirrored by gpu3d/apml.py, as is the next
-#define BLOCKS 2            // a multiprocessor; all run at once
-#define ROW 256             // entries of a row that a warp sorts
-#define LONG 16             // entries of a row that a lane adds
-#define BATCH 8             // of them at a time
-#define OWNED 5248          // entries that a block keeps in shared memory: with the rest of it 48 KiB
-#define NODE 1024           // slots whose losses are added first; a node of the index
+#define THREADS 512  // mirrored by gpu3d/apml.py, as is the next
+#define BLOCKS 2     // a multiprocessor; all run at once
+#define ROW 256      // entries of a row that a warp sorts
+#define LONG 16      // entries of a row that a lane adds
+#define BATCH 8      // of them at a time
+#define OWNED 5248   // entries that a block keeps in shared memory: with the rest of it 48 KiB
+#define NODE 1024    // slots whose losses are added first; a node of the index
 
 #include "apml.cuh"
 #include "clouds.cuh"
@@ -37,25 +37,25 @@
 
 // One of the two batches of clouds.
 struct Side {
-    const Row *rows;        // [slots]
-    const u32 *starts;      // [slots] of the point's entries
-    const u32 *counts;      // [slots]
-    u32 *cursors;           // [slots] at first how many entries of the other side name the slot; then scratch
-    u32 *first;             // [slots + 1] where a row, or a column, of the plan begins
-    u32 *longs;             // [slots] which of them have more than LONG entries, in any order; from behind, more than ROW
-    u32 *long_counts;       // [2] of both, 0 at first
-    double *scale;          // [slots]
-    float *gradient;        // [points, 3], or null
-    double *sums;           // [nodes] of losses
+    const Row *rows;    // [slots]
+    const u32 *starts;  // [slots] of the point's entries
+    const u32 *counts;  // [slots]
+    u32 *cursors;       // [slots] at first how many entries of the other side name the slot; then scratch
+    u32 *first;         // [slots + 1] where a row, or a column, of the plan begins
+    u32 *longs;         // [slots] which of them have more than LONG entries, in any order; from behind, more than ROW
+    u32 *long_counts;   // [2] of both, 0 at first
+    double *scale;      // [slots]
+    float *gradient;    // [points, 3], or null
+    double *sums;       // [nodes] of losses
 };
 
 // The plan, in rows with gaps.
 struct Plan {
-    u64 *keys;              // [room] column << 32 | bits of the weight << 1 | whether it is of P2; then the columns' entries
-    u64 *spare;             // [room] where long rows are sorted; then the rows' entries
-    u32 *lengths;           // [slots of x] entries of each row
-    u32 *place;             // [room] where the entries of each column stand among the rows', without gaps
-    u32 *row;               // [room] of each entry; -1 in gaps
+    u64 *keys;     // [room] column << 32 | bits of the weight << 1 | whether it is of P2; then the columns' entries
+    u64 *spare;    // [room] where long rows are sorted; then the rows' entries
+    u32 *lengths;  // [slots of x] entries of each row
+    u32 *place;    // [room] where the entries of each column stand among the rows', without gaps
+    u32 *row;      // [room] of each entry; -1 in gaps
 
     __device__ __forceinline__ Entry *rows() const { return (Entry *)spare; }
     __device__ __forceinline__ Entry *columns() const { return (Entry *)keys; }
@@ -132,12 +132,16 @@ __device__ __forceinline__ void each_line(const Side &side, int slots, Visit vis
 
 // Sorts all rows of keys; write(slot, number, key) puts them in place.
 template <class Key, class Write>
-__device__ __forceinline__ void sort_lines(const Side &side, int slots, Key *keys, Key *spare, Key *shared, Write write) {
+__device__ __forceinline__ void sort_lines(
+    const Side &side, int slots, Key *keys, Key *spare, Key *shared, Write write
+) {
     const int warp = uniform(threadIdx.x >> 5);
     for (int slot = blockIdx.x * WARPS + warp; slot < slots; slot += gridDim.x * WARPS) {
         const u32 count = uniform(width(side, slot));
-        if (count > 1 && count <= ROW)          // one is in order
-            sort_short(keys + side.first[slot], count, shared + warp * STAGED, [&](int e, Key key) { write(slot, e, key); });
+        if (count > 1 && count <= ROW)  // one is in order
+            sort_short(keys + side.first[slot], count, shared + warp * STAGED, [&](int e, Key key) {
+                write(slot, e, key);
+            });
     }
     __syncthreads();
     for (u32 i = blockIdx.x; i < side.long_counts[1]; i += gridDim.x) {
@@ -159,7 +163,9 @@ __device__ __forceinline__ bool is_pair(const u64 *keys, u32 e, u32 end) {
 
 // Divides a row, or a column, by its sum: its own scale, from those of the others.
 template <class At>
-__device__ __forceinline__ void rescale(double *own, const double *others, u32 begin, u32 end, int lane, int lanes, At at) {
+__device__ __forceinline__ void rescale(
+    double *own, const double *others, u32 begin, u32 end, int lane, int lanes, At at
+) {
     if (begin == end) return;
     const double before = *own;
     double sum = 0;
@@ -182,8 +188,8 @@ __device__ __forceinline__ void rescale(double *own, const double *others, u32 b
 
 // The rows, or the columns, that a block owns, in shared memory.
 struct Owned {
-    unsigned short begin[THREADS], end[THREADS];    // of the entries of each
-    unsigned short longs[THREADS];                  // which have more than LONG, in any order
+    unsigned short begin[THREADS], end[THREADS];  // of the entries of each
+    unsigned short longs[THREADS];                // which have more than LONG, in any order
     u32 long_count;
 };
 
@@ -197,7 +203,8 @@ __device__ __forceinline__ void each_line(const Owned &owned, int lines, Visit v
 // Takes over the lines of a range behind `used` entries; at(e) is one of those behind first(line), of which there are count(line).
 // Returns how many entries are used then, or more than OWNED where there is not room. The whole block.
 template <class First, class Count, class At>
-__device__ __forceinline__ u32 take_over(Owned &owned, Entry *entries, u32 used, Range range, First first, Count count, At at) {
+__device__ __forceinline__ u32
+take_over(Owned &owned, Entry *entries, u32 used, Range range, First first, Count count, At at) {
     const int lines = range.end - range.begin, mine = range.begin + (int)threadIdx.x;
     if (threadIdx.x == 0) owned.long_count = 0;
     u32 sum;
@@ -222,9 +229,17 @@ struct Pull {
 };
 template <class Write>
 __device__ __forceinline__ Pull pull_of(
-    const Row &point, double scale, const Row *others, const double *scales, const Entry *entries, u32 begin, u32 end, int lane,
-    int lanes, Write write)
-{
+    const Row &point,
+    double scale,
+    const Row *others,
+    const double *scales,
+    const Entry *entries,
+    u32 begin,
+    u32 end,
+    int lane,
+    int lanes,
+    Write write
+) {
     Pull pull = {0, 0, 0, 0};
     for (u32 e = begin + lane; e < end; e += lanes) {
         const Entry entry = entries[e];
@@ -250,28 +265,28 @@ __device__ __forceinline__ void write_gradient(float *gradient, int point, const
 }
 
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
-    const __grid_constant__ Side x,             // pred
-    const __grid_constant__ Side y,             // target
+    const __grid_constant__ Side x,  // pred
+    const __grid_constant__ Side y,  // target
     const __grid_constant__ Clouds x_clouds,
     const __grid_constant__ Clouds y_clouds,
     const __grid_constant__ Plan plan,
-    const Entry *entries,                       // [room] of both sides; plan.place and plan.row may lie there
-    const u64 *__restrict__ total,              // [] how many there are
+    const Entry *entries,           // [room] of both sides; plan.place and plan.row may lie there
+    const u64 *__restrict__ total,  // [] how many there are
     u64 room,
     int iterations,
-    double *losses,                             // [slots of x], each row's; then [clouds] in front
-    u32 *of_blocks,                             // [blocks]
-    u32 *arrived,                               // [2] 0 at first; blocks that wait, and blocks that have not room for what they own
-    float *__restrict__ each,                   // [clouds] the losses, or null
-    float *__restrict__ loss,                   // [] their sum over `parts`, or null
-    double parts)
-{
+    double *losses,            // [slots of x], each row's; then [clouds] in front
+    u32 *of_blocks,            // [blocks]
+    u32 *arrived,              // [2] 0 at first; blocks that wait, and blocks that have not room for what they own
+    float *__restrict__ each,  // [clouds] the losses, or null
+    float *__restrict__ loss,  // [] their sum over `parts`, or null
+    double parts
+) {
     __shared__ u64 shared[OWNED > WARPS * STAGED ? OWNED : WARPS * STAGED];
     __shared__ Owned own_rows, own_columns;
     const int x_slots = slots_of(x_clouds), y_slots = slots_of(y_clouds);
     const int thread = blockIdx.x * THREADS + threadIdx.x, threads = gridDim.x * THREADS;
     u32 awaited = 0;
-    if (*total > room) {                        // never a part of the plan
+    if (*total > room) {  // never a part of the plan
         for (int side = 0; side < 2; ++side) {
             const Side &of = side ? y : x;
             for (int slot = thread; slot < (side ? y_slots : x_slots); slot += threads)
@@ -286,22 +301,30 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
     prefix_sums(x.first, x_slots, [&](int i) { return x.counts[i] + x.cursors[i]; }, of_blocks, arrived, awaited);
     wait_for_grid(arrived, awaited);
     list_longs(x, x_slots);
-    each_slot(x_slots, [&](int i) { return x.counts[i]; }, [&](int i, int lane, int lanes) {
-        for (u32 e = lane; e < x.counts[i]; e += lanes) {
-            const Entry entry = entries[x.starts[i] + e];
-            plan.keys[x.first[i] + e] = (u64)entry.other << 32 | __float_as_uint(entry.weight) << 1;
+    each_slot(
+        x_slots, [&](int i) { return x.counts[i]; },
+        [&](int i, int lane, int lanes) {
+            for (u32 e = lane; e < x.counts[i]; e += lanes) {
+                const Entry entry = entries[x.starts[i] + e];
+                plan.keys[x.first[i] + e] = (u64)entry.other << 32 | __float_as_uint(entry.weight) << 1;
+            }
         }
-    });
-    each_slot(y_slots, [&](int j) { return y.counts[j]; }, [&](int j, int lane, int lanes) {
-        for (u32 e = lane; e < y.counts[j]; e += lanes) {
-            const Entry entry = entries[y.starts[j] + e];
-            const u32 i = entry.other, at = x.first[i] + x.counts[i] + atomicSub(&x.cursors[i], 1u) - 1;
-            plan.keys[at] = (u64)(u32)j << 32 | __float_as_uint(entry.weight) << 1 | 1;
+    );
+    each_slot(
+        y_slots, [&](int j) { return y.counts[j]; },
+        [&](int j, int lane, int lanes) {
+            for (u32 e = lane; e < y.counts[j]; e += lanes) {
+                const Entry entry = entries[y.starts[j] + e];
+                const u32 i = entry.other, at = x.first[i] + x.counts[i] + atomicSub(&x.cursors[i], 1u) - 1;
+                plan.keys[at] = (u64)(u32)j << 32 | __float_as_uint(entry.weight) << 1 | 1;
+            }
+            if (lane == 0) y.cursors[j] = y.first[j] = 0;
         }
-        if (lane == 0) y.cursors[j] = y.first[j] = 0;
-    });
+    );
     wait_for_grid(arrived, awaited);
-    sort_lines(x, x_slots, plan.keys, plan.spare, shared, [&](int i, int e, u64 key) { plan.keys[x.first[i] + e] = key; });
+    sort_lines(x, x_slots, plan.keys, plan.spare, shared, [&](int i, int e, u64 key) {
+        plan.keys[x.first[i] + e] = key;
+    });
     wait_for_grid(arrived, awaited);
 #if MINIMUM
     each_line(x, x_slots, [&](int i, int lane, int lanes) {
@@ -314,14 +337,15 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
         const u32 begin = x.first[i], end = x.first[i + 1];
         u32 to = begin;
 #if MINIMUM
-        bool has_pair = false;                  // else the row keeps what is P1's, as a column without pairs what is P2's
+        bool has_pair = false;  // else the row keeps what is P1's, as a column without pairs what is P2's
         for (u32 e = begin + lane; e < end; e += lanes) has_pair |= is_pair(plan.keys, e, end);
         if (lanes > 1) has_pair = __any_sync(FULL, has_pair);
 #endif
         for (u32 base = begin; base < end; base += lanes) {
             const u32 e = base + lane;
             const u64 key = e < end ? plan.keys[e] : 0;
-            bool kept = e < end && !(e > begin && is_pair(plan.keys, e - 1, end));  // the second of a pair goes with the first
+            // The second of a pair goes with the first.
+            bool kept = e < end && !(e > begin && is_pair(plan.keys, e - 1, end));
             const bool pair = kept && is_pair(plan.keys, e, end);
             const float weight = weight_of(key), other = pair ? weight_of(plan.keys[e + 1]) : 0;
 #if MINIMUM
@@ -353,8 +377,9 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
         }
     });
     wait_for_grid(arrived, awaited);
-    sort_lines(y, y_slots, plan.place, (u32 *)plan.keys, (u32 *)shared,
-               [&](int j, int e, u32 place) { plan.place[y.first[j] + e] = place; });
+    sort_lines(y, y_slots, plan.place, (u32 *)plan.keys, (u32 *)shared, [&](int j, int e, u32 place) {
+        plan.place[y.first[j] + e] = place;
+    });
     wait_for_grid(arrived, awaited);
 
     // Sinkhorn
@@ -368,10 +393,16 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
             plan.columns()[e] = Entry{plan.row[place], plan.rows()[place].weight};
         }
     __syncthreads();
-    const u32 used = take_over(own_rows, kept, 0, rows, [&](int i) { return x.first[i]; }, [&](int i) { return plan.lengths[i]; },
-                               [&](u32 e) { return plan.rows()[e]; });
-    const u32 all = used > OWNED ? used : take_over(own_columns, kept, used, columns, [&](int j) { return y.first[j]; },
-        [&](int j) { return width(y, j); }, [&](u32 e) { return plan.columns()[e]; });
+    const u32 used = take_over(
+        own_rows, kept, 0, rows, [&](int i) { return x.first[i]; }, [&](int i) { return plan.lengths[i]; },
+        [&](u32 e) { return plan.rows()[e]; }
+    );
+    u32 all = used;
+    if (used <= OWNED)
+        all = take_over(
+            own_columns, kept, used, columns, [&](int j) { return y.first[j]; }, [&](int j) { return width(y, j); },
+            [&](u32 e) { return plan.columns()[e]; }
+        );
     if (all > OWNED && threadIdx.x == 0) atomicAdd(&arrived[1], 1u);
     wait_for_grid(arrived, awaited);
     if (*(volatile u32 *)&arrived[1] == 0) {
@@ -382,19 +413,24 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
             });
             wait_for_grid(arrived, awaited);
             each_line(own_columns, columns.end - columns.begin, [&](int j, int lane, int lanes) {
-                rescale(&y.scale[columns.begin + j], x.scale, own_columns.begin[j], own_columns.end[j], lane, lanes, at);
+                rescale(
+                    &y.scale[columns.begin + j], x.scale, own_columns.begin[j], own_columns.end[j], lane, lanes, at
+                );
             });
             wait_for_grid(arrived, awaited);
         }
     } else {
         for (int iteration = 0; iteration < iterations; ++iteration) {
             each_line(x, x_slots, [&](int i, int lane, int lanes) {
-                rescale(&x.scale[i], y.scale, x.first[i], x.first[i] + plan.lengths[i], lane, lanes,
-                        [&](u32 e) { return plan.rows()[e]; });
+                rescale(&x.scale[i], y.scale, x.first[i], x.first[i] + plan.lengths[i], lane, lanes, [&](u32 e) {
+                    return plan.rows()[e];
+                });
             });
             wait_for_grid(arrived, awaited);
             each_line(y, y_slots, [&](int j, int lane, int lanes) {
-                rescale(&y.scale[j], x.scale, y.first[j], y.first[j + 1], lane, lanes, [&](u32 e) { return plan.columns()[e]; });
+                rescale(&y.scale[j], x.scale, y.first[j], y.first[j + 1], lane, lanes, [&](u32 e) {
+                    return plan.columns()[e];
+                });
             });
             wait_for_grid(arrived, awaited);
         }
@@ -403,9 +439,14 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
     // loss
     each_line(x, x_slots, [&](int i, int lane, int lanes) {
         const Row point = x.rows[i];
-        if (point.index < 0) { if (lane == 0) losses[i] = 0; return; }
-        const Pull pull = pull_of(point, x.scale[i], y.rows, y.scale, plan.rows(), x.first[i], x.first[i] + plan.lengths[i], lane,
-                                  lanes, [&](u32 e, float value) { plan.rows()[e].weight = value; });
+        if (point.index < 0) {
+            if (lane == 0) losses[i] = 0;
+            return;
+        }
+        const Pull pull = pull_of(
+            point, x.scale[i], y.rows, y.scale, plan.rows(), x.first[i], x.first[i] + plan.lengths[i], lane, lanes,
+            [&](u32 e, float value) { plan.rows()[e].weight = value; }
+        );
         if (lane) return;
         losses[i] = pull.loss;
         if (x.gradient) write_gradient(x.gradient, point.index, pull, parts);
@@ -414,8 +455,10 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
         each_line(y, y_slots, [&](int j, int lane, int lanes) {
             const Row point = y.rows[j];
             if (point.index < 0) return;
-            const Pull pull = pull_of(point, y.scale[j], x.rows, x.scale, plan.columns(), y.first[j], y.first[j + 1], lane, lanes,
-                                      [](u32, float) {});
+            const Pull pull = pull_of(
+                point, y.scale[j], x.rows, x.scale, plan.columns(), y.first[j], y.first[j + 1], lane, lanes,
+                [](u32, float) {}
+            );
             if (lane == 0) write_gradient(y.gradient, point.index, pull, parts);
         });
     wait_for_grid(arrived, awaited);

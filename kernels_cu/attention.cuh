@@ -48,30 +48,30 @@
 
 // Chosen by gpu3d/attention.py, all of them; these are for a compiler by hand.
 #ifndef D
-#define D 64                // head dimension, padded with zeros on load: 16, 32, 64 or 128
-#define ELEMENT 3           // 0 float32, 2 float16, 3 bfloat16
-#define WGMMA 0             // 1: Hopper's warpgroup products (sm_90a; not for float32), 0: mma.sync (sm_80 and up)
-#define WARPS 4             // of a block
-#define OWN_TILES 2         // tiles of 16 rows a warp owns
-#define VISIT 64            // rows a stage
-#define CHUNK 16            // rows at a time
-#define BLOCKS 1            // blocks a multiprocessor that registers are kept free for
-#define OWN_SHARED 0        // 1: owned rows lie in shared memory, which leaves registers for more warps (float32; WGMMA, D >= 64)
-#define PAIRED 0            // 1: two warps own the same rows, and each makes one of two gradients (attention_dkdv.cu, float32)
-#define LAZY 0              // 1: a chunk's sums are still under way while the next one's weights are worked out (WGMMA)
+#define D 64          // head dimension, padded with zeros on load: 16, 32, 64 or 128
+#define ELEMENT 3     // 0 float32, 2 float16, 3 bfloat16
+#define WGMMA 0       // 1: Hopper's warpgroup products (sm_90a; not for float32), 0: mma.sync (sm_80 and up)
+#define WARPS 4       // of a block
+#define OWN_TILES 2   // tiles of 16 rows a warp owns
+#define VISIT 64      // rows a stage
+#define CHUNK 16      // rows at a time
+#define BLOCKS 1      // blocks a multiprocessor that registers are kept free for
+#define OWN_SHARED 0  // 1: owned rows lie in shared memory, for more warps (float32; WGMMA, D >= 64)
+#define PAIRED 0  // 1: two warps own the same rows, and each makes one of two gradients (attention_dkdv.cu, float32)
+#define LAZY 0    // 1: a chunk's sums are still under way while the next one's weights are worked out (WGMMA)
 #endif
 
 #define THREADS (32 * WARPS)
-#define OWN (16 * WARPS / (1 + PAIRED) * OWN_TILES)     // rows a block owns
+#define OWN (16 * WARPS / (1 + PAIRED) * OWN_TILES)  // rows a block owns
 #define PLANES (ELEMENT == 0 ? 3 : 1)
 #if WGMMA
-#define ROW (D < 64 ? D : 64)                           // 16-bit words a row in shared memory; D = 128 is two tiles of 64
-#define TENSOR (VISIT * D)                              // ... a tensor's tile
+#define ROW (D < 64 ? D : 64)  // 16-bit words a row in shared memory; D = 128 is two tiles of 64
+#define TENSOR (VISIT * D)     // ... a tensor's tile
 #else
-#define ROW (D + 8)                                     // 8 rows hit different banks
+#define ROW (D + 8)  // 8 rows hit different banks
 #define TENSOR (PLANES * VISIT * ROW)
 #endif
-#define PARTS (THREADS / VISIT)                         // threads that load one visiting row
+#define PARTS (THREADS / VISIT)  // threads that load one visiting row
 #define STAGES (PLANES == 1 ? 3 : 1)
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
@@ -79,17 +79,21 @@
 static_assert(!OWN_SHARED || PLANES > 1 || (WGMMA && D >= 64), "floats, or rows of 64 words");
 static_assert(D % 16 == 0, "a row is whole k-steps of the first product");
 static_assert(CHUNK % 16 == 0, "a chunk is whole k-steps of the second product");
-static_assert(VISIT % CHUNK == 0 && (PLANES > 1 || VISIT > CHUNK), "the copies of a tile have the time of a chunk to come");
+static_assert(
+    VISIT % CHUNK == 0 && (PLANES > 1 || VISIT > CHUNK), "the copies of a tile have the time of a chunk to come"
+);
 static_assert(!LAZY || VISIT / CHUNK % 2 == 0, "chunks take turns at two sets of weights");
-static_assert(!PAIRED || (PLANES > 1 && OWN_SHARED && WARPS % 2 == 0), "a chunk is done before the next begins; two by two");
+static_assert(
+    !PAIRED || (PLANES > 1 && OWN_SHARED && WARPS % 2 == 0), "a chunk is done before the next begins; two by two"
+);
 static_assert(THREADS % VISIT == 0 && (PARTS & PARTS - 1) == 0, "each thread loads a part of one row");
 
 // One of q, k, v, ...: [slots, heads, D] with any strides of the first two axes, in elements.
 struct View {
-    void *data;             // 16-byte aligned, as is each row
+    void *data;  // 16-byte aligned, as is each row
     long long head;
     int row;
-    int dim;                // D before padding: a multiple of 8
+    int dim;  // D before padding: a multiple of 8
 };
 
 // The same of one head: its first element lies at `data`.
@@ -103,38 +107,39 @@ __device__ __forceinline__ long long row_of(const View &view, int slot) { return
 // the exponentials of other blocks, and a block's beginning is a chain of divisions and loads.
 struct Divisor {
     int by;
-    u32 factor;             // 2^shift / by, rounded up: exact for 0 <= x < 2^31
-    int shift;              // 31 + ceil(log2(by))
+    u32 factor;  // 2^shift / by, rounded up: exact for 0 <= x < 2^31
+    int shift;   // 31 + ceil(log2(by))
 };
 
 struct Divisors {
-    Divisor size;           // slots a bucket
+    Divisor size;  // slots a bucket
     Divisor heads;
-    Divisor tiles;          // blocks a scope and head
+    Divisor tiles;  // blocks a scope and head
 };
 
-__device__ __forceinline__ int divide(int x, const Divisor &divisor) { return (u64)(u32)x * divisor.factor >> divisor.shift; }
+__device__ __forceinline__ int divide(int x, const Divisor &divisor) {
+    return (u64)(u32)x * divisor.factor >> divisor.shift;
+}
 
 // ---- scopes --------------------------------------------------------------------------------------------------------
 
 struct Scope {
-    const int *buckets;     // its row of the table
-    Divisor size;           // slots a bucket
-    int end;                // positions
-    int hole, hole_end;     // the positions among them that are padding
+    const int *buckets;  // its row of the table
+    Divisor size;        // slots a bucket
+    int end;             // positions
+    int hole, hole_end;  // the positions among them that are padding
 };
 
-__device__ __forceinline__ Scope scope_at(
-    const Clouds &clouds, const int *table, int width, int index, const Divisor &size)
-{
+__device__ __forceinline__ Scope
+scope_at(const Clouds &clouds, const int *table, int width, int index, const Divisor &size) {
     Scope scope = {table + (size_t)index * width, size, 0, 0, 0};
     const Cloud *rows = rows_of(clouds);
     const int lane = threadIdx.x & 31;
-    int count = 0, last = 0, filled = 0;        // the last bucket of the scope's cloud, and its points
+    int count = 0, last = 0, filled = 0;  // the last bucket of the scope's cloud, and its points
     for (int base = 0; base < width; base += 32) {
         const int bucket = base + lane < width ? scope.buckets[base + lane] : -1;
         if (base == 0) {
-            const int b = cloud_of<&Cloud::tile>(clouds, __shfl_sync(FULL, bucket, 0));     // tiles are buckets here
+            const int b = cloud_of<&Cloud::tile>(clouds, __shfl_sync(FULL, bucket, 0));  // tiles are buckets here
             last = rows[b + 1].tile - 1;
             filled = rows[b + 1].point - rows[b].point - (last - rows[b].tile) * size.by;
         }
@@ -157,8 +162,8 @@ __device__ __forceinline__ int first_owned(const Divisors &divisors) {
 
 // That, the scope and the head; false past the end of a short scope.
 __device__ __forceinline__ bool block_owns(
-    Scope &scope, int &head, int &first, const Clouds &clouds, const int *table, int width, const Divisors &divisors)
-{
+    Scope &scope, int &head, int &first, const Clouds &clouds, const int *table, int width, const Divisors &divisors
+) {
     const int item = divide(blockIdx.x, divisors.tiles), index = divide(item, divisors.heads);
     head = item - index * divisors.heads.by;
     first = first_owned(divisors);
@@ -167,7 +172,7 @@ __device__ __forceinline__ bool block_owns(
 }
 
 __device__ __forceinline__ bool holds_point(const Scope &scope, int position) {
-    return (position < scope.end) & ((position < scope.hole) | (position >= scope.hole_end));      // no branches
+    return (position < scope.end) & ((position < scope.hole) | (position >= scope.hole_end));  // no branches
 }
 
 // Bit i: whether position + i does, for i < 32.
@@ -203,7 +208,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
 
 // exp(score * scale - shift). The exponent is kept in powers of two, so that one fused operation makes it; for float32 in
 // powers of e, for a shift converted to powers of two would be rounded once more, at the size of the largest scores.
-#define UNIT (PLANES == 1 ? LOG2E : 1.0f)               // of slope = scale * UNIT and of shift
+#define UNIT (PLANES == 1 ? LOG2E : 1.0f)  // of slope = scale * UNIT and of shift
 __device__ __forceinline__ float exponential(float score, float slope, float shift) {
     const float x = fmaf(score, slope, -shift);
     return exp2_fast(PLANES == 1 ? x : x * LOG2E);
@@ -219,7 +224,7 @@ __device__ __forceinline__ void split(float low, float high, u32 planes[PLANES])
 #pragma unroll
     for (int i = 0; i < PLANES; ++i) {
         planes[i] = pack(low, high);
-        low -= __uint_as_float(planes[i] << 16);            // exact; unused, and dropped, after the last plane
+        low -= __uint_as_float(planes[i] << 16);  // exact; unused, and dropped, after the last plane
         high -= __uint_as_float(planes[i] & 0xffff0000u);
     }
 }
@@ -258,13 +263,15 @@ __device__ __forceinline__ void mma(float c[4], const u32 a[4], u32 b0, u32 b1) 
 __device__ __forceinline__ void load_matrices(u32 b[4], const u16 *row) {
     const u32 at = (u32)__cvta_generic_to_shared(row);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(at));
+                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                 : "r"(at));
 }
 
 __device__ __forceinline__ void load_matrices_transposed(u32 b[4], const u16 *row) {
     const u32 at = (u32)__cvta_generic_to_shared(row);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(at));
+                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                 : "r"(at));
 }
 
 // Owned rows: left operand of `products`.
@@ -272,17 +279,19 @@ __device__ __forceinline__ void load_matrices_transposed(u32 b[4], const u16 *ro
 typedef u32 Rows[PLANES][OWN_TILES][D / 16][4];
 #define OWNED_ROWS(name, i) Rows name
 #elif PLANES > 1
-typedef float2 *Rows;                                       // tensor `i` behind the visitors' planes and floats
+typedef float2 *Rows;  // tensor `i` behind the visitors' planes and floats
 #define OWNED_ROWS(name, i) const Rows name = (Rows)(stages + 2 * TENSOR) + VISIT * D + (i) * (OWN * D / 2)
 // Where a lane keeps two columns of a row, word i of the left operand of step k: it alone reads them.
-__device__ __forceinline__ int owned_pair(int m, int k, int i) { return ((m * (D / 16) + k) * 4 + i) * THREADS + threadIdx.x; }
+__device__ __forceinline__ int owned_pair(int m, int k, int i) {
+    return ((m * (D / 16) + k) * 4 + i) * THREADS + threadIdx.x;
+}
 #else
-typedef u16 *Rows;                                          // tensor `i` behind the stages, laid out as a visiting one
+typedef u16 *Rows;  // tensor `i` behind the stages, laid out as a visiting one
 #define OWNED_ROWS(name, i) const Rows name = stages + STAGES * 2 * TENSOR + (i) * OWN * D
 #endif
-typedef float Tile[OWN_TILES][CHUNK / 8][4];                // owned rows by a chunk of visiting ones
-typedef u32 Weights[PLANES][OWN_TILES][CHUNK / 16][4];      // the same, as left operand of `accumulate`
-typedef float Sums[OWN_TILES][D / 8][4];                    // owned rows by columns
+typedef float Tile[OWN_TILES][CHUNK / 8][4];            // owned rows by a chunk of visiting ones
+typedef u32 Weights[PLANES][OWN_TILES][CHUNK / 16][4];  // the same, as left operand of `accumulate`
+typedef float Sums[OWN_TILES][D / 8][4];                // owned rows by columns
 
 #if !WGMMA
 
@@ -316,8 +325,12 @@ __device__ __forceinline__ void load_planes(u32 one[PLANES][2], u32 other[PLANES
 #pragma unroll
     for (int j = 0; j < PLANES; ++j) {
         u32 b[4];
-        if (TRANSPOSED) load_matrices_transposed(b, at + j * VISIT * ROW); else load_matrices(b, at + j * VISIT * ROW);
-        one[j][0] = b[0]; one[j][1] = b[1]; other[j][0] = b[2]; other[j][1] = b[3];
+        if (TRANSPOSED) load_matrices_transposed(b, at + j * VISIT * ROW);
+        else load_matrices(b, at + j * VISIT * ROW);
+        one[j][0] = b[0];
+        one[j][1] = b[1];
+        other[j][0] = b[2];
+        other[j][1] = b[3];
     }
 }
 
@@ -352,7 +365,7 @@ __device__ __forceinline__ void products(Tile tile, const Rows own, const u16 *v
     for (int n = 0; n < CHUNK / 16; ++n)
 #pragma unroll UNROLLED
         for (int k = 0; k < D / 16; ++k) {
-            u32 one[PLANES][2], other[PLANES][2];           // eight visiting rows each
+            u32 one[PLANES][2], other[PLANES][2];  // eight visiting rows each
             load_planes<false>(one, other, visiting + n * 16 * ROW + k * 16);
 #pragma unroll
             for (int m = 0; m < OWN_TILES; ++m) {
@@ -372,7 +385,7 @@ __device__ __forceinline__ void accumulate(Sums sums, const Weights weights, con
     for (int k = 0; k < CHUNK / 16; ++k)
 #pragma unroll
         for (int n = 0; n < D / 16; ++n) {
-            u32 one[PLANES][2], other[PLANES][2];           // eight columns each
+            u32 one[PLANES][2], other[PLANES][2];  // eight columns each
             if (PLANES > 1) __syncwarp();
             load_planes<true>(one, other, visiting + k * 16 * ROW + n * 16);
 #pragma unroll
@@ -413,6 +426,7 @@ __device__ __forceinline__ void wait_for_products() {}
 // asynchronously, between begin_products and wait_for_products.
 static_assert(OWN_TILES == 1 && WARPS % 4 == 0 && PLANES == 1, "a warpgroup owns 64 rows");
 
+// clang-format off
 #if ELEMENT == 2
 #define WGMMA_OF(N) "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 "
 #else
@@ -432,24 +446,25 @@ static_assert(OWN_TILES == 1 && WARPS % 4 == 0 && PLANES == 1, "a warpgroup owns
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // d = a * b, or d += a * b where `adds`: 64 x 16 times 16 x N, with a in registers or in shared memory. MN: b is MN-major.
-#define DEFINE_WGMMA(N, TILES, LIST, A0, A1, A2, A3, B, P, T)                                                              \
-    template <int MN>                                                                                                     \
-    __device__ __forceinline__ void wgmma(float (&d)[TILES][4], const u32 a[4], u64 b, int adds) {                        \
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %" #P ", 0;\n"                                                        \
-                     WGMMA_OF(N) "{" LIST "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1, %" #T ";}"       \
-                     : QUADS_##TILES : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds), "n"(MN));           \
-    }                                                                                                                     \
-    template <int MN>                                                                                                     \
-    __device__ __forceinline__ void wgmma(float (&d)[TILES][4], u64 a, u64 b, int adds) {                                 \
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %" #A2 ", 0;\n"                                                       \
-                     WGMMA_OF(N) "{" LIST "}, %" #A0 ", %" #A1 ", p, 1, 1, 0, %" #A3 ";}"                                   \
-                     : QUADS_##TILES : "l"(a), "l"(b), "r"(adds), "n"(MN));                                               \
+#define DEFINE_WGMMA(N, TILES, LIST, A0, A1, A2, A3, B, P, T)                                                        \
+    template <int MN>                                                                                                \
+    __device__ __forceinline__ void wgmma(float (&d)[TILES][4], const u32 a[4], u64 b, int adds) {                   \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %" #P ", 0;\n"                                                   \
+                     WGMMA_OF(N) "{" LIST "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1, %" #T ";}" \
+                     : QUADS_##TILES : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds), "n"(MN));      \
+    }                                                                                                                \
+    template <int MN>                                                                                                \
+    __device__ __forceinline__ void wgmma(float (&d)[TILES][4], u64 a, u64 b, int adds) {                            \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %" #A2 ", 0;\n"                                                  \
+                     WGMMA_OF(N) "{" LIST "}, %" #A0 ", %" #A1 ", p, 1, 1, 0, %" #A3 ";}"                            \
+                     : QUADS_##TILES : "l"(a), "l"(b), "r"(adds), "n"(MN));                                          \
     }
 DEFINE_WGMMA(16, 2, LIST_8, 8, 9, 10, 11, 12, 13, 14)
 DEFINE_WGMMA(32, 4, LIST_16, 16, 17, 18, 19, 20, 21, 22)
 DEFINE_WGMMA(48, 6, LIST_24, 24, 25, 26, 27, 28, 29, 30)
 DEFINE_WGMMA(64, 8, LIST_32, 32, 33, 34, 35, 36, 37, 38)
 DEFINE_WGMMA(128, 16, LIST_64, 64, 65, 66, 67, 68, 69, 70)
+// clang-format on
 
 // Describes an operand that begins at `start` in a tile of rows of ROW words, swizzled over their 2 * ROW bytes: groups of
 // eight rows follow each other; the second 64 columns of an MN-major operand lie a tile of VISIT rows further.
@@ -469,15 +484,15 @@ __device__ __forceinline__ void wait_for_products() {
 // tile = own * visiting^T, for the chunk of visiting rows that begins at `visiting`.
 template <bool KEYS_VISIT>
 __device__ __forceinline__ void products(Tile tile, const Rows own, const u16 *visiting) {
-    const u64 first = operand(visiting);        // an address in it counts 16 bytes: eight words
+    const u64 first = operand(visiting);  // an address in it counts 16 bytes: eight words
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
 #if OWN_SHARED
         const u64 left = operand(own + threadIdx.x / 128 * 64 * ROW) + (k / 4 * OWN * ROW + k % 4 * 16) / 8;
 #else
-        const u32 (&left)[4] = own[0][0][k];
+        const u32(&left)[4] = own[0][0][k];
 #endif
-        wgmma<0>(*(float (*)[CHUNK / 8][4])tile[0], left, first + (k / 4 * VISIT * ROW + k % 4 * 16) / 8, k > 0);
+        wgmma<0>(*(float (*)[CHUNK / 8][4]) tile[0], left, first + (k / 4 * VISIT * ROW + k % 4 * 16) / 8, k > 0);
     }
 }
 
@@ -486,7 +501,7 @@ __device__ __forceinline__ void accumulate(Sums sums, const Weights weights, con
     const u64 first = operand(visiting);
 #pragma unroll
     for (int k = 0; k < CHUNK / 16; ++k)
-        wgmma<1>(*(float (*)[D / 8][4])sums[0], weights[0][0][k], first + k * 16 * ROW / 8, 1);
+        wgmma<1>(*(float (*)[D / 8][4]) sums[0], weights[0][0][k], first + k * 16 * ROW / 8, 1);
 }
 
 #endif
@@ -538,13 +553,17 @@ __device__ __forceinline__ void clear(Sums sums) {
 // Begins to copy 16 bytes into shared memory, or zeros.
 __device__ __forceinline__ void copy_16_bytes(void *to, const void *from, bool loads) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(loads ? 16 : 0) : "memory");
+                 :
+                 : "r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(loads ? 16 : 0)
+                 : "memory");
 }
 
 // Likewise 8.
 __device__ __forceinline__ void copy_8_bytes(void *to, const void *from, bool loads) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;"
-                 ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(loads ? 8 : 0) : "memory");
+                 :
+                 : "r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(loads ? 8 : 0)
+                 : "memory");
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -578,23 +597,25 @@ __device__ __forceinline__ void owned_slots(int slots[OWN_TILES], const Scope &s
 // Rows that hold no point are zeros. Begun before the visitors' copies, and there when the first of these are.
 #if OWN_SHARED && PLANES == 1
 __device__ __forceinline__ void load_owned(
-    Rows rows, const View &view, const Scope &scope, const int slots[OWN_TILES], int first)
-{
+    Rows rows, const View &view, const Scope &scope, const int slots[OWN_TILES], int first
+) {
     static_assert(OWN_TILES == 1, "two threads a row");
     const int row = threadIdx.x / 2, position = first + row;
     const bool holds = holds_point(scope, position);
     const u16 *from = (const u16 *)view.data + (holds ? row_of(view, slot_at(scope, position)) : 0);
 #pragma unroll
     for (int i = 0; i < D / 16; ++i) {
-        const int part = (threadIdx.x & 1) * (D / 16) + i;          // 16 bytes
-        copy_16_bytes(rows + part / 8 * OWN * ROW + row * ROW + (part % 8 ^ row % 8) * 8, from + part * 8,
-                      holds && part * 8 < view.dim);
+        const int part = (threadIdx.x & 1) * (D / 16) + i;  // 16 bytes
+        copy_16_bytes(
+            rows + part / 8 * OWN * ROW + row * ROW + (part % 8 ^ row % 8) * 8, from + part * 8,
+            holds && part * 8 < view.dim
+        );
     }
 }
 #else
 __device__ __forceinline__ void load_owned(
-    Rows rows, const View &view, const Scope &scope, const int slots[OWN_TILES], int first)
-{
+    Rows rows, const View &view, const Scope &scope, const int slots[OWN_TILES], int first
+) {
 #pragma unroll
     for (int m = 0; m < OWN_TILES; ++m) {
         const int position = owned_position(first, m);
@@ -616,7 +637,10 @@ __device__ __forceinline__ void load_owned(
                 split(x.x, x.y, planes);
 #else
                 if (loads)
-                    asm volatile("ld.global.b32 %0, [%1];" : "=r"(planes[0]) : "l"((const u16 *)view.data + at) : "memory");
+                    asm volatile("ld.global.b32 %0, [%1];"
+                                 : "=r"(planes[0])
+                                 : "l"((const u16 *)view.data + at)
+                                 : "memory");
 #endif
 #pragma unroll
                 for (int j = 0; j < PLANES; ++j) rows[j][m][n / 2][i] = planes[j];
@@ -624,14 +648,19 @@ __device__ __forceinline__ void load_owned(
             }
         }
     }
-    __syncwarp();                               // else the compiler puts off some of the loads
+    __syncwarp();  // else the compiler puts off some of the loads
 }
 #endif
 
 // The dot product of each owned row of two tensors, in float32, whole on each of a row's four lanes.
 __device__ __forceinline__ void dot_owned(
-    float dot[OWN_TILES][2], const View &one, const View &other, const Scope &scope, const int slots[OWN_TILES], int first)
-{
+    float dot[OWN_TILES][2],
+    const View &one,
+    const View &other,
+    const Scope &scope,
+    const int slots[OWN_TILES],
+    int first
+) {
 #pragma unroll
     for (int m = 0; m < OWN_TILES; ++m) {
         const int position = owned_position(first, m), column = (threadIdx.x & 3) * 2;
@@ -657,8 +686,8 @@ __device__ __forceinline__ void dot_owned(
 // layout is owned once.
 template <class Factor>
 __device__ __forceinline__ void store_owned(
-    const View &view, const Sums sums, Factor factor, const Scope &scope, const int slots[OWN_TILES], int first)
-{
+    const View &view, const Sums sums, Factor factor, const Scope &scope, const int slots[OWN_TILES], int first
+) {
 #pragma unroll
     for (int m = 0; m < OWN_TILES; ++m) {
         const int position = owned_position(first, m);
@@ -670,8 +699,10 @@ __device__ __forceinline__ void store_owned(
 #pragma unroll
             for (int n = 0; n < D / 8; ++n)
                 if (inside & (n == 0 || n * 8 < view.dim))
-                    store_pair(view, to + 8ll * half * view.row + n * 8, holds ? x * sums[m][n][2 * half] : 0,
-                               holds ? x * sums[m][n][2 * half + 1] : 0);
+                    store_pair(
+                        view, to + 8ll * half * view.row + n * 8, holds ? x * sums[m][n][2 * half] : 0,
+                        holds ? x * sums[m][n][2 * half + 1] : 0
+                    );
         }
     }
 }
@@ -704,8 +735,10 @@ __device__ __forceinline__ void load_visiting(u16 *stage, const View &one, const
         for (int c = 0; c < D; c += 8 * PARTS) {
             if (8 * PARTS > D && first >= D) continue;
             const bool loads = (slot >= 0) & (c + first == 0 || c + first < view.dim);
-            copy_16_bytes(to + (WGMMA ? c / 64 * VISIT * ROW + (c % 64 ^ first ^ swizzle) : c + first),
-                          (const u16 *)view.data + from + c, loads);
+            copy_16_bytes(
+                to + (WGMMA ? c / 64 * VISIT * ROW + (c % 64 ^ first ^ swizzle) : c + first),
+                (const u16 *)view.data + from + c, loads
+            );
         }
     }
 }
@@ -761,7 +794,9 @@ __device__ __forceinline__ void arrive(u32 barrier) {
 
 __device__ __forceinline__ void wait(u32 barrier, int parity) {
     asm volatile("{.reg .pred p; again: mbarrier.test_wait.parity.shared.b64 p, [%0], %1; @!p bra again;}"
-                 ::"r"(barrier), "r"(parity) : "memory");
+                 :
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
 }
 
 // ---- the visit -----------------------------------------------------------------------------------------------------
@@ -779,10 +814,18 @@ __device__ __forceinline__ void wait(u32 barrier, int parity) {
 // was, as soon as all warps are done with that.
 template <class Prepare, class Begin, class Weigh, class Sum, class Fetch, class Put>
 __device__ __forceinline__ void visit(
-    u16 *stages, const View &one, const View &other, const Scope &scope,
-    Prepare prepare, Begin begin, Weigh weigh, Sum sum, Fetch fetch, Put put)
-{
-    __shared__ u64 barriers[2];                 // a phase a tile of each: the next has come; all are done with the last
+    u16 *stages,
+    const View &one,
+    const View &other,
+    const Scope &scope,
+    Prepare prepare,
+    Begin begin,
+    Weigh weigh,
+    Sum sum,
+    Fetch fetch,
+    Put put
+) {
+    __shared__ u64 barriers[2];  // a phase a tile of each: the next has come; all are done with the last
     const u32 come = (u32)__cvta_generic_to_shared(barriers), done = come + 8;
     if (threadIdx.x == 0)
         for (int i = 0; i < 2; ++i)
@@ -790,7 +833,7 @@ __device__ __forceinline__ void visit(
     int tile = first_tile(scope), loading = tile;
     int slot = visitor_slot(scope, tile);
     float2 brought;
-    const auto load = [&](int stage) {          // the tile `loading`, whose slot was read well before
+    const auto load = [&](int stage) {  // the tile `loading`, whose slot was read well before
         load_visiting(stages + stage * 2 * TENSOR, one, other, slot);
         commit_copies();
         brought = fetch(slot);
@@ -802,7 +845,7 @@ __device__ __forceinline__ void visit(
     load(1);
     prepare();
     copies_have_come<1>();
-    __syncthreads();                            // the first tile is there, and the barriers are made
+    __syncthreads();  // the first tile is there, and the barriers are made
     begin_products();
     begin(stages);
     commit_products();
@@ -817,8 +860,8 @@ __device__ __forceinline__ void visit(
             const bool second = chunk == CHUNK, last = chunk + CHUNK == VISIT;
             const int now = LAZY ? chunk / CHUNK % 2 : 0;
             if (second) put(next_stage, brought);
-            if (last) {                         // arrive now, wait later
-                copies_have_come<(VISIT > 2 * CHUNK)>();   // the next tile's; those of the one after it are under way
+            if (last) {                                   // arrive now, wait later
+                copies_have_come<(VISIT > 2 * CHUNK)>();  // the next tile's; those of the one after it are under way
                 arrive(come);
             }
             weigh(tile + chunk, whole, stage, chunk, now);
@@ -829,9 +872,9 @@ __device__ __forceinline__ void visit(
             if (LAZY) commit_products();
             sum(rows + chunk * ROW, now);
             commit_products();
-            if (second) load(free_stage);           // in the shadow of the products
+            if (second) load(free_stage);  // in the shadow of the products
             wait_for_products<LAZY>();
-            if (chunk == 0) arrive(done);           // with the tile before
+            if (chunk == 0) arrive(done);  // with the tile before
         }
         tile = next_tile(scope, tile);
         stage = next_stage;
@@ -844,9 +887,17 @@ __device__ __forceinline__ void visit(
 // One stage: while a tile is worked through, the floats of the next come, and become planes when all warps are done with it.
 template <class Prepare, class Begin, class Weigh, class Sum, class Fetch, class Put>
 __device__ __forceinline__ void visit(
-    u16 *stages, const View &one, const View &other, const Scope &scope,
-    Prepare prepare, Begin begin, Weigh weigh, Sum sum, Fetch fetch, Put put)
-{
+    u16 *stages,
+    const View &one,
+    const View &other,
+    const Scope &scope,
+    Prepare prepare,
+    Begin begin,
+    Weigh weigh,
+    Sum sum,
+    Fetch fetch,
+    Put put
+) {
     float2 brought;
     int tile = first_tile(scope), loading = tile;
     const auto load = [&] {
@@ -860,7 +911,7 @@ __device__ __forceinline__ void visit(
     prepare();
     for (; tile < scope.end; tile = next_tile(scope, tile)) {
         copies_have_come<0>();
-        __syncthreads();                        // all are done with the tile before
+        __syncthreads();  // all are done with the tile before
         split_visiting(stages);
         put(0, brought);
         __syncthreads();

@@ -15,23 +15,23 @@
 #include "clouds.cuh"
 
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
-    const __grid_constant__ View dout,          // [slots, heads, D]
-    const __grid_constant__ View q,             // [slots, heads, D]
-    const __grid_constant__ View k,             // [slots, heads, D]
-    const __grid_constant__ View v,             // [slots, heads, D]
-    const float *__restrict__ lse,              // [slots, heads]
-    const float *__restrict__ delta,            // [slots, heads]
-    const __grid_constant__ Clouds clouds,      // tiles are buckets
-    const int *__restrict__ table,              // [scopes, width]
+    const __grid_constant__ View dout,      // [slots, heads, D]
+    const __grid_constant__ View q,         // [slots, heads, D]
+    const __grid_constant__ View k,         // [slots, heads, D]
+    const __grid_constant__ View v,         // [slots, heads, D]
+    const float *__restrict__ lse,          // [slots, heads]
+    const float *__restrict__ delta,        // [slots, heads]
+    const __grid_constant__ Clouds clouds,  // tiles are buckets
+    const int *__restrict__ table,          // [scopes, width]
     int width,
     const __grid_constant__ Divisors divisors,
-    float slope,                                // scale * UNIT, not 0
+    float slope,  // scale * UNIT, not 0
     float scale,
-    void *__restrict__ dk,                      // [slots, heads, D]
-    void *__restrict__ dv)                      // [slots, heads, D]
-{
-    extern __shared__ __align__(1024) u16 stages[];          // stages of visiting rows, then owned rows
-    __shared__ float stats[STAGES][2][VISIT];   // of each stage: lse * UNIT, and delta
+    void *__restrict__ dk,  // [slots, heads, D]
+    void *__restrict__ dv   // [slots, heads, D]
+) {
+    extern __shared__ __align__(1024) u16 stages[];  // stages of visiting rows, then owned rows
+    __shared__ float stats[STAGES][2][VISIT];        // of each stage: lse * UNIT, and delta
     Scope scope;
     int head, first;
     if (!block_owns(scope, head, first, clouds, table, width, divisors)) return;
@@ -40,9 +40,9 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
     owned_slots(slots, scope, first);
 
 #if PAIRED
-    __shared__ float4 handed[OWN_TILES][CHUNK / 8][THREADS / 2];    // P of each pair of warps
-    const bool of_values = uniform(threadIdx.x >> 5 & 1);       // this warp makes P and dv
-    OWNED_ROWS(rows, 0);                        // its keys, or values
+    __shared__ float4 handed[OWN_TILES][CHUNK / 8][THREADS / 2];  // P of each pair of warps
+    const bool of_values = uniform(threadIdx.x >> 5 & 1);         // this warp makes P and dv
+    OWNED_ROWS(rows, 0);                                          // its keys, or values
     load_owned(rows, of_values ? at_head(k, head) : at_head(v, head), scope, slots, first);
     Tile tile;
     Weights weights;
@@ -54,7 +54,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
     const auto weigh = [&](int, bool, int stage, int chunk, int) {
         const auto both_warps = [] { asm volatile("bar.sync %0, 64;" ::"r"(1 + (threadIdx.x >> 6)) : "memory"); };
         const int column = chunk + (threadIdx.x & 3) * 2, place = (threadIdx.x >> 6) * 32 + (threadIdx.x & 31);
-        both_warps();                           // P of the chunk before has been taken
+        both_warps();  // P of the chunk before has been taken
         if (of_values)
 #pragma unroll
             for (int n = 0; n < CHUNK / 8; ++n) {
@@ -99,7 +99,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
 
     const auto begin = [&](const u16 *queries) {
         products<false>(weight, key, queries);
-        if (!WGMMA && D == 128) __syncwarp();   // else the compiler begins both at once, for which registers do not suffice
+        // Else the compiler begins both at once, for which registers do not suffice.
+        if (!WGMMA && D == 128) __syncwarp();
         products<false>(dweight, value, queries + TENSOR);
     };
     const auto sum = [&](const u16 *queries, int now) {
@@ -121,8 +122,10 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
                     const float one = exponential(weight[m][n][2 * half], slope, its_lse.x);
                     const float other = exponential(weight[m][n][2 * half + 1], slope, its_lse.y);
                     set_weights(weights[now], m, n, half, one, other);
-                    set_weights(dscores[now], m, n, half, one * (dweight[m][n][2 * half] - its_delta.x),
-                                other * (dweight[m][n][2 * half + 1] - its_delta.y));
+                    set_weights(
+                        dscores[now], m, n, half, one * (dweight[m][n][2 * half] - its_delta.x),
+                        other * (dweight[m][n][2 * half + 1] - its_delta.y)
+                    );
                 }
         }
     };
@@ -140,7 +143,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
     };
     visit(stages, at_head(q, head), at_head(dout, head), scope, [] {}, begin, weigh, sum, fetch, put);
 
-    first = first_owned(divisors);              // again: kept through the visit these take registers that it needs
+    first = first_owned(divisors);  // again: kept through the visit these take registers that it needs
     owned_slots(slots, scope, first);
     const auto store = [&](void *gradient, const Sums &from, float factor) {
         const auto constant = [=](int, int, bool, bool, int) { return factor; };

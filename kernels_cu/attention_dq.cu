@@ -10,22 +10,22 @@
 #include "clouds.cuh"
 
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
-    const __grid_constant__ View dout,          // [slots, heads, D]
-    const __grid_constant__ View q,             // [slots, heads, D]
-    const __grid_constant__ View k,             // [slots, heads, D]
-    const __grid_constant__ View v,             // [slots, heads, D]
-    const __grid_constant__ View out,           // [slots, heads, D]
-    const float *__restrict__ lse,              // [slots, heads]
-    const __grid_constant__ Clouds clouds,      // tiles are buckets
-    const int *__restrict__ table,              // [scopes, width]
+    const __grid_constant__ View dout,      // [slots, heads, D]
+    const __grid_constant__ View q,         // [slots, heads, D]
+    const __grid_constant__ View k,         // [slots, heads, D]
+    const __grid_constant__ View v,         // [slots, heads, D]
+    const __grid_constant__ View out,       // [slots, heads, D]
+    const float *__restrict__ lse,          // [slots, heads]
+    const __grid_constant__ Clouds clouds,  // tiles are buckets
+    const int *__restrict__ table,          // [scopes, width]
     int width,
     const __grid_constant__ Divisors divisors,
-    float slope,                                // scale * UNIT, not 0
+    float slope,  // scale * UNIT, not 0
     float scale,
-    void *__restrict__ dq,                      // [slots, heads, D]
-    float *__restrict__ delta)                  // [slots, heads]
-{
-    extern __shared__ __align__(1024) u16 stages[];          // stages of visiting rows, then owned rows
+    void *__restrict__ dq,     // [slots, heads, D]
+    float *__restrict__ delta  // [slots, heads]
+) {
+    extern __shared__ __align__(1024) u16 stages[];  // stages of visiting rows, then owned rows
     Scope scope;
     int head, first;
     if (!block_owns(scope, head, first, clouds, table, width, divisors)) return;
@@ -80,11 +80,13 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
                     set_weights(dscores[now], m, n, half, dscore[0], dscore[1]);
                 }
     };
-    visit(stages, at_head(k, head), at_head(v, head), scope, prepare, begin, weigh, sum, [](int) { return float2{}; },
-          [](int, float2) {});
+    visit(
+        stages, at_head(k, head), at_head(v, head), scope, prepare, begin, weigh, sum, [](int) { return float2{}; },
+        [](int, float2) {}
+    );
     settle(sums);
 
-    first = first_owned(divisors);              // again: kept through the visit these take registers that it needs
+    first = first_owned(divisors);  // again: kept through the visit these take registers that it needs
     owned_slots(slots, scope, first);
     const auto scaled = [=](int, int, bool, bool, int) { return scale; };
     store_owned(at_head({dq, q.dim, heads * q.dim, q.dim}, head), sums, scaled, scope, slots, first);

@@ -16,14 +16,14 @@
 #include "voxels.cuh"
 
 #ifndef KEY
-#define KEY 3               // 0 xor_mod, 1 xor_div, 2 zorder_mod, 3 zorder_div, 4 given: int32 keys instead of points
+#define KEY 3  // 0 xor_mod, 1 xor_div, 2 zorder_mod, 3 zorder_div, 4 given: int32 keys instead of points
 #endif
 
 #define KEY_GIVEN 4
 
 // ---- voxels to keys ------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ u32 spread_by_2(u32 v) {         // bit b -> bit 2b, 16 bits
+__device__ __forceinline__ u32 spread_by_2(u32 v) {  // bit b -> bit 2b, 16 bits
     v = (v | v << 8) & 0x00ff00ffu;
     v = (v | v << 4) & 0x0f0f0f0fu;
     v = (v | v << 2) & 0x33333333u;
@@ -44,7 +44,7 @@ __device__ __forceinline__ u64 key_of_voxel(int vx, int vy, int vz, u32 buckets)
     return (u64)(KEY == 0 ? order_by_mod(x, buckets) : x) << 32 | code;
 #else
     const u32 high = morton_of_bytes(vx >> 8, vy >> 8, vz >> 8), low = morton_of_bytes(vx, vy, vz);
-    const u32 top = high >> 8;                  // the top 16 of the 48 bits
+    const u32 top = high >> 8;  // the top 16 of the 48 bits
     return (u64)(KEY == 2 ? order_by_mod(top, buckets) : top) << 32 | (high << 24 | low);
 #endif
 }
@@ -57,8 +57,10 @@ __device__ __forceinline__ u32 bucket_of_voxel(int vx, int vy, int vz, u32 bucke
 
 __device__ __forceinline__ u64 key_of_point(const point_t *points, int i, const Frame &frame, u32 buckets) {
     const size_t at = 3 * (size_t)i;
-    return key_of_voxel(voxel(widen(points[at]), frame, 0), voxel(widen(points[at + 1]), frame, 1),
-                        voxel(widen(points[at + 2]), frame, 2), buckets);
+    return key_of_voxel(
+        voxel(widen(points[at]), frame, 0), voxel(widen(points[at + 1]), frame, 1),
+        voxel(widen(points[at + 2]), frame, 2), buckets
+    );
 }
 
 // ---- block-wide bounds and frame -----------------------------------------------------------------------------------
@@ -82,33 +84,43 @@ __device__ void write_bounds(const point_t *points, int first, int last, coord_t
     coord_t high[3] = {(coord_t)-INFINITE, (coord_t)-INFINITE, (coord_t)-INFINITE};
     const auto join = [&](point_t word, int d) {
         const coord_t x = widen(word);
-        if (is_finite(x)) { low[d] = min(low[d], x); high[d] = max(high[d], x); }
+        if (is_finite(x)) {
+            low[d] = min(low[d], x);
+            high[d] = max(high[d], x);
+        }
     };
     // VECTOR points are three 16-byte loads, from the first point on that begins at a multiple of 16 bytes: 3 is its own
     // inverse modulo 2, 4 and 8, so the head of -3 * (place of the first coordinate) points always leads there.
     constexpr int VECTOR = 16 / sizeof(point_t);
     const point_t *start = points + 3 * (size_t)first;
-    const int n = last - first, head = min(n, (int)(VECTOR - 3 * ((size_t)start / sizeof(point_t) % VECTOR) & VECTOR - 1));
+    const int n = last - first,
+              head = min(n, (int)(VECTOR - 3 * ((size_t)start / sizeof(point_t) % VECTOR) & VECTOR - 1));
     const int vectors = (n - head) / VECTOR, tail = head + VECTOR * vectors;
     const uint4 *vector = (const uint4 *)(start + 3 * head);
-    union Part { uint4 loaded[3]; point_t coordinate[3 * VECTOR]; } part, next;
+    union Part {
+        uint4 loaded[3];
+        point_t coordinate[3 * VECTOR];
+    } part, next;
     const auto load = [&](Part &into, int i) {
 #pragma unroll
         for (int k = 0; k < 3; ++k) into.loaded[k] = vector[3 * (size_t)i + k];
     };
     if (threadIdx.x < vectors) load(part, threadIdx.x);
-    for (int i = threadIdx.x; i < vectors; i += blockDim.x) {           // the next part is on its way
+    for (int i = threadIdx.x; i < vectors; i += blockDim.x) {  // the next part is on its way
         if (i + (int)blockDim.x < vectors) load(next, i + blockDim.x);
 #pragma unroll
         for (int k = 0; k < 3 * VECTOR; ++k) join(part.coordinate[k], k % 3);
         part = next;
     }
-    for (int i = threadIdx.x; i < head + n - tail; i += blockDim.x)     // the few points around the vectors
+    for (int i = threadIdx.x; i < head + n - tail; i += blockDim.x)  // the few points around the vectors
 #pragma unroll
         for (int d = 0; d < 3; ++d) join(start[3 * (size_t)(i < head ? i : tail + i - head) + d], d);
     join_bounds(low, high);
     if (threadIdx.x == 0)
-        for (int d = 0; d < 3; ++d) { row[d] = low[d]; row[3 + d] = high[d]; }
+        for (int d = 0; d < 3; ++d) {
+            row[d] = low[d];
+            row[3 + d] = high[d];
+        }
 }
 
 #endif  // GPU3D_BUCKETS_CUH

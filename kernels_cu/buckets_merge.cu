@@ -19,15 +19,15 @@
 // comparing (key, tile, position) is the stable order. No float arithmetic after the voxels.
 
 #ifndef TILE
-#define TILE 1024           // points a tile: 1024, 2048 or 4096
+#define TILE 1024  // points a tile: 1024, 2048 or 4096
 #endif
 #define THREADS (TILE / 4)  // four elements a thread; mirrored by gpu3d/buckets.py, as are the next three
 #define RANK_THREADS 1024   // of merge_splitters
 #define MAX_TILES 128       // of one cloud
 #define SPAN (TILE / 64)    // samples a partition: half a tile of points on average
-#define CAPACITY (32 * SPAN + 32 * MAX_TILES)           // points a partition at most
-#define SAMPLES (TILE / 32)                             // samples a tile
-#define PHASE(t) (((t) * 13 + 16) & 31)                 // of the t-th tile of a cloud: 13 visits all phases
+#define CAPACITY (32 * SPAN + 32 * MAX_TILES)  // points a partition at most
+#define SAMPLES (TILE / 32)                    // samples a tile
+#define PHASE(t) (((t) * 13 + 16) & 31)        // of the t-th tile of a cloud: 13 visits all phases
 #define POSITION_BITS 15
 #define POSITION ((1ull << POSITION_BITS) - 1)
 
@@ -45,10 +45,11 @@ static_assert(CAPACITY <= 1 << POSITION_BITS, "a position in a partition has 15 
 // Elements at..at + 3 of the merge of two sorted runs ("merge path", Odeh et al. 2012): a binary search for where the
 // output's diagonal leaves the two runs, then four steps of the merge. Elements are distinct and below ~0.
 __device__ __forceinline__ void merge_four(const u64 *a, int a_length, const u64 *b, int b_length, int at, u64 x[4]) {
-    int low = max(0, at - b_length), high = min(at, a_length);      // how many of the first `at` outputs come from a
+    int low = max(0, at - b_length), high = min(at, a_length);  // how many of the first `at` outputs come from a
     while (low < high) {
         const int middle = (low + high) >> 1;
-        if (a[middle] < b[at - 1 - middle]) low = middle + 1; else high = middle;
+        if (a[middle] < b[at - 1 - middle]) low = middle + 1;
+        else high = middle;
     }
     int i = low, j = at - low;
     u64 next_a = i < a_length ? a[i] : ~0ull, next_b = j < b_length ? b[j] : ~0ull;
@@ -56,7 +57,8 @@ __device__ __forceinline__ void merge_four(const u64 *a, int a_length, const u64
     for (int k = 0; k < 4; ++k) {
         const bool take_a = next_a < next_b;
         x[k] = take_a ? next_a : next_b;
-        if (take_a) next_a = ++i < a_length ? a[i] : ~0ull; else next_b = ++j < b_length ? b[j] : ~0ull;
+        if (take_a) next_a = ++i < a_length ? a[i] : ~0ull;
+        else next_b = ++j < b_length ? b[j] : ~0ull;
     }
 }
 
@@ -67,15 +69,15 @@ __device__ void sort_shared(u64 *data, int n) {
     const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
-        const int run = (g * THREADS + (threadIdx.x & ~31)) * 4;    // first of the warp's 128 elements
+        const int run = (g * THREADS + (threadIdx.x & ~31)) * 4;  // first of the warp's 128 elements
         if (run >= n) continue;
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             const int i = run + 32 * k + lane;
-            x[g][k] = i < n ? data[i] : ~0ull;                      // only the last run is short: padding sorts behind n
+            x[g][k] = i < n ? data[i] : ~0ull;  // only the last run is short: padding sorts behind n
         }
         sort_warp(x[g]);
-        __syncwarp();                           // the warp alone reads and writes these 128 elements
+        __syncwarp();  // the warp alone reads and writes these 128 elements
 #pragma unroll
         for (int k = 0; k < 4; ++k)
             if (run + 4 * lane + k < n) data[run + 4 * lane + k] = x[g][k];
@@ -106,7 +108,10 @@ __device__ __forceinline__ int lower_bound(const u64 *run, int n, u64 bound) {
     int low = 0;
     while (n > 0) {
         const int half = n >> 1;
-        if (run[low + half] < bound) { low += half + 1; n -= half + 1; } else n = half;
+        if (run[low + half] < bound) {
+            low += half + 1;
+            n -= half + 1;
+        } else n = half;
     }
     return low;
 }
@@ -114,11 +119,11 @@ __device__ __forceinline__ int lower_bound(const u64 *run, int n, u64 bound) {
 // ---- 1 bounds ------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ __launch_bounds__(THREADS) void merge_bounds(
-    const point_t *__restrict__ points,         // [N, 3]
+    const point_t *__restrict__ points,  // [N, 3]
     const __grid_constant__ Clouds clouds,
-    coord_t *__restrict__ bounds)               // [tiles, 6]
-{
-    const int tile = blockIdx.x;                // ranges [0, tiles)
+    coord_t *__restrict__ bounds  // [tiles, 6]
+) {
+    const int tile = blockIdx.x;  // ranges [0, tiles)
     const int b = cloud_of<&Cloud::tile>(clouds, tile);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int first = cloud.point + (tile - cloud.tile) * TILE;
@@ -131,7 +136,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void merge_bounds(
 #if KEY == KEY_GIVEN
 __device__ __forceinline__ void load_elements(u64 *data, const int *given, int first, int n)
 #else
-__device__ __forceinline__ void load_elements(u64 *data, const point_t *points, const Frame &frame, u32 buckets, int first, int n)
+__device__
+__forceinline__ void load_elements(u64 *data, const point_t *points, const Frame &frame, u32 buckets, int first, int n)
 #endif
 {
 #pragma unroll
@@ -149,18 +155,18 @@ __device__ __forceinline__ void load_elements(u64 *data, const point_t *points, 
 
 extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_tiles(
 #if KEY == KEY_GIVEN
-    const int *__restrict__ given,              // [N] bucket of each point, counted over the batch
+    const int *__restrict__ given,  // [N] bucket of each point, counted over the batch
 #else
-    const point_t *__restrict__ points,         // [N, 3]
-    const coord_t *__restrict__ bounds,         // [tiles, 6]
+    const point_t *__restrict__ points,  // [N, 3]
+    const coord_t *__restrict__ bounds,  // [tiles, 6]
     float voxel_size,
 #endif
     const __grid_constant__ Clouds clouds,
-    u64 *__restrict__ sorted,                   // [tiles, TILE]
-    u64 *__restrict__ samples)                  // [tiles, SAMPLES]
-{
+    u64 *__restrict__ sorted,  // [tiles, TILE]
+    u64 *__restrict__ samples  // [tiles, SAMPLES]
+) {
     __shared__ u64 data[TILE];
-    const int tile = blockIdx.x;                // ranges [0, tiles)
+    const int tile = blockIdx.x;  // ranges [0, tiles)
     const int b = cloud_of<&Cloud::tile>(clouds, tile);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int first = cloud.point + (tile - cloud.tile) * TILE;
@@ -183,24 +189,24 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_tiles(
 // What a run of tile `tile` may hold before the splitter (element, owner): compare with this bound.
 __device__ __forceinline__ u64 bound_in_tile(u64 element, int owner, int tile) {
     if (tile == owner) return element;
-    return tile < owner ? (element | POSITION) + 1 : element & ~POSITION;       // keys have 48 bits: + 1 cannot wrap
+    return tile < owner ? (element | POSITION) + 1 : element & ~POSITION;  // keys have 48 bits: + 1 cannot wrap
 }
 
 extern "C" __global__ __launch_bounds__(RANK_THREADS) void merge_splitters(
-    const u64 *__restrict__ samples,            // [tiles, SAMPLES]
+    const u64 *__restrict__ samples,  // [tiles, SAMPLES]
     const __grid_constant__ Clouds clouds,
-    u64 *__restrict__ splitter,                 // [partitions] first element of each; a cloud's first is not read
-    int *__restrict__ splitter_tile,            // [partitions] the tile it came from
-    unsigned char *__restrict__ samples_below)  // [partitions, MAX_TILES] samples before the splitter in each tile
-{
+    u64 *__restrict__ splitter,                // [partitions] first element of each; a cloud's first is not read
+    int *__restrict__ splitter_tile,           // [partitions] the tile it came from
+    unsigned char *__restrict__ samples_below  // [partitions, MAX_TILES] samples before the splitter in each tile
+) {
     __shared__ u64 lists[RANK_THREADS / 32][SAMPLES];
     __shared__ int rank[SAMPLES];
-    const int tile = blockIdx.x;                // ranges [0, tiles)
+    const int tile = blockIdx.x;  // ranges [0, tiles)
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int b = cloud_of<&Cloud::tile>(clouds, tile);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
-    const int tiles = next.tile - cloud.tile;   // at most MAX_TILES
-    const int tail = (next.point - cloud.point - (tiles - 1) * TILE + 31 - PHASE(tiles - 1)) / 32;   // of the last tile
+    const int tiles = next.tile - cloud.tile;                                                       // at most MAX_TILES
+    const int tail = (next.point - cloud.point - (tiles - 1) * TILE + 31 - PHASE(tiles - 1)) / 32;  // of the last tile
     const int own = tile == next.tile - 1 ? tail : SAMPLES;
 
     for (int i = threadIdx.x; i < SAMPLES; i += RANK_THREADS) rank[i] = 0;
@@ -208,7 +214,7 @@ extern "C" __global__ __launch_bounds__(RANK_THREADS) void merge_splitters(
 
     // A warp takes every 32nd tile's list; its lanes are this block's samples, so their searches mostly share addresses.
     u64 mine[SAMPLES / 32], list[MAX_TILES / 32][SAMPLES / 32];
-    int below[MAX_TILES / 32][SAMPLES / 32];    // how many samples of a list come before mine
+    int below[MAX_TILES / 32][SAMPLES / 32];  // how many samples of a list come before mine
 #pragma unroll
     for (int g = 0; g < SAMPLES / 32; ++g) {
         mine[g] = g * 32 + lane < own ? samples[(size_t)tile * SAMPLES + g * 32 + lane] : 0;
@@ -231,7 +237,7 @@ extern "C" __global__ __launch_bounds__(RANK_THREADS) void merge_splitters(
 #pragma unroll
         for (int g = 0; g < SAMPLES / 32; ++g) {
             below[k][g] = lower_bound(lists[warp], length, bound_in_tile(mine[g], tile, t));
-            atomicAdd(&rank[g * 32 + lane], below[k][g]);   // integers: any order, one sum
+            atomicAdd(&rank[g * 32 + lane], below[k][g]);  // integers: any order, one sum
         }
     }
     __syncthreads();
@@ -254,25 +260,25 @@ extern "C" __global__ __launch_bounds__(RANK_THREADS) void merge_splitters(
 // ---- 4 partitions --------------------------------------------------------------------------------------------------
 
 extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_partitions(
-    const u64 *__restrict__ sorted,             // [tiles, TILE]
-    const u64 *__restrict__ splitter,           // [partitions]
-    const int *__restrict__ splitter_tile,      // [partitions]
-    const unsigned char *__restrict__ samples_below,        // [partitions, MAX_TILES]
+    const u64 *__restrict__ sorted,                   // [tiles, TILE]
+    const u64 *__restrict__ splitter,                 // [partitions]
+    const int *__restrict__ splitter_tile,            // [partitions]
+    const unsigned char *__restrict__ samples_below,  // [partitions, MAX_TILES]
     const __grid_constant__ Clouds clouds,
-    int *__restrict__ slot_to_point,            // [slots]
-    int *__restrict__ point_to_slot,            // [N]
-    int *__restrict__ moved)                    // [] set to 0, or null
-{
-    extern __shared__ u64 data[];               // [CAPACITY] elements, then [CAPACITY] int32 point indices
+    int *__restrict__ slot_to_point,  // [slots]
+    int *__restrict__ point_to_slot,  // [N]
+    int *__restrict__ moved           // [] set to 0, or null
+) {
+    extern __shared__ u64 data[];  // [CAPACITY] elements, then [CAPACITY] int32 point indices
     int *point = (int *)(data + CAPACITY);
-    __shared__ int cut[2][MAX_TILES];           // where this partition begins and ends in each tile
-    __shared__ int offset[MAX_TILES];           // where the tile's run begins in `data`
-    __shared__ int total, before;               // points of this partition, and of the cloud's earlier ones
-    const int partition = blockIdx.x;           // ranges [0, partitions)
+    __shared__ int cut[2][MAX_TILES];  // where this partition begins and ends in each tile
+    __shared__ int offset[MAX_TILES];  // where the tile's run begins in `data`
+    __shared__ int total, before;      // points of this partition, and of the cloud's earlier ones
+    const int partition = blockIdx.x;  // ranges [0, partitions)
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int b = cloud_of<&Cloud::group>(clouds, partition);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
-    const int tiles = next.tile - cloud.tile;   // at most MAX_TILES
+    const int tiles = next.tile - cloud.tile;  // at most MAX_TILES
     const int points = next.point - cloud.point;
 
     if (moved && partition == 0 && threadIdx.x == 0) *moved = 0;
@@ -284,16 +290,19 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_partitions(
         if (t < tiles) {
             const int length = min(TILE, points - t * TILE);
             if (p == next.group) at = length;
-            else if (p > cloud.group) {         // the cut lies between two samples
+            else if (p > cloud.group) {  // the cut lies between two samples
                 const int to = 32 * samples_below[(size_t)p * MAX_TILES + t] + PHASE(t), from = max(0, to - 31);
-                at = from + lower_bound(sorted + (size_t)(cloud.tile + t) * TILE + from, min(length, to) - from,
-                                        bound_in_tile(splitter[p], splitter_tile[p], cloud.tile + t));
+                at = from
+                     + lower_bound(
+                         sorted + (size_t)(cloud.tile + t) * TILE + from, min(length, to) - from,
+                         bound_in_tile(splitter[p], splitter_tile[p], cloud.tile + t)
+                     );
             }
         }
         cut[side][t] = at;
     }
     __syncthreads();
-    if (warp == 0) {                            // exclusive scan of the runs' lengths, four tiles a lane
+    if (warp == 0) {  // exclusive scan of the runs' lengths, four tiles a lane
         int length[MAX_TILES / 32], sum = 0, skipped = 0;
 #pragma unroll
         for (int k = 0; k < MAX_TILES / 32; ++k) {
@@ -306,20 +315,26 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_partitions(
         skipped = sum_of_warp(skipped);
         int at = scan - sum;
 #pragma unroll
-        for (int k = 0; k < MAX_TILES / 32; ++k) { offset[lane * (MAX_TILES / 32) + k] = at; at += length[k]; }
-        if (lane == 31) { total = scan; before = skipped; }
+        for (int k = 0; k < MAX_TILES / 32; ++k) {
+            offset[lane * (MAX_TILES / 32) + k] = at;
+            at += length[k];
+        }
+        if (lane == 31) {
+            total = scan;
+            before = skipped;
+        }
     }
     __syncthreads();
 
-    const int n = total;                        // at most CAPACITY
+    const int n = total;  // at most CAPACITY
 #pragma unroll 4
     for (int at = threadIdx.x; at < n; at += THREADS) {
-        int t = 0;                              // the tile whose run holds place `at`
+        int t = 0;  // the tile whose run holds place `at`
 #pragma unroll
         for (int step = MAX_TILES / 2; step; step >>= 1)
             if (offset[t + step] <= at) t += step;
         const u64 element = sorted[(size_t)(cloud.tile + t) * TILE + cut[0][t] + at - offset[t]];
-        data[at] = element & ~POSITION | at;    // runs stand in tile order: `at` breaks ties as the point index does
+        data[at] = element & ~POSITION | at;  // runs stand in tile order: `at` breaks ties as the point index does
         point[at] = cloud.point + t * TILE + (int)(element & POSITION);
     }
     __syncthreads();
@@ -333,7 +348,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_partitions(
         slot_to_point[slot] = p;
         point_to_slot[p] = slot;
     }
-    if (partition == next.group - 1)            // padding stands at the end of the cloud's last bucket
+    if (partition == next.group - 1)  // padding stands at the end of the cloud's last bucket
         for (int slot = cloud.slot + points + threadIdx.x; slot < next.slot; slot += THREADS) slot_to_point[slot] = -1;
 }
 
@@ -341,18 +356,18 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_partitions(
 
 extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_clouds(
 #if KEY == KEY_GIVEN
-    const int *__restrict__ given,              // [N] bucket of each point, counted over the batch
+    const int *__restrict__ given,  // [N] bucket of each point, counted over the batch
 #else
-    const point_t *__restrict__ points,         // [N, 3]
+    const point_t *__restrict__ points,  // [N, 3]
     float voxel_size,
 #endif
-    const __grid_constant__ Clouds clouds,      // of at most TILE points each
-    int *__restrict__ slot_to_point,            // [slots]
-    int *__restrict__ point_to_slot,            // [N]
-    int *__restrict__ moved)                    // [] set to 0, or null
-{
+    const __grid_constant__ Clouds clouds,  // of at most TILE points each
+    int *__restrict__ slot_to_point,        // [slots]
+    int *__restrict__ point_to_slot,        // [N]
+    int *__restrict__ moved                 // [] set to 0, or null
+) {
     __shared__ u64 data[TILE];
-    const int b = blockIdx.x;                   // ranges [0, clouds)
+    const int b = blockIdx.x;  // ranges [0, clouds)
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int n = next.point - cloud.point;
     if (moved && b == 0 && threadIdx.x == 0) *moved = 0;

@@ -4,10 +4,10 @@
 //   move_scopes    scopes(): which buckets each attention scope reads
 
 #ifndef WORD
-#define WORD 16             // bytes a load: the largest power of two up to 16 that divides a row and its addresses
+#define WORD 16  // bytes a load: the largest power of two up to 16 that divides a row and its addresses
 #endif
 #define THREADS 256
-#define ROWS_A_THREAD 4     // independent loads in flight; mirrored by gpu3d/buckets.py
+#define ROWS_A_THREAD 4  // independent loads in flight; mirrored by gpu3d/buckets.py
 
 #include "clouds.cuh"
 
@@ -23,18 +23,20 @@ typedef unsigned short word_t;
 typedef unsigned char word_t;
 #endif
 
-struct Pattern { alignas(16) unsigned char bytes[16]; };    // the fill value, repeated
+struct Pattern {
+    alignas(16) unsigned char bytes[16];
+};  // the fill value, repeated
 
 // A block moves ROWS_A_THREAD * (THREADS >> lane_bits) rows; 1 << lane_bits neighbouring threads share a row.
 extern "C" __global__ __launch_bounds__(THREADS) void move_rows(
-    const word_t *__restrict__ rows,            // [R, words]
-    const int *__restrict__ index,              // [out_rows], ranges [-1, R)
+    const word_t *__restrict__ rows,  // [R, words]
+    const int *__restrict__ index,    // [out_rows], ranges [-1, R)
     long long out_rows,
-    long long words,                            // words a row
-    int lane_bits,                              // ranges [0, 8]
+    long long words,  // words a row
+    int lane_bits,    // ranges [0, 8]
     const __grid_constant__ Pattern fill,
-    word_t *__restrict__ out)                   // [out_rows, words]
-{
+    word_t *__restrict__ out  // [out_rows, words]
+) {
     const int rows_a_step = THREADS >> lane_bits;
     const long long first = (long long)blockIdx.x * rows_a_step * ROWS_A_THREAD + (threadIdx.x >> lane_bits);
     const long long column = threadIdx.x & (1 << lane_bits) - 1;
@@ -60,13 +62,13 @@ extern "C" __global__ __launch_bounds__(THREADS) void move_rows(
 // Positions p = 0.. of a cloud stand for bucket (p + shift) mod buckets; a chunk of size * stride positions holds `stride`
 // scopes, scope j of it takes positions j, j + stride, ...
 extern "C" __global__ __launch_bounds__(THREADS) void move_scopes(
-    const __grid_constant__ Clouds clouds,      // Cloud::group is the cloud's first scope
-    long long entries,                          // scopes * size
+    const __grid_constant__ Clouds clouds,  // Cloud::group is the cloud's first scope
+    long long entries,                      // scopes * size
     int size,
     long long shift,
     long long stride,
-    int *__restrict__ table)                    // [scopes, size]
-{
+    int *__restrict__ table  // [scopes, size]
+) {
     const long long entry = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (entry >= entries) return;
     const int scope = (int)(entry / size), place = (int)(entry % size);

@@ -14,7 +14,7 @@
 // triple-buffered: those of round c are cleared while round c + 1 settles, and used again in round c + 3.
 // The slots inside a bucket (by point index) come from the sort that follows, with the buckets as given keys.
 
-#define THREADS 1024        // mirrored by gpu3d/buckets.py
+#define THREADS 1024  // mirrored by gpu3d/buckets.py
 #define CANDIDATES 128
 
 #include "buckets.cuh"
@@ -24,7 +24,9 @@
 #include "voxels.cuh"
 
 // Offsets of the candidates in steps, one packed word each: (x + 4) | (y + 4) << 4 | (z + 4) << 8.
-struct Candidates { unsigned short packed[CANDIDATES]; };
+struct Candidates {
+    unsigned short packed[CANDIDATES];
+};
 
 // The bucket, counted over the batch, of point i's voxel moved by `step` times 4 * buckets.
 __device__ __forceinline__ int bucket_moved(const Clouds &clouds, int i, u64 packed, const int step[3]) {
@@ -33,40 +35,40 @@ __device__ __forceinline__ int bucket_moved(const Clouds &clouds, int i, u64 pac
     int v[3];
 #pragma unroll
     for (int d = 0; d < 3; ++d) {
-        v[d] = min(max((int)(packed >> 16 * d & 65535) + 4 * buckets * step[d], 0), 65535);     // |12 buckets| < 2^31
+        v[d] = min(max((int)(packed >> 16 * d & 65535) + 4 * buckets * step[d], 0), 65535);  // |12 buckets| < 2^31
     }
     return begin + (int)bucket_of_voxel(v[0], v[1], v[2], buckets);
 }
 
 extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
-    const point_t *__restrict__ points,         // [N, 3]
-    const Frame *__restrict__ frames,           // [clouds]
-    const __grid_constant__ Clouds clouds,      // Cloud::tile is the cloud's first bucket
+    const point_t *__restrict__ points,     // [N, 3]
+    const Frame *__restrict__ frames,       // [clouds]
+    const __grid_constant__ Clouds clouds,  // Cloud::tile is the cloud's first bucket
     const __grid_constant__ Candidates candidates,
-    u32 *__restrict__ arrived,                  // [1], zero before
-    int *total_counts,                          // [3, buckets], zero before: proposals of a round to each bucket
-    int *block_counts,                          // [3, buckets, blocks], zero before: the same a block
-    int *rooms,                                 // [blocks, buckets] free slots, as each block knows them
-    int *cursors,                               // [blocks, buckets] proposals before the block's next one
-    int *left,                                  // [blocks] homeless points after the last round
-    u64 *voxels,                                // [N] of each point, packed 16 bits an axis
-    int *proposal,                              // [N] bucket proposed to in this round, or -1
-    int *home,                                  // [N] bucket of each point, counted over the batch
-    int *moved)                                 // [] points not in the bucket that their hash names, zero before
-{
-    __shared__ int list[THREADS], listed;       // buckets of a chunk that cannot take all of their proposers
-    __shared__ u32 turns;                       // warps of a chunk that have proposers to contested buckets
+    u32 *__restrict__ arrived,  // [1], zero before
+    int *total_counts,          // [3, buckets], zero before: proposals of a round to each bucket
+    int *block_counts,          // [3, buckets, blocks], zero before: the same a block
+    int *rooms,                 // [blocks, buckets] free slots, as each block knows them
+    int *cursors,               // [blocks, buckets] proposals before the block's next one
+    int *left,                  // [blocks] homeless points after the last round
+    u64 *voxels,                // [N] of each point, packed 16 bits an axis
+    int *proposal,              // [N] bucket proposed to in this round, or -1
+    int *home,                  // [N] bucket of each point, counted over the batch
+    int *moved                  // [] points not in the bucket that their hash names, zero before
+) {
+    __shared__ int list[THREADS], listed;  // buckets of a chunk that cannot take all of their proposers
+    __shared__ u32 turns;                  // warps of a chunk that have proposers to contested buckets
     const Cloud *rows = rows_of(clouds);
     const int size = clouds.bucket_size, blocks = gridDim.x, block = blockIdx.x;
     const int all_points = rows[clouds.count].point, all_buckets = rows[clouds.count].tile;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int chunks = (all_points + THREADS - 1) / THREADS;
-    const int first = (int)((long long)chunks * block / blocks) * THREADS;              // this block's points
+    const int first = (int)((long long)chunks * block / blocks) * THREADS;  // this block's points
     const int last = min(all_points, (int)((long long)chunks * (block + 1) / blocks) * THREADS);
     int *room = rooms + (size_t)block * all_buckets, *cursor = cursors + (size_t)block * all_buckets;
     u32 awaited = 0;
 
-    for (int b = 0; b < clouds.count; ++b) {                // every bucket is full but the cloud's last
+    for (int b = 0; b < clouds.count; ++b) {  // every bucket is full but the cloud's last
         const int begin = rows[b].tile, end = rows[b + 1].tile;
         for (int c = begin + threadIdx.x; c < end; c += THREADS)
             room[c] = c < end - 1 ? size : rows[b + 1].point - rows[b].point - (end - 1 - begin) * size;
@@ -75,13 +77,12 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
         const Frame frame = frames[cloud_of<&Cloud::point>(clouds, i)];
         u64 packed = 0;
 #pragma unroll
-        for (int d = 0; d < 3; ++d)
-            packed |= (u64)voxel(widen(points[3 * (size_t)i + d]), frame, d) << 16 * d;
+        for (int d = 0; d < 3; ++d) packed |= (u64)voxel(widen(points[3 * (size_t)i + d]), frame, d) << 16 * d;
         voxels[i] = packed;
         home[i] = -1;
     }
     if (threadIdx.x == 0) listed = 0;
-    bool homeless = true;                                   // some room is left, so somebody is; the same in every block
+    bool homeless = true;  // some room is left, so somebody is; the same in every block
     __syncthreads();
 
     for (int round = -1; round < CANDIDATES && homeless; ++round) {
@@ -97,7 +98,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
             const int c = bucket_moved(clouds, i, voxels[i], step);
             const bool open = room[c] > 0;
             proposal[i] = open ? c : -1;
-            if (open) {                         // neighbours in the point order often propose alike: one adds for all
+            if (open) {  // neighbours in the point order often propose alike: one adds for all
                 const u32 same = __match_any_sync(__activemask(), c);
                 if (lane == __ffs(same) - 1) {
                     atomicAdd(&total[c], __popc(same));
@@ -112,12 +113,13 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
         for (int base = 0; base < all_buckets; base += THREADS) {
             const int c = base + threadIdx.x;
             const bool contested = c < all_buckets && __ldcg(&total[c]) > room[c];
-            if (contested) list[atomicAdd(&listed, 1)] = c;             // in any order: each is looked at by itself
+            if (contested) list[atomicAdd(&listed, 1)] = c;  // in any order: each is looked at by itself
             if (!__syncthreads_or(contested)) continue;
             any = 1;
             for (int k = warp; k < listed; k += THREADS / 32) {
                 int before = 0;
-                for (int other = lane; other < block; other += 32) before += __ldcg(&count[(size_t)list[k] * blocks + other]);
+                for (int other = lane; other < block; other += 32)
+                    before += __ldcg(&count[(size_t)list[k] * blocks + other]);
                 before = sum_of_warp(before);
                 if (lane == 0) cursor[list[k]] = before;
             }
@@ -130,7 +132,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
             const int c = i < last && home[i] < 0 ? proposal[i] : -1;
             const bool crowded = c >= 0 && __ldcg(&total[c]) > room[c];
             bool accepted = c >= 0 && !crowded;
-            if (any) {                          // crowded proposers are ranked in point order: warps take turns
+            if (any) {  // crowded proposers are ranked in point order: warps take turns
                 if (threadIdx.x == 0) turns = 0;
                 if (__syncthreads_or(crowded)) {
                     const u32 asking = __ballot_sync(FULL, crowded);
@@ -168,7 +170,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
     // Whoever is left: the k-th homeless point of the batch takes the k-th free slot. A cloud has as many of the ones as
     // of the others, and both are counted cloud by cloud, so nobody leaves its cloud.
     if (homeless) {
-        int mine = 0;               // homeless points of this block
+        int mine = 0;  // homeless points of this block
         for (int i = first + threadIdx.x; i < last; i += THREADS) mine += home[i] < 0;
         mine = sum_of_block<THREADS / 32>(mine);
         if (threadIdx.x == 0) left[block] = mine;
@@ -176,7 +178,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
         int before = 0;
         for (int k = threadIdx.x; k < block; k += THREADS) before += __ldcg(&left[k]);
         before = sum_of_block<THREADS / 32>(before);
-        for (int base = 0, sum, free = 0; base < all_buckets; base += THREADS) {        // room -> free slots before it
+        for (int base = 0, sum, free = 0; base < all_buckets; base += THREADS) {  // room -> free slots before it
             const int c = base + threadIdx.x;
             const int at = scan_of_block<THREADS / 32>(c < all_buckets ? room[c] : 0, sum);
             if (c < all_buckets) room[c] = free + at;
@@ -189,10 +191,11 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
             const int k = before + scan_of_block<THREADS / 32>((int)waiting, sum);
             before += sum;
             if (!waiting) continue;
-            int low = 0, high = all_buckets;                // room[low] <= k: the last such bucket has free slots
+            int low = 0, high = all_buckets;  // room[low] <= k: the last such bucket has free slots
             while (high - low > 1) {
                 const int middle = (low + high) >> 1;
-                if (room[middle] <= k) low = middle; else high = middle;
+                if (room[middle] <= k) low = middle;
+                else high = middle;
             }
             home[i] = low;
         }
@@ -200,7 +203,8 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
 
     int away = 0;
     const int nowhere[3] = {0, 0, 0};
-    for (int i = first + threadIdx.x; i < last; i += THREADS) away += home[i] != bucket_moved(clouds, i, voxels[i], nowhere);
+    for (int i = first + threadIdx.x; i < last; i += THREADS)
+        away += home[i] != bucket_moved(clouds, i, voxels[i], nowhere);
     away = sum_of_block<THREADS / 32>(away);
-    if (threadIdx.x == 0 && away) atomicAdd(moved, away);   // integers: any order, one sum
+    if (threadIdx.x == 0 && away) atomicAdd(moved, away);  // integers: any order, one sum
 }

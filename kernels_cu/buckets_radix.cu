@@ -22,16 +22,16 @@
 // over it, at 60 a ns (59 us at 4M); windows of it that stay in L2 did not help.
 
 #ifndef TILE
-#define TILE 8192           // points a tile: 8192 or 10240; mirrored by gpu3d/buckets.py, as are the next two
+#define TILE 8192  // points a tile: 8192 or 10240; mirrored by gpu3d/buckets.py, as are the next two
 #endif
 #define THREADS 1024
-#define FRAME_THREADS 512   // of radix_frames: joining the bounds of warps costs more than their loads
+#define FRAME_THREADS 512  // of radix_frames: joining the bounds of warps costs more than their loads
 #define ITEMS (TILE / THREADS)
 #define WARPS (THREADS / 32)
 #define DIGITS 256
 #define PASSES 6
 #define POSITION_BITS 16
-#define WINDOW 8            // tiles looked back at together: their loads overlap
+#define WINDOW 8  // tiles looked back at together: their loads overlap
 
 #include "buckets.cuh"
 #include "clouds.cuh"
@@ -53,15 +53,15 @@ static_assert(WARPS % 8 == 0, "the counts of the warps are summed eight at a tim
 // ---- 1 frames ------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ __launch_bounds__(FRAME_THREADS) void radix_frames(
-    const point_t *__restrict__ points,         // [N, 3]
+    const point_t *__restrict__ points,  // [N, 3]
     const __grid_constant__ Clouds clouds,
-    int group_points,                           // points a group
+    int group_points,  // points a group
     float voxel_size,
-    u32 *__restrict__ arrived,                  // [clouds], zero before: groups whose bounds are written
-    coord_t *bounds,                            // [groups, 6]
-    Frame *__restrict__ frames)                 // [clouds], unwritten where a cloud is empty
-{
-    const int group = blockIdx.x;               // ranges [0, groups)
+    u32 *__restrict__ arrived,  // [clouds], zero before: groups whose bounds are written
+    coord_t *bounds,            // [groups, 6]
+    Frame *__restrict__ frames  // [clouds], unwritten where a cloud is empty
+) {
+    const int group = blockIdx.x;  // ranges [0, groups)
     const int b = cloud_of<&Cloud::group>(clouds, group);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int first = cloud.point + (group - cloud.group) * group_points;
@@ -75,18 +75,18 @@ extern "C" __global__ __launch_bounds__(FRAME_THREADS) void radix_frames(
 
 extern "C" __global__ __launch_bounds__(THREADS) void radix_keys(
 #if KEY == KEY_GIVEN
-    const int *__restrict__ given,              // [N] bucket of each point, counted over the batch
+    const int *__restrict__ given,  // [N] bucket of each point, counted over the batch
 #else
-    const point_t *__restrict__ points,         // [N, 3]
-    const Frame *__restrict__ frames,           // [clouds]
+    const point_t *__restrict__ points,  // [N, 3]
+    const Frame *__restrict__ frames,    // [clouds]
 #endif
     const __grid_constant__ Clouds clouds,
     int group_points,
-    u64 *__restrict__ keys,                     // [N]
-    u32 *__restrict__ histogram)                // [clouds, PASSES, DIGITS], zero before
-{
+    u64 *__restrict__ keys,      // [N]
+    u32 *__restrict__ histogram  // [clouds, PASSES, DIGITS], zero before
+) {
     __shared__ u32 count[PASSES * DIGITS];
-    const int group = blockIdx.x;               // ranges [0, groups)
+    const int group = blockIdx.x;  // ranges [0, groups)
     const int b = cloud_of<&Cloud::group>(clouds, group);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int first = cloud.point + (group - cloud.group) * group_points;
@@ -97,7 +97,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_keys(
 #endif
     for (int i = threadIdx.x; i < PASSES * DIGITS; i += THREADS) count[i] = 0;
     __syncthreads();
-    for (int base = 0; base < n; base += THREADS) {         // whole warps stay together for the vote
+    for (int base = 0; base < n; base += THREADS) {  // whole warps stay together for the vote
         const int i = base + threadIdx.x;
 #if KEY == KEY_GIVEN
         const u64 key = i < n ? given[first + i] : 0;
@@ -123,7 +123,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_keys(
     }
     __syncthreads();
     for (int i = threadIdx.x; i < PASSES * DIGITS; i += THREADS)
-        if (count[i]) atomicAdd(&histogram[(size_t)b * PASSES * DIGITS + i], count[i]);     // integers: any order, one sum
+        if (count[i]) atomicAdd(&histogram[(size_t)b * PASSES * DIGITS + i], count[i]);  // integers: any order, one sum
 }
 
 // ---- 3 first, pass, last --------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_keys(
 __device__ u32 scan_digits(u32 x, u32 *warp_sums) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const u32 scan = scan_of_warp(x);
-    __syncthreads();                            // warp_sums may still be read from the call before
+    __syncthreads();  // warp_sums may still be read from the call before
     if (lane == 31) warp_sums[warp] = scan;
     __syncthreads();
     u32 before = 0;
@@ -145,14 +145,23 @@ enum Role { FIRST, MIDDLE, LAST };
 
 template <Role ROLE>
 __device__ __forceinline__ void move_tile(
-    const u64 *__restrict__ keys, const u64 *__restrict__ records_in, const u32 *__restrict__ histogram, const Clouds &clouds,
-    int pass, int wide, u32 *__restrict__ ticket, u32 *__restrict__ published, u64 *__restrict__ records_out,
-    int *__restrict__ slot_to_point, int *__restrict__ point_to_slot)
-{
-    extern __shared__ u64 record[];             // [TILE], then the two arrays below
-    unsigned short (*start)[DIGITS] = (unsigned short (*)[DIGITS])(record + TILE);      // [WARPS, DIGITS] places in the tile
-    unsigned char *digit_of = (unsigned char *)(start + WARPS);                         // [TILE], unused but in pass 1 where wide
-    __shared__ u32 target[DIGITS];              // records of a digit; then where the first goes, minus its place in the tile
+    const u64 *__restrict__ keys,
+    const u64 *__restrict__ records_in,
+    const u32 *__restrict__ histogram,
+    const Clouds &clouds,
+    int pass,
+    int wide,
+    u32 *__restrict__ ticket,
+    u32 *__restrict__ published,
+    u64 *__restrict__ records_out,
+    int *__restrict__ slot_to_point,
+    int *__restrict__ point_to_slot
+) {
+    extern __shared__ u64 record[];  // [TILE], then the two arrays below
+    unsigned short (*start)[DIGITS] =
+        (unsigned short (*)[DIGITS])(record + TILE);             // [WARPS, DIGITS] places in the tile
+    unsigned char *digit_of = (unsigned char *)(start + WARPS);  // [TILE], unused but in pass 1 where wide
+    __shared__ u32 target[DIGITS];  // records of a digit; then where the first goes, minus its place in the tile
     __shared__ u32 warp_sums[WARPS];
     __shared__ int drawn;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -161,19 +170,19 @@ __device__ __forceinline__ void move_tile(
     for (int i = threadIdx.x; i < WARPS * DIGITS; i += THREADS) record[i] = 0;
     for (int i = threadIdx.x; i < DIGITS; i += THREADS) target[i] = 0;
     __syncthreads();
-    const int tile = drawn;                     // ranges [0, tiles)
+    const int tile = drawn;  // ranges [0, tiles)
     const int b = cloud_of<&Cloud::tile>(clouds, tile);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
-    const int first = (tile - cloud.tile) * TILE;           // of the cloud's points
+    const int first = (tile - cloud.tile) * TILE;  // of the cloud's points
     const int n = min(TILE, next.point - cloud.point - first);
-    const int index_bits = wide ? 32 : 24, digit_shift = index_bits + 8 * (pass - wide - 1);    // in pass 0 POSITION_BITS
+    const int index_bits = wide ? 32 : 24, digit_shift = index_bits + 8 * (pass - wide - 1);  // in pass 0 POSITION_BITS
     const bool refetch = ROLE == MIDDLE && wide && pass == 1;
 
     // Load. Warp w holds records [w, w + 1) * 32 * ITEMS of the tile, item k of lane l the 32 k + l-th of them.
-    const int mine_first = warp * ITEMS * 32 + lane, mine_left = n - mine_first;        // item k exists if 32 k < mine_left
+    const int mine_first = warp * ITEMS * 32 + lane, mine_left = n - mine_first;  // item k exists if 32 k < mine_left
     const u64 *in = (ROLE == FIRST ? keys : records_in) + cloud.point + first + mine_first;
     u64 mine[ITEMS];
-    u32 seat[ITEMS];                            // place among equal digits of the warp << 8 | digit
+    u32 seat[ITEMS];  // place among equal digits of the warp << 8 | digit
 #pragma unroll
     for (int k = 0; k < ITEMS; ++k) mine[k] = 32 * k < mine_left ? in[32 * k] : 0;
     // Where the cloud's digits begin: its loads and barriers overlap the records' loads.
@@ -182,7 +191,7 @@ __device__ __forceinline__ void move_tile(
     const u32 bin = scan_digits(d < DIGITS ? histogram[((size_t)b * PASSES + pass) * DIGITS + d] : 0, warp_sums);
 #pragma unroll
     for (int k = 0; k < ITEMS; ++k) {
-        seat[k] = DIGITS - 1;                               // the padding of the last tile ranks behind its records
+        seat[k] = DIGITS - 1;  // the padding of the last tile ranks behind its records
         if (32 * k >= mine_left) continue;
         if (ROLE == FIRST) mine[k] = mine[k] << POSITION_BITS | mine_first + 32 * k;
         seat[k] = mine[k] >> digit_shift & (DIGITS - 1);
@@ -209,10 +218,13 @@ __device__ __forceinline__ void move_tile(
             for (int k = 0; k < WINDOW; ++k) word[k] = board[(size_t)max(t - k, cloud.tile) * DIGITS + d];
 #pragma unroll
             for (int k = 0; k < WINDOW; ++k) {
-                if (!(word[k] >> COUNT_BITS)) break;        // not published yet: ask again
+                if (!(word[k] >> COUNT_BITS)) break;  // not published yet: ask again
                 before += word[k] & COUNT;
                 --t;
-                if (word[k] & STATE_SUM) { t = -1; break; } // the cloud's first tile is one
+                if (word[k] & STATE_SUM) {
+                    t = -1;
+                    break;
+                }  // the cloud's first tile is one
             }
         }
         board[(size_t)tile * DIGITS + d] = STATE_SUM | (before + own);
@@ -229,19 +241,22 @@ __device__ __forceinline__ void move_tile(
         const u64 word = words[digit];
         const u32 same = (u32)word, earlier = (u32)(word >> 32);
         __syncwarp();
-        if (same >> lane == 1) words[digit] = (u64)(earlier + __popc(same)) << 32;      // the last lane, for the next item
+        if (same >> lane == 1) words[digit] = (u64)(earlier + __popc(same)) << 32;  // the last lane, for the next item
         __syncwarp();
         seat[k] |= earlier + rank_in(same, lane) << 8;
     }
     __syncthreads();
     if (d < DIGITS) {
         u32 at = place;
-        for (int w = 0; w < WARPS; w += 8) {                // eight loads in flight
+        for (int w = 0; w < WARPS; w += 8) {  // eight loads in flight
             u32 warp_count[8];
 #pragma unroll
             for (int k = 0; k < 8; ++k) warp_count[k] = (u32)(record[(w + k) * DIGITS + d] >> 32);
 #pragma unroll
-            for (int k = 0; k < 8; ++k) { start[w + k][d] = at; at += warp_count[k]; }
+            for (int k = 0; k < 8; ++k) {
+                start[w + k][d] = at;
+                at += warp_count[k];
+            }
         }
         target[d] = bin + before - place;
     }
@@ -262,11 +277,11 @@ __device__ __forceinline__ void move_tile(
         if (i >= n) continue;
         u64 moving = record[i];
         const u32 digit = refetch ? digit_of[i] : moving >> digit_shift & (DIGITS - 1);
-        if (ROLE == FIRST) {                                // key and place become what the next pass reads
-            const int index = first + (int)(moving & ((1 << POSITION_BITS) - 1));           // in the cloud
+        if (ROLE == FIRST) {  // key and place become what the next pass reads
+            const int index = first + (int)(moving & ((1 << POSITION_BITS) - 1));  // in the cloud
             moving = wide ? index : moving >> (POSITION_BITS + 8) << index_bits | index;
         }
-        const u32 at = i + target[digit];                   // ranges [0, points of the cloud)
+        const u32 at = i + target[digit];  // ranges [0, points of the cloud)
         if (ROLE != LAST) {
             records_out[cloud.point + at] = moving;
         } else {
@@ -275,49 +290,52 @@ __device__ __forceinline__ void move_tile(
             point_to_slot[p] = cloud.slot + at;
         }
     }
-    if (ROLE == LAST && tile == next.tile - 1)              // padding stands at the end of the cloud's last bucket
+    if (ROLE == LAST && tile == next.tile - 1)  // padding stands at the end of the cloud's last bucket
         for (int slot = cloud.slot + next.point - cloud.point + threadIdx.x; slot < next.slot; slot += THREADS)
             slot_to_point[slot] = -1;
 }
 
 extern "C" __global__ __launch_bounds__(THREADS) void radix_first(
-    const u64 *__restrict__ keys,               // [N]
-    const u32 *__restrict__ histogram,          // [clouds, PASSES, DIGITS]
+    const u64 *__restrict__ keys,       // [N]
+    const u32 *__restrict__ histogram,  // [clouds, PASSES, DIGITS]
     const __grid_constant__ Clouds clouds,
-    int wide,                                   // 0: indices of 24 bits, 1: of 32
-    u32 *__restrict__ ticket,                   // [PASSES], zero before
-    u32 *__restrict__ published,                // [PASSES, tiles, DIGITS], zero before
-    u64 *__restrict__ records)                  // [N]
-{
+    int wide,                     // 0: indices of 24 bits, 1: of 32
+    u32 *__restrict__ ticket,     // [PASSES], zero before
+    u32 *__restrict__ published,  // [PASSES, tiles, DIGITS], zero before
+    u64 *__restrict__ records     // [N]
+) {
     move_tile<FIRST>(keys, nullptr, histogram, clouds, 0, wide, ticket, published, records, nullptr, nullptr);
 }
 
 extern "C" __global__ __launch_bounds__(THREADS) void radix_pass(
-    const u64 *__restrict__ keys,               // [N], read where wide in pass 1
-    const u64 *__restrict__ records_in,         // [N]
-    const u32 *__restrict__ histogram,          // [clouds, PASSES, DIGITS]
+    const u64 *__restrict__ keys,        // [N], read where wide in pass 1
+    const u64 *__restrict__ records_in,  // [N]
+    const u32 *__restrict__ histogram,   // [clouds, PASSES, DIGITS]
     const __grid_constant__ Clouds clouds,
-    int pass,                                   // ranges [1, PASSES - 1)
+    int pass,  // ranges [1, PASSES - 1)
     int wide,
-    u32 *__restrict__ ticket,                   // [PASSES], zero before
-    u32 *__restrict__ published,                // [PASSES, tiles, DIGITS], zero before
-    u64 *__restrict__ records_out)              // [N]
-{
-    move_tile<MIDDLE>(keys, records_in, histogram, clouds, pass, wide, ticket, published, records_out, nullptr, nullptr);
+    u32 *__restrict__ ticket,      // [PASSES], zero before
+    u32 *__restrict__ published,   // [PASSES, tiles, DIGITS], zero before
+    u64 *__restrict__ records_out  // [N]
+) {
+    move_tile<MIDDLE>(
+        keys, records_in, histogram, clouds, pass, wide, ticket, published, records_out, nullptr, nullptr
+    );
 }
 
 extern "C" __global__ __launch_bounds__(THREADS) void radix_last(
-    const u64 *__restrict__ records,            // [N]
-    const u32 *__restrict__ histogram,          // [clouds, PASSES, DIGITS]
+    const u64 *__restrict__ records,    // [N]
+    const u32 *__restrict__ histogram,  // [clouds, PASSES, DIGITS]
     const __grid_constant__ Clouds clouds,
     int wide,
-    u32 *__restrict__ ticket,                   // [PASSES], zero before
-    u32 *__restrict__ published,                // [PASSES, tiles, DIGITS], zero before
-    int *__restrict__ slot_to_point,            // [slots]
-    int *__restrict__ point_to_slot,            // [N]
-    int *__restrict__ moved)                    // [] set to 0, or null
-{
+    u32 *__restrict__ ticket,         // [PASSES], zero before
+    u32 *__restrict__ published,      // [PASSES, tiles, DIGITS], zero before
+    int *__restrict__ slot_to_point,  // [slots]
+    int *__restrict__ point_to_slot,  // [N]
+    int *__restrict__ moved           // [] set to 0, or null
+) {
     if (moved && blockIdx.x == 0 && threadIdx.x == 0) *moved = 0;
-    move_tile<LAST>(nullptr, records, histogram, clouds, PASSES - 1, wide, ticket, published, nullptr, slot_to_point,
-                    point_to_slot);
+    move_tile<LAST>(
+        nullptr, records, histogram, clouds, PASSES - 1, wide, ticket, published, nullptr, slot_to_point, point_to_slot
+    );
 }

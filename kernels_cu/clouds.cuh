@@ -6,19 +6,19 @@
 
 #include "types.cuh"
 
-#define INLINE_CLOUDS 64    // mirrored by gpu3d/_clouds.py
+#define INLINE_CLOUDS 64  // mirrored by gpu3d/_clouds.py
 
 // Row b says where cloud b begins, row `count` where the batch ends.
 struct Cloud {
-    int point;              // first point
-    int tile;               // first tile: what a tile is, the kernel's file says
-    int group;              // first group: likewise
-    int slot;               // first slot, a multiple of bucket_size
+    int point;  // first point
+    int tile;   // first tile: what a tile is, the kernel's file says
+    int group;  // first group: likewise
+    int slot;   // first slot, a multiple of bucket_size
 };
 
 // Small batches travel inside the kernel's arguments: no copy to the device, nothing to keep alive, capturable.
 struct Clouds {
-    const Cloud *table;     // [count + 1] on the device, or null
+    const Cloud *table;  // [count + 1] on the device, or null
     int count;
     int bucket_size;
     Cloud inlined[INLINE_CLOUDS + 1];
@@ -37,10 +37,11 @@ __device__ __forceinline__ int tiles_of(const Clouds &clouds) { return rows_of(c
 template <int Cloud::*COLUMN>
 __device__ __forceinline__ int cloud_of(const Clouds &clouds, int item) {
     const Cloud *rows = rows_of(clouds);
-    int low = 0, high = clouds.count;           // rows[low].column <= item < rows[high].column
+    int low = 0, high = clouds.count;  // rows[low].column <= item < rows[high].column
     while (high - low > 1) {
         const int middle = (low + high) >> 1;
-        if (rows[middle].*COLUMN <= item) low = middle; else high = middle;
+        if (rows[middle].*COLUMN <= item) low = middle;
+        else high = middle;
     }
     return low;
 }

@@ -57,7 +57,9 @@ struct Float<FLOAT16> {
     }
     static __device__ __forceinline__ float2 widen_pair(u32 word) {
         float2 x;
-        asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(x.x), "=f"(x.y) : "r"(word));
+        asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+            : "=f"(x.x), "=f"(x.y)
+            : "r"(word));
         return x;
     }
     static __device__ __forceinline__ u32 narrow_pair(float low, float high) {

@@ -14,7 +14,7 @@ __device__ __forceinline__ void wait_for_grid(u32 *arrived, u32 &awaited) {
     if (threadIdx.x == 0) {
         __threadfence();
         atomicAdd(arrived, 1);
-        while (*(volatile u32 *)arrived < awaited) { }
+        while (*(volatile u32 *)arrived < awaited) {}
         __threadfence();
     }
     __syncthreads();

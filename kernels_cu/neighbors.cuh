@@ -24,8 +24,8 @@
 #include "floats.cuh"
 #include "warp.cuh"
 
-#define TILE 32             // points; mirrored by gpu3d/neighbors.py
-#define NOTHING 0x7f800000ffffffffull                       // the key of no neighbour: infinitely far, index -1
+#define TILE 32                        // points; mirrored by gpu3d/neighbors.py
+#define NOTHING 0x7f800000ffffffffull  // the key of no neighbour: infinitely far, index -1
 
 // A point: coordinates relative to the origin of the cloud that is searched, NaN where one of them is not finite, and its
 // index in the caller's array; -1 in padding.
@@ -35,18 +35,18 @@ struct __align__(16) Row {
 };
 
 struct __align__(16) Box {
-    float low[3];           // low > high where no point is finite
-    int first;              // the lowest index of a finite point; -1 where there is none
+    float low[3];  // low > high where no point is finite
+    int first;     // the lowest index of a finite point; -1 where there is none
     float high[3];
-    float below;            // below <= normal . point <= above, but for less than the rounding that slab_distance2 allows for;
-    float normal[3];        // |normal| < 1, and 0 where the points have no plane, and of branches
+    float below;  // below <= normal . point <= above, but for less than the rounding that slab_distance2 allows for;
+    float normal[3];  // |normal| < 1, and 0 where the points have no plane, and of branches
     float above;
 };
 
 struct Index {
-    const Row *rows;        // [tiles * TILE]
+    const Row *rows;  // [tiles * TILE]
     const Box *tiles, *nodes;
-    const Box *branches;    // null where no cloud has more than one
+    const Box *branches;  // null where no cloud has more than one
 };
 
 // (d2, index) as one number of the same order: d2 is not negative. A NaN comes after everything.
@@ -57,7 +57,9 @@ __device__ __forceinline__ float norm2(float x, float y, float z) {
     return __fadd_rn(__fadd_rn(__fmul_rn(x, x), __fmul_rn(y, y)), __fmul_rn(z, z));
 }
 
-__device__ __forceinline__ bool is_finite(const Row &row) { return (row.x - row.x) + (row.y - row.y) + (row.z - row.z) == 0; }
+__device__ __forceinline__ bool is_finite(const Row &row) {
+    return (row.x - row.x) + (row.y - row.y) + (row.z - row.z) == 0;
+}
 
 __device__ __forceinline__ float distance2(const Row &query, const Row &point) {
     return norm2(__fsub_rn(query.x, point.x), __fsub_rn(query.y, point.y), __fsub_rn(query.z, point.z));
@@ -68,8 +70,10 @@ __device__ __forceinline__ float outside(float x, float low, float high) {
 }
 
 __device__ __forceinline__ float distance2(const Row &query, const Box &box) {
-    return norm2(outside(query.x, box.low[0], box.high[0]), outside(query.y, box.low[1], box.high[1]),
-                 outside(query.z, box.low[2], box.high[2]));
+    return norm2(
+        outside(query.x, box.low[0], box.high[0]), outside(query.y, box.low[1], box.high[1]),
+        outside(query.z, box.low[2], box.high[2])
+    );
 }
 
 __device__ __forceinline__ float along_normal(const Box &box, float x, float y, float z) {
@@ -83,7 +87,8 @@ __device__ __forceinline__ float along_normal(const Box &box, float x, float y, 
 #define SLACK 0x1p-21f
 #define SHORTENED 0x1.ffffcp-1f
 __device__ __forceinline__ float slab_distance2(const Row &query, const Box &box) {
-    const float s = along_normal(box, query.x, query.y, query.z), slack = SLACK * (fabsf(query.x) + fabsf(query.y) + fabsf(query.z));
+    const float s = along_normal(box, query.x, query.y, query.z),
+                slack = SLACK * (fabsf(query.x) + fabsf(query.y) + fabsf(query.z));
     const float gap = fmaxf(fmaxf(box.below - s, s - box.above) - slack, 0);
     return gap * gap;
 }
@@ -128,7 +133,10 @@ struct NearestFirst {
         for (int base = first; base < end; base += 32) {
             const int mine = base + (threadIdx.x & 31);
             float d2;
-            if (!bounds<SLABS>(d2, query, boxes, mine, end, distance2_of(bound()))) { pass(d2); continue; }
+            if (!bounds<SLABS>(d2, query, boxes, mine, end, distance2_of(bound()))) {
+                pass(d2);
+                continue;
+            }
             u64 key = mine < end ? key_of(d2, boxes[mine].first) : NOTHING;
             for (;;) {
                 const Nearest next = nearest_of(key < bound() ? (u32)(key >> 32) : FULL);
@@ -159,8 +167,8 @@ struct Within {
 // Calls visit(tile) for the tiles of cloud b, in the order and of the boxes that `order` says. The index's batch is `clouds`.
 template <class Order, class Visit>
 __device__ __forceinline__ void walk_tiles(
-    const Row &query, const Index &index, const Clouds &clouds, int b, const Order &order, Visit visit)
-{
+    const Row &query, const Index &index, const Clouds &clouds, int b, const Order &order, Visit visit
+) {
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int tiles = uniform(cloud.slot) / TILE, tiles_end = uniform(next.slot) / TILE;
     const int first_node = uniform(cloud.tile), nodes_end = uniform(next.tile);
@@ -170,7 +178,10 @@ __device__ __forceinline__ void walk_tiles(
             order.template walk<true>(query, index.tiles, first, min(first + 32, tiles_end), visit);
         });
     };
-    if (!index.branches) { walk_nodes(first_node, nodes_end); return; }
+    if (!index.branches) {
+        walk_nodes(first_node, nodes_end);
+        return;
+    }
     const int first_branch = uniform(cloud.group);
     order.template walk<false>(query, index.branches, first_branch, uniform(next.group), [&](int branch) {
         const int nodes = first_node + (branch - first_branch) * 32;

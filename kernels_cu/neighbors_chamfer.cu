@@ -7,7 +7,7 @@
 // points, whose nearest was which, and how far: neither buckets nor an index.
 
 #define THREADS 256
-#define SUM_TILE 1024       // mirrored by gpu3d/reference/neighbors.py; a node of the index, so that they share a table of clouds
+#define SUM_TILE 1024  // mirrored by gpu3d/reference/neighbors.py; a node of the index: both have one table of clouds
 
 #include "clouds.cuh"
 #include "grid.cuh"
@@ -18,10 +18,10 @@
 
 // One of the two batches of clouds.
 struct Summed {
-    const float *d2;        // [points] the squared distance of the nearest in the other
-    double *sums;           // [tiles] of distances
-    u32 *most;              // [tiles] bits of the largest finite distance
-    u32 *largest;           // [clouds] likewise
+    const float *d2;  // [points] the squared distance of the nearest in the other
+    double *sums;     // [tiles] of distances
+    u32 *most;        // [tiles] bits of the largest finite distance
+    u32 *largest;     // [clouds] likewise
 };
 
 // The sum of the block's SUM_TILE values, one a thread, on every thread: the second half added to the first, and again.
@@ -55,8 +55,8 @@ __device__ u32 largest_of(u32 value) {
 }
 
 struct Tile {
-    double sum;             // of distances
-    u32 most;               // bits of the largest finite distance
+    double sum;  // of distances
+    u32 most;    // bits of the largest finite distance
 };
 
 // By the whole block, which is tile `tile` of a side; on every thread.
@@ -80,8 +80,8 @@ extern "C" __global__ __launch_bounds__(SUM_TILE) void chamfer_tiles(
     const __grid_constant__ Summed y,
     const __grid_constant__ Clouds x_clouds,
     const __grid_constant__ Clouds y_clouds,
-    int squared)                                // 1: of their squares
-{
+    int squared  // 1: of their squares
+) {
     const int tile = blockIdx.x, x_tiles = tiles_of(x_clouds);
     if (tile < x_tiles) sum_tile(x, x_clouds, tile, squared);
     else if (tile < x_tiles + tiles_of(y_clouds)) sum_tile(y, y_clouds, tile - x_tiles, squared);
@@ -94,7 +94,7 @@ __device__ double sum_of(double *values, int count) {
         for (int tile = 0; tile < tiles; ++tile) {
             const int i = tile * SUM_TILE + threadIdx.x;
             const double sum = halved(i < count ? values[i] : 0);
-            if (threadIdx.x == 0) values[tile] = sum;       // read by all in this turn or an earlier one
+            if (threadIdx.x == 0) values[tile] = sum;  // read by all in this turn or an earlier one
         }
         count = tiles;
         __syncthreads();
@@ -121,14 +121,14 @@ extern "C" __global__ __launch_bounds__(SUM_TILE) void chamfer_losses(
     const __grid_constant__ Summed y,
     const __grid_constant__ Clouds x_clouds,
     const __grid_constant__ Clouds y_clouds,
-    double *__restrict__ losses,                // [clouds]
-    u32 *__restrict__ known,                    // [] how many of them are, 0 at first
-    float *__restrict__ each,                   // [clouds], or null
-    float *__restrict__ loss,                   // [] the sum of all, over `parts`; or null
+    double *__restrict__ losses,  // [clouds]
+    u32 *__restrict__ known,      // [] how many of them are, 0 at first
+    float *__restrict__ each,     // [clouds], or null
+    float *__restrict__ loss,     // [] the sum of all, over `parts`; or null
     int parts,
-    int tiled,                                  // 1: by chamfer_tiles
-    int squared)
-{
+    int tiled,  // 1: by chamfer_tiles
+    int squared
+) {
     const int b = blockIdx.x;
     if (b < x_clouds.count) {
         const double of_x = mean_of(x, x_clouds, b, tiled, squared), of_y = mean_of(y, y_clouds, b, tiled, squared);
@@ -165,7 +165,9 @@ __device__ __forceinline__ int shift_of(int count, u32 largest, int squared) {
 }
 
 // The gradient of a distance that is found, of point i of cloud b, with respect to the point.
-__device__ __forceinline__ void term_of(float term[3], const Pulled &side, const Pulled &other, int b, int i, int squared) {
+__device__ __forceinline__ void term_of(
+    float term[3], const Pulled &side, const Pulled &other, int b, int i, int squared
+) {
     const double *origin = other.origins ? other.origins + 3 * b : nullptr;
     const float d = __fsqrt_rn(side.d2[i]);
     const int nearest = side.nearest[i];
@@ -177,7 +179,7 @@ __device__ __forceinline__ void term_of(float term[3], const Pulled &side, const
 }
 
 __device__ __forceinline__ bool is_found(const Pulled &side, int i) {
-    return side.nearest[i] >= 0 && is_finite(side.d2[i]);        // and not infinitely far
+    return side.nearest[i] >= 0 && is_finite(side.d2[i]);  // and not infinitely far
 }
 
 // What point i of a side gives to its nearest.
@@ -198,8 +200,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void chamfer_give(
     const __grid_constant__ Pulled y,
     const __grid_constant__ Clouds x_clouds,
     const __grid_constant__ Clouds y_clouds,
-    int squared)
-{
+    int squared
+) {
     const int i = blockIdx.x * THREADS + threadIdx.x, in_x = points_of(x_clouds);
     if (i < in_x) give(x, x_clouds, y, i, squared);
     else if (i - in_x < points_of(y_clouds)) give(y, y_clouds, x, i - in_x, squared);
@@ -207,14 +209,20 @@ extern "C" __global__ __launch_bounds__(THREADS) void chamfer_give(
 
 // What is asked of each cloud's loss, or of the one that all have.
 struct Asked {
-    const float *dloss;     // [clouds], or []; null: 1
-    long long step;         // from one to the next; 0: there is one
-    int parts;              // that the loss is the mean of, or 1
+    const float *dloss;  // [clouds], or []; null: 1
+    long long step;      // from one to the next; 0: there is one
+    int parts;           // that the loss is the mean of, or 1
 };
 
 __device__ void write_gradient(
-    const Pulled &side, const Clouds &clouds, const Pulled &other, const Clouds &other_clouds, int i, int squared, const Asked &asked)
-{
+    const Pulled &side,
+    const Clouds &clouds,
+    const Pulled &other,
+    const Clouds &other_clouds,
+    int i,
+    int squared,
+    const Asked &asked
+) {
     const int b = cloud_of<&Cloud::point>(clouds, i);
     const int count = rows_of(clouds)[b + 1].point - rows_of(clouds)[b].point;
     const int other_count = rows_of(other_clouds)[b + 1].point - rows_of(other_clouds)[b].point;
@@ -237,8 +245,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void chamfer_gradient(
     const __grid_constant__ Clouds x_clouds,
     const __grid_constant__ Clouds y_clouds,
     int squared,
-    const __grid_constant__ Asked asked)
-{
+    const __grid_constant__ Asked asked
+) {
     const int i = blockIdx.x * THREADS + threadIdx.x, in_x = points_of(x_clouds);
     if (i < in_x) write_gradient(x, x_clouds, y, y_clouds, i, squared, asked);
     else if (i - in_x < points_of(y_clouds)) write_gradient(y, y_clouds, x, x_clouds, i - in_x, squared, asked);

@@ -10,9 +10,9 @@
 // and all but seven of the others within a warp. Two nodes take 10.4 us and 1024 nodes 52; with a point a thread they took 19.3 and 132
 // (H200).
 
-#define POINTS 1024         // of a node
-#define EACH 4              // that a thread has
-#define THREADS (POINTS / EACH)     // mirrored by gpu3d/neighbors.py, as is the next
+#define POINTS 1024              // of a node
+#define EACH 4                   // that a thread has
+#define THREADS (POINTS / EACH)  // mirrored by gpu3d/neighbors.py, as is the next
 #define BRANCH_THREADS 128
 
 #include "clouds.cuh"
@@ -20,13 +20,16 @@
 #include "sort.cuh"
 #include "voxels.cuh"
 
-#define OF_TILE (TILE / EACH)       // lanes
+#define OF_TILE (TILE / EACH)  // lanes
 #define WARPS (THREADS / 32)
 
 static_assert(EACH == 4, "a sort has its first two merges in registers");
 
 // Floats as integers of the same order, for min and max in one instruction a warp.
-__device__ __forceinline__ int ordered(float x) { const int i = __float_as_int(x); return i ^ (i >> 31 & 0x7fffffff); }
+__device__ __forceinline__ int ordered(float x) {
+    const int i = __float_as_int(x);
+    return i ^ (i >> 31 & 0x7fffffff);
+}
 __device__ __forceinline__ float unordered(int i) { return __int_as_float(i ^ (i >> 31 & 0x7fffffff)); }
 __device__ __forceinline__ float least(float x) { return unordered(__reduce_min_sync(FULL, ordered(x))); }
 __device__ __forceinline__ float most(float x) { return unordered(__reduce_max_sync(FULL, ordered(x))); }
@@ -53,7 +56,7 @@ struct Lanes {
 };
 
 struct Block {
-    float (*shared)[WARPS];                     // [6]
+    float (*shared)[WARPS];  // [6]
     template <int N>
     __device__ __forceinline__ void add(float (&x)[N]) const {
         const int lane = threadIdx.x & 31;
@@ -71,7 +74,10 @@ struct Block {
         const int lane = threadIdx.x & 31;
         Lanes<32>().bound(low, high);
         __syncthreads();
-        if (lane == 0) { shared[0][threadIdx.x >> 5] = low; shared[1][threadIdx.x >> 5] = high; }
+        if (lane == 0) {
+            shared[0][threadIdx.x >> 5] = low;
+            shared[1][threadIdx.x >> 5] = high;
+        }
         __syncthreads();
         low = shared[0][lane % WARPS];
         high = shared[1][lane % WARPS];
@@ -120,13 +126,14 @@ __device__ __forceinline__ void find_slab(Box &box, const Row (&points)[EACH], c
         size = fmaxf(size, box.high[d] - box.low[d]);
         reach += fmaxf(fabsf(box.low[d]), fabsf(box.high[d]));
     }
-    const float scale = __fdividef(1, size);    // infinite for one point: then nothing is a number, and there is no slab
+    const float scale = __fdividef(1, size);  // infinite for one point: then nothing is a number, and there is no slab
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
         const float x[3] = {points[k].x, points[k].y, points[k].z};
         const bool finite = is_finite(points[k]);
 #pragma unroll
-        for (int d = 0; d < 3; ++d) sums[d] += scaled[k][d] = finite ? (x[d] - 0.5f * (box.low[d] + box.high[d])) * scale : 0;
+        for (int d = 0; d < 3; ++d)
+            sums[d] += scaled[k][d] = finite ? (x[d] - 0.5f * (box.low[d] + box.high[d])) * scale : 0;
         sums[3] += finite;
     }
     threads.add(sums);
@@ -143,22 +150,30 @@ __device__ __forceinline__ void find_slab(Box &box, const Row (&points)[EACH], c
     }
     threads.add(moments);
     const float xx = moments[0], xy = moments[1], xz = moments[2], yy = moments[3], yz = moments[4], zz = moments[5];
-    float m[6] = {yy * zz - yz * yz, xz * yz - xy * zz, xy * yz - xz * yy, xx * zz - xz * xz, xy * xz - xx * yz, xx * yy - xy * xy};
+    float m[6] = {yy * zz - yz * yz, xz * yz - xy * zz, xy * yz - xz * yy,
+                  xx * zz - xz * xz, xy * xz - xx * yz, xx * yy - xy * xy};
 #pragma unroll
-    for (int power = 0; power < 3; ++power) {               // xx xy xz yy yz zz of the cofactors, squared thrice
+    for (int power = 0; power < 3; ++power) {  // xx xy xz yy yz zz of the cofactors, squared thrice
         const float scale = __fdividef(1, m[0] + m[3] + m[5]);
 #pragma unroll
         for (int i = 0; i < 6; ++i) m[i] *= scale;
-        const float square[6] = {
-            m[0] * m[0] + m[1] * m[1] + m[2] * m[2], m[0] * m[1] + m[1] * m[3] + m[2] * m[4],
-            m[0] * m[2] + m[1] * m[4] + m[2] * m[5], m[1] * m[1] + m[3] * m[3] + m[4] * m[4],
-            m[1] * m[2] + m[3] * m[4] + m[4] * m[5], m[2] * m[2] + m[4] * m[4] + m[5] * m[5]};
+        const float square[6] = {m[0] * m[0] + m[1] * m[1] + m[2] * m[2], m[0] * m[1] + m[1] * m[3] + m[2] * m[4],
+                                 m[0] * m[2] + m[1] * m[4] + m[2] * m[5], m[1] * m[1] + m[3] * m[3] + m[4] * m[4],
+                                 m[1] * m[2] + m[3] * m[4] + m[4] * m[5], m[2] * m[2] + m[4] * m[4] + m[5] * m[5]};
 #pragma unroll
         for (int i = 0; i < 6; ++i) m[i] = square[i];
     }
-    float normal[3] = {m[0], m[1], m[2]};                   // the longest column
-    if (m[3] > m[0]) { normal[0] = m[1]; normal[1] = m[3]; normal[2] = m[4]; }
-    if (m[5] > fmaxf(m[0], m[3])) { normal[0] = m[2]; normal[1] = m[4]; normal[2] = m[5]; }
+    float normal[3] = {m[0], m[1], m[2]};  // the longest column
+    if (m[3] > m[0]) {
+        normal[0] = m[1];
+        normal[1] = m[3];
+        normal[2] = m[4];
+    }
+    if (m[5] > fmaxf(m[0], m[3])) {
+        normal[0] = m[2];
+        normal[1] = m[4];
+        normal[2] = m[5];
+    }
     const float shorter = SHORTENED * rsqrtf(normal[0] * normal[0] + normal[1] * normal[1] + normal[2] * normal[2]);
     // Not where all points are one or on a line, nor where along_normal may overflow.
     const bool usable = shorter > 0 && shorter < INFINITE && reach < 1e37f;
@@ -170,7 +185,7 @@ __device__ __forceinline__ void find_slab(Box &box, const Row (&points)[EACH], c
         const Row &point = points[k];
         const float s = along_normal(box, point.x, point.y, point.z);
         const float slack = SLACK * (fabsf(point.x) + fabsf(point.y) + fabsf(point.z));
-        low = fminf(low, s - slack);            // NaN, of a point that is not finite, is passed over
+        low = fminf(low, s - slack);  // NaN, of a point that is not finite, is passed over
         high = fmaxf(high, s + slack);
     }
     threads.bound(low, high);
@@ -178,7 +193,7 @@ __device__ __forceinline__ void find_slab(Box &box, const Row (&points)[EACH], c
     box.above = usable ? high : 0;
 }
 
-#define PLACES (1u << 22)   // along an edge
+#define PLACES (1u << 22)  // along an edge
 static_assert(POINTS <= 1 << 10, "a place and a point are one word");
 
 struct __align__(16) Splitter {
@@ -201,7 +216,10 @@ __device__ __forceinline__ void exchange(Splitter &splitter, u32 (&key)[EACH], i
         keys[threadIdx.x] = make_uint4(key[0], key[1], key[2], key[3]);
         __syncthreads();
         const uint4 four = keys[threadIdx.x ^ MASK];
-        others[0] = four.x; others[1] = four.y; others[2] = four.z; others[3] = four.w;
+        others[0] = four.x;
+        others[1] = four.y;
+        others[2] = four.z;
+        others[3] = four.w;
         buffer ^= 1;
     }
     u32 kept[EACH];
@@ -252,7 +270,7 @@ __device__ __forceinline__ void halve(Splitter &splitter, u32 (&key)[EACH], int 
 // places without a point behind them.
 template <int SIZE>
 __device__ __forceinline__ void split(Splitter &splitter, u32 (&key)[EACH], int buffer) {
-    constexpr int LANES = SIZE / EACH < 32 ? SIZE / EACH : 32, OF_SIZE = SIZE / EACH / LANES;      // warps
+    constexpr int LANES = SIZE / EACH < 32 ? SIZE / EACH : 32, OF_SIZE = SIZE / EACH / LANES;  // warps
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     float x[EACH][3], low[3] = {INFINITE, INFINITE, INFINITE}, high[3] = {-INFINITE, -INFINITE, -INFINITE};
 #pragma unroll
@@ -261,7 +279,7 @@ __device__ __forceinline__ void split(Splitter &splitter, u32 (&key)[EACH], int 
 #pragma unroll
         for (int d = 0; d < 3; ++d) {
             x[k][d] = splitter.x[d][key[k]];
-            low[d] = fminf(low[d], x[k][d]);    // which pass over NaN
+            low[d] = fminf(low[d], x[k][d]);  // which pass over NaN
             high[d] = fmaxf(high[d], x[k][d]);
         }
     }
@@ -270,7 +288,10 @@ __device__ __forceinline__ void split(Splitter &splitter, u32 (&key)[EACH], int 
     if constexpr (OF_SIZE > 1) {
         if (lane == 0)
 #pragma unroll
-            for (int d = 0; d < 3; ++d) { splitter.low[d][warp] = low[d]; splitter.high[d][warp] = high[d]; }
+            for (int d = 0; d < 3; ++d) {
+                splitter.low[d][warp] = low[d];
+                splitter.high[d][warp] = high[d];
+            }
         __syncthreads();
         const int at = warp / OF_SIZE * OF_SIZE + lane % OF_SIZE;
 #pragma unroll
@@ -287,7 +308,7 @@ __device__ __forceinline__ void split(Splitter &splitter, u32 (&key)[EACH], int 
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
         const float at = ((z_longest ? x[k][2] : y_longest ? x[k][1] : x[k][0]) - from) * scale;
-        u32 place = min((u32)at, PLACES - 3);   // NaN, where all are one point, is 0
+        u32 place = min((u32)at, PLACES - 3);  // NaN, where all are one point, is 0
         if (x[k][0] != x[k][0]) place = splitter.index[key[k]] >= 0 ? PLACES - 2 : PLACES - 1;
         key[k] |= place << 10;
     }
@@ -297,28 +318,28 @@ __device__ __forceinline__ void split(Splitter &splitter, u32 (&key)[EACH], int 
 
 // Two arrays, one behind the other.
 extern "C" __global__ __launch_bounds__(THREADS) void index_join(
-    const point_t *__restrict__ first,          // [count]
+    const point_t *__restrict__ first,  // [count]
     long long count,
-    const point_t *__restrict__ second,         // [all - count]
+    const point_t *__restrict__ second,  // [all - count]
     long long all,
-    point_t *__restrict__ joined)               // [all]
-{
+    point_t *__restrict__ joined  // [all]
+) {
     const long long i = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (i < all) joined[i] = i < count ? first[i] : second[i - count];
 }
 
 // A block a node. float64 coordinates are taken relative to `origins`, in float64, and then rounded.
 extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
-    const point_t *__restrict__ points,         // [points, 3]
-    const point_t *__restrict__ others,         // those of a second batch, if there is one
-    const int *__restrict__ slot_to_point,      // [slots] in bucket order, -1 in padding; null: as they come
-    const __grid_constant__ Clouds clouds,      // of these points
-    int second,                                 // cloud where a second batch begins, whose indices count from 0 again
-    const double *__restrict__ origins,         // [clouds of a batch, 3] of the cloud that is searched; null: 0
-    Row *__restrict__ rows,                     // [slots]
-    Box *__restrict__ tiles,                    // [slots / TILE], or null: rows alone, in the bucket order if there is one
-    Box *__restrict__ nodes)                    // [nodes]
-{
+    const point_t *__restrict__ points,     // [points, 3]
+    const point_t *__restrict__ others,     // those of a second batch, if there is one
+    const int *__restrict__ slot_to_point,  // [slots] in bucket order, -1 in padding; null: as they come
+    const __grid_constant__ Clouds clouds,  // of these points
+    int second,                             // cloud where a second batch begins, whose indices count from 0 again
+    const double *__restrict__ origins,     // [clouds of a batch, 3] of the cloud that is searched; null: 0
+    Row *__restrict__ rows,                 // [slots]
+    Box *__restrict__ tiles,                // [slots / TILE], or null: rows alone, in the bucket order if there is one
+    Box *__restrict__ nodes                 // [nodes]
+) {
     __shared__ Splitter splitter;
     const int b = cloud_of<&Cloud::tile>(clouds, blockIdx.x);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
@@ -330,7 +351,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
     for (int k = 0; k < EACH; ++k) {
         const int at = k * THREADS + threadIdx.x, slot = first + at, place = cloud.point + slot - cloud.slot;
         Row row = {NAN_FLOAT, NAN_FLOAT, NAN_FLOAT, -1};
-        if (slot < next.slot) {                 // by whole tiles
+        if (slot < next.slot) {  // by whole tiles
             const int i = slot_to_point ? slot_to_point[slot] : place < next.point ? place : -1;
             if (i >= 0) {
                 row.index = i - base;
@@ -366,7 +387,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
         if (slot < next.slot) rows[slot + k] = row[k];
 #pragma unroll
         for (int d = 0; d < 3; ++d) {
-            box.low[d] = fminf(box.low[d], x[d]);           // which pass over NaN
+            box.low[d] = fminf(box.low[d], x[d]);  // which pass over NaN
             box.high[d] = fmaxf(box.high[d], x[d]);
         }
         if (is_finite(row[k])) box.first = (int)min((u32)box.first, (u32)row[k].index);
@@ -390,8 +411,8 @@ extern "C" __global__ __launch_bounds__(BRANCH_THREADS) void index_branches(
     const Box *__restrict__ nodes,
     const __grid_constant__ Clouds clouds,
     int count,
-    Box *__restrict__ branches)                 // [count]
-{
+    Box *__restrict__ branches  // [count]
+) {
     const int at = blockIdx.x * (BRANCH_THREADS / 32) + (threadIdx.x >> 5), lane = threadIdx.x & 31;
     if (at >= count) return;
     const int b = cloud_of<&Cloud::group>(clouds, at);

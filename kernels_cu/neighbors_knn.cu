@@ -9,11 +9,11 @@
 // which many are is sorted and merged.
 
 #ifndef LISTS
-#define LISTS 1             // neighbours a lane keeps: k <= 32 * LISTS; 0 for k = 1
+#define LISTS 1  // neighbours a lane keeps: k <= 32 * LISTS; 0 for k = 1
 #endif
 #define THREADS 128
-#define BLOCKS 8            // a multiprocessor at least: without it, ptxas spills for the sake of more
-#define MANY 12             // closer points from which sorting costs less
+#define BLOCKS 8  // a multiprocessor at least: without it, ptxas spills for the sake of more
+#define MANY 12   // closer points from which sorting costs less
 
 #include "clouds.cuh"
 #include "neighbors.cuh"
@@ -21,9 +21,9 @@
 
 struct Best {
 #if LISTS
-    u64 key[LISTS];         // number i in list i / 32 of lane i % 32
+    u64 key[LISTS];  // number i in list i / 32 of lane i % 32
 #endif
-    u64 worst;              // of the k that are asked for: where k = 1, all there is
+    u64 worst;  // of the k that are asked for: where k = 1, all there is
 };
 
 #if LISTS
@@ -98,16 +98,25 @@ __device__ __forceinline__ void write(u64 key, size_t at, int squared, float *di
 
 // Block `block` of a search: of knn's arguments.
 __device__ __forceinline__ void search(
-    int block, const Row *__restrict__ queries, const Clouds &query_clouds, int query_slots, int group, const Index &index,
-    const Clouds &clouds, int k, int squared, float *__restrict__ distances, int *__restrict__ indices)
-{
+    int block,
+    const Row *__restrict__ queries,
+    const Clouds &query_clouds,
+    int query_slots,
+    int group,
+    const Index &index,
+    const Clouds &clouds,
+    int k,
+    int squared,
+    float *__restrict__ distances,
+    int *__restrict__ indices
+) {
     const int first = uniform((block * (THREADS / 32) + (threadIdx.x >> 5)) * group), lane = threadIdx.x & 31;
     if (first >= query_slots) return;
     const int b = uniform(cloud_of<&Cloud::slot>(query_clouds, first));
-    int near = -1;                              // the tile where the query before found its nearest
+    int near = -1;  // the tile where the query before found its nearest
     for (int number = 0; number < group; ++number) {
         const Row query = queries[first + number];
-        if (__any_sync(FULL, query.index < 0)) continue;        // padding
+        if (__any_sync(FULL, query.index < 0)) continue;  // padding
         Best best;
 #if LISTS
 #pragma unroll
@@ -119,7 +128,8 @@ __device__ __forceinline__ void search(
             const auto bound = [&] { return best.worst; };
             const auto look = [&](int tile) {
                 const Row point = index.rows[(size_t)tile * TILE + lane];
-                if (take(best, key_of(distance2(query, point), point.index), k)) near = tile;       // NaN is nobody's neighbour
+                if (take(best, key_of(distance2(query, point), point.index), k))
+                    near = tile;  // NaN is nobody's neighbour
             };
             if (begin >= 0) look(begin);
             walk_tiles(query, index, clouds, b, NearestFirst<decltype(bound)>{bound, {}}, [&](int tile) {
@@ -139,17 +149,17 @@ __device__ __forceinline__ void search(
 }
 
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn(
-    const Row *__restrict__ queries,            // [query slots] in bucket order, relative to the target cloud's origin
+    const Row *__restrict__ queries,  // [query slots] in bucket order, relative to the target cloud's origin
     const __grid_constant__ Clouds query_clouds,
     int query_slots,
-    int group,                                  // queries a warp, a power of two up to TILE
+    int group,  // queries a warp, a power of two up to TILE
     const __grid_constant__ Index index,
     const __grid_constant__ Clouds clouds,
     int k,
-    int squared,                                // 1: write d2
-    float *__restrict__ distances,              // [queries, k]; NaN where there is no neighbour
-    int *__restrict__ indices)                  // [queries, k]
-{
+    int squared,                    // 1: write d2
+    float *__restrict__ distances,  // [queries, k]; NaN where there is no neighbour
+    int *__restrict__ indices       // [queries, k]
+) {
     search(blockIdx.x, queries, query_clouds, query_slots, group, index, clouds, k, squared, distances, indices);
 }
 
@@ -162,8 +172,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn_both(
     int x_slots,
     int x_group,
     const __grid_constant__ Index x_index,
-    float *__restrict__ x_d2,                   // [points of x]
-    int *__restrict__ x_nearest,                // [points of x] indices of y's
+    float *__restrict__ x_d2,     // [points of x]
+    int *__restrict__ x_nearest,  // [points of x] indices of y's
     const Row *__restrict__ y_queries,
     const __grid_constant__ Clouds y_clouds,
     int y_slots,
@@ -171,11 +181,12 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn_both(
     const __grid_constant__ Index y_index,
     float *__restrict__ y_d2,
     int *__restrict__ y_nearest,
-    u32 *__restrict__ known)                    // [] is set to 0, for chamfer_losses
-{
+    u32 *__restrict__ known  // [] is set to 0, for chamfer_losses
+) {
     const int x_block = THREADS / 32 * x_group, x_blocks = (x_slots + x_block - 1) / x_block, block = blockIdx.x;
     if (block == 0 && threadIdx.x == 0) *known = 0;
-    if (block < x_blocks) search(block, x_queries, x_clouds, x_slots, x_group, y_index, y_clouds, 1, 1, x_d2, x_nearest);
+    if (block < x_blocks)
+        search(block, x_queries, x_clouds, x_slots, x_group, y_index, y_clouds, 1, 1, x_d2, x_nearest);
     else search(block - x_blocks, y_queries, y_clouds, y_slots, y_group, x_index, x_clouds, 1, 1, y_d2, y_nearest);
 }
 

@@ -8,8 +8,8 @@
 // The order, on chip: each warp sorts 32 by a bitonic network in registers, then runs are merged pairwise, each thread finding
 // its item's place in the other run by bisection. Items hold their slot, so no two are equal and ties need no care.
 
-#define TILE 1024           // slots; mirrored by gpu3d/pooling.py, as is the next
-#define VOXELS 1024         // an axis of a tile
+#define TILE 1024    // slots; mirrored by gpu3d/pooling.py, as is the next
+#define VOXELS 1024  // an axis of a tile
 
 #include "clouds.cuh"
 #include "sort.cuh"
@@ -25,7 +25,7 @@ __device__ __forceinline__ u64 sorted(u64 item, u64 *before, u64 *after) {
         before[t] = item;
         __syncthreads();
         const u64 *other = before + ((t ^ run) & -run);
-        int rank = 0;                           // items of the other run that are smaller
+        int rank = 0;  // items of the other run that are smaller
         for (int step = run / 2; step; step /= 2)
             if (other[rank + step - 1] < item) rank += step;
         if (other[rank] < item) ++rank;
@@ -45,22 +45,22 @@ __device__ __forceinline__ point_t mean(coord_t sum, int count) {
 }
 
 extern "C" __global__ __launch_bounds__(TILE) void pool_groups(
-    const point_t *__restrict__ points,         // [parent slots, 3]
+    const point_t *__restrict__ points,  // [parent slots, 3]
     const __grid_constant__ Clouds parents,
-    const __grid_constant__ Clouds children,    // points are children
-    int ratio,                                  // 2, 4 or 8
-    int *__restrict__ members,                  // [child slots, ratio] parent slots; -1 where there is none
-    point_t *__restrict__ child_points,         // [child slots, 3]
-    int *__restrict__ slot_to_point,            // [child slots]
-    int *__restrict__ point_to_slot,            // [children]
-    int *__restrict__ moved)                    // []
-{
+    const __grid_constant__ Clouds children,  // points are children
+    int ratio,                                // 2, 4 or 8
+    int *__restrict__ members,                // [child slots, ratio] parent slots; -1 where there is none
+    point_t *__restrict__ child_points,       // [child slots, 3]
+    int *__restrict__ slot_to_point,          // [child slots]
+    int *__restrict__ point_to_slot,          // [children]
+    int *__restrict__ moved                   // []
+) {
     __shared__ u64 before[TILE], after[TILE];
     __shared__ coord_t coordinates[3][TILE];
     const int t = threadIdx.x, b = cloud_of<&Cloud::tile>(parents, blockIdx.x);
     const Cloud parent = rows_of(parents)[b], next_parent = rows_of(parents)[b + 1];
     const Cloud child = rows_of(children)[b], next_child = rows_of(children)[b + 1];
-    const int first = (blockIdx.x - parent.tile) * TILE;                // of the cloud's points, and so of its slots
+    const int first = (blockIdx.x - parent.tile) * TILE;  // of the cloud's points, and so of its slots
     const int left = next_parent.point - parent.point - first, count = min(left, TILE);
     const bool holds = t < count;
 
@@ -76,11 +76,12 @@ extern "C" __global__ __launch_bounds__(TILE) void pool_groups(
     const Frame frame = frame_from_bounds(low, high, 0);
     const u32 vx = voxel(x[0], frame, 0), vy = voxel(x[1], frame, 1), vz = voxel(x[2], frame, 2);
     const u32 code = morton_of_bytes(vx >> 8, vy >> 8, vz >> 8) << 24 | morton_of_bytes(vx, vy, vz);
-    const int slot = sorted((u64)(holds ? code : 1u << 30) << 10 | t, before, after) & TILE - 1;     // of rank t in the tile
+    const int slot =
+        sorted((u64)(holds ? code : 1u << 30) << 10 | t, before, after) & TILE - 1;  // of rank t in the tile
 
     int *its_members = members + (size_t)child.slot * ratio + first;
     if (holds) its_members[t] = parent.slot + first + slot;
-    int *order = (int *)before;                 // nobody reads it any more
+    int *order = (int *)before;  // nobody reads it any more
     order[t] = slot;
     __syncthreads();
 

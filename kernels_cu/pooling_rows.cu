@@ -10,17 +10,17 @@
 // is counted by Cloud::group: row j of a batch's padding lies in the cloud whose range of groups holds j.
 
 #ifndef ELEMENT
-#define ELEMENT 3           // 0 float32, 2 float16, 3 bfloat16
+#define ELEMENT 3  // 0 float32, 2 float16, 3 bfloat16
 #endif
 #ifndef WORD
-#define WORD 16             // bytes a load: the largest power of two up to 16 that divides a row and its addresses
+#define WORD 16  // bytes a load: the largest power of two up to 16 that divides a row and its addresses
 #endif
 #ifndef RATIO
-#define RATIO 2             // members of a child: 2, 4 or 8
+#define RATIO 2  // members of a child: 2, 4 or 8
 #endif
-#define THREADS 256         // mirrored by gpu3d/pooling.py, as is the next
-#define LOADS 8             // words that a thread has in flight
-#define ROWS (LOADS / RATIO)                                // children a thread
+#define THREADS 256           // mirrored by gpu3d/pooling.py, as is the next
+#define LOADS 8               // words that a thread has in flight
+#define ROWS (LOADS / RATIO)  // children a thread
 
 #include "clouds.cuh"
 #include "floats.cuh"
@@ -29,10 +29,16 @@ typedef Float<ELEMENT>::Stored element_t;
 __device__ __forceinline__ float widen(element_t x) { return Float<ELEMENT>::widen(x); }
 __device__ __forceinline__ element_t narrow(float x) { return Float<ELEMENT>::narrow(x); }
 
-#define PER (WORD / (int)sizeof(element_t))                 // elements a word
-struct __align__(WORD) Word { element_t x[PER]; };
-struct __align__(PER) Places { u8 x[PER]; };     // of argmember
-struct Floats { float x[PER]; };
+#define PER (WORD / (int)sizeof(element_t))  // elements a word
+struct __align__(WORD) Word {
+    element_t x[PER];
+};
+struct __align__(PER) Places {
+    u8 x[PER];
+};  // of argmember
+struct Floats {
+    float x[PER];
+};
 
 __device__ __forceinline__ Floats widen(const Word &word) {
     Floats out;
@@ -63,7 +69,7 @@ __device__ __forceinline__ void divide(Floats &values, int count) {
 // ---- who does what -------------------------------------------------------------------------------------------------
 
 struct __align__(RATIO < 4 ? 8 : 16) Members {
-    int slot[RATIO];        // -1 where there is none: none after it either
+    int slot[RATIO];  // -1 where there is none: none after it either
     __device__ __forceinline__ int count() const {
         int n = 0;
 #pragma unroll
@@ -80,11 +86,15 @@ struct Part {
 
 __device__ __forceinline__ Part part_of_thread(int lane_bits) {
     const int rows_a_step = THREADS >> lane_bits;
-    return {(long long)blockIdx.x * rows_a_step * ROWS + (threadIdx.x >> lane_bits), rows_a_step,
-            (int)(threadIdx.x & (1 << lane_bits) - 1), 1 << lane_bits};
+    return {
+        (long long)blockIdx.x * rows_a_step * ROWS + (threadIdx.x >> lane_bits), rows_a_step,
+        (int)(threadIdx.x & (1 << lane_bits) - 1), 1 << lane_bits
+    };
 }
 
-__device__ __forceinline__ void load_members(Members its[ROWS], const Part &part, const Members *members, long long children) {
+__device__ __forceinline__ void load_members(
+    Members its[ROWS], const Part &part, const Members *members, long long children
+) {
 #pragma unroll
     for (int k = 0; k < ROWS; ++k) {
         const long long row = part.row + k * part.step;
@@ -97,8 +107,8 @@ __device__ __forceinline__ void load_members(Members its[ROWS], const Part &part
 
 // The members' words of column c.
 __device__ __forceinline__ void load_words(
-    Word words[ROWS][RATIO], const Members its[ROWS], const Word *rows, long long stride, long long c)
-{
+    Word words[ROWS][RATIO], const Members its[ROWS], const Word *rows, long long stride, long long c
+) {
 #pragma unroll
     for (int k = 0; k < ROWS; ++k)
 #pragma unroll
@@ -109,8 +119,8 @@ __device__ __forceinline__ void load_words(
 // The children's own words of column c.
 template <class T>
 __device__ __forceinline__ void load_children(
-    T words[ROWS], const Members its[ROWS], const Part &part, const T *rows, long long stride, long long c)
-{
+    T words[ROWS], const Members its[ROWS], const Part &part, const T *rows, long long stride, long long c
+) {
 #pragma unroll
     for (int k = 0; k < ROWS; ++k)
         if (its[k].slot[0] >= 0) words[k] = rows[(part.row + k * part.step) * stride + c];
@@ -131,8 +141,8 @@ __device__ __forceinline__ Floats sum_of(const Word words[RATIO], const Members 
 
 // Zeros in the parent's padding: rows after the children of the grid.
 __device__ __forceinline__ void clear_padding(
-    const Part &part, const Clouds &parents, long long children, long long padding, Word *rows, long long words)
-{
+    const Part &part, const Clouds &parents, long long children, long long padding, Word *rows, long long words
+) {
     for (int k = 0; k < ROWS; ++k) {
         const long long row = part.row + k * part.step - children;
         if (row < 0 || row >= padding) continue;
@@ -146,15 +156,15 @@ __device__ __forceinline__ void clear_padding(
 // ---- kernels -------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ __launch_bounds__(THREADS) void pool_sums(
-    const Word *__restrict__ features,          // [parent slots, words], rows `stride` words apart
+    const Word *__restrict__ features,  // [parent slots, words], rows `stride` words apart
     long long stride,
-    const Members *__restrict__ members,        // [children], children counting padding slots
+    const Members *__restrict__ members,  // [children], children counting padding slots
     long long children,
     long long words,
     int lane_bits,
-    int mean,                                   // 1: divide by the number of members
-    Word *__restrict__ out)                     // [children, words]
-{
+    int mean,               // 1: divide by the number of members
+    Word *__restrict__ out  // [children, words]
+) {
     const Part part = part_of_thread(lane_bits);
     Members its[ROWS];
     load_members(its, part, members, children);
@@ -173,16 +183,16 @@ extern "C" __global__ __launch_bounds__(THREADS) void pool_sums(
 }
 
 extern "C" __global__ __launch_bounds__(THREADS) void pool_extremes(
-    const Word *__restrict__ features,          // [parent slots, words], rows `stride` words apart
+    const Word *__restrict__ features,  // [parent slots, words], rows `stride` words apart
     long long stride,
-    const Members *__restrict__ members,        // [children], children counting padding slots
+    const Members *__restrict__ members,  // [children], children counting padding slots
     long long children,
     long long words,
     int lane_bits,
-    int largest,                                // 1: max, 0: min
-    Word *__restrict__ out,                     // [children, words]
-    Places *__restrict__ argmember)             // [children, words]
-{
+    int largest,                    // 1: max, 0: min
+    Word *__restrict__ out,         // [children, words]
+    Places *__restrict__ argmember  // [children, words]
+) {
     const Part part = part_of_thread(lane_bits);
     Members its[ROWS];
     load_members(its, part, members, children);
@@ -202,7 +212,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void pool_extremes(
 #pragma unroll
                     for (int e = 0; e < PER; ++e) {
                         const bool holds = largest ? best.x[e] >= x.x[e] : best.x[e] <= x.x[e];
-                        if (m == 0 || !(holds || best.x[e] != best.x[e])) {     // the first stays; NaN beats numbers
+                        if (m == 0 || !(holds || best.x[e] != best.x[e])) {  // the first stays; NaN beats numbers
                             best.x[e] = x.x[e];
                             place.x[e] = m;
                         }
@@ -215,17 +225,17 @@ extern "C" __global__ __launch_bounds__(THREADS) void pool_extremes(
 }
 
 extern "C" __global__ __launch_bounds__(THREADS) void spread_sums(
-    const Word *__restrict__ dchild,            // [children, words], rows `stride` words apart
+    const Word *__restrict__ dchild,  // [children, words], rows `stride` words apart
     long long stride,
-    const Members *__restrict__ members,        // [children], children counting padding slots
+    const Members *__restrict__ members,  // [children], children counting padding slots
     long long children,
-    long long padding,                          // rows of the parent that hold no point
-    const __grid_constant__ Clouds parents,     // read where there is padding
+    long long padding,                       // rows of the parent that hold no point
+    const __grid_constant__ Clouds parents,  // read where there is padding
     long long words,
     int lane_bits,
-    int mean,                                   // 1: each member gets its share
-    Word *__restrict__ dfeatures)               // [parent slots, words]
-{
+    int mean,                     // 1: each member gets its share
+    Word *__restrict__ dfeatures  // [parent slots, words]
+) {
     const Part part = part_of_thread(lane_bits);
     Members its[ROWS];
     load_members(its, part, members, children);
@@ -249,17 +259,17 @@ extern "C" __global__ __launch_bounds__(THREADS) void spread_sums(
 }
 
 extern "C" __global__ __launch_bounds__(THREADS) void spread_extremes(
-    const Word *__restrict__ dchild,            // [children, words], rows `stride` words apart
+    const Word *__restrict__ dchild,  // [children, words], rows `stride` words apart
     long long stride,
-    const Places *__restrict__ argmember,       // [children, words]
-    const Members *__restrict__ members,        // [children], children counting padding slots
+    const Places *__restrict__ argmember,  // [children, words]
+    const Members *__restrict__ members,   // [children], children counting padding slots
     long long children,
-    long long padding,                          // rows of the parent that hold no point
-    const __grid_constant__ Clouds parents,     // read where there is padding
+    long long padding,                       // rows of the parent that hold no point
+    const __grid_constant__ Clouds parents,  // read where there is padding
     long long words,
     int lane_bits,
-    Word *__restrict__ dfeatures)               // [parent slots, words]
-{
+    Word *__restrict__ dfeatures  // [parent slots, words]
+) {
     const Part part = part_of_thread(lane_bits);
     Members its[ROWS];
     load_members(its, part, members, children);
@@ -283,18 +293,18 @@ extern "C" __global__ __launch_bounds__(THREADS) void spread_extremes(
 }
 
 extern "C" __global__ __launch_bounds__(THREADS) void unpool_rows(
-    const Word *__restrict__ child,             // [children, words], rows `child_stride` words apart
+    const Word *__restrict__ child,  // [children, words], rows `child_stride` words apart
     long long child_stride,
-    const Word *__restrict__ skip,              // [parent slots, words], rows `skip_stride` words apart, or null
+    const Word *__restrict__ skip,  // [parent slots, words], rows `skip_stride` words apart, or null
     long long skip_stride,
-    const Members *__restrict__ members,        // [children], children counting padding slots
+    const Members *__restrict__ members,  // [children], children counting padding slots
     long long children,
-    long long padding,                          // rows of the parent that hold no point
-    const __grid_constant__ Clouds parents,     // read where there is padding
+    long long padding,                       // rows of the parent that hold no point
+    const __grid_constant__ Clouds parents,  // read where there is padding
     long long words,
     int lane_bits,
-    Word *__restrict__ out)                     // [parent slots, words]
-{
+    Word *__restrict__ out  // [parent slots, words]
+) {
     const Part part = part_of_thread(lane_bits);
     Members its[ROWS];
     load_members(its, part, members, children);
@@ -322,17 +332,17 @@ extern "C" __global__ __launch_bounds__(THREADS) void unpool_rows(
 }
 
 extern "C" __global__ __launch_bounds__(THREADS) void unpool_sums(
-    const Word *__restrict__ dout,              // [parent slots, words], rows `stride` words apart
+    const Word *__restrict__ dout,  // [parent slots, words], rows `stride` words apart
     long long stride,
-    const Members *__restrict__ members,        // [children], children counting padding slots
+    const Members *__restrict__ members,  // [children], children counting padding slots
     long long children,
-    long long padding,                          // rows of the parent that hold no point
-    const __grid_constant__ Clouds parents,     // read where there is padding
+    long long padding,                       // rows of the parent that hold no point
+    const __grid_constant__ Clouds parents,  // read where there is padding
     long long words,
     int lane_bits,
-    Word *__restrict__ dchild,                  // [children, words]
-    Word *__restrict__ dskip)                   // [parent slots, words]
-{
+    Word *__restrict__ dchild,  // [children, words]
+    Word *__restrict__ dskip    // [parent slots, words]
+) {
     const Part part = part_of_thread(lane_bits);
     Members its[ROWS];
     load_members(its, part, members, children);

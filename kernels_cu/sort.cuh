@@ -29,10 +29,10 @@ __device__ __forceinline__ void sort_warp(Key (&key)[N]) {
 #pragma unroll
         for (int step = size / 2; step; step /= 2) {
             const int mask = step == size / 2 ? size - 1 : step;
-            const bool low = (lane & step / N) == 0;        // of a pair of lanes
+            const bool low = (lane & step / N) == 0;  // of a pair of lanes
 #pragma unroll
             for (int r = 0; r < N; ++r) {
-                const int s = r ^ mask & N - 1;             // e ^ mask is in key[s], of this lane or another
+                const int s = r ^ mask & N - 1;  // e ^ mask is in key[s], of this lane or another
                 if (mask < N) {
                     if (r < s) order(key[r], key[s]);
                 } else if (r <= s) {
@@ -48,8 +48,7 @@ __device__ __forceinline__ void sort_warp(Key (&key)[N]) {
 template <class Key>
 __device__ __forceinline__ Key merge_warp(Key key) {
 #pragma unroll
-    for (int step = 16; step; step /= 2)
-        key = chosen(key, __shfl_xor_sync(FULL, key, step), (threadIdx.x & step) == 0);
+    for (int step = 16; step; step /= 2) key = chosen(key, __shfl_xor_sync(FULL, key, step), (threadIdx.x & step) == 0);
     return key;
 }
 

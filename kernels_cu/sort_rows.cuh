@@ -14,8 +14,8 @@
 #define ROW 512
 #endif
 #define WARPS (THREADS / 32)
-#define STAGED (ROW + 32)       // keys that a warp stages
-#define BLOCK_ROW (WARPS * STAGED / 2)      // keys that a block sorts in shared memory, which is that of its warps
+#define STAGED (ROW + 32)               // keys that a warp stages
+#define BLOCK_ROW (WARPS * STAGED / 2)  // keys that a block sorts in shared memory, which is that of its warps
 
 template <int N, class Key, class Write>
 __device__ __forceinline__ void sort_by_warp(const Key *row, int count, Key *staged, Write write) {
@@ -25,10 +25,10 @@ __device__ __forceinline__ void sort_by_warp(const Key *row, int count, Key *sta
     for (int r = 0; r < N; ++r) key[r] = 32 * r + lane < count ? row[32 * r + lane] : ~(Key)0;
     sort_warp(key);
 #pragma unroll
-    for (int r = 0; r < N; ++r) staged[(N + 1) * lane + r] = key[r];        // a gap a lane, so that banks differ
+    for (int r = 0; r < N; ++r) staged[(N + 1) * lane + r] = key[r];  // a gap a lane, so that banks differ
     __syncwarp();
     for (int e = lane; e < count; e += 32) write(e, staged[e + e / N]);
-    __syncwarp();                                           // then `staged` may hold other keys
+    __syncwarp();  // then `staged` may hold other keys
 }
 
 // Calls write(e, key) for the row's keys in ascending order, by a warp; count <= ROW, and `staged` is STAGED keys of its own.
@@ -52,7 +52,7 @@ __device__ void sort_long(Key *row, Key *spare, Key *shared, int count, Write wr
         for (int i = threadIdx.x; i < count; i += THREADS) keys[i] = row[i];
         __syncthreads();
     }
-    for (int base = threadIdx.x & ~31; base < count; base += THREADS) {     // runs of 32
+    for (int base = threadIdx.x & ~31; base < count; base += THREADS) {  // runs of 32
         const int i = base + (threadIdx.x & 31);
         Key key[1] = {i < count ? keys[i] : ~(Key)0};
         sort_warp(key);
@@ -62,11 +62,12 @@ __device__ void sort_long(Key *row, Key *spare, Key *shared, int count, Write wr
         __syncthreads();
         for (int i = threadIdx.x; i < count; i += THREADS) {
             const Key key = keys[i];
-            const int begin = i & -2 * run, first = (i ^ run) & -run;       // of both runs, of the other
-            int low = 0, high = max(0, min(run, count - first));            // its keys that are smaller
+            const int begin = i & -2 * run, first = (i ^ run) & -run;  // of both runs, of the other
+            int low = 0, high = max(0, min(run, count - first));       // its keys that are smaller
             while (low < high) {
                 const int middle = (low + high) / 2;
-                if (keys[first + middle] < key) low = middle + 1; else high = middle;
+                if (keys[first + middle] < key) low = middle + 1;
+                else high = middle;
             }
             other[begin + (i & run - 1) + low] = key;
         }
@@ -76,7 +77,7 @@ __device__ void sort_long(Key *row, Key *spare, Key *shared, int count, Write wr
     }
     __syncthreads();
     for (int i = threadIdx.x; i < count; i += THREADS) write(i, keys[i]);
-    __syncthreads();                                        // then `shared` may hold other keys
+    __syncthreads();  // then `shared` may hold other keys
 }
 
 #endif  // GPU3D_SORT_ROWS_CUH

@@ -11,10 +11,10 @@
 #include "warp.cuh"
 
 #ifndef POINT
-#define POINT 0             // coordinates: 0 float32, 1 float64, 2 float16, 3 bfloat16
+#define POINT 0  // coordinates: 0 float32, 1 float64, 2 float16, 3 bfloat16
 #endif
 #ifndef VOXELS
-#define VOXELS 65536        // an axis
+#define VOXELS 65536  // an axis
 #endif
 
 typedef Float<POINT>::Stored point_t;
@@ -36,8 +36,8 @@ __device__ __forceinline__ float coordinate(const point_t *points, int i, int d,
 // Where a cloud's voxel grid lies: the origin and the cell of each axis.
 struct Frame {
     coord_t origin[3];
-    float cell[3];          // 0: the axis has no extent, every finite coordinate is in voxel 0
-    float inverse[3];       // 1 / cell, rounded; 0 where cell is 0; -1 where a quotient by it must be divided for
+    float cell[3];     // 0: the axis has no extent, every finite coordinate is in voxel 0
+    float inverse[3];  // 1 / cell, rounded; 0 where cell is 0; -1 where a quotient by it must be divided for
 };
 
 __device__ __forceinline__ float difference(coord_t a, coord_t b) {
@@ -53,13 +53,14 @@ __device__ Frame frame_from_bounds(const coord_t low[3], const coord_t high[3], 
     Frame frame;
     float extent[3];
     for (int d = 0; d < 3; ++d) {
-        const bool any = low[d] <= high[d];                 // false where no coordinate was finite
+        const bool any = low[d] <= high[d];  // false where no coordinate was finite
         frame.origin[d] = any ? low[d] : (coord_t)0;
         extent[d] = any ? difference(high[d], low[d]) : 0.0f;
     }
     const float largest = fmaxf(extent[0], fmaxf(extent[1], extent[2]));
     for (int d = 0; d < 3; ++d) {
-        const float cell = voxel_size > 0 ? voxel_size : __fdiv_rn(voxel_size == 0 ? largest : extent[d], (float)VOXELS);
+        const float cell =
+            voxel_size > 0 ? voxel_size : __fdiv_rn(voxel_size == 0 ? largest : extent[d], (float)VOXELS);
         frame.cell[d] = cell < 1.17549435e-38f ? 0.0f : cell;
         const bool usual = 0x1p-100f < cell && cell < 0x1p100f;
         frame.inverse[d] = frame.cell[d] == 0.0f ? 0.0f : usual ? __frcp_rn(cell) : -1.0f;
@@ -77,13 +78,14 @@ __device__ __forceinline__ float quotient(float t, float cell, float inverse) {
 }
 
 __device__ __forceinline__ int voxel(coord_t x, const Frame &frame, int d) {
-    const float t = difference(x, frame.origin[d]);         // not negative where x is finite
+    const float t = difference(x, frame.origin[d]);  // not negative where x is finite
     const float q = frame.inverse[d] >= 0 ? quotient(t, frame.cell[d], frame.inverse[d])
-                    : is_finite(x) ? __fdiv_rn(t, frame.cell[d]) : INFINITE;
-    return (int)fminf(q, VOXELS - 1.0f);                    // fminf(NaN, y) is y: NaN goes to the last too
+                    : is_finite(x)        ? __fdiv_rn(t, frame.cell[d])
+                                          : INFINITE;
+    return (int)fminf(q, VOXELS - 1.0f);  // fminf(NaN, y) is y: NaN goes to the last too
 }
 
-__device__ __forceinline__ u32 spread_byte_by_3(u32 v) {    // bit b -> bit 3b, 8 bits
+__device__ __forceinline__ u32 spread_byte_by_3(u32 v) {  // bit b -> bit 3b, 8 bits
     v = (v | v << 8) & 0x00f00fu;
     v = (v | v << 4) & 0x0c30c3u;
     v = (v | v << 2) & 0x249249u;
@@ -106,7 +108,10 @@ __device__ void join_bounds(coord_t low[3], coord_t high[3]) {
             high[d] = max(high[d], __shfl_xor_sync(FULL, high[d], step));
         }
     if (lane == 0)
-        for (int d = 0; d < 3; ++d) { joined[warp][d] = low[d]; joined[warp][3 + d] = high[d]; }
+        for (int d = 0; d < 3; ++d) {
+            joined[warp][d] = low[d];
+            joined[warp][3 + d] = high[d];
+        }
     __syncthreads();
 #pragma unroll
     for (int d = 0; d < 3; ++d) {

@@ -6,7 +6,7 @@
 
 #include "types.cuh"
 
-#define FULL 0xffffffffu    // the mask of all lanes
+#define FULL 0xffffffffu  // the mask of all lanes
 
 // Returns x and asserts that it is the same on all lanes, so that the compiler emits no convergence checks before votes and
 // shuffles behind a branch on it. A __syncwarp() behind a branch in a loop has the same effect.
