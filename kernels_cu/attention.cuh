@@ -1,43 +1,54 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the attention kernels share: scopes as lists of rows, tiles on their way to shared memory, products on tensor cores.
+// What the attention kernels share: scopes, loads into shared memory, tensor-core products and the loop over a scope's
+// rows.
 //
-// Flash3D, section 4.2. A block owns OWN rows of one scope and head and keeps them on chip; the scope's rows visit it,
-// VISIT at a time, wherever their buckets lie. Who owns and who visits is each kernel's choice:
-//   forward  Q owns, K and V visit       dq  Q and dout own, K and V visit       dkdv  K and V own, Q and dout visit
+// Letters, in Flash3D (section 4.2) and FlashAttention's notation, for one scope and head:
+//   Q, K, V, O, dO, dQ, dK, dV    rows of the inputs, of the output and of their gradients
+//   S = Q K^T                     scores; dP = dO V^T
+//   P = exp(scale S - lse)        probabilities; the forward pass uses exp(scale S - m) until it knows lse
+//   m, l                          a row's maximum and sum so far: row_max, row_sum; lse = m + ln(l)
+//   delta                         a row's sum of dO * O;  dS = P * (dP - delta)
+//   scale_log2                    scale * EXPONENT_UNIT: scores times this are exponents of 2 (of e for float32)
 //
-// A position counts the slots of a scope: position p is slot p % bucket_size of the scope's bucket p / bucket_size. Only a
-// cloud's last bucket has padding, so a scope has one hole at most, wherever that bucket stands in it.
+// A block keeps OWN rows of one scope and head on chip: the stationary rows. All rows of the scope are streamed past
+// them, VISIT rows (a tile) at a time, and a tile is worked through in chunks of CHUNK rows:
+//   forward  stationary Q, streamed K and V      dq  stationary Q and dO, streamed K and V
+//   dkdv     stationary K and V, streamed Q and dO
 //
-// Products are mma.sync m16n8k16 with float32 accumulation, or on Hopper warpgroup products, which lay their results out
-// alike: only this file knows which. float32 operands are split into three bfloat16 planes of 8 bits each, x = x0 + x1 + x2
-// (exactly, but for the least bits of tiny x), and a product is the six pairs of planes i + j < 3: what is left out is below
-// 2^-23 of |a| |b|. So float32 runs through the same code at a sixth of the rate. Where registers cannot hold the planes of what
-// is owned (D = 128), it stays in shared memory as floats, which are split when a product needs them.
+// A position counts the slots of a scope: position p is slot p % bucket_size of the scope's bucket p / bucket_size.
+// Only a cloud's last bucket has padding, so the positions of a scope have at most one hole.
 //
-// What bounds it on an H100: at D = 16 exponentials (83 % busy in scopes of 4096, 75 % in scopes of 1024, by the cycles of a
-// multiprocessor), at D = 128 tensor cores (84 % of cuBLAS's rate); the rest is latency, so warps beside each other count for
-// more than rows a warp. At D = 16 two blocks share a multiprocessor. One alone reaches 57 % of the exponentials, and is alone
-// while the other ends or begins: that took 11,000 cycles, of which divisions, addresses and branches were most, and takes
-// 5,500 now.
-// What was gained, forward, D = 16 | 64 | 128 (3.16 | 3.7 | 3.9 ms at first, 2.57 | 2.1 | 1.8 now, in runs of variants):
-//   warpgroup products                               -   | 0.9 | 1.1
-//   16 and 12 warps that share a tile               -    | 0.4 | 0.7
-//   no maximum a chunk                                   | 0.1 |
-//   a chunk's weights without a branch between them 0.3  |  -  |  -
-//   tiles of 256 rows                               0.08 |  -  |  -
-//   range told by bits, row sums a column of sums   0.11 |  -  |  -
-//   the next products begun before the sums         0.01 |  -  |  -
-//   a tile loaded two tiles ahead, two barriers      -   |  -  | 0.1
-//   sums under way beside the next weights (LAZY)    -   |  -  | 0.2
-//   blocks that begin and end faster                0.09 | 0.1 | 0.2   (in scopes of 1024, D = 16: 6 %)
-// Tried and not better: 2^x by a cubic on the FMA units for 1/8, 2/8, 3/8 of the weights (D = 16: 2.71 ms became 2.80, 3.0,
-// 3.2; its error is 7.5e-5 of a weight); ex2 on pairs of halves, which runs no faster; scale and top folded into the
-// products (two planes of scale * q, sums that start from -top: 32 operations a chunk less, 8 products more, 2.76 became
-// 2.93); row sums by additions there (2.80), or sums begun only beside the next weights (2.85); weights cut off instead of
-// rounded; the next chunk's products begun before this one's weights; two stages; warpgroups taking turns at the tensor
-// cores; chunks of 128.
+// Products are mma.sync m16n8k16 with float32 accumulation or, on Hopper, warpgroup products (wgmma). Both lay out
+// their results alike, and only this file knows which is used: a lane holds row lane / 4 (and that + 8) and columns 2 *
+// (lane % 4) + {0, 1} of each 16 x 8 tile.
+// float32 operands are split into three bfloat16 planes of 8 bits each, x = x0 + x1 + x2 (exact except for the lowest
+// bits of tiny x). A product sums the six pairs of planes i + j < 3; what is left out is below 2^-23 of |a| |b|. So
+// float32 runs through the same code at a sixth of the rate. Where registers cannot hold the planes of the stationary
+// rows (D = 128), these rows stay in shared memory as floats and are split for each product.
 //
-// In registers, row `lane / 4` (and that + 8) and columns 2 * (lane % 4) + {0, 1} of each 16 x 8 tile belong to a lane.
+// Limits on an H100: at D = 16 the exponential unit (busy 83 % of the cycles in scopes of 4096, 75 % in scopes of
+// 1024), at D = 128 the tensor cores (84 % of cuBLAS's rate). The rest is latency, so more warps help more than more
+// rows a warp. At D = 16 two blocks share a multiprocessor. A block alone reaches only 57 % of the exponential rate,
+// and it is alone while the other starts or ends. Starting and ending took 11,000 cycles, mostly divisions, addresses
+// and branches; now 5,500.
+//
+// Milliseconds gained in the forward pass at D = 16 | 64 | 128 (from 3.16 | 3.7 | 3.9 to 2.57 | 2.1 | 1.8; H100):
+//   warpgroup products                                      -   | 0.9 | 1.1
+//   16 and 12 warps that share a tile                       -   | 0.4 | 0.7
+//   no row maximum for each chunk                           -   | 0.1 |  -
+//   no branch between the exponentials of a chunk          0.3  |  -  |  -
+//   tiles of 256 rows                                      0.08 |  -  |  -
+//   range checked on bits, row sums by a column of ones    0.11 |  -  |  -
+//   next S begun before O += P V                           0.01 |  -  |  -
+//   tiles loaded two ahead, two barriers                    -   |  -  | 0.1
+//   O += P V overlaps the next exponentials (LAZY)          -   |  -  | 0.2
+//   blocks that start and end faster                       0.09 | 0.1 | 0.2   (scopes of 1024, D = 16: 6 %)
+// Tried and not better at D = 16 (2.71 ms then): 2^x by a cubic on the FMA units for 1/8, 2/8 or 3/8 of P (2.80, 3.0,
+// 3.2 ms, and an error of 7.5e-5); ex2 on pairs of halves (same rate); scale and row maximum folded into the products,
+// as two planes of scale * q and sums that start from -m (32 operations a chunk less, 8 products more: 2.76 became
+// 2.93); row sums by additions (2.80); O += P V begun only beside the next exponentials (2.85).
+// Tried and not better elsewhere: P truncated instead of rounded; the next chunk's S begun before this one's
+// exponentials; two stages; warpgroups taking turns at the tensor cores; chunks of 128.
 
 #ifndef GPU3D_ATTENTION_CUH
 #define GPU3D_ATTENTION_CUH
@@ -46,32 +57,32 @@
 #include "floats.cuh"
 #include "warp.cuh"
 
-// Chosen by gpu3d/attention.py, all of them; these are for a compiler by hand.
+// gpu3d/attention.py passes all of these. The values here are for compiling the file by hand.
 #ifndef D
 #define D 64          // head dimension, padded with zeros on load: 16, 32, 64 or 128
 #define ELEMENT 3     // 0 float32, 2 float16, 3 bfloat16
-#define WGMMA 0       // 1: Hopper's warpgroup products (sm_90a; not for float32), 0: mma.sync (sm_80 and up)
-#define WARPS 4       // of a block
-#define OWN_TILES 2   // tiles of 16 rows a warp owns
-#define VISIT 64      // rows a stage
-#define CHUNK 16      // rows at a time
-#define BLOCKS 1      // blocks a multiprocessor that registers are kept free for
-#define OWN_SHARED 0  // 1: owned rows lie in shared memory, for more warps (float32; WGMMA, D >= 64)
-#define PAIRED 0  // 1: two warps own the same rows, and each makes one of two gradients (attention_dkdv.cu, float32)
-#define LAZY 0    // 1: a chunk's sums are still under way while the next one's weights are worked out (WGMMA)
+#define WGMMA 0       // 1: Hopper's warpgroup products (sm_90a, not for float32); 0: mma.sync (sm_80 and up)
+#define WARPS 4       // a block
+#define OWN_TILES 2   // tiles of 16 stationary rows a warp
+#define VISIT 64      // rows of a streamed tile
+#define CHUNK 16      // streamed rows a product takes
+#define BLOCKS 1      // blocks that must fit on a multiprocessor: limits registers
+#define OWN_SHARED 0  // 1: stationary rows lie in shared memory, which frees registers (float32; WGMMA with D >= 64)
+#define PAIRED 0      // 1: two warps share the stationary rows, each computes one of two gradients (dkdv, float32)
+#define LAZY 0        // 1: a chunk's second product overlaps the next chunk's exponentials (WGMMA)
 #endif
 
 #define THREADS (32 * WARPS)
-#define OWN (16 * WARPS / (1 + PAIRED) * OWN_TILES)  // rows a block owns
+#define OWN (16 * WARPS / (1 + PAIRED) * OWN_TILES)  // stationary rows a block
 #define PLANES (ELEMENT == 0 ? 3 : 1)
 #if WGMMA
 #define ROW (D < 64 ? D : 64)  // 16-bit words a row in shared memory; D = 128 is two tiles of 64
-#define TENSOR (VISIT * D)     // ... a tensor's tile
+#define TENSOR (VISIT * D)     // ... of one streamed tile
 #else
-#define ROW (D + 8)  // 8 rows hit different banks
+#define ROW (D + 8)  // the padding puts 8 rows into different banks
 #define TENSOR (PLANES * VISIT * ROW)
 #endif
-#define PARTS (THREADS / VISIT)  // threads that load one visiting row
+#define PARTS (THREADS / VISIT)  // threads that load one streamed row
 #define STAGES (PLANES == 1 ? 3 : 1)
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
@@ -79,16 +90,12 @@
 static_assert(!OWN_SHARED || PLANES > 1 || (WGMMA && D >= 64), "floats, or rows of 64 words");
 static_assert(D % 16 == 0, "a row is whole k-steps of the first product");
 static_assert(CHUNK % 16 == 0, "a chunk is whole k-steps of the second product");
-static_assert(
-    VISIT % CHUNK == 0 && (PLANES > 1 || VISIT > CHUNK), "the copies of a tile have the time of a chunk to come"
-);
-static_assert(!LAZY || VISIT / CHUNK % 2 == 0, "chunks take turns at two sets of weights");
-static_assert(
-    !PAIRED || (PLANES > 1 && OWN_SHARED && WARPS % 2 == 0), "a chunk is done before the next begins; two by two"
-);
+static_assert(VISIT % CHUNK == 0 && (PLANES > 1 || VISIT > CHUNK), "a tile's copies arrive during a chunk");
+static_assert(!LAZY || VISIT / CHUNK % 2 == 0, "chunks alternate between two operands");
+static_assert(!PAIRED || (PLANES > 1 && OWN_SHARED && WARPS % 2 == 0), "pairs of warps that finish a chunk together");
 static_assert(THREADS % VISIT == 0 && (PARTS & PARTS - 1) == 0, "each thread loads a part of one row");
 
-// One of q, k, v, ...: [slots, heads, D] with any strides of the first two axes, in elements.
+// One of q, k, v, ...: [slots, heads, D]. `head` and `row` are the strides of heads and slots, in elements.
 struct View {
     void *data;  // 16-byte aligned, as is each row
     long long head;
@@ -96,15 +103,15 @@ struct View {
     int dim;  // D before padding: a multiple of 8
 };
 
-// The same of one head: its first element lies at `data`.
+// The view of one head.
 __device__ __forceinline__ View at_head(const View &view, int head) {
     return {(char *)view.data + head * view.head * (ELEMENT == 0 ? 4 : 2), view.head, view.row, view.dim};
 }
 
 __device__ __forceinline__ long long row_of(const View &view, int slot) { return (long long)slot * view.row; }
 
-// A number that the host knows, to divide by as a multiplication: the GPU's own division waits in turn for the unit that makes
-// the exponentials of other blocks, and a block's beginning is a chain of divisions and loads.
+// A divisor that the host knows, as a multiplication: integer division on the GPU uses the unit that other blocks need
+// for exponentials, and the start of a block is a chain of divisions and loads.
 struct Divisor {
     int by;
     u32 factor;  // 2^shift / by, rounded up: exact for 0 <= x < 2^31
@@ -114,7 +121,7 @@ struct Divisor {
 struct Divisors {
     Divisor size;  // slots a bucket
     Divisor heads;
-    Divisor tiles;  // blocks a scope and head
+    Divisor tiles;  // blocks for each scope and head
 };
 
 __device__ __forceinline__ int divide(int x, const Divisor &divisor) {
@@ -124,10 +131,10 @@ __device__ __forceinline__ int divide(int x, const Divisor &divisor) {
 // ---- scopes --------------------------------------------------------------------------------------------------------
 
 struct Scope {
-    const int *buckets;  // its row of the table
+    const int *buckets;  // the scope's row of the table
     Divisor size;        // slots a bucket
     int end;             // positions
-    int hole, hole_end;  // the positions among them that are padding
+    int hole, hole_end;  // the positions that are padding
 };
 
 __device__ __forceinline__ Scope
@@ -155,27 +162,27 @@ scope_at(const Clouds &clouds, const int *table, int width, int index, const Div
     return scope;
 }
 
-// The position of the first row that this block owns.
-__device__ __forceinline__ int first_owned(const Divisors &divisors) {
+// The position of this block's first stationary row.
+__device__ __forceinline__ int first_stationary(const Divisors &divisors) {
     return (blockIdx.x - divide(blockIdx.x, divisors.tiles) * divisors.tiles.by) * OWN;
 }
 
-// That, the scope and the head; false past the end of a short scope.
-__device__ __forceinline__ bool block_owns(
+// Finds the block's scope, head and first stationary position; false past the end of a short scope.
+__device__ __forceinline__ bool locate_block(
     Scope &scope, int &head, int &first, const Clouds &clouds, const int *table, int width, const Divisors &divisors
 ) {
     const int item = divide(blockIdx.x, divisors.tiles), index = divide(item, divisors.heads);
     head = item - index * divisors.heads.by;
-    first = first_owned(divisors);
+    first = first_stationary(divisors);
     scope = scope_at(clouds, table, width, index, divisors.size);
     return first < scope.end;
 }
 
-__device__ __forceinline__ bool holds_point(const Scope &scope, int position) {
+__device__ __forceinline__ bool has_point_at(const Scope &scope, int position) {
     return (position < scope.end) & ((position < scope.hole) | (position >= scope.hole_end));  // no branches
 }
 
-// Bit i: whether position + i does, for i < 32.
+// Bit i tells whether position + i holds a point, for i < 32.
 __device__ __forceinline__ u32 points_from(const Scope &scope, int position) {
     const auto below = [](int count) { return count <= 0 ? 0 : FULL >> (32 - min(count, 32)); };
     return below(scope.end - position) & ~(below(scope.hole_end - position) & ~below(scope.hole - position));
@@ -186,7 +193,7 @@ __device__ __forceinline__ int slot_at(const Scope &scope, int position) {
     return position + (scope.buckets[bucket] - bucket) * scope.size.by;
 }
 
-// The visiting tile after `first`; one that is all padding is passed over.
+// The position of the streamed tile after the one at `first`. A tile of padding alone is skipped.
 __device__ __forceinline__ int next_tile(const Scope &scope, int first) {
     first += VISIT;
     return first >= scope.hole && first + VISIT <= scope.hole_end ? scope.hole_end / VISIT * VISIT : first;
@@ -206,30 +213,30 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
-// exp(score * scale - shift). The exponent is kept in powers of two, so that one fused operation makes it; for float32 in
-// powers of e, for a shift converted to powers of two would be rounded once more, at the size of the largest scores.
-#define UNIT (PLANES == 1 ? LOG2E : 1.0f)  // of slope = scale * UNIT and of shift
-__device__ __forceinline__ float exponential(float score, float slope, float shift) {
-    const float x = fmaf(score, slope, -shift);
+// exp(score * scale - shift). Exponents count powers of 2, so that one fused operation computes them. For float32 they
+// count powers of e: converting the shift would round it once more, at the size of the largest scores.
+#define EXPONENT_UNIT (PLANES == 1 ? LOG2E : 1.0f)  // of scale_log2 and of shift
+__device__ __forceinline__ float exponential(float S, float scale_log2, float shift) {
+    const float x = fmaf(S, scale_log2, -shift);
     return exp2_fast(PLANES == 1 ? x : x * LOG2E);
 }
 
-// Pairs of values in a word. The planes of float32 are bfloat16.
+// Pairs of values, packed into a word. The planes of float32 are bfloat16.
 typedef Float<ELEMENT == FLOAT16 ? FLOAT16 : BFLOAT16> Half;
 __device__ __forceinline__ u32 pack(float low, float high) { return Half::narrow_pair(low, high); }
 __device__ __forceinline__ float2 unpack(u32 word) { return Half::widen_pair(word); }
 
-// The planes of two floats; the first alone where PLANES is 1.
+// The bfloat16 planes of two floats; if PLANES is 1, the two rounded floats.
 __device__ __forceinline__ void split(float low, float high, u32 planes[PLANES]) {
 #pragma unroll
     for (int i = 0; i < PLANES; ++i) {
         planes[i] = pack(low, high);
-        low -= __uint_as_float(planes[i] << 16);  // exact; unused, and dropped, after the last plane
+        low -= __uint_as_float(planes[i] << 16);  // exact; not needed after the last plane
         high -= __uint_as_float(planes[i] & 0xffff0000u);
     }
 }
 
-// Two columns, as floats.
+// Two neighbouring columns, as floats.
 __device__ __forceinline__ float2 load_pair(const View &view, long long at) {
 #if ELEMENT == 0
     return *(const float2 *)((const float *)view.data + at);
@@ -274,33 +281,33 @@ __device__ __forceinline__ void load_matrices_transposed(u32 b[4], const u16 *ro
                  : "r"(at));
 }
 
-// Owned rows: left operand of `products`.
+// The stationary rows, left operand of `products`.
 #if !OWN_SHARED
 typedef u32 Rows[PLANES][OWN_TILES][D / 16][4];
-#define OWNED_ROWS(name, i) Rows name
+#define STATIONARY_ROWS(name, i) Rows name
 #elif PLANES > 1
-typedef float2 *Rows;  // tensor `i` behind the visitors' planes and floats
-#define OWNED_ROWS(name, i) const Rows name = (Rows)(stages + 2 * TENSOR) + VISIT * D + (i) * (OWN * D / 2)
-// Where a lane keeps two columns of a row, word i of the left operand of step k: it alone reads them.
-__device__ __forceinline__ int owned_pair(int m, int k, int i) {
+typedef float2 *Rows;  // tensor i of them lies behind the streamed planes and floats
+#define STATIONARY_ROWS(name, i) const Rows name = (Rows)(stages + 2 * TENSOR) + VISIT * D + (i) * (OWN * D / 2)
+// Where a lane keeps the two columns that make word i of the left operand of step k. Only this lane reads them.
+__device__ __forceinline__ int stationary_pair(int m, int k, int i) {
     return ((m * (D / 16) + k) * 4 + i) * THREADS + threadIdx.x;
 }
 #else
-typedef u16 *Rows;  // tensor `i` behind the stages, laid out as a visiting one
-#define OWNED_ROWS(name, i) const Rows name = stages + STAGES * 2 * TENSOR + (i) * OWN * D
+typedef u16 *Rows;  // tensor i of them lies behind the stages, laid out as a streamed one
+#define STATIONARY_ROWS(name, i) const Rows name = stages + STAGES * 2 * TENSOR + (i) * OWN * D
 #endif
-typedef float Tile[OWN_TILES][CHUNK / 8][4];            // owned rows by a chunk of visiting ones
-typedef u32 Weights[PLANES][OWN_TILES][CHUNK / 16][4];  // the same, as left operand of `accumulate`
-typedef float Sums[OWN_TILES][D / 8][4];                // owned rows by columns
+typedef float Product[OWN_TILES][CHUNK / 8][4];         // S or dP: stationary rows by a chunk of streamed ones
+typedef u32 Operand[PLANES][OWN_TILES][CHUNK / 16][4];  // P or dS, of the same shape, as left operand of `accumulate`
+typedef float Accumulator[OWN_TILES][D / 8][4];         // O, dQ, dK or dV: stationary rows by columns
 
 #if !WGMMA
 
-// sum += a * b of all planes. Tensor cores cut off what they add, always towards zero: a sum of six products a step, over all
-// keys, would drift. So with planes each step starts from zero, the small planes apart, and is added as floats are: one after
-// the other, for their sum would have to wait in registers.
-// The planes of the keys are the outer loop, whoever owns: then q k^T has the same bits in every kernel, and the backward's
-// exp(q k^T - lse) no error of a difference of them.
-template <bool KEYS_VISIT>
+// sum += a * b over all planes. Tensor cores truncate what they add, always towards zero, so a sum of six products a
+// step over all keys would drift. With planes each step therefore starts from zero, sums the small planes apart, and is
+// added with ordinary rounding, one part after the other: their sum would need registers.
+// The outer loop runs over the planes of the keys, whether these are stationary or streamed. So q k^T has the same bits
+// in every kernel, and exp(q k^T - lse) of the backward pass sees no difference between them.
+template <bool KEYS_STREAMED>
 __device__ __forceinline__ void mma_planes(float sum[4], const u32 (*a)[4], int stride, const u32 b[PLANES][2]) {
 #if PLANES == 1
     mma(sum, a[0], b[0][0], b[0][1]);
@@ -311,7 +318,7 @@ __device__ __forceinline__ void mma_planes(float sum[4], const u32 (*a)[4], int 
     for (int outer = 0; outer < PLANES; ++outer)
 #pragma unroll
         for (int inner = 0; inner < PLANES - outer; ++inner) {
-            const int i = KEYS_VISIT ? inner : outer, j = KEYS_VISIT ? outer : inner;
+            const int i = KEYS_STREAMED ? inner : outer, j = KEYS_STREAMED ? outer : inner;
             if (i + j) mma(low, a[i * stride], b[j][0], b[j][1]);
         }
 #pragma unroll
@@ -319,7 +326,7 @@ __device__ __forceinline__ void mma_planes(float sum[4], const u32 (*a)[4], int 
 #endif
 }
 
-// The right operands of two neighbouring tiles, in all planes; `at` is where this lane's row of the first plane begins.
+// The right operands of two neighbouring tiles in all planes. `at` is this lane's row in the first plane.
 template <bool TRANSPOSED>
 __device__ __forceinline__ void load_planes(u32 one[PLANES][2], u32 other[PLANES][2], const u16 *at) {
 #pragma unroll
@@ -334,29 +341,29 @@ __device__ __forceinline__ void load_planes(u32 one[PLANES][2], u32 other[PLANES
     }
 }
 
-// The left operand of step k of tile m.
-__device__ __forceinline__ void take_owned(u32 left[PLANES][4], const Rows own, int m, int k) {
+// The left operand of step k of stationary tile m.
+__device__ __forceinline__ void stationary_operand(u32 left[PLANES][4], const Rows stationary, int m, int k) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         u32 planes[PLANES];
 #if OWN_SHARED
-        const float2 pair = own[owned_pair(m, k, i)];
+        const float2 pair = stationary[stationary_pair(m, k, i)];
         split(pair.x, pair.y, planes);
 #else
 #pragma unroll
-        for (int j = 0; j < PLANES; ++j) planes[j] = own[j][m][k][i];
+        for (int j = 0; j < PLANES; ++j) planes[j] = stationary[j][m][k][i];
 #endif
 #pragma unroll
         for (int j = 0; j < PLANES; ++j) left[j][i] = planes[j];
     }
 }
 
-// tile = own * visiting^T, for the chunk of visiting rows that begins at `visiting`.
-template <bool KEYS_VISIT>
-__device__ __forceinline__ void products(Tile tile, const Rows own, const u16 *visiting) {
-    constexpr int UNROLLED = OWN_SHARED ? D / 32 : D / 16;  // all steps would take more registers than there are
+// tile = stationary * streamed^T, for the chunk of streamed rows that begins at `streamed`.
+template <bool KEYS_STREAMED>
+__device__ __forceinline__ void products(Product tile, const Rows stationary, const u16 *streamed) {
+    constexpr int UNROLLED = OWN_SHARED ? D / 32 : D / 16;  // unrolling all steps would need too many registers
     const int lane = threadIdx.x & 31;
-    visiting += ((lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * 8;
+    streamed += ((lane & 7) + (lane >> 4) * 8) * ROW + (lane >> 3 & 1) * 8;
 #pragma unroll
     for (int m = 0; m < OWN_TILES; ++m)
 #pragma unroll
@@ -365,49 +372,49 @@ __device__ __forceinline__ void products(Tile tile, const Rows own, const u16 *v
     for (int n = 0; n < CHUNK / 16; ++n)
 #pragma unroll UNROLLED
         for (int k = 0; k < D / 16; ++k) {
-            u32 one[PLANES][2], other[PLANES][2];  // eight visiting rows each
-            load_planes<false>(one, other, visiting + n * 16 * ROW + k * 16);
+            u32 one[PLANES][2], other[PLANES][2];  // of eight streamed rows each
+            load_planes<false>(one, other, streamed + n * 16 * ROW + k * 16);
 #pragma unroll
             for (int m = 0; m < OWN_TILES; ++m) {
                 u32 left[PLANES][4];
-                take_owned(left, own, m, k);
-                mma_planes<KEYS_VISIT>(tile[m][2 * n], left, 1, one);
-                mma_planes<KEYS_VISIT>(tile[m][2 * n + 1], left, 1, other);
+                stationary_operand(left, stationary, m, k);
+                mma_planes<KEYS_STREAMED>(tile[m][2 * n], left, 1, one);
+                mma_planes<KEYS_STREAMED>(tile[m][2 * n + 1], left, 1, other);
             }
         }
 }
 
-// sums += weights * visiting, for the chunk of visiting rows that begins at `visiting`.
-__device__ __forceinline__ void accumulate(Sums sums, const Weights weights, const u16 *visiting) {
+// sums += left * streamed, for the chunk of streamed rows that begins at `streamed`.
+__device__ __forceinline__ void accumulate(Accumulator sums, const Operand left, const u16 *streamed) {
     const int lane = threadIdx.x & 31;
-    visiting += (lane & 15) * ROW + (lane >> 4) * 8;
+    streamed += (lane & 15) * ROW + (lane >> 4) * 8;
 #pragma unroll
     for (int k = 0; k < CHUNK / 16; ++k)
 #pragma unroll
         for (int n = 0; n < D / 16; ++n) {
-            u32 one[PLANES][2], other[PLANES][2];  // eight columns each
+            u32 one[PLANES][2], other[PLANES][2];  // of eight columns each
             if (PLANES > 1) __syncwarp();
-            load_planes<true>(one, other, visiting + k * 16 * ROW + n * 16);
+            load_planes<true>(one, other, streamed + k * 16 * ROW + n * 16);
 #pragma unroll
             for (int m = 0; m < OWN_TILES; ++m) {
-                mma_planes<true>(sums[m][2 * n], &weights[0][m][k], OWN_TILES * (CHUNK / 16), one);
-                mma_planes<true>(sums[m][2 * n + 1], &weights[0][m][k], OWN_TILES * (CHUNK / 16), other);
+                mma_planes<true>(sums[m][2 * n], &left[0][m][k], OWN_TILES * (CHUNK / 16), one);
+                mma_planes<true>(sums[m][2 * n + 1], &left[0][m][k], OWN_TILES * (CHUNK / 16), other);
             }
         }
 }
 
-// row += the weights of each row of the chunk; `ones` are pairs of ones.
-__device__ __forceinline__ void add_rows(float row[OWN_TILES][4], const Weights weights, const u32 ones[2]) {
+// Adds up each row of P: sums += P * 1. `ones` holds pairs of ones.
+__device__ __forceinline__ void add_rows(float row[OWN_TILES][4], const Operand P, const u32 ones[2]) {
 #pragma unroll
     for (int m = 0; m < OWN_TILES; ++m)
 #pragma unroll
         for (int k = 0; k < CHUNK / 16; ++k) {
 #if PLANES == 1
-            mma(row[m], weights[0][m][k], ones[0], ones[1]);
+            mma(row[m], P[0][m][k], ones[0], ones[1]);
 #else
             float step[4] = {0, 0, 0, 0};
 #pragma unroll
-            for (int i = 0; i < PLANES; ++i) mma(step, weights[i][m][k], ones[0], ones[1]);
+            for (int i = 0; i < PLANES; ++i) mma(step, P[i][m][k], ones[0], ones[1]);
 #pragma unroll
             for (int e = 0; e < 4; ++e) row[m][e] += step[e];
 #endif
@@ -421,10 +428,10 @@ __device__ __forceinline__ void wait_for_products() {}
 
 #else
 
-// Hopper: a warpgroup of four warps owns 64 rows, and both products take the visiting rows straight from shared memory, as
-// "K-major" (each row along D) or as "MN-major" (each row a step of the sum) operand of the same swizzled tile. They run
-// asynchronously, between begin_products and wait_for_products.
-static_assert(OWN_TILES == 1 && WARPS % 4 == 0 && PLANES == 1, "a warpgroup owns 64 rows");
+// Hopper: a warpgroup of four warps has 64 stationary rows. Both products read the streamed rows straight from shared
+// memory: the same swizzled tile is a "K-major" operand (each row runs along D) or an "MN-major" one (each row is a
+// step of the sum). They run asynchronously, between begin_products and wait_for_products.
+static_assert(OWN_TILES == 1 && WARPS % 4 == 0 && PLANES == 1, "a warpgroup has 64 stationary rows");
 
 // clang-format off
 #if ELEMENT == 2
@@ -445,7 +452,7 @@ static_assert(OWN_TILES == 1 && WARPS % 4 == 0 && PLANES == 1, "a warpgroup owns
 #define LIST_64 LIST_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// d = a * b, or d += a * b where `adds`: 64 x 16 times 16 x N, with a in registers or in shared memory. MN: b is MN-major.
+// d = a * b, or d += a * b if `adds`: 64 x 16 times 16 x N, with a in registers or in shared memory. MN: b is MN-major.
 #define DEFINE_WGMMA(N, TILES, LIST, A0, A1, A2, A3, B, P, T)                                                        \
     template <int MN>                                                                                                \
     __device__ __forceinline__ void wgmma(float (&d)[TILES][4], const u32 a[4], u64 b, int adds) {                   \
@@ -466,8 +473,8 @@ DEFINE_WGMMA(64, 8, LIST_32, 32, 33, 34, 35, 36, 37, 38)
 DEFINE_WGMMA(128, 16, LIST_64, 64, 65, 66, 67, 68, 69, 70)
 // clang-format on
 
-// Describes an operand that begins at `start` in a tile of rows of ROW words, swizzled over their 2 * ROW bytes: groups of
-// eight rows follow each other; the second 64 columns of an MN-major operand lie a tile of VISIT rows further.
+// The descriptor of an operand that begins at `start`, in a tile whose rows of ROW words are swizzled over their 2 *
+// ROW bytes. Groups of eight rows follow each other; columns 64 to 127 of an MN-major operand lie VISIT rows further.
 __device__ __forceinline__ u64 operand(const u16 *start) {
     const u64 at = (u32)__cvta_generic_to_shared(start);
     const u64 columns = VISIT * ROW * 2, group = 8 * ROW * 2, swizzle = ROW == 64 ? 1 : ROW == 32 ? 2 : 3;
@@ -481,34 +488,34 @@ __device__ __forceinline__ void wait_for_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
-// tile = own * visiting^T, for the chunk of visiting rows that begins at `visiting`.
-template <bool KEYS_VISIT>
-__device__ __forceinline__ void products(Tile tile, const Rows own, const u16 *visiting) {
-    const u64 first = operand(visiting);  // an address in it counts 16 bytes: eight words
+// tile = stationary * streamed^T, for the chunk of streamed rows that begins at `streamed`.
+template <bool KEYS_STREAMED>
+__device__ __forceinline__ void products(Product tile, const Rows stationary, const u16 *streamed) {
+    const u64 first = operand(streamed);  // addresses in it count units of 16 bytes: eight words
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
 #if OWN_SHARED
-        const u64 left = operand(own + threadIdx.x / 128 * 64 * ROW) + (k / 4 * OWN * ROW + k % 4 * 16) / 8;
+        const u64 left = operand(stationary + threadIdx.x / 128 * 64 * ROW) + (k / 4 * OWN * ROW + k % 4 * 16) / 8;
 #else
-        const u32(&left)[4] = own[0][0][k];
+        const u32(&left)[4] = stationary[0][0][k];
 #endif
         wgmma<0>(*(float (*)[CHUNK / 8][4]) tile[0], left, first + (k / 4 * VISIT * ROW + k % 4 * 16) / 8, k > 0);
     }
 }
 
-// sums += weights * visiting, for the chunk of visiting rows that begins at `visiting`.
-__device__ __forceinline__ void accumulate(Sums sums, const Weights weights, const u16 *visiting) {
-    const u64 first = operand(visiting);
+// sums += left * streamed, for the chunk of streamed rows that begins at `streamed`.
+__device__ __forceinline__ void accumulate(Accumulator sums, const Operand left, const u16 *streamed) {
+    const u64 first = operand(streamed);
 #pragma unroll
     for (int k = 0; k < CHUNK / 16; ++k)
-        wgmma<1>(*(float (*)[D / 8][4]) sums[0], weights[0][0][k], first + k * 16 * ROW / 8, 1);
+        wgmma<1>(*(float (*)[D / 8][4]) sums[0], left[0][0][k], first + k * 16 * ROW / 8, 1);
 }
 
 #endif
 
-// What was produced asynchronously is read no earlier than here: the compiler does not know that it was not yet there.
+// Keeps the compiler from reading an asynchronous product before this line: it does not know when the product arrives.
 template <int TILES>
-__device__ __forceinline__ void settle(float (&tile)[OWN_TILES][TILES][4]) {
+__device__ __forceinline__ void fence_product(float (&tile)[OWN_TILES][TILES][4]) {
 #if WGMMA
 #pragma unroll
     for (int n = 0; n < TILES; ++n)
@@ -516,32 +523,33 @@ __device__ __forceinline__ void settle(float (&tile)[OWN_TILES][TILES][4]) {
 #endif
 }
 
-// A tile of products is laid out as the left operand of the next product needs it: only rounded and packed, two columns at
-// a time, of row 8 * half + lane / 4 of tile m.
-__device__ __forceinline__ void set_weights(Weights weights, int m, int n, int half, float low, float high) {
+// Sets two columns of P or dS, of row 8 * half + lane / 4 of tile m. A product's result has the layout that the left
+// operand of the next product needs; values are only rounded and packed.
+__device__ __forceinline__ void set_operand(Operand left, int m, int n, int half, float low, float high) {
     u32 planes[PLANES];
     split(low, high, planes);
 #pragma unroll
-    for (int i = 0; i < PLANES; ++i) weights[i][m][n / 2][n % 2 * 2 + half] = planes[i];
+    for (int i = 0; i < PLANES; ++i) left[i][m][n / 2][n % 2 * 2 + half] = planes[i];
 }
 
-// -inf, once it is times `slope`, where the chunk's key at `position` or after holds no point.
-__device__ __forceinline__ void mask(Tile score, const Scope &scope, int position, float slope) {
+// Makes the score of each key of the chunk that holds no point -inf, after multiplication by scale_log2. The chunk
+// begins at `position`.
+__device__ __forceinline__ void mask(Product S, const Scope &scope, int position, float scale_log2) {
 #pragma unroll
     for (int first = 0; first < CHUNK / 8; first += 4) {
-        const u32 holds = points_from(scope, position + first * 8) >> (threadIdx.x & 3) * 2;
+        const u32 has_point = points_from(scope, position + first * 8) >> (threadIdx.x & 3) * 2;
 #pragma unroll
         for (int n = first; n < first + 4 && n < CHUNK / 8; ++n)
 #pragma unroll
             for (int e = 0; e < 2; ++e)
 #pragma unroll
                 for (int m = 0; m < OWN_TILES; ++m)
-                    if (!(holds >> (n - first) * 8 + e & 1))
-                        score[m][n][e] = score[m][n][2 + e] = slope < 0 ? INFINITE : -INFINITE;
+                    if (!(has_point >> (n - first) * 8 + e & 1))
+                        S[m][n][e] = S[m][n][2 + e] = scale_log2 < 0 ? INFINITE : -INFINITE;
     }
 }
 
-__device__ __forceinline__ void clear(Sums sums) {
+__device__ __forceinline__ void clear(Accumulator sums) {
 #pragma unroll
     for (int m = 0; m < OWN_TILES; ++m)
 #pragma unroll
@@ -550,7 +558,7 @@ __device__ __forceinline__ void clear(Sums sums) {
 
 // ---- copies ---------------------------------------------------------------------------------------------------------
 
-// Begins to copy 16 bytes into shared memory, or zeros.
+// Starts to copy 16 bytes into shared memory; writes zeros if not `loads`.
 __device__ __forceinline__ void copy_16_bytes(void *to, const void *from, bool loads) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :
@@ -558,7 +566,7 @@ __device__ __forceinline__ void copy_16_bytes(void *to, const void *from, bool l
                  : "memory");
 }
 
-// Likewise 8.
+// The same for 8 bytes.
 __device__ __forceinline__ void copy_8_bytes(void *to, const void *from, bool loads) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;"
                  :
@@ -568,68 +576,70 @@ __device__ __forceinline__ void copy_8_bytes(void *to, const void *from, bool lo
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// This thread's copies but those of the last LEFT commits have come, and warpgroup products may read them.
+// Waits until this thread's copies have arrived, except those of the last LEFT commits; warpgroup products may then
+// read them.
 template <int LEFT>
-__device__ __forceinline__ void copies_have_come() {
+__device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 #if WGMMA
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 
-// ---- owned rows ----------------------------------------------------------------------------------------------------
+// ---- stationary rows -----------------------------------------------------------------------------------------------
 
-// This lane's first owned row in tile m, of a block that owns positions from `first` on: the other lies 8 positions further,
-// and 8 slots, for they share a bucket: its size and `first` are multiples of 16.
-__device__ __forceinline__ int owned_position(int first, int m) {
+// The position of this lane's first row in stationary tile m, if the block's first position is `first`. The lane's
+// other row is 8 positions and 8 slots further: both lie in one bucket, since its size and `first` are multiples of 16.
+__device__ __forceinline__ int stationary_position(int first, int m) {
     return first + ((threadIdx.x >> 5 + PAIRED) * OWN_TILES + m) * 16 + (threadIdx.x >> 2 & 7);
 }
 
-// The slots of the first owned rows.
-__device__ __forceinline__ void owned_slots(int slots[OWN_TILES], const Scope &scope, int first) {
+// The slots of the lane's first rows.
+__device__ __forceinline__ void stationary_slots(int slots[OWN_TILES], const Scope &scope, int first) {
 #pragma unroll
     for (int m = 0; m < OWN_TILES; ++m) {
-        const int position = owned_position(first, m);
+        const int position = stationary_position(first, m);
         slots[m] = slot_at(scope, min(position, scope.end - 1));
     }
 }
 
-// Rows that hold no point are zeros. Begun before the visitors' copies, and there when the first of these are.
+// Rows that hold no point become zeros. This starts before the copies of streamed rows, and is done when the first of
+// these arrive.
 #if OWN_SHARED && PLANES == 1
-__device__ __forceinline__ void load_owned(
+__device__ __forceinline__ void load_stationary(
     Rows rows, const View &view, const Scope &scope, const int slots[OWN_TILES], int first
 ) {
-    static_assert(OWN_TILES == 1, "two threads a row");
+    static_assert(OWN_TILES == 1, "two threads load a row");
     const int row = threadIdx.x / 2, position = first + row;
-    const bool holds = holds_point(scope, position);
-    const u16 *from = (const u16 *)view.data + (holds ? row_of(view, slot_at(scope, position)) : 0);
+    const bool has_point = has_point_at(scope, position);
+    const u16 *from = (const u16 *)view.data + (has_point ? row_of(view, slot_at(scope, position)) : 0);
 #pragma unroll
     for (int i = 0; i < D / 16; ++i) {
         const int part = (threadIdx.x & 1) * (D / 16) + i;  // 16 bytes
         copy_16_bytes(
             rows + part / 8 * OWN * ROW + row * ROW + (part % 8 ^ row % 8) * 8, from + part * 8,
-            holds && part * 8 < view.dim
+            has_point && part * 8 < view.dim
         );
     }
 }
 #else
-__device__ __forceinline__ void load_owned(
+__device__ __forceinline__ void load_stationary(
     Rows rows, const View &view, const Scope &scope, const int slots[OWN_TILES], int first
 ) {
 #pragma unroll
     for (int m = 0; m < OWN_TILES; ++m) {
-        const int position = owned_position(first, m);
+        const int position = stationary_position(first, m);
         const long long from = row_of(view, slots[m]) + (threadIdx.x & 3) * 2;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const bool holds = holds_point(scope, position + 8 * half);
+            const bool has_point = has_point_at(scope, position + 8 * half);
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) {
                 const long long at = from + 8ll * half * view.row + n * 8;
-                const bool loads = holds & (n == 0 || n * 8 < view.dim);
+                const bool loads = has_point & (n == 0 || n * 8 < view.dim);
                 const int i = n % 2 * 2 + half;
 #if OWN_SHARED
-                copy_8_bytes(rows + owned_pair(m, n / 2, i), (const float *)view.data + at, loads);
+                copy_8_bytes(rows + stationary_pair(m, n / 2, i), (const float *)view.data + at, loads);
 #else
                 u32 planes[PLANES] = {0};
 #if ELEMENT == 0
@@ -648,12 +658,12 @@ __device__ __forceinline__ void load_owned(
             }
         }
     }
-    __syncwarp();  // else the compiler puts off some of the loads
+    __syncwarp();  // without this the compiler delays some of the loads
 }
 #endif
 
-// The dot product of each owned row of two tensors, in float32, whole on each of a row's four lanes.
-__device__ __forceinline__ void dot_owned(
+// The dot products of the stationary rows of two tensors in float32, on all four lanes of a row.
+__device__ __forceinline__ void dot_stationary(
     float dot[OWN_TILES][2],
     const View &one,
     const View &other,
@@ -663,15 +673,15 @@ __device__ __forceinline__ void dot_owned(
 ) {
 #pragma unroll
     for (int m = 0; m < OWN_TILES; ++m) {
-        const int position = owned_position(first, m), column = (threadIdx.x & 3) * 2;
+        const int position = stationary_position(first, m), column = (threadIdx.x & 3) * 2;
         const long long of_one = row_of(one, slots[m]) + column, of_other = row_of(other, slots[m]) + column;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const bool holds = holds_point(scope, position + 8 * half);
+            const bool has_point = has_point_at(scope, position + 8 * half);
             float x = 0;
 #pragma unroll
             for (int n = 0; n < D / 8; ++n) {
-                if (!holds || n * 8 >= one.dim) break;
+                if (!has_point || n * 8 >= one.dim) break;
                 const float2 a = load_pair(one, of_one + 8ll * half * one.row + n * 8);
                 const float2 b = load_pair(other, of_other + 8ll * half * other.row + n * 8);
                 x += a.x * b.x + a.y * b.y;
@@ -682,44 +692,44 @@ __device__ __forceinline__ void dot_owned(
     }
 }
 
-// Writes the owned rows: factor(m, half, inside the scope, holds a point, slot) * sums, and 0 for padding. Every slot of a
-// layout is owned once.
+// Writes factor(m, half, inside the scope, holds a point, slot) * sums to the stationary rows, and 0 to padding. Every
+// slot of a layout is stationary in exactly one block.
 template <class Factor>
-__device__ __forceinline__ void store_owned(
-    const View &view, const Sums sums, Factor factor, const Scope &scope, const int slots[OWN_TILES], int first
+__device__ __forceinline__ void store_stationary(
+    const View &view, const Accumulator sums, Factor factor, const Scope &scope, const int slots[OWN_TILES], int first
 ) {
 #pragma unroll
     for (int m = 0; m < OWN_TILES; ++m) {
-        const int position = owned_position(first, m);
+        const int position = stationary_position(first, m);
         const long long to = row_of(view, slots[m]) + (threadIdx.x & 3) * 2;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const bool inside = position + 8 * half < scope.end, holds = holds_point(scope, position + 8 * half);
-            const float x = factor(m, half, inside, holds, slots[m] + 8 * half);
+            const bool inside = position + 8 * half < scope.end, has_point = has_point_at(scope, position + 8 * half);
+            const float x = factor(m, half, inside, has_point, slots[m] + 8 * half);
 #pragma unroll
             for (int n = 0; n < D / 8; ++n)
                 if (inside & (n == 0 || n * 8 < view.dim))
                     store_pair(
-                        view, to + 8ll * half * view.row + n * 8, holds ? x * sums[m][n][2 * half] : 0,
-                        holds ? x * sums[m][n][2 * half + 1] : 0
+                        view, to + 8ll * half * view.row + n * 8, has_point ? x * sums[m][n][2 * half] : 0,
+                        has_point ? x * sums[m][n][2 * half + 1] : 0
                     );
         }
     }
 }
 
-// ---- visiting rows -------------------------------------------------------------------------------------------------
+// ---- streamed rows -------------------------------------------------------------------------------------------------
 
-// The slot of this thread's row of the visiting tile, row threadIdx.x / PARTS of it, or -1 where it holds no point.
-__device__ __forceinline__ int visitor_slot(const Scope &scope, int first) {
+// The slot of this thread's row of the streamed tile, row threadIdx.x / PARTS; -1 if it holds no point.
+__device__ __forceinline__ int streamed_slot(const Scope &scope, int first) {
     const int position = first + threadIdx.x / PARTS;
-    return holds_point(scope, position) ? slot_at(scope, position) : -1;
+    return has_point_at(scope, position) ? slot_at(scope, position) : -1;
 }
 
 #if PLANES == 1
 
-// Starts the copy of this thread's part of row `slot` of both tensors into a stage [2, VISIT, ROW] of shared memory; zeros
-// where slot is -1.
-__device__ __forceinline__ void load_visiting(u16 *stage, const View &one, const View &other, int slot) {
+// Starts to copy this thread's part of row `slot` of both tensors into a stage [2, VISIT, ROW] of shared memory; writes
+// zeros if slot is -1.
+__device__ __forceinline__ void load_streamed(u16 *stage, const View &one, const View &other, int slot) {
     const int row = threadIdx.x / PARTS, first = threadIdx.x % PARTS * 8;
 #if WGMMA
     const int swizzle = (ROW == 64 ? row & 7 : ROW == 32 ? row >> 1 & 3 : row >> 2 & 1) * 8;
@@ -745,10 +755,11 @@ __device__ __forceinline__ void load_visiting(u16 *stage, const View &one, const
 
 #else
 
-static_assert(8 * PARTS <= D, "each thread has a part of a row");
+static_assert(8 * PARTS <= D, "each thread loads a part of a row");
 
-// The same, as floats behind the stage: [2, D / 4 / PARTS, THREADS], 16 bytes each, of which a thread reads its own alone.
-__device__ __forceinline__ void load_visiting(u16 *stage, const View &one, const View &other, int slot) {
+// The same for float32: the floats go behind the stage, as [2, D / 4 / PARTS, THREADS] vectors of 16 bytes. A thread
+// later reads only the vectors that it copied.
+__device__ __forceinline__ void load_streamed(u16 *stage, const View &one, const View &other, int slot) {
     const int first = threadIdx.x % PARTS * 8;
     float4 *to = (float4 *)(stage + 2 * TENSOR) + threadIdx.x;
 #pragma unroll
@@ -764,8 +775,8 @@ __device__ __forceinline__ void load_visiting(u16 *stage, const View &one, const
     }
 }
 
-// Makes them the planes [2, PLANES, VISIT, ROW] of the stage.
-__device__ __forceinline__ void split_visiting(u16 *stage) {
+// Splits them into the stage's planes [2, PLANES, VISIT, ROW].
+__device__ __forceinline__ void split_streamed(u16 *stage) {
     const float4 *from = (const float4 *)(stage + 2 * TENSOR) + threadIdx.x;
 #pragma unroll
     for (int tensor = 0; tensor < 2; ++tensor) {
@@ -787,7 +798,7 @@ __device__ __forceinline__ void split_visiting(u16 *stage) {
 
 #endif
 
-// A barrier whose two halves lie apart: a thread arrives long before it waits, so that warps need not run in step.
+// A split barrier: a thread arrives long before it waits, so that warps need not run in step.
 __device__ __forceinline__ void arrive(u32 barrier) {
     asm volatile("{.reg .b64 t; mbarrier.arrive.shared.b64 t, [%0];}" ::"r"(barrier) : "memory");
 }
@@ -799,55 +810,59 @@ __device__ __forceinline__ void wait(u32 barrier, int parity) {
                  : "memory");
 }
 
-// ---- the visit -----------------------------------------------------------------------------------------------------
+// ---- the loop over a scope's rows ----------------------------------------------------------------------------------
 
-// Lets all rows of the scope visit, CHUNK at a time:
-//   prepare()              what is to be done before the first: it runs while the first tiles come
-//   begin(rows)            begins the products of a chunk, whose rows of tensor `one` begin there, those of `other` TENSOR on
-//   weigh(position, whole, stage, chunk, now)   turns the products, which are there by then, into weights, set `now` of them
-//                          (LAZY takes turns at two); `whole`: no padding among the rows
-//   sum(rows, now)         begins the sums with the weights of the chunk whose rows begin there
-//   fetch(slot) -> float2, put(stage, value)  what else a thread brings of a row: loaded with it, stored a tile later
+// Streams all rows of the scope, CHUNK at a time, and calls for each chunk
+//   first_product(rows)         starts S (and dP). The chunk's rows of tensor `one` begin at `rows`, those of `other`
+//                               TENSOR words later
+//   pointwise(position, whole, stage, chunk, now)
+//                               computes P (or dS) from the finished products into operand `now`; LAZY alternates
+//                               between two operands. `whole`: no row of the tile is padding
+//   second_product(rows, now)   starts O += P V, or the same for dQ, dK and dV
+// It also calls
+//   prepare()                   once, while the first tiles arrive
+//   fetch(slot) -> float2       for each row: other values that a thread loads with it, and
+//   put(stage, value)           stores a tile later
 #if PLANES == 1
 
-// Three stages: while a tile is worked through, the next has come, and the one after it is on its way to where the one before
-// was, as soon as all warps are done with that.
-template <class Prepare, class Begin, class Weigh, class Sum, class Fetch, class Put>
-__device__ __forceinline__ void visit(
+// Three stages: one holds the tile in work, one the next tile, and the third receives the tile after that as soon as
+// all warps are done with the tile that was there.
+template <class Prepare, class FirstProduct, class Pointwise, class SecondProduct, class Fetch, class Put>
+__device__ __forceinline__ void stream_rows(
     u16 *stages,
     const View &one,
     const View &other,
     const Scope &scope,
     Prepare prepare,
-    Begin begin,
-    Weigh weigh,
-    Sum sum,
+    FirstProduct first_product,
+    Pointwise pointwise,
+    SecondProduct second_product,
     Fetch fetch,
     Put put
 ) {
-    __shared__ u64 barriers[2];  // a phase a tile of each: the next has come; all are done with the last
-    const u32 come = (u32)__cvta_generic_to_shared(barriers), done = come + 8;
+    __shared__ u64 barriers[2];  // each has a phase a tile: the next tile has arrived; the last is free
+    const u32 arrived = (u32)__cvta_generic_to_shared(barriers), released = arrived + 8;
     if (threadIdx.x == 0)
         for (int i = 0; i < 2; ++i)
-            asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(come + 8 * i), "r"(THREADS) : "memory");
+            asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(arrived + 8 * i), "r"(THREADS) : "memory");
     int tile = first_tile(scope), loading = tile;
-    int slot = visitor_slot(scope, tile);
-    float2 brought;
-    const auto load = [&](int stage) {  // the tile `loading`, whose slot was read well before
-        load_visiting(stages + stage * 2 * TENSOR, one, other, slot);
+    int slot = streamed_slot(scope, tile);
+    float2 fetched;
+    const auto load = [&](int stage) {  // the tile at `loading`, whose slot was found earlier
+        load_streamed(stages + stage * 2 * TENSOR, one, other, slot);
         commit_copies();
-        brought = fetch(slot);
+        fetched = fetch(slot);
         loading = next_tile(scope, loading);
-        slot = visitor_slot(scope, loading);
+        slot = streamed_slot(scope, loading);
     };
     load(0);
-    put(0, brought);
+    put(0, fetched);
     load(1);
     prepare();
-    copies_have_come<1>();
-    __syncthreads();  // the first tile is there, and the barriers are made
+    wait_for_copies<1>();
+    __syncthreads();  // the first tile has arrived and the barriers are initialized
     begin_products();
-    begin(stages);
+    first_product(stages);
     commit_products();
     wait_for_products<0>();
 
@@ -859,22 +874,24 @@ __device__ __forceinline__ void visit(
         for (int chunk = 0; chunk < VISIT; chunk += CHUNK) {
             const bool second = chunk == CHUNK, last = chunk + CHUNK == VISIT;
             const int now = LAZY ? chunk / CHUNK % 2 : 0;
-            if (second) put(next_stage, brought);
-            if (last) {                                   // arrive now, wait later
-                copies_have_come<(VISIT > 2 * CHUNK)>();  // the next tile's; those of the one after it are under way
-                arrive(come);
+            if (second) put(next_stage, fetched);
+            if (last) {                                  // arrive now, wait later
+                wait_for_copies<(VISIT > 2 * CHUNK)>();  // of the next tile; those of the tile after it continue
+                arrive(arrived);
             }
-            weigh(tile + chunk, whole, stage, chunk, now);
-            if (second) wait(done, parity);
-            if (last) wait(come, parity);
+            pointwise(tile + chunk, whole, stage, chunk, now);
+            if (second) wait(released, parity);
+            if (last) wait(arrived, parity);
             begin_products();
-            begin(last ? stages + next_stage * 2 * TENSOR : rows + (chunk + CHUNK) * ROW);  // at the very end unused
+            first_product(
+                last ? stages + next_stage * 2 * TENSOR : rows + (chunk + CHUNK) * ROW
+            );  // not used after the last tile
             if (LAZY) commit_products();
-            sum(rows + chunk * ROW, now);
+            second_product(rows + chunk * ROW, now);
             commit_products();
-            if (second) load(free_stage);  // in the shadow of the products
+            if (second) load(free_stage);  // while the products run
             wait_for_products<LAZY>();
-            if (chunk == 0) arrive(done);  // with the tile before
+            if (chunk == 0) arrive(released);  // done with the tile before
         }
         tile = next_tile(scope, tile);
         stage = next_stage;
@@ -884,45 +901,46 @@ __device__ __forceinline__ void visit(
 
 #else
 
-// One stage: while a tile is worked through, the floats of the next come, and become planes when all warps are done with it.
-template <class Prepare, class Begin, class Weigh, class Sum, class Fetch, class Put>
-__device__ __forceinline__ void visit(
+// One stage: while a tile is in work, the floats of the next arrive. They are split when all warps are done with the
+// tile.
+template <class Prepare, class FirstProduct, class Pointwise, class SecondProduct, class Fetch, class Put>
+__device__ __forceinline__ void stream_rows(
     u16 *stages,
     const View &one,
     const View &other,
     const Scope &scope,
     Prepare prepare,
-    Begin begin,
-    Weigh weigh,
-    Sum sum,
+    FirstProduct first_product,
+    Pointwise pointwise,
+    SecondProduct second_product,
     Fetch fetch,
     Put put
 ) {
-    float2 brought;
+    float2 fetched;
     int tile = first_tile(scope), loading = tile;
     const auto load = [&] {
-        const int slot = visitor_slot(scope, loading);
-        load_visiting(stages, one, other, slot);
+        const int slot = streamed_slot(scope, loading);
+        load_streamed(stages, one, other, slot);
         commit_copies();
-        brought = fetch(slot);
+        fetched = fetch(slot);
         loading = next_tile(scope, loading);
     };
     load();
     prepare();
     for (; tile < scope.end; tile = next_tile(scope, tile)) {
-        copies_have_come<0>();
-        __syncthreads();  // all are done with the tile before
-        split_visiting(stages);
-        put(0, brought);
+        wait_for_copies<0>();
+        __syncthreads();  // all warps are done with the tile before
+        split_streamed(stages);
+        put(0, fetched);
         __syncthreads();
         load();
         const bool whole = whole_tile(scope, tile);
 #pragma unroll 1
         for (int chunk = 0; chunk < VISIT; chunk += CHUNK) {
             const u16 *rows = stages + chunk * ROW;
-            begin(rows);
-            weigh(tile + chunk, whole, 0, chunk, 0);
-            sum(rows, 0);
+            first_product(rows);
+            pointwise(tile + chunk, whole, 0, chunk, 0);
+            second_product(rows, 0);
         }
     }
 }

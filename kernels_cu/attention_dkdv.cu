@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bucket attention, backward to keys and values, after attention_dq.cu.
+// Bucket attention, backward to keys and values; runs after attention_dq.cu.
 //
-//   P = exp(scale q k^T - lse)    dv = P^T dout    dS = P * (dout v^T - delta)    dk = scale * dS^T q
+//   P = exp(scale Q K^T - lse)    dV = P^T dO    dS = P * (dO V^T - delta)    dK = scale * dS^T Q
 //
-// A block owns OWN key rows of one scope and head, with their values; queries and dout visit, with their lse and delta. It
-// works on transposes, P^T and dS^T, so that the owned rows stay the left operands and each row of dk and dv is summed by
-// one warp in the order of the scope: nothing is shared, so nothing is atomic. Visiting padding is zeros (q, dout, lse,
-// delta): its P is 1 and adds P * 0.
+// A block has OWN key rows of one scope and head with their values; queries and dO are streamed, with their lse and
+// delta. The block computes the transposes P^T and dS^T (named P and dS here), so the stationary rows stay the left
+// operands, and one warp sums each row of dK and dV in the order of the scope: nothing is shared, so nothing is atomic.
+// Streamed padding is zero (Q, dO, lse and delta): its P is 1 and adds P * 0.
 //
-// Where the sums of both do not fit in registers beside the rest (float32, D = 128), two warps own the same keys (PAIRED): one
-// makes P and dv, the other takes P from it and makes dS and dk.
+// Where registers cannot hold both sums (float32, D = 128), two warps share the same keys (PAIRED): one computes P and
+// dV, the other takes P from it and computes dS and dK.
 
 #include "attention.cuh"
 #include "clouds.cuh"
@@ -25,136 +25,143 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
     const int *__restrict__ table,          // [scopes, width]
     int width,
     const __grid_constant__ Divisors divisors,
-    float slope,  // scale * UNIT, not 0
+    float scale_log2,  // scale * EXPONENT_UNIT, not 0
     float scale,
     void *__restrict__ dk,  // [slots, heads, D]
     void *__restrict__ dv   // [slots, heads, D]
 ) {
-    extern __shared__ __align__(1024) u16 stages[];  // stages of visiting rows, then owned rows
-    __shared__ float stats[STAGES][2][VISIT];        // of each stage: lse * UNIT, and delta
+    extern __shared__ __align__(1024) u16 stages[];  // stages of streamed rows, then stationary rows
+    __shared__ float stats[STAGES][2][VISIT];        // of each stage: lse * EXPONENT_UNIT, and delta
     Scope scope;
     int head, first;
-    if (!block_owns(scope, head, first, clouds, table, width, divisors)) return;
+    if (!locate_block(scope, head, first, clouds, table, width, divisors)) return;
     const int heads = divisors.heads.by;
     int slots[OWN_TILES];
-    owned_slots(slots, scope, first);
+    stationary_slots(slots, scope, first);
 
 #if PAIRED
-    __shared__ float4 handed[OWN_TILES][CHUNK / 8][THREADS / 2];  // P of each pair of warps
-    const bool of_values = uniform(threadIdx.x >> 5 & 1);         // this warp makes P and dv
-    OWNED_ROWS(rows, 0);                                          // its keys, or values
-    load_owned(rows, of_values ? at_head(k, head) : at_head(v, head), scope, slots, first);
-    Tile tile;
-    Weights weights;
-    Sums sums;
+    __shared__ float4 exchanged[OWN_TILES][CHUNK / 8][THREADS / 2];  // P of each pair of warps
+    const bool for_dv = uniform(threadIdx.x >> 5 & 1);               // this warp computes P and dV, else dS and dK
+    STATIONARY_ROWS(rows, 0);                                        // keys or values
+    load_stationary(rows, for_dv ? at_head(k, head) : at_head(v, head), scope, slots, first);
+    Product product;
+    Operand left;
+    Accumulator sums;
     clear(sums);
 
-    const auto begin = [&](const u16 *queries) { products<false>(tile, rows, queries + (of_values ? 0 : TENSOR)); };
-    const auto sum = [&](const u16 *queries, int) { accumulate(sums, weights, queries + (of_values ? TENSOR : 0)); };
-    const auto weigh = [&](int, bool, int stage, int chunk, int) {
+    const auto first_product = [&](const u16 *queries) {
+        products<false>(product, rows, queries + (for_dv ? 0 : TENSOR));
+    };
+    const auto second_product = [&](const u16 *queries, int) {
+        accumulate(sums, left, queries + (for_dv ? TENSOR : 0));
+    };
+    const auto pointwise = [&](int, bool, int stage, int chunk, int) {
         const auto both_warps = [] { asm volatile("bar.sync %0, 64;" ::"r"(1 + (threadIdx.x >> 6)) : "memory"); };
         const int column = chunk + (threadIdx.x & 3) * 2, place = (threadIdx.x >> 6) * 32 + (threadIdx.x & 31);
-        both_warps();  // P of the chunk before has been taken
-        if (of_values)
+        both_warps();  // P of the chunk before has been read
+        if (for_dv)
 #pragma unroll
             for (int n = 0; n < CHUNK / 8; ++n) {
-                const float2 its_lse = *(const float2 *)&stats[stage][0][column + n * 8];
+                const float2 lse_pair = *(const float2 *)&stats[stage][0][column + n * 8];
 #pragma unroll
                 for (int m = 0; m < OWN_TILES; ++m) {
-                    float *const score = tile[m][n];
+                    float *const x = product[m][n];
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) score[e] = exponential(score[e], slope, e % 2 ? its_lse.y : its_lse.x);
-                    handed[m][n][place] = {score[0], score[1], score[2], score[3]};
+                    for (int e = 0; e < 4; ++e) x[e] = exponential(x[e], scale_log2, e % 2 ? lse_pair.y : lse_pair.x);
+                    exchanged[m][n][place] = {x[0], x[1], x[2], x[3]};
                 }
             }
         both_warps();
 #pragma unroll
         for (int n = 0; n < CHUNK / 8; ++n) {
-            const float2 its_delta = *(const float2 *)&stats[stage][1][column + n * 8];
+            const float2 delta_pair = *(const float2 *)&stats[stage][1][column + n * 8];
 #pragma unroll
             for (int m = 0; m < OWN_TILES; ++m) {
-                float *const weight = tile[m][n];
-                if (!of_values) {
-                    const float4 p = handed[m][n][place];
-                    weight[0] = p.x * (weight[0] - its_delta.x);
-                    weight[1] = p.y * (weight[1] - its_delta.y);
-                    weight[2] = p.z * (weight[2] - its_delta.x);
-                    weight[3] = p.w * (weight[3] - its_delta.y);
+                float *const x = product[m][n];
+                if (!for_dv) {
+                    const float4 p = exchanged[m][n][place];
+                    x[0] = p.x * (x[0] - delta_pair.x);
+                    x[1] = p.y * (x[1] - delta_pair.y);
+                    x[2] = p.z * (x[2] - delta_pair.x);
+                    x[3] = p.w * (x[3] - delta_pair.y);
                 }
-                set_weights(weights, m, n, 0, weight[0], weight[1]);
-                set_weights(weights, m, n, 1, weight[2], weight[3]);
+                set_operand(left, m, n, 0, x[0], x[1]);
+                set_operand(left, m, n, 1, x[2], x[3]);
             }
         }
     };
 #else
-    OWNED_ROWS(key, 0);
-    OWNED_ROWS(value, 1);
-    load_owned(key, at_head(k, head), scope, slots, first);
-    load_owned(value, at_head(v, head), scope, slots, first);
-    Tile weight, dweight;
-    Weights weights[1 + LAZY], dscores[1 + LAZY];
-    Sums dkey, dvalue;
-    clear(dkey);
-    clear(dvalue);
+    STATIONARY_ROWS(key, 0);
+    STATIONARY_ROWS(value, 1);
+    load_stationary(key, at_head(k, head), scope, slots, first);
+    load_stationary(value, at_head(v, head), scope, slots, first);
+    Product S, dP;
+    Operand P[1 + LAZY], dS[1 + LAZY];
+    Accumulator dK, dV;
+    clear(dK);
+    clear(dV);
 
-    const auto begin = [&](const u16 *queries) {
-        products<false>(weight, key, queries);
-        // Else the compiler begins both at once, for which registers do not suffice.
+    const auto first_product = [&](const u16 *queries) {
+        products<false>(S, key, queries);
+        // Without this the compiler interleaves the two products, which needs too many registers.
         if (!WGMMA && D == 128) __syncwarp();
-        products<false>(dweight, value, queries + TENSOR);
+        products<false>(dP, value, queries + TENSOR);
     };
-    const auto sum = [&](const u16 *queries, int now) {
-        accumulate(dvalue, weights[now], queries + TENSOR);
-        accumulate(dkey, dscores[now], queries);
+    const auto second_product = [&](const u16 *queries, int now) {
+        accumulate(dV, P[now], queries + TENSOR);
+        accumulate(dK, dS[now], queries);
     };
-    const auto weigh = [&](int, bool, int stage, int chunk, int now) {
-        settle(weight);
-        settle(dweight);
+    const auto pointwise = [&](int, bool, int stage, int chunk, int now) {
+        fence_product(S);
+        fence_product(dP);
 #pragma unroll
         for (int n = 0; n < CHUNK / 8; ++n) {
             const int column = chunk + n * 8 + (threadIdx.x & 3) * 2;
-            const float2 its_lse = *(const float2 *)&stats[stage][0][column];
-            const float2 its_delta = *(const float2 *)&stats[stage][1][column];
+            const float2 lse_pair = *(const float2 *)&stats[stage][0][column];
+            const float2 delta_pair = *(const float2 *)&stats[stage][1][column];
 #pragma unroll
             for (int m = 0; m < OWN_TILES; ++m)
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const float one = exponential(weight[m][n][2 * half], slope, its_lse.x);
-                    const float other = exponential(weight[m][n][2 * half + 1], slope, its_lse.y);
-                    set_weights(weights[now], m, n, half, one, other);
-                    set_weights(
-                        dscores[now], m, n, half, one * (dweight[m][n][2 * half] - its_delta.x),
-                        other * (dweight[m][n][2 * half + 1] - its_delta.y)
+                    const float one = exponential(S[m][n][2 * half], scale_log2, lse_pair.x);
+                    const float other = exponential(S[m][n][2 * half + 1], scale_log2, lse_pair.y);
+                    set_operand(P[now], m, n, half, one, other);
+                    set_operand(
+                        dS[now], m, n, half, one * (dP[m][n][2 * half] - delta_pair.x),
+                        other * (dP[m][n][2 * half + 1] - delta_pair.y)
                     );
                 }
         }
     };
 #endif
-    // The first thread of a row brings its lse and delta.
-    const bool brings = threadIdx.x % PARTS == 0;
+    // The first thread of a row loads its lse and delta.
+    const bool fetches = threadIdx.x % PARTS == 0;
     const auto fetch = [&](int slot) {
         const long long at = (long long)slot * heads + head;
-        return brings && slot >= 0 ? float2{lse[at], delta[at]} : float2{0, 0};
+        return fetches && slot >= 0 ? float2{lse[at], delta[at]} : float2{0, 0};
     };
     const auto put = [&](int stage, float2 value) {
-        if (!brings) return;
-        stats[stage][0][threadIdx.x / PARTS] = value.x * UNIT;
+        if (!fetches) return;
+        stats[stage][0][threadIdx.x / PARTS] = value.x * EXPONENT_UNIT;
         stats[stage][1][threadIdx.x / PARTS] = value.y;
     };
-    visit(stages, at_head(q, head), at_head(dout, head), scope, [] {}, begin, weigh, sum, fetch, put);
+    stream_rows(
+        stages, at_head(q, head), at_head(dout, head), scope, [] {}, first_product, pointwise, second_product, fetch,
+        put
+    );
 
-    first = first_owned(divisors);  // again: kept through the visit these take registers that it needs
-    owned_slots(slots, scope, first);
-    const auto store = [&](void *gradient, const Sums &from, float factor) {
+    first = first_stationary(divisors);  // computed again, to free registers during the loop
+    stationary_slots(slots, scope, first);
+    const auto store = [&](void *gradient, const Accumulator &from, float factor) {
         const auto constant = [=](int, int, bool, bool, int) { return factor; };
-        store_owned(at_head({gradient, q.dim, heads * q.dim, q.dim}, head), from, constant, scope, slots, first);
+        store_stationary(at_head({gradient, q.dim, heads * q.dim, q.dim}, head), from, constant, scope, slots, first);
     };
 #if PAIRED
-    store(of_values ? dv : dk, sums, of_values ? 1 : scale);
+    store(for_dv ? dv : dk, sums, for_dv ? 1 : scale);
 #else
-    settle(dkey);
-    settle(dvalue);
-    store(dk, dkey, scale);
-    store(dv, dvalue, 1);
+    fence_product(dK);
+    fence_product(dV);
+    store(dk, dK, scale);
+    store(dv, dV, 1);
 #endif
 }

@@ -1,44 +1,47 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bucket attention, forward: out = softmax(scale * q k^T) v within each scope and head, and lse (Flash3D, section 4.2).
+// Bucket attention, forward: O = softmax(scale * Q K^T) V within each scope and head, and lse (Flash3D, section 4.2).
 //
-// One pass with an online softmax. A block owns OWN query rows of one scope and head, a warp 16 * OWN_TILES of them; keys and
-// values visit, CHUNK at a time: scores, exponentials, out += weights * v.
+// One pass with an online softmax; letters and names as in attention.cuh. A block has OWN query rows of one scope and
+// head, a warp 16 * OWN_TILES of them. Keys and values are streamed, CHUNK rows at a time: S, P, O += P V.
 //
-// `top` is what the exponent of a row is taken relative to. Weights need no maximum to be right, only to be in range: so a
-// chunk is worked through with the top of the chunks before, and only if a weight has outgrown its range once more, after
-// raising the top MARGIN above the maximum and rescaling what was summed. Most chunks then cost no comparison a score, no lane
-// waits for another's maximum, and nothing branches between a chunk's exponentials.
+// P = exp(scale S - m) is right for any m; m only has to keep P in range. So a chunk first uses the m of the chunks
+// before. Only if some P leaves its range, m rises to MARGIN above the row's maximum, O and l are rescaled, and P is
+// computed again. Most chunks then need no comparison for each score and no exchange of maxima between lanes, and
+// nothing branches between their exponentials.
 //
-// Who adds up a row's weights: one more product, by a column of ones beside the values, or the lanes. Beside warpgroup products,
-// which keep the tensor cores busy for long, a small product would wait. There LIMIT is asked of the lanes' sums. Else the bits of
-// the packed weights tell, long before a product's result is there: the highest bit of an exponent is set from 2 on.
+// The row sums l come from one more product, P times a column of ones, or from additions on the lanes. Warpgroup
+// products keep the tensor cores busy for long, so a small product would have to wait: there the lanes add, and check
+// their sums against LIMIT. Otherwise the bits of packed P show whether it is in range, long before a product would:
+// from 2 on, the highest bit of the exponent is set.
 #define SUM_BY_MMA (!WGMMA)
 #if SUM_BY_MMA
-// Weights of float16 reach down to 2^-24; exponents of float32 would be rounded at the margin's size.
+// P of float16 reaches down to 2^-24. Exponents of float32 would be rounded at the size of the margin.
 #define MARGIN (ELEMENT == 3 ? 8.0f : ELEMENT == 2 ? 4.0f : 0.0f)
 #else
 #define MARGIN 0.0f
-#define LIMIT (ELEMENT == 2 ? 32768.0f : 0x1p60f)  // float16 holds 65504; a row has less than 2^31 weights
+#define LIMIT (ELEMENT == 2 ? 32768.0f : 0x1p60f)  // float16 holds 65504; a row has fewer than 2^31 keys
 #endif
 
 #include "attention.cuh"
 #include "clouds.cuh"
 
-// Raises the top of a row above its maximum in the chunk; the factor that brings older weights to the new top.
-__device__ __forceinline__ float raise_top(float &top, const float score[CHUNK / 8][4], int half, float slope) {
-    float low = INFINITE, high = -INFINITE;  // by a negative slope the lowest score is the maximum
+// Raises m of a row above its maximum in the chunk. Returns the factor that brings earlier sums to the new m.
+__device__ __forceinline__ float raise_row_max(
+    float &row_max, const float S[CHUNK / 8][4], int half, float scale_log2
+) {
+    float low = INFINITE, high = -INFINITE;  // with a negative scale the lowest score is the maximum
 #pragma unroll
     for (int n = 0; n < CHUNK / 8; ++n) {
-        low = fminf(fminf(low, score[n][2 * half]), score[n][2 * half + 1]);
-        high = fmaxf(fmaxf(high, score[n][2 * half]), score[n][2 * half + 1]);
+        low = fminf(fminf(low, S[n][2 * half]), S[n][2 * half + 1]);
+        high = fmaxf(fmaxf(high, S[n][2 * half]), S[n][2 * half + 1]);
     }
-    float x = fmaxf(low * slope, high * slope);
+    float x = fmaxf(low * scale_log2, high * scale_log2);
     x = fmaxf(x, __shfl_xor_sync(FULL, x, 1));
     x = fmaxf(x, __shfl_xor_sync(FULL, x, 2));
-    x = fmaxf(x + MARGIN, top);
-    const float shrink = exponential(top, 1, x);
-    top = x;
-    return shrink;
+    x = fmaxf(x + MARGIN, row_max);
+    const float factor = exponential(row_max, 1, x);
+    row_max = x;
+    return factor;
 }
 
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
@@ -49,35 +52,36 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
     const int *__restrict__ table,          // [scopes, width]
     int width,
     const __grid_constant__ Divisors divisors,
-    float slope,             // scale * UNIT, not 0
+    float scale_log2,        // scale * EXPONENT_UNIT, not 0
     void *__restrict__ out,  // [slots, heads, D]
     float *__restrict__ lse  // [slots, heads] natural logarithm, or null
 ) {
-    extern __shared__ __align__(1024) u16 stages[];  // stages of visiting rows, then owned rows
+    extern __shared__ __align__(1024) u16 stages[];  // stages of streamed rows, then stationary rows
     Scope scope;
     int head, first;
-    if (!block_owns(scope, head, first, clouds, table, width, divisors)) return;
+    if (!locate_block(scope, head, first, clouds, table, width, divisors)) return;
     const int heads = divisors.heads.by;
     int slots[OWN_TILES];
-    owned_slots(slots, scope, first);
+    stationary_slots(slots, scope, first);
 
-    OWNED_ROWS(query, 0);
-    load_owned(query, at_head(q, head), scope, slots, first);
-    Tile score;
-    Weights weights[1 + LAZY];
-    Sums sums;
-    clear(sums);
-    const u32 ones[2] = {pack(1, 1), pack(1, 1) + (width < 0)};  // not known to be alike: they stay a pair of registers
-    bool fresh = true;                                           // before the first chunk: no top is known
-    float total[OWN_TILES][4], top[OWN_TILES][2];  // elements 0 and 2 of a total: the weights of both rows
+    STATIONARY_ROWS(query, 0);
+    load_stationary(query, at_head(q, head), scope, slots, first);
+    Product S;
+    Operand P[1 + LAZY];
+    Accumulator O;
+    clear(O);
+    // The compiler cannot tell that these are equal, so it keeps a pair of registers.
+    const u32 ones[2] = {pack(1, 1), pack(1, 1) + (width < 0)};
+    bool first_chunk = true;                             // m is not known yet
+    float row_sum[OWN_TILES][4], row_max[OWN_TILES][2];  // elements 0 and 2 of row_sum: l of both rows
 #pragma unroll
     for (int m = 0; m < OWN_TILES; ++m) {
-        total[m][0] = total[m][1] = total[m][2] = total[m][3] = 0;
-        top[m][0] = top[m][1] = -1e30f;  // finite: -inf of a masked key minus it is -inf
+        row_sum[m][0] = row_sum[m][1] = row_sum[m][2] = row_sum[m][3] = 0;
+        row_max[m][0] = row_max[m][1] = -1e30f;  // finite, so that a masked key's -inf minus it is -inf
     }
 
-    // The chunk's weights by the tops as they stand, and a lane's sums of them where it adds them up; whether one is out of range.
-    const auto weigh_chunk = [&](Weights weights, float row[OWN_TILES][2]) {
+    // Computes the chunk's P with the present m, and the lane's sums of it. Returns whether some P is out of range.
+    const auto exponentiate = [&](Operand P, float row[OWN_TILES][2]) {
         u32 bits = 0;
         bool in_range = true;
 #pragma unroll
@@ -87,73 +91,74 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
             for (int n = 0; n < CHUNK / 8; ++n)
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const float one = exponential(score[m][n][2 * half], slope, top[m][half]);
-                    const float other = exponential(score[m][n][2 * half + 1], slope, top[m][half]);
-                    set_weights(weights, m, n, half, one, other);
-                    bits |= weights[0][m][n / 2][n % 2 * 2 + half];
+                    const float one = exponential(S[m][n][2 * half], scale_log2, row_max[m][half]);
+                    const float other = exponential(S[m][n][2 * half + 1], scale_log2, row_max[m][half]);
+                    set_operand(P, m, n, half, one, other);
+                    bits |= P[0][m][n / 2][n % 2 * 2 + half];
                     row[m][half] += one + other;
                 }
 #if !SUM_BY_MMA
-            in_range &= row[m][0] <= LIMIT && row[m][1] <= LIMIT;  // false for NaN, as bits are set in it
+            in_range &= row[m][0] <= LIMIT && row[m][1] <= LIMIT;  // false for NaN, in which the tested bit is set too
 #endif
         }
         if (SUM_BY_MMA) in_range = !(bits & 0x40004000);
         return __builtin_expect(__any_sync(FULL, !in_range), 0);
     };
-    const auto raise_tops = [&] {
-        wait_for_products<0>();  // of sums
-        settle(sums);
+    const auto raise_row_maxima = [&] {
+        wait_for_products<0>();  // O
+        fence_product(O);
 #pragma unroll
         for (int m = 0; m < OWN_TILES; ++m)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const float shrink = raise_top(top[m][half], score[m], half, slope);
-                total[m][2 * half] *= shrink;
+                const float factor = raise_row_max(row_max[m][half], S[m], half, scale_log2);
+                row_sum[m][2 * half] *= factor;
 #pragma unroll
                 for (int n = 0; n < D / 8; ++n) {
-                    sums[m][n][2 * half] *= shrink;
-                    sums[m][n][2 * half + 1] *= shrink;
+                    O[m][n][2 * half] *= factor;
+                    O[m][n][2 * half + 1] *= factor;
                 }
             }
     };
-    const auto begin = [&](const u16 *keys) { products<true>(score, query, keys); };
-    const auto sum = [&](const u16 *keys, int now) {
+    const auto first_product = [&](const u16 *keys) { products<true>(S, query, keys); };
+    const auto second_product = [&](const u16 *keys, int now) {
 #if SUM_BY_MMA
-        __syncwarp();  // else the compiler begins the sums before the next products
-        add_rows(total, weights[now], ones);
+        __syncwarp();  // without this the compiler starts O += P V before the next S
+        add_rows(row_sum, P[now], ones);
 #endif
-        accumulate(sums, weights[now], keys + TENSOR);
+        accumulate(O, P[now], keys + TENSOR);
     };
-    const auto weigh = [&](int position, bool whole, int, int chunk, int now) {
-        settle(score);
-        if (__builtin_expect(!whole, 0)) mask(score, scope, position, slope);
-        float row[OWN_TILES][2];  // of a lane
-        if (chunk == 0 && fresh) raise_tops();
-        fresh = false;
-        for (bool raised = false; weigh_chunk(weights[now], row) && !raised; raised = true) raise_tops();
+    const auto pointwise = [&](int position, bool whole, int, int chunk, int now) {
+        fence_product(S);
+        if (__builtin_expect(!whole, 0)) mask(S, scope, position, scale_log2);
+        float row[OWN_TILES][2];  // the lane's part of l
+        if (chunk == 0 && first_chunk) raise_row_maxima();
+        first_chunk = false;
+        for (bool raised = false; exponentiate(P[now], row) && !raised; raised = true) raise_row_maxima();
 #pragma unroll
         for (int m = 0; m < OWN_TILES && !SUM_BY_MMA; ++m) {
-            total[m][0] += row[m][0];
-            total[m][2] += row[m][1];
+            row_sum[m][0] += row[m][0];
+            row_sum[m][2] += row[m][1];
         }
     };
-    visit(
-        stages, at_head(k, head), at_head(v, head), scope, [] {}, begin, weigh, sum, [](int) { return float2{}; },
-        [](int, float2) {}
+    stream_rows(
+        stages, at_head(k, head), at_head(v, head), scope, [] {}, first_product, pointwise, second_product,
+        [](int) { return float2{}; }, [](int, float2) {}
     );
-    settle(sums);
+    fence_product(O);
 
-    first = first_owned(divisors);  // again: kept through the visit these take registers that it needs
-    owned_slots(slots, scope, first);
-    const auto finish = [&](int m, int half, bool inside, bool holds, int slot) {
-        float x = total[m][2 * half];
-        if (!SUM_BY_MMA) {  // a lane's share
+    first = first_stationary(divisors);  // computed again, to free registers during the loop
+    stationary_slots(slots, scope, first);
+    const auto normalize = [&](int m, int half, bool inside, bool has_point, int slot) {
+        float x = row_sum[m][2 * half];
+        if (!SUM_BY_MMA) {  // it holds the lane's part
             x += __shfl_xor_sync(FULL, x, 1);
             x += __shfl_xor_sync(FULL, x, 2);
         }
         if (lse && inside && (threadIdx.x & 3) == 0)
-            lse[(long long)slot * heads + head] = holds ? fmaf(top[m][half], 1 / UNIT, log2f(x) * LN2) : -INFINITE;
+            lse[(long long)slot * heads + head] =
+                has_point ? fmaf(row_max[m][half], 1 / EXPONENT_UNIT, log2f(x) * LN2) : -INFINITE;
         return __fdividef(1, x);
     };
-    store_owned(at_head({out, q.dim, heads * q.dim, q.dim}, head), sums, finish, scope, slots, first);
+    store_stationary(at_head({out, q.dim, heads * q.dim, q.dim}, head), O, normalize, scope, slots, first);
 }
