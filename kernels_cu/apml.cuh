@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the two APML files share.
+// What the two APML files share: an entry of the sparse transport plan.
 
 #ifndef GPU3D_APML_CUH
 #define GPU3D_APML_CUH
 
 #include "types.cuh"
 
-// A weight of a point's row of P1, or of P2, and the slot of the other side that it goes to.
+// A weight of P1 or P2 in a point's row, and the slot of the other cloud's point.
 struct __align__(8) Entry {
     u32 other;
     float weight;

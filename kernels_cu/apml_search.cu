@@ -1,20 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// APML: what each point keeps of the other cloud, by an exact search of its two nearest and of a ball. A query is a warp.
+// APML: which points of the other cloud each point keeps, by an exact search of the two nearest and of a ball
+// (CUDA-APML, section 3.2). One warp a query.
 //
-//   T_i = L / max(d2 - d1, GAP),  L = ln((M - 1) / (1 - p_min)),  k_ij = exp(-(C_ij - d1) T_i) > threshold     (CUDA-APML, 3.2)
-// What is kept lies in a ball whose radius follows from the two nearest. One walk finds both: it lists what is in the ball of the
-// nearest so far, and if in the end it has passed over what may be in the last ball (of one query in a hundred), another walk does.
-// That runs on float32 squares, and the ball is wide enough for their roundings. On the candidates, C, d1, d2 and T are float64,
-// from the float32 coordinates, every operation rounded once, and
+//   T_i = L / max(d2 - d1, GAP),  L = ln((M - 1) / (1 - p_min)),  k_ij = exp(-(C_ij - d1) T_i) > threshold
+//
+// The kept points lie in a ball whose radius follows from the two nearest distances d1 and d2. One traversal finds
+// both: it lists the points in the ball of the two nearest so far. If it has skipped boxes that reach into the final
+// ball, which happens to one query in a hundred, a second traversal follows.
+// The traversal uses squares of distances in float32, and the ball is wide enough for their rounding. For the listed
+// candidates C, d1, d2 and T are float64, computed from the float32 coordinates, every operation rounded once, and
 //   (C_ij - d1) * T_i < -ln(threshold)
-// decides, without the exponential: the same entries on every device. See gpu3d/reference/apml.py.
+// decides without the exponential, so that every device keeps the same entries. See gpu3d/reference/apml.py.
 //
-// Most queries have at most 32 candidates, one a lane, and all that follows happens in registers. A warp reserves room for its
-// entries by one atomic. Where rows come to lie differs from run to run, what is in them does not.
+// Most queries have at most 32 candidates: one a lane, and everything stays in registers. A warp reserves memory for
+// its entries by one atomic. So the place of a row differs from run to run, but not its content.
 
 #define THREADS 128
-#define BLOCKS 8    // a multiprocessor at least
-#define LISTED 512  // candidates that a warp keeps; of more it repeats the search, three times
+#define BLOCKS 8    // blocks a multiprocessor
+#define LISTED 512  // candidates that a warp lists; if there are more, it repeats the search three times
 
 #include "apml.cuh"
 #include "clouds.cuh"
@@ -22,21 +25,21 @@
 
 #define GAP 1e-8
 
-// A double a cloud; few travel inside the kernel's arguments.
+// One double for each cloud. A small batch's lie in the kernel's arguments.
 struct Masses {
     const double *table;  // [clouds] on the device, or null
     double inlined[INLINE_CLOUDS];
 };
 
-// d2 of the two nearest of what a warp has seen, alike on all lanes.
+// The two smallest d2 that a warp has seen, on all lanes.
 struct Two {
     float first, second;
 };
 
-// Takes in a d2 a lane; says whether one of the two is another now.
+// Takes one d2 from each lane. Returns whether one of the two changed.
 __device__ __forceinline__ bool take(Two &two, float d2) {
     bool changes = false;
-    while (__any_sync(FULL, d2 < two.second)) {  // twice at most
+    while (__any_sync(FULL, d2 < two.second)) {  // at most twice
         const Nearest nearest = nearest_of(__float_as_uint(d2));
         const float least = __uint_as_float(nearest.bits);
         two.second = fminf(two.second, fmaxf(two.first, least));
@@ -52,12 +55,13 @@ __device__ __forceinline__ double distance(const Row &a, const Row &b) {
     return __dsqrt_rn(__dadd_rn(__dadd_rn(__dmul_rn(x, x), __dmul_rn(y, y)), __dmul_rn(z, z)));
 }
 
-// The square of a radius that holds the two nearest and all that is kept, as float32 squares are rounded; infinite if there are
-// fewer than two.
+// The squared radius of a ball that holds the two nearest points and all kept points, allowing for the rounding of
+// float32 squares. Infinite if there are fewer than two points.
 //
-// With u = 2^-24, distances from those squares are off by less than 5 u, their gap by less than 10 u of the second, and what is
-// made of them by less than 9 u (1 + ratio) (d2 + gap); the float32 squares of the points within are above the square by less than
-// 5 u of it. WIDER is 12 u: where all of a cloud is about as far, each u makes more of it candidates.
+// With u = 2^-24: distances computed from these squares have an error below 5 u, their gap one below 10 u of the second
+// distance, and the radius one below 9 u (1 + ratio) (d2 + gap). The float32 squares of points inside exceed the exact
+// ones by less than 5 u. WIDER is 12 u and no more, because where a whole cloud is about equally far, each u adds
+// candidates.
 #define WIDER 0x1.8p-21f
 __device__ __forceinline__ float radius2_of(const Two &two, float ratio) {
     const float d1 = __fsqrt_rn(two.first), d2 = __fsqrt_rn(two.second), gap = fmaxf(d2 - d1, (float)GAP);
@@ -65,28 +69,28 @@ __device__ __forceinline__ float radius2_of(const Two &two, float ratio) {
     return radius * radius * (1 + WIDER);
 }
 
-// What one side keeps.
+// The entries that one side keeps.
 struct Kept {
     double limit;          // -ln(threshold)
-    u64 room;              // entries
-    u64 *total;            // [] entries so far, room or not; 0 at first
-    u32 *starts, *counts;  // [slots] where the entries of each query begin, and how many they are
-    u32 *named;            // [other slots] entries that name each, zeros at first; or null
-    Entry *entries;        // [room]; what has no room is counted, not written
+    u64 capacity;          // in entries
+    u64 *total;            // [] entries so far, also those beyond the capacity; starts at 0
+    u32 *starts, *counts;  // [slots] first entry and number of entries of each query
+    u32 *named;            // [other slots] number of entries for each slot, starts at 0; or null
+    Entry *entries;        // [capacity]; entries beyond it are counted, not written
 };
 
-// Of the candidates of the query in a slot, keeps what the definition does. candidates.each(visit) calls visit(is candidate, slot,
-// distance) for all, 32 at a time.
+// Keeps those candidates of a query that the definition keeps. candidates.each(visit) calls visit(is candidate, slot,
+// distance) for all candidates, 32 at a time.
 template <class Candidates>
 __device__ __forceinline__ void keep(const Kept &kept, int slot, double mass, const Candidates &candidates) {
     const int lane = threadIdx.x & 31;
-    double least = INFINITE_DOUBLE, next = INFINITE_DOUBLE;  // the two nearest of a lane's
+    double least = INFINITE_DOUBLE, next = INFINITE_DOUBLE;  // the lane's two nearest
     candidates.each([&](bool is, int, double c) {
         if (!is) return;
         next = min(next, max(least, c));
         least = min(least, c);
     });
-    // Their bits have the order of what is not negative.
+    // Bits of doubles that are not negative have the order of the doubles.
     const u64 mine = __double_as_longlong(least), first = min_of_warp(mine);
     const bool has_first = lane == __ffs(__ballot_sync(FULL, mine == first)) - 1;
     const double d1 = __longlong_as_double(first);
@@ -95,7 +99,7 @@ __device__ __forceinline__ void keep(const Kept &kept, int slot, double mass, co
     const auto exponent = [&](double c) { return __dmul_rn(__dsub_rn(c, d1), t); };
 
     int count = 0;
-    double sum = 0;  // of the weights, a lane
+    double sum = 0;  // the lane's part of the sum of weights
     candidates.each([&](bool is, int, double c) {
         const double x = exponent(c);
         const bool stays = is && x < kept.limit;
@@ -111,7 +115,7 @@ __device__ __forceinline__ void keep(const Kept &kept, int slot, double mass, co
         kept.counts[slot] = count;
     }
     start = __shfl_sync(FULL, start, 0);
-    if (__any_sync(FULL, start + count > kept.room)) return;
+    if (__any_sync(FULL, start + count > kept.capacity)) return;
     Entry *to = kept.entries + start;
     candidates.each([&](bool is, int other, double c) {
         const double x = exponent(c);
@@ -121,12 +125,12 @@ __device__ __forceinline__ void keep(const Kept &kept, int slot, double mass, co
             to[rank_in(all, lane)] = Entry{(u32)other, (float)((double)(float)exp(-x) / sum)};
             if (kept.named) atomicAdd(&kept.named[other], 1);
         }
-        __syncwarp();  // else the compiler takes the warp for apart, and asks before each vote
+        __syncwarp();  // without this the compiler emits a convergence check before each vote
         to += __popc(all);
     });
 }
 
-// At most one a lane.
+// At most one candidate a lane.
 struct Few {
     bool is;
     int slot;
@@ -138,15 +142,15 @@ struct Few {
     }
 };
 
-// On a list or, where there are even more, found again each time.
+// More candidates: on a list or, if there are too many for it, found again each time.
 struct Many {
     const Row &query;
     const Index &index;
     const Clouds &clouds;
     int b;
     float radius2;
-    int count;         // on the list, or above LISTED
-    const int *slots;  // [LISTED] of a warp, in shared memory
+    int count;         // number on the list; above LISTED: there is no list
+    const int *slots;  // [LISTED] the warp's list, in shared memory
 
     template <class Visit>
     __device__ __forceinline__ void each(Visit visit) const {
@@ -165,7 +169,7 @@ struct Many {
     }
 };
 
-// Not inlined, so that what most queries run stays short.
+// Not inlined, so that the code for most queries stays short.
 __device__ __noinline__ void keep_of_many(const Kept &kept, int slot, double mass, const Many &many) {
     keep(kept, slot, mass, many);
 }
@@ -174,7 +178,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void search_balls(
     const Row *__restrict__ queries,  // [slots] of one side, in the order of its index
     const __grid_constant__ Clouds query_clouds,
     int query_slots,
-    const __grid_constant__ Index index,  // of the other side, from the same origins
+    const __grid_constant__ Index index,  // of the other side, relative to the same origins
     const __grid_constant__ Clouds clouds,
     const __grid_constant__ Masses masses,  // L of each cloud
     const __grid_constant__ Kept kept
@@ -198,14 +202,14 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void search_balls(
         if (is && at < LISTED) slots[at] = slot;
         count = min(count + __popc(all), LISTED + 1);
     };
-    // The ball of the two nearest so far shrinks as nearer ones are found, though not always.
+    // The ball of the two nearest so far mostly shrinks when nearer points are found, but it can grow.
     Two two = {INFINITE, INFINITE};
-    float radius2 = INFINITE, passed2 = INFINITE;  // passed2: a lane's, the least d2 of what it has passed over
+    float radius2 = INFINITE, passed2 = INFINITE;  // passed2: the smallest d2 that this lane has skipped
     const auto bound = [&] { return key_of(radius2, FULL); };
     const auto pass = [&](float d2) { passed2 = fminf(passed2, d2); };
     walk_tiles(query, index, clouds, b, NearestFirst<decltype(bound), decltype(pass)>{bound, pass}, [&](int tile) {
         const int slot = tile * TILE + lane;
-        const float d2 = distance2(query, index.rows[slot]);  // NaN where there is no point, or it is not finite
+        const float d2 = distance2(query, index.rows[slot]);  // NaN for padding and non-finite points
         if (__any_sync(FULL, d2 <= radius2)) {
             if (take(two, d2)) radius2 = radius2_of(two, ratio);
             list(slot, d2 <= radius2);
@@ -214,14 +218,14 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void search_balls(
     });
     if (__any_sync(FULL, passed2 <= radius2) || count > LISTED) {
         count = 0;
-        __syncwarp();  // then other lanes write where these have
+        __syncwarp();  // the list is written again
         walk_tiles(query, index, clouds, b, Within{radius2}, [&](int tile) {
             const int slot = tile * TILE + lane;
             list(slot, distance2(query, index.rows[slot]) <= radius2);
         });
     }
     __syncwarp();
-    if (count > 32 && count <= LISTED) {  // without those that were listed before the ball was as small
+    if (count > 32 && count <= LISTED) {  // drop those listed when the ball was larger
         const int before = count;
         count = 0;
         for (int base = 0; base < before; base += 32) {

@@ -1,30 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0
-// APML: the plan from what both sides keep, its Sinkhorn iterations, the loss and the gradients, in one cooperative launch.
+// APML: the transport plan from the entries of both sides, its Sinkhorn iterations, the loss and the gradients, in one
+// cooperative launch.
 //
-// Rows are slots of pred, columns slots of target; both in the order of the index, so that neighbours in space are neighbours in
-// memory.
-//   merge     each row's entries of P1 and P2 are brought together, sorted by column and joined: P = (P1 + P2) / 2, or their
-//             minimum. A row keeps the room of both, so rows have gaps between them.
-//   columns   each column's entries are listed, sorted by row
-//   Sinkhorn  iterations times: rows /= (row sum + EPSILON), then columns /= (column sum + EPSILON)            (CUDA-APML, 3.3);
+// Rows are slots of pred, columns slots of target, both in the order of the index: neighbours in space are neighbours
+// in memory.
+//   merge     collects each row's entries of P1 and P2, sorts them by column and joins them: P = (P1 + P2) / 2, or their
+//             minimum. A row keeps the memory of both, so there are gaps between rows.
+//   columns   lists each column's entries, sorted by row
+//   Sinkhorn  iterations times: rows /= (row sum + EPSILON), then columns /= (column sum + EPSILON)
+//             (CUDA-APML, section 3.3);
 //             the weights stay as they are, and each row and column has a scale: P_ij = weight_ij (scale_i scale_j)
-//   loss      sum P_ij C_ij; dL/dx_i = sum_j P_ij (x_i - y_j) / C_ij, and for y_j likewise, P held constant
-// A lane owns a row or a column; long ones, which lie close together, are listed and shared out among all warps. Entries come in
-// any order, and are sorted: all sums have a fixed order. Counts and cursors are integers, whose atomics give the same in any
-// order. Between steps the whole grid waits, and what it read before comes from L2 again: lanes ask for BATCH values at a time.
-// For Sinkhorn each block keeps its part of the rows and of the columns in shared memory, if all blocks can: then only scales go
-// back and forth. The same sums in the same order give the same bits either way.
+//   loss      sum P_ij C_ij; dL/dx_i = sum_j P_ij (x_i - y_j) / C_ij, the same for y_j; P is held constant
+//
+// One lane works on a row or column. Long ones are listed and distributed over all warps, since they tend to be
+// neighbours. Entries arrive in any order and are sorted, so all sums have a fixed order. Counts and cursors are
+// integers, whose atomics give the same result in any order. The whole grid waits between steps, and then reads from L2
+// again: lanes load BATCH values at a time. For Sinkhorn each block keeps its rows and columns in shared memory, if all
+// blocks can; then only scales are exchanged. Both ways add the same numbers in the same order, so they give the same
+// bits.
 
 #ifndef MINIMUM
 #define MINIMUM 0  // symmetrize: 0 "mean", 1 "min"
 #endif
-#define THREADS 512  // mirrored by gpu3d/apml.py, as is the next
-#define BLOCKS 2     // a multiprocessor; all run at once
-#define ROW 256      // entries of a row that a warp sorts
-#define LONG 16      // entries of a row that a lane adds
-#define BATCH 8      // of them at a time
-#define OWNED 5248   // entries that a block keeps in shared memory: with the rest of it 48 KiB
-#define NODE 1024    // slots whose losses are added first; a node of the index
+#define THREADS 512  // mirrored by gpu3d/apml.py, like the next
+#define BLOCKS 2     // blocks a multiprocessor; all run at once
+#define ROW 256      // most entries of a row that a warp sorts
+#define LONG 16      // most entries of a row that one lane adds
+#define BATCH 8      // entries that a lane loads at a time
+#define OWNED 5248   // entries that a block keeps in shared memory, 48 KiB together with the rest
+#define NODE 1024    // slots whose losses are summed first; a node of the index
 
 #include "apml.cuh"
 #include "clouds.cuh"
@@ -38,24 +42,24 @@
 // One of the two batches of clouds.
 struct Side {
     const Row *rows;    // [slots]
-    const u32 *starts;  // [slots] of the point's entries
-    const u32 *counts;  // [slots]
-    u32 *cursors;       // [slots] at first how many entries of the other side name the slot; then scratch
-    u32 *first;         // [slots + 1] where a row, or a column, of the plan begins
-    u32 *longs;         // [slots] which of them have more than LONG entries, in any order; from behind, more than ROW
-    u32 *long_counts;   // [2] of both, 0 at first
-    double *scale;      // [slots]
-    float *gradient;    // [points, 3], or null
-    double *sums;       // [nodes] of losses
+    const u32 *starts;  // [slots] first entry of each point
+    const u32 *counts;  // [slots] entries of each point
+    u32 *cursors;       // [slots] starts as the number of the other side's entries for the slot; then scratch
+    u32 *first;         // [slots + 1] where each row (column) of the plan begins
+    u32 *longs;        // [slots] rows with more than LONG entries, in any order; from the end, those with more than ROW
+    u32 *long_counts;  // [2] how many of both; starts at 0
+    double *scale;     // [slots]
+    float *gradient;   // [points, 3], or null
+    double *sums;      // [nodes] sums of losses
 };
 
 // The plan, in rows with gaps.
 struct Plan {
-    u64 *keys;     // [room] column << 32 | bits of the weight << 1 | whether it is of P2; then the columns' entries
-    u64 *spare;    // [room] where long rows are sorted; then the rows' entries
+    u64 *keys;     // [capacity] column << 32 | bits of the weight << 1 | (1 for P2); later the columns' entries
+    u64 *spare;    // [capacity] scratch for sorting long rows; later the rows' entries
     u32 *lengths;  // [slots of x] entries of each row
-    u32 *place;    // [room] where the entries of each column stand among the rows', without gaps
-    u32 *row;      // [room] of each entry; -1 in gaps
+    u32 *place;    // [capacity] for each entry in column order its place in row order; no gaps
+    u32 *row;      // [capacity] row of each entry; -1 in gaps
 
     __device__ __forceinline__ Entry *rows() const { return (Entry *)spare; }
     __device__ __forceinline__ Entry *columns() const { return (Entry *)keys; }
@@ -63,7 +67,7 @@ struct Plan {
 
 // ---- prefix sums over the grid -------------------------------------------------------------------------------------
 
-// The slots that this block adds up.
+// The range of slots that this block works on.
 struct Range {
     int begin, end;
 };
@@ -72,7 +76,7 @@ __device__ __forceinline__ Range range_of(int slots) {
     return {min((int)blockIdx.x * each, slots), min(((int)blockIdx.x + 1) * each, slots)};
 }
 
-// first[i] = the sum of count(j) over j < i, for all slots and one more. The whole grid waits once.
+// first[i] = the sum of count(j) over j < i, for i = 0..slots. The whole grid waits once.
 template <class Count>
 __device__ void prefix_sums(u32 *first, int slots, Count count, u32 *of_blocks, u32 *arrived, u32 &awaited) {
     const Range range = range_of(slots);
@@ -97,8 +101,8 @@ __device__ void prefix_sums(u32 *first, int slots, Count count, u32 *of_blocks, 
 
 // ---- rows and columns ----------------------------------------------------------------------------------------------
 
-// Calls visit(slot, lane, lanes) on the lanes that own each slot: one, or the whole warp where count(slot) > LONG. All lanes of
-// a warp must come here.
+// Calls visit(slot, lane, lanes) for each slot: on one lane, or on the whole warp if count(slot) > LONG. All lanes of a
+// warp must call this.
 template <class Count, class Visit>
 __device__ __forceinline__ void each_slot(int slots, Count count, Visit visit) {
     const int lane = threadIdx.x & 31;
@@ -120,7 +124,7 @@ __device__ __forceinline__ void list_longs(const Side &side, int slots) {
     }
 }
 
-// The same by side.first and the list.
+// The same with counts from side.first and the list of long rows.
 template <class Visit>
 __device__ __forceinline__ void each_line(const Side &side, int slots, Visit visit) {
     for (int slot = blockIdx.x * THREADS + threadIdx.x; slot < slots; slot += gridDim.x * THREADS)
@@ -130,7 +134,7 @@ __device__ __forceinline__ void each_line(const Side &side, int slots, Visit vis
         visit(side.longs[i < longs ? i : slots - 1 - (i - longs)], threadIdx.x & 31, 32);
 }
 
-// Sorts all rows of keys; write(slot, number, key) puts them in place.
+// Sorts the keys of each row and calls write(slot, number, key) for them in order.
 template <class Key, class Write>
 __device__ __forceinline__ void sort_lines(
     const Side &side, int slots, Key *keys, Key *spare, Key *shared, Write write
@@ -138,7 +142,7 @@ __device__ __forceinline__ void sort_lines(
     const int warp = uniform(threadIdx.x >> 5);
     for (int slot = blockIdx.x * WARPS + warp; slot < slots; slot += gridDim.x * WARPS) {
         const u32 count = uniform(width(side, slot));
-        if (count > 1 && count <= ROW)  // one is in order
+        if (count > 1 && count <= ROW)  // a single key is sorted
             sort_short(keys + side.first[slot], count, shared + warp * STAGED, [&](int e, Key key) {
                 write(slot, e, key);
             });
@@ -154,14 +158,14 @@ __device__ __forceinline__ void sort_lines(
 __device__ __forceinline__ float weight_of(u64 key) { return __uint_as_float((u32)key >> 1); }
 __device__ __forceinline__ u32 column_of(u64 key) { return key >> 32; }
 
-// Is the entry after keys[e] of the same column? Then the first is P1's and the second P2's.
+// Whether the entry after keys[e] is in the same column. Then the first is from P1 and the second from P2.
 __device__ __forceinline__ bool is_pair(const u64 *keys, u32 e, u32 end) {
     return e + 1 < end && column_of(keys[e]) == column_of(keys[e + 1]);
 }
 
 // ---- Sinkhorn ------------------------------------------------------------------------------------------------------
 
-// Divides a row, or a column, by its sum: its own scale, from those of the others.
+// Divides a row (column) by its sum, by updating its scale.
 template <class At>
 __device__ __forceinline__ void rescale(
     double *own, const double *others, u32 begin, u32 end, int lane, int lanes, At at
@@ -186,10 +190,10 @@ __device__ __forceinline__ void rescale(
     if (lane == 0) *own = before / (before * sum + EPSILON);
 }
 
-// The rows, or the columns, that a block owns, in shared memory.
+// The rows (columns) that a block keeps in shared memory.
 struct Owned {
-    unsigned short begin[THREADS], end[THREADS];  // of the entries of each
-    unsigned short longs[THREADS];                // which have more than LONG, in any order
+    unsigned short begin[THREADS], end[THREADS];  // entries of each
+    unsigned short longs[THREADS];                // those with more than LONG entries, in any order
     u32 long_count;
 };
 
@@ -200,11 +204,12 @@ __device__ __forceinline__ void each_line(const Owned &owned, int lines, Visit v
     for (u32 i = threadIdx.x >> 5; i < owned.long_count; i += WARPS) visit(owned.longs[i], threadIdx.x & 31, 32);
 }
 
-// Takes over the lines of a range behind `used` entries; at(e) is one of those behind first(line), of which there are count(line).
-// Returns how many entries are used then, or more than OWNED where there is not room. The whole block.
+// Loads the rows (columns) of a range into shared memory, behind `used` entries: count(line) entries at(e) from
+// first(line) on. Returns how many entries are then used, or more than OWNED if they do not fit. The whole block calls
+// this.
 template <class First, class Count, class At>
 __device__ __forceinline__ u32
-take_over(Owned &owned, Entry *entries, u32 used, Range range, First first, Count count, At at) {
+load_lines(Owned &owned, Entry *entries, u32 used, Range range, First first, Count count, At at) {
     const int lines = range.end - range.begin, mine = range.begin + (int)threadIdx.x;
     if (threadIdx.x == 0) owned.long_count = 0;
     u32 sum;
@@ -223,12 +228,12 @@ take_over(Owned &owned, Entry *entries, u32 used, Range range, First first, Coun
 
 // ---- the loss ------------------------------------------------------------------------------------------------------
 
-// What a row, or a column, adds to the loss, and its gradient; on lane 0. NaN where the point is not finite.
-struct Pull {
+// The loss of a row (column) and the gradient of its point, on lane 0. NaN if the point is not finite.
+struct Contribution {
     double loss, x, y, z;
 };
 template <class Write>
-__device__ __forceinline__ Pull pull_of(
+__device__ __forceinline__ Contribution contribution_of(
     const Row &point,
     double scale,
     const Row *others,
@@ -240,7 +245,7 @@ __device__ __forceinline__ Pull pull_of(
     int lanes,
     Write write
 ) {
-    Pull pull = {0, 0, 0, 0};
+    Contribution contribution = {0, 0, 0, 0};
     for (u32 e = begin + lane; e < end; e += lanes) {
         const Entry entry = entries[e];
         const Row to = others[entry.other];
@@ -248,20 +253,26 @@ __device__ __forceinline__ Pull pull_of(
         const float value = (float)(entry.weight * (scale * scales[entry.other]));
         const double c = sqrt(x * x + y * y + z * z), weight = value, share = c > 0 ? weight / c : 0;
         write(e, value);
-        pull.loss += weight * c;
-        pull.x += share * x;
-        pull.y += share * y;
-        pull.z += share * z;
+        contribution.loss += weight * c;
+        contribution.x += share * x;
+        contribution.y += share * y;
+        contribution.z += share * z;
     }
-    if (lanes > 1) pull = {sum_of_warp(pull.loss), sum_of_warp(pull.x), sum_of_warp(pull.y), sum_of_warp(pull.z)};
-    if (!is_finite(point)) pull = {NAN_DOUBLE, NAN_DOUBLE, NAN_DOUBLE, NAN_DOUBLE};
-    return pull;
+    if (lanes > 1)
+        contribution = {
+            sum_of_warp(contribution.loss), sum_of_warp(contribution.x), sum_of_warp(contribution.y),
+            sum_of_warp(contribution.z)
+        };
+    if (!is_finite(point)) contribution = {NAN_DOUBLE, NAN_DOUBLE, NAN_DOUBLE, NAN_DOUBLE};
+    return contribution;
 }
 
-__device__ __forceinline__ void write_gradient(float *gradient, int point, const Pull &pull, double parts) {
-    gradient[3 * (size_t)point] = (float)(pull.x / parts);
-    gradient[3 * (size_t)point + 1] = (float)(pull.y / parts);
-    gradient[3 * (size_t)point + 2] = (float)(pull.z / parts);
+__device__ __forceinline__ void write_gradient(
+    float *gradient, int point, const Contribution &contribution, double parts
+) {
+    gradient[3 * (size_t)point] = (float)(contribution.x / parts);
+    gradient[3 * (size_t)point + 1] = (float)(contribution.y / parts);
+    gradient[3 * (size_t)point + 2] = (float)(contribution.z / parts);
 }
 
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
@@ -270,15 +281,15 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
     const __grid_constant__ Clouds x_clouds,
     const __grid_constant__ Clouds y_clouds,
     const __grid_constant__ Plan plan,
-    const Entry *entries,           // [room] of both sides; plan.place and plan.row may lie there
-    const u64 *__restrict__ total,  // [] how many there are
-    u64 room,
+    const Entry *entries,           // [capacity] of both sides; plan.place and plan.row may use this memory later
+    const u64 *__restrict__ total,  // [] their number
+    u64 capacity,
     int iterations,
-    double *losses,            // [slots of x], each row's; then [clouds] in front
-    u32 *of_blocks,            // [blocks]
-    u32 *arrived,              // [2] 0 at first; blocks that wait, and blocks that have not room for what they own
-    float *__restrict__ each,  // [clouds] the losses, or null
-    float *__restrict__ loss,  // [] their sum over `parts`, or null
+    double *losses,            // [slots of x] loss of each row; later [clouds] at the front
+    u32 *of_blocks,            // [blocks] scratch
+    u32 *arrived,              // [2] blocks that wait, and blocks whose rows do not fit; start at 0
+    float *__restrict__ each,  // [clouds] losses, or null
+    float *__restrict__ loss,  // [] sum of losses / parts, or null
     double parts
 ) {
     __shared__ u64 shared[OWNED > WARPS * STAGED ? OWNED : WARPS * STAGED];
@@ -286,7 +297,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
     const int x_slots = slots_of(x_clouds), y_slots = slots_of(y_clouds);
     const int thread = blockIdx.x * THREADS + threadIdx.x, threads = gridDim.x * THREADS;
     u32 awaited = 0;
-    if (*total > room) {  // never a part of the plan
+    if (*total > capacity) {  // NaN rather than an incomplete plan
         for (int side = 0; side < 2; ++side) {
             const Side &of = side ? y : x;
             for (int slot = thread; slot < (side ? y_slots : x_slots); slot += threads)
@@ -337,14 +348,14 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
         const u32 begin = x.first[i], end = x.first[i + 1];
         u32 to = begin;
 #if MINIMUM
-        bool has_pair = false;  // else the row keeps what is P1's, as a column without pairs what is P2's
+        bool has_pair = false;  // a row without pairs keeps its P1 entries, a column without pairs its P2 entries
         for (u32 e = begin + lane; e < end; e += lanes) has_pair |= is_pair(plan.keys, e, end);
         if (lanes > 1) has_pair = __any_sync(FULL, has_pair);
 #endif
         for (u32 base = begin; base < end; base += lanes) {
             const u32 e = base + lane;
             const u64 key = e < end ? plan.keys[e] : 0;
-            // The second of a pair goes with the first.
+            // The second entry of a pair is joined to the first.
             bool kept = e < end && !(e > begin && is_pair(plan.keys, e - 1, end));
             const bool pair = kept && is_pair(plan.keys, e, end);
             const float weight = weight_of(key), other = pair ? weight_of(plan.keys[e + 1]) : 0;
@@ -393,13 +404,13 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
             plan.columns()[e] = Entry{plan.row[place], plan.rows()[place].weight};
         }
     __syncthreads();
-    const u32 used = take_over(
+    const u32 used = load_lines(
         own_rows, kept, 0, rows, [&](int i) { return x.first[i]; }, [&](int i) { return plan.lengths[i]; },
         [&](u32 e) { return plan.rows()[e]; }
     );
     u32 all = used;
     if (used <= OWNED)
-        all = take_over(
+        all = load_lines(
             own_columns, kept, used, columns, [&](int j) { return y.first[j]; }, [&](int j) { return width(y, j); },
             [&](u32 e) { return plan.columns()[e]; }
         );
@@ -443,23 +454,23 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport(
             if (lane == 0) losses[i] = 0;
             return;
         }
-        const Pull pull = pull_of(
+        const Contribution contribution = contribution_of(
             point, x.scale[i], y.rows, y.scale, plan.rows(), x.first[i], x.first[i] + plan.lengths[i], lane, lanes,
             [&](u32 e, float value) { plan.rows()[e].weight = value; }
         );
         if (lane) return;
-        losses[i] = pull.loss;
-        if (x.gradient) write_gradient(x.gradient, point.index, pull, parts);
+        losses[i] = contribution.loss;
+        if (x.gradient) write_gradient(x.gradient, point.index, contribution, parts);
     });
     if (y.gradient)
         each_line(y, y_slots, [&](int j, int lane, int lanes) {
             const Row point = y.rows[j];
             if (point.index < 0) return;
-            const Pull pull = pull_of(
+            const Contribution contribution = contribution_of(
                 point, y.scale[j], x.rows, x.scale, plan.columns(), y.first[j], y.first[j + 1], lane, lanes,
                 [](u32, float) {}
             );
-            if (lane == 0) write_gradient(y.gradient, point.index, pull, parts);
+            if (lane == 0) write_gradient(y.gradient, point.index, contribution, parts);
         });
     wait_for_grid(arrived, awaited);
     const int x_nodes = tiles_of(x_clouds), nodes = x_nodes + tiles_of(y_clouds);

@@ -89,8 +89,8 @@ __device__ void write_bounds(const point_t *points, int first, int last, coord_t
             high[d] = max(high[d], x);
         }
     };
-    // VECTOR points are three 16-byte loads, from the first point on that begins at a multiple of 16 bytes: 3 is its own
-    // inverse modulo 2, 4 and 8, so the head of -3 * (place of the first coordinate) points always leads there.
+    // VECTOR points are three 16-byte loads, from the first point on that begins at a multiple of 16 bytes: 3 is its
+    // own inverse modulo 2, 4 and 8, so the head of -3 * (place of the first coordinate) points always leads there.
     constexpr int VECTOR = 16 / sizeof(point_t);
     const point_t *start = points + 3 * (size_t)first;
     const int n = last - first,

@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // Buckets of clouds of up to 128 tiles (524,288 points): one stable sort by hash key in four launches.
 //
-// bucketize(balance="spill") is a stable sort of each cloud by a 48-bit key, cut every bucket_size points. At these sizes
-// launches and latency cost more than bytes, so the sort is a sample sort by regular sampling (Shi and Schaeffer 1992),
-// whose partitions have a proven bound: no fallback, and no data, duplicates included, can unbalance it. Where no cloud is larger
-// than a tile, one launch does it all: merge_clouds, a block a cloud.
+// bucketize(balance="spill") is a stable sort of each cloud by a 48-bit key, cut every bucket_size points. At these
+// sizes launches and latency cost more than bytes, so the sort is a sample sort by regular sampling (Shi and Schaeffer
+// 1992), whose partitions have a proven bound: no fallback, and no data, duplicates included, can unbalance it. Where
+// no cloud is larger than a tile, one launch does it all: merge_clouds, a block a cloud.
 //   1 bounds      a block a tile: partial bounds of its points
 //   2 tiles       a block a tile: voxels, keys, sort in shared memory; one of every 32 keys is a sample
 //   3 splitters   a block a tile: ranks its samples among all of the cloud's; each SPAN-th is a splitter
 //   4 partitions  a block a partition: finds its run in every tile, sorts the runs together, writes both permutations
 //
-// Bound: a tile whose samples are its elements 32 g + phase, and of which a samples lie before a splitter, has more than
-// 32 (a - 1) + phase and at most 32 a + phase elements before it. So two splitters SPAN samples apart enclose at most
-// 32 SPAN + 31 tiles <= CAPACITY points. Each tile has a phase of its own: with one phase for all, the splitters of alike
-// tiles fall together, and the first and last partition of a cloud get half of 32 points too many from every tile.
+// Bound: a tile whose samples are its elements 32 g + phase, and of which a samples lie before a splitter, has more
+// than 32 (a - 1) + phase and at most 32 a + phase elements before it. So two splitters SPAN samples apart enclose at
+// most 32 SPAN + 31 tiles <= CAPACITY points. Each tile has a phase of its own: with one phase for all, the splitters
+// of alike tiles fall together, and the first and last partition of a cloud get half of 32 points too many from every
+// tile.
 //
 // An element is a u64, key << 15 | position in its tile: unique in a tile, and tiles are ranges of the point order, so
 // comparing (key, tile, position) is the stable order. No float arithmetic after the voxels.
@@ -62,7 +63,8 @@ __device__ __forceinline__ void merge_four(const u64 *a, int a_length, const u64
     }
 }
 
-// Sorts n <= 4 * GROUPS * THREADS distinct elements of shared memory: runs of 128 in registers, then merges of neighbours.
+// Sorts n <= 4 * GROUPS * THREADS distinct elements of shared memory: runs of 128 in registers, then merges of
+// neighbours.
 template <int GROUPS>
 __device__ void sort_shared(u64 *data, int n) {
     u64 x[GROUPS][4];
@@ -212,7 +214,8 @@ extern "C" __global__ __launch_bounds__(RANK_THREADS) void merge_splitters(
     for (int i = threadIdx.x; i < SAMPLES; i += RANK_THREADS) rank[i] = 0;
     __syncthreads();
 
-    // A warp takes every 32nd tile's list; its lanes are this block's samples, so their searches mostly share addresses.
+    // A warp takes every 32nd tile's list; its lanes are this block's samples, so their searches mostly share
+    // addresses.
     u64 mine[SAMPLES / 32], list[MAX_TILES / 32][SAMPLES / 32];
     int below[MAX_TILES / 32][SAMPLES / 32];  // how many samples of a list come before mine
 #pragma unroll

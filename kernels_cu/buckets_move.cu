@@ -59,8 +59,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void move_rows(
     }
 }
 
-// Positions p = 0.. of a cloud stand for bucket (p + shift) mod buckets; a chunk of size * stride positions holds `stride`
-// scopes, scope j of it takes positions j, j + stride, ...
+// Positions p = 0.. of a cloud stand for bucket (p + shift) mod buckets; a chunk of size * stride positions holds
+// `stride` scopes, scope j of it takes positions j, j + stride, ...
 extern "C" __global__ __launch_bounds__(THREADS) void move_scopes(
     const __grid_constant__ Clouds clouds,  // Cloud::group is the cloud's first scope
     long long entries,                      // scopes * size

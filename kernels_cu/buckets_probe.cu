@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // The published rebalancing of Flash3D (section 9.1 of the paper), made deterministic: balance="probe".
 //
-// Rounds -1, 0, ..., 127. In round -1 every point proposes to the bucket that its hash names; in round c each point that
-// is still homeless proposes to the bucket of its voxel moved by candidate c. A bucket takes the lowest point indices
-// among its proposers, up to its room. Whoever is left fills the free room in (bucket, point index) order.
+// Rounds -1, 0, ..., 127. In round -1 every point proposes to the bucket that its hash names; in round c each point
+// that is still homeless proposes to the bucket of its voxel moved by candidate c. A bucket takes the lowest point
+// indices among its proposers, up to its room. Whoever is left fills the free room in (bucket, point index) order.
 //
 // One cooperative launch; a round costs one grid barrier. A block owns a contiguous range of points.
 //   propose  each homeless point adds to the bucket's count, kept a block and in total
 //   barrier
 //   settle   total <= room: all proposers move in. Else (at most once a bucket, for it is full then) the block's share
 //            follows from the counts of the blocks before it, and the ranks inside the block from the point order
-// Every block keeps its own copy of the rooms and updates it alike, so the rooms need no barrier of their own. Counts are
-// triple-buffered: those of round c are cleared while round c + 1 settles, and used again in round c + 3.
-// The slots inside a bucket (by point index) come from the sort that follows, with the buckets as given keys.
+// Every block keeps its own copy of the rooms and updates it alike, so the rooms need no barrier of their own. Counts
+// are triple-buffered: those of round c are cleared while round c + 1 settles, and used again in round c + 3. The slots
+// inside a bucket (by point index) come from the sort that follows, with the buckets as given keys.
 
 #define THREADS 1024  // mirrored by gpu3d/buckets.py
 #define CANDIDATES 128
@@ -167,8 +167,8 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
         homeless = __syncthreads_or(open);
     }
 
-    // Whoever is left: the k-th homeless point of the batch takes the k-th free slot. A cloud has as many of the ones as
-    // of the others, and both are counted cloud by cloud, so nobody leaves its cloud.
+    // Whoever is left: the k-th homeless point of the batch takes the k-th free slot. A cloud has as many of the ones
+    // as of the others, and both are counted cloud by cloud, so nobody leaves its cloud.
     if (homeless) {
         int mine = 0;  // homeless points of this block
         for (int i = first + threadIdx.x; i < last; i += THREADS) mine += home[i] < 0;

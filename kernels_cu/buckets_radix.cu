@@ -1,25 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 // Buckets of clouds beyond the reach of buckets_merge.cu: the same stable sort as six least-significant-digit passes.
 //
-// "Onesweep" (Adinets and Merrill 2022): each pass reads and writes every record once. A block ranks its tile by an 8-bit
-// digit and learns where its digits go from the tiles before it, by looking back at what they published.
+// "Onesweep" (Adinets and Merrill 2022): each pass reads and writes every record once. A block ranks its tile by an
+// 8-bit digit and learns where its digits go from the tiles before it, by looking back at what they published.
 //   1 frames      a block a group: bounds of its points; the last block of a cloud joins them: origin and cell of its voxels
 //   2 keys        a block a group: key of each point, and how often each digit of each pass occurs
 //   3 first, pass (four times), last: a block a tile: count, look back, rank, move; the last writes both permutations
 //
-// A record is 8 bytes, since a digit that has been sorted by is dropped: pass 0 reads the keys, and writes 40 bits of key
-// and 24 of point index. A cloud of more than 2^24 points ("wide") carries its 32-bit index alone through pass 0 and
-// fetches the key once more in pass 1, which leaves 32 bits of key.
+// A record is 8 bytes, since a digit that has been sorted by is dropped: pass 0 reads the keys, and writes 40 bits of
+// key and 24 of point index. A cloud of more than 2^24 points ("wide") carries its 32-bit index alone through pass 0
+// and fetches the key once more in pass 1, which leaves 32 bits of key.
 //
-// What bounds it on an H100: waiting, at barriers and for the look-back, so a tile publishes its counts before it ranks,
-// and is large; of two sizes the one whose waves of blocks pass the batch sooner is taken. At 4M points (392 us) tiles of
-// 10240, whose third and last wave is nearly full, gain 4 %; at 1M, one wave of either, they would lose 16 %. A kernel each
-// for the first and the last pass, in place of branches, gained 5 %.
+// What bounds it on an H100: waiting, at barriers and for the look-back, so a tile publishes its counts before it
+// ranks, and is large; of two sizes the one whose waves of blocks pass the batch sooner is taken. At 4M points (392 us)
+// tiles of 10240, whose third and last wave is nearly full, gain 4 %; at 1M, one wave of either, they would lose 16 %.
+// A kernel each for the first and the last pass, in place of branches, gained 5 %.
 // Tried at 4M with 8192 (422 us then): tiles of 4096 and 512 threads, two blocks a multiprocessor, 437; 6144 of 1024
-// threads 430; 12288 432. With 4096 and 512: ballots in place of the words of shared memory 537 against 490; the look-back
-// after the ranking 490 against 469; windows of 4 or 16 tiles the same. Blocks that stay, and load their next tile while
-// they write one, gain 2 % in passes 0 to 4 and lose 7 % in the last. In that it is the 4-byte stores of point_to_slot, all
-// over it, at 60 a ns (59 us at 4M); windows of it that stay in L2 did not help.
+// threads 430; 12288 432. With 4096 and 512: ballots in place of the words of shared memory 537 against 490; the
+// look-back after the ranking 490 against 469; windows of 4 or 16 tiles the same. Blocks that stay, and load their next
+// tile while they write one, gain 2 % in passes 0 to 4 and lose 7 % in the last. In that it is the 4-byte stores of
+// point_to_slot, all over it, at 60 a ns (59 us at 4M); windows of it that stay in L2 did not help.
 
 #ifndef TILE
 #define TILE 8192  // points a tile: 8192 or 10240; mirrored by gpu3d/buckets.py, as are the next two
@@ -107,8 +107,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_keys(
         const u32 active = __ballot_sync(FULL, i < n);
         if (i >= n) continue;
         keys[first + i] = key;
-        // Where a warp agrees on a digit, its lanes' atomics on one address would go one by one: the leader adds for all.
-        // It often agrees on the highest, and on all where points coincide.
+        // Where a warp agrees on a digit, its lanes' atomics on one address would go one by one: the leader adds for
+        // all. It often agrees on the highest, and on all where points coincide.
         const int leader = __ffs(active) - 1;
         const bool leads = (threadIdx.x & 31) == leader;
         const u64 first_key = __shfl_sync(active, key, leader);
@@ -230,8 +230,8 @@ __device__ __forceinline__ void move_tile(
         board[(size_t)tile * DIGITS + d] = STATE_SUM | (before + own);
     }
 
-    // Rank inside the warp, in record order. Lanes of one digit find each other through a word of shared memory: each sets
-    // its bit in the low half, the high half counts. The words lie where the records come later.
+    // Rank inside the warp, in record order. Lanes of one digit find each other through a word of shared memory: each
+    // sets its bit in the low half, the high half counts. The words lie where the records come later.
     u64 *words = record + warp * DIGITS;
 #pragma unroll
     for (int k = 0; k < ITEMS; ++k) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stores the table of a batch of many clouds: it travels in the arguments of these launches, so nothing on the host has to
-// stay alive and a CUDA graph can hold it. A thread a row.
+// Stores the table of clouds of a large batch in device memory. Its rows lie in the arguments of these launches, so no
+// host memory must stay alive, and a CUDA graph can hold them. One thread a row.
 
-#define THREADS 256  // mirrored by gpu3d/_clouds.py, as is the next
+#define THREADS 256  // mirrored by gpu3d/_clouds.py, like the next
 #define ROWS_A_LAUNCH 240
 
 #include "clouds.cuh"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The batch's table of clouds, which every kernel over ragged batches reads.
+// The table of clouds of a ragged batch.
 
 #ifndef GPU3D_CLOUDS_CUH
 #define GPU3D_CLOUDS_CUH
@@ -8,15 +8,16 @@
 
 #define INLINE_CLOUDS 64  // mirrored by gpu3d/_clouds.py
 
-// Row b says where cloud b begins, row `count` where the batch ends.
+// Row b of the table says where cloud b begins; row `count` says where the batch ends.
 struct Cloud {
     int point;  // first point
-    int tile;   // first tile: what a tile is, the kernel's file says
-    int group;  // first group: likewise
+    int tile;   // first tile; each kernel's file says what a tile is
+    int group;  // first group, likewise
     int slot;   // first slot, a multiple of bucket_size
 };
 
-// Small batches travel inside the kernel's arguments: no copy to the device, nothing to keep alive, capturable.
+// The table of a small batch lies in the kernel's arguments: no copy to the device, no memory to keep alive, and a CUDA
+// graph can hold it.
 struct Clouds {
     const Cloud *table;  // [count + 1] on the device, or null
     int count;
@@ -33,7 +34,7 @@ __device__ __forceinline__ int points_of(const Clouds &clouds) { return rows_of(
 __device__ __forceinline__ int slots_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].slot; }
 __device__ __forceinline__ int tiles_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].tile; }
 
-// The cloud whose range of tiles, groups or points holds `item`. Empty clouds hold nothing.
+// The cloud whose range of tiles, groups, slots or points holds `item`. Empty clouds hold nothing.
 template <int Cloud::*COLUMN>
 __device__ __forceinline__ int cloud_of(const Clouds &clouds, int item) {
     const Cloud *rows = rows_of(clouds);

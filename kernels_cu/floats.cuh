@@ -20,7 +20,8 @@
 __device__ __forceinline__ bool is_finite(float x) { return x - x == 0; }
 __device__ __forceinline__ bool is_finite(double x) { return x - x == 0; }
 
-// Float<TYPE>: values lie in memory as Stored and are computed with as Wide. widen is exact, narrow rounds to the nearest.
+// Float<TYPE>: values lie in memory as Stored and are computed with as Wide. widen is exact, narrow rounds to the
+// nearest.
 template <int TYPE>
 struct Float;
 

@@ -6,8 +6,8 @@
 
 #include "types.cuh"
 
-// Waits until all blocks are here, and have written what they wrote. `arrived` is one word for all calls, 0 at first; `awaited` is
-// each thread's own, 0 at first.
+// Waits until all blocks of a cooperative launch call this; then each sees what the others wrote before. `arrived` is
+// one word of global memory for all calls and `awaited` a variable of each thread; both start at 0.
 __device__ __forceinline__ void wait_for_grid(u32 *arrived, u32 &awaited) {
     awaited += gridDim.x;
     __syncthreads();
@@ -20,8 +20,8 @@ __device__ __forceinline__ void wait_for_grid(u32 *arrived, u32 &awaited) {
     __syncthreads();
 }
 
-// Whether this block is the last of `blocks` to come here; it then sees what the others wrote before. The whole block calls it.
-// `arrived` is 0 at first.
+// Whether this block is the last of `blocks` to call this; it then sees what the others wrote before. All threads of
+// the block call it. `arrived` starts at 0.
 __device__ __forceinline__ bool is_last_block(u32 *arrived, u32 blocks) {
     __shared__ bool last;
     if (threadIdx.x == 0) {

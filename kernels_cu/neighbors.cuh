@@ -1,21 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// The index of the neighbour search, and the walk through it that skips what is too far.
+// The index of the neighbour search, and the traversal that skips what is too far.
 //
-// A cloud in bucket order is cut into nodes of 1024 points, a node's points into tiles of 32 (neighbors_index.cu puts them into
-// another order for that); 32 nodes make a branch, none across clouds. Each has a box, and tiles and nodes a slab besides: two
-// planes along the surface that the points come from, which a box cannot follow. A query is a warp, and reads 32 points, or 32
-// boxes, at a time, one a lane. Of the boxes it takes the nearest first and passes over those that hold nothing better than what it
-// has found, so every answer is that of brute force:
+// A cloud in bucket order is cut into nodes of 1024 points and these into tiles of 32 (neighbors_index.cu reorders the
+// points of a node for that). 32 nodes form a branch; no branch spans two clouds. Tiles, nodes and branches have a
+// bounding box; tiles and nodes also have a slab: two parallel planes along the surface that the points lie on, which a
+// box cannot follow.
+//
+// A warp takes a query. It reads 32 points or 32 boxes at a time, one a lane, visits the nearest boxes first, and skips
+// those that hold nothing better than what it has found. The answer is that of brute force, because
 //   d2 = (dx * dx + dy * dy) + dz * dz      every operation rounded once
-// is monotone in |dx|, |dy|, |dz|, so that of a box is never above that of a point in it; slabs leave room for rounding.
-// At worst nothing is passed over, and the walk is brute force, 32 pairs a step.
+// is monotone in |dx|, |dy| and |dz|: the d2 of a box never exceeds that of a point in it. Slabs allow for rounding. In
+// the worst case nothing is skipped, and the traversal is brute force, 32 pairs a step.
 //
-// What slabs are worth: queries in a ball of 0.05 around the centre of a sphere of 131,072 points see all tiles about as far, and
-// boxes of slanted tiles reach far inwards. k = 2 took 19.9 ms without slabs, 4.3 with them, and 2.4 when they were asked first and
-// tiles made compact (neighbors_index.cu; H100).
+// What slabs gain: queries within 0.05 of the centre of a sphere of 131,072 points see all tiles about equally
+// far, and the boxes of slanted tiles reach far inwards. k = 2 took 19.9 ms without slabs, 4.3 ms with them, and 2.4 ms
+// with slabs tested before boxes and compact tiles (neighbors_index.cu; H100).
 //
-// In the index's table of clouds, Cloud::slot / 32 is the cloud's first tile, Cloud::tile its first node, Cloud::group its first
-// branch.
+// In the index's table of clouds, Cloud::slot / 32 is the cloud's first tile, Cloud::tile its first node and
+// Cloud::group its first branch.
 
 #ifndef GPU3D_NEIGHBORS_CUH
 #define GPU3D_NEIGHBORS_CUH
@@ -24,32 +26,32 @@
 #include "floats.cuh"
 #include "warp.cuh"
 
-#define TILE 32                        // points; mirrored by gpu3d/neighbors.py
-#define NOTHING 0x7f800000ffffffffull  // the key of no neighbour: infinitely far, index -1
+#define TILE 32                        // points a tile; mirrored by gpu3d/neighbors.py
+#define NOTHING 0x7f800000ffffffffull  // the key of a missing neighbour: infinitely far, index -1
 
-// A point: coordinates relative to the origin of the cloud that is searched, NaN where one of them is not finite, and its
-// index in the caller's array; -1 in padding.
+// A point: its coordinates relative to the origin of the searched cloud (all NaN if one is not finite) and its index in
+// the caller's array, -1 in padding.
 struct __align__(16) Row {
     float x, y, z;
     int index;
 };
 
 struct __align__(16) Box {
-    float low[3];  // low > high where no point is finite
-    int first;     // the lowest index of a finite point; -1 where there is none
+    float low[3];  // low > high if no point is finite
+    int first;     // the lowest index of a finite point, -1 if there is none
     float high[3];
-    float below;  // below <= normal . point <= above, but for less than the rounding that slab_distance2 allows for;
-    float normal[3];  // |normal| < 1, and 0 where the points have no plane, and of branches
+    float below;      // below <= normal . point <= above, up to the rounding that slab_distance2 allows for
+    float normal[3];  // |normal| < 1; 0 for branches, and if the points have no plane
     float above;
 };
 
 struct Index {
     const Row *rows;  // [tiles * TILE]
     const Box *tiles, *nodes;
-    const Box *branches;  // null where no cloud has more than one
+    const Box *branches;  // null if no cloud has more than one
 };
 
-// (d2, index) as one number of the same order: d2 is not negative. A NaN comes after everything.
+// (d2, index) as one integer of the same order, since d2 is not negative. NaN comes last.
 __device__ __forceinline__ u64 key_of(float d2, int index) { return (u64)__float_as_uint(d2) << 32 | (u32)index; }
 __device__ __forceinline__ float distance2_of(u64 key) { return __uint_as_float(key >> 32); }
 
@@ -80,10 +82,11 @@ __device__ __forceinline__ float along_normal(const Box &box, float x, float y, 
     return __fmaf_rn(box.normal[0], x, __fmaf_rn(box.normal[1], y, __fmul_rn(box.normal[2], z)));
 }
 
-// A lower bound of d2, as it is rounded, of the points between the planes.
+// A lower bound of the rounded d2 of the points between the planes.
 //
-// With u = 2^-24 the rounding of along_normal is below 4 u (|x| + |y| + |z|), and SLACK is 8 u, of a query and, in the planes, of a
-// point; normals are shortened by 32 u, so their square by 64 u, and that of d2 is 5 u.
+// With u = 2^-24, along_normal has an error below 4 u (|x| + |y| + |z|). SLACK is 8 u; the query's is subtracted here,
+// the points' is part of the planes. Normals are shortened by 32 u, so their square by 64 u, which covers the 5 u of
+// d2.
 #define SLACK 0x1p-21f
 #define SHORTENED 0x1.ffffcp-1f
 __device__ __forceinline__ float slab_distance2(const Row &query, const Box &box) {
@@ -93,7 +96,8 @@ __device__ __forceinline__ float slab_distance2(const Row &query, const Box &box
     return gap * gap;
 }
 
-// Of lanes that hold distances d2 as bits, one with the least; all ones where none is left.
+// The least of the lanes' d2, as bits, and one lane that has it. Lanes pass FULL to take no part; FULL is left if none
+// does.
 struct Nearest {
     u32 bits;
     int lane;
@@ -104,8 +108,9 @@ __device__ __forceinline__ Nearest nearest_of(u32 bits) {
     return {least, __ffs(__ballot_sync(FULL, bits == least)) - 1};
 }
 
-// How far a point of a lane's box is at least, if a lane's may hold one as near as `reach2`; says whether it may. Slabs, which are
-// quicker to tell, rule most out where all boxes are about as far. If it may, d2 is infinite on lanes that are not below `end`.
+// Returns whether the box of some lane may hold a point within `reach2`. If so, d2 is the lower bound for the lane's
+// own box, and infinite on lanes past `end`. Slabs are cheaper, and rule most boxes out where all are about equally
+// far.
 template <bool SLABS>
 __device__ __forceinline__ bool bounds(float &d2, const Row &query, const Box *boxes, int mine, int end, float reach2) {
     const Box &box = boxes[min(mine, end - 1)];
@@ -122,8 +127,8 @@ struct Ignore {
     __device__ __forceinline__ void operator()(float) const {}
 };
 
-// Calls visit(i) for each box i of [first, end) that may hold a key below bound(), which shrinks meanwhile: of each 32 the
-// nearest first. Calls pass(d2) for what is passed over: no point there is nearer.
+// Calls visit(i) for each box i of [first, end) that may hold a key below bound(), the nearest of each 32 first;
+// bound() shrinks meanwhile. Calls pass(d2) for boxes that are skipped: none of their points is nearer than d2.
 template <class Bound, class Pass = Ignore>
 struct NearestFirst {
     Bound bound;
@@ -164,7 +169,8 @@ struct Within {
     }
 };
 
-// Calls visit(tile) for the tiles of cloud b, in the order and of the boxes that `order` says. The index's batch is `clouds`.
+// Calls visit(tile) for tiles of cloud b. `order`, a NearestFirst or a Within, says which and in which order. `clouds`
+// is the index's batch.
 template <class Order, class Visit>
 __device__ __forceinline__ void walk_tiles(
     const Row &query, const Index &index, const Clouds &clouds, int b, const Order &order, Visit visit

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Chamfer distance from nearest neighbours, and its gradient, as gpu3d/reference/neighbors.py defines them to the bit.
+// The Chamfer loss from nearest neighbours, and its gradient. gpu3d/reference/neighbors.py defines both to the bit.
 //
-// Sums are float64, by halving tiles of SUM_TILE values until one is left. The gradient of a point is a term away from its own
-// nearest neighbour, and one away from each point whose nearest it is. The latter are added as integers, multiples of a power
-// of two: integers add up to the same in any order, so atomics are deterministic. On the way back nothing is needed but the
-// points, whose nearest was which, and how far: neither buckets nor an index.
+// Losses are summed in float64: tiles of SUM_TILE values are halved until one value is left. The gradient of a point
+// has a term for its own nearest neighbour and one for each point whose nearest neighbour it is. The latter are added
+// by atomics, as integer multiples of a power of two: integer sums are the same in any order, so the result is
+// deterministic. The backward pass needs only the points, the index of each nearest neighbour and its distance, neither
+// buckets nor an index.
 
 #define THREADS 256
-#define SUM_TILE 1024  // mirrored by gpu3d/reference/neighbors.py; a node of the index: both have one table of clouds
+#define SUM_TILE 1024  // mirrored by gpu3d/reference/neighbors.py; a node of the index, so both use one table of clouds
 
 #include "clouds.cuh"
 #include "grid.cuh"
@@ -17,14 +18,15 @@
 // ---- the loss ------------------------------------------------------------------------------------------------------
 
 // One of the two batches of clouds.
-struct Summed {
-    const float *d2;  // [points] the squared distance of the nearest in the other
+struct Losses {
+    const float *d2;  // [points] squared distance to the nearest point of the other batch
     double *sums;     // [tiles] of distances
     u32 *most;        // [tiles] bits of the largest finite distance
-    u32 *largest;     // [clouds] likewise
+    u32 *largest;     // [clouds] bits of the largest finite distance
 };
 
-// The sum of the block's SUM_TILE values, one a thread, on every thread: the second half added to the first, and again.
+// The sum of the block's SUM_TILE values, one a thread, on every thread. Adds the second half to the first, again and
+// again.
 __device__ double halved(double value) {
     __shared__ double sums[SUM_TILE];
     __syncthreads();
@@ -42,7 +44,7 @@ __device__ double halved(double value) {
     return sums[0];
 }
 
-// The largest of the block's values, on every thread.
+// The largest value of the block, on every thread.
 __device__ u32 largest_of(u32 value) {
     __shared__ u32 largest;
     __syncthreads();
@@ -59,42 +61,43 @@ struct Tile {
     u32 most;    // bits of the largest finite distance
 };
 
-// By the whole block, which is tile `tile` of a side; on every thread.
-__device__ Tile summed(const Summed &side, const Clouds &clouds, int b, int tile, int squared) {
+// The sums of tile `tile` of a side, by a whole block, on every thread.
+__device__ Tile summed(const Losses &side, const Clouds &clouds, int b, int tile, int squared) {
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int i = cloud.point + (tile - cloud.tile) * SUM_TILE + threadIdx.x;
     const float square = i < next.point ? side.d2[i] : 0, distance = __fsqrt_rn(square);
     return Tile{halved(squared ? square : distance), largest_of(is_finite(square) ? __float_as_uint(distance) : 0u)};
 }
 
-__device__ void sum_tile(const Summed &side, const Clouds &clouds, int tile, int squared) {
+__device__ void sum_tile(const Losses &side, const Clouds &clouds, int tile, int squared) {
     const Tile of_tile = summed(side, clouds, cloud_of<&Cloud::tile>(clouds, tile), tile, squared);
     if (threadIdx.x) return;
     side.sums[tile] = of_tile.sum;
     side.most[tile] = of_tile.most;
 }
 
-// A block a tile of x, then of y: the sum of their distances, and the largest. Where no cloud has two, chamfer_losses does it.
+// One block a tile of x, then of y: the sum of the distances and the largest. If no cloud has two tiles, chamfer_losses
+// does this.
 extern "C" __global__ __launch_bounds__(SUM_TILE) void chamfer_tiles(
-    const __grid_constant__ Summed x,
-    const __grid_constant__ Summed y,
+    const __grid_constant__ Losses x,
+    const __grid_constant__ Losses y,
     const __grid_constant__ Clouds x_clouds,
     const __grid_constant__ Clouds y_clouds,
-    int squared  // 1: of their squares
+    int squared  // 1: sum squared distances
 ) {
     const int tile = blockIdx.x, x_tiles = tiles_of(x_clouds);
     if (tile < x_tiles) sum_tile(x, x_clouds, tile, squared);
     else if (tile < x_tiles + tiles_of(y_clouds)) sum_tile(y, y_clouds, tile - x_tiles, squared);
 }
 
-// The sum of count values by halving tiles of them; by a whole block, which overwrites them.
+// The sum of `count` values by halving tiles of them. The whole block calls it; the values are overwritten.
 __device__ double sum_of(double *values, int count) {
     while (count > 1) {
         const int tiles = (count + SUM_TILE - 1) / SUM_TILE;
         for (int tile = 0; tile < tiles; ++tile) {
             const int i = tile * SUM_TILE + threadIdx.x;
             const double sum = halved(i < count ? values[i] : 0);
-            if (threadIdx.x == 0) values[tile] = sum;  // read by all in this turn or an earlier one
+            if (threadIdx.x == 0) values[tile] = sum;  // all threads have read values[tile], now or earlier
         }
         count = tiles;
         __syncthreads();
@@ -102,8 +105,8 @@ __device__ double sum_of(double *values, int count) {
     return count ? values[0] : 0;
 }
 
-// The mean distance of cloud b's points, on every thread of the block; the largest is written.
-__device__ double mean_of(const Summed &side, const Clouds &clouds, int b, int tiled, int squared) {
+// The mean distance of cloud b's points, on every thread of the block. Writes the largest.
+__device__ double mean_of(const Losses &side, const Clouds &clouds, int b, int tiled, int squared) {
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     Tile all;
     if (tiled) {
@@ -115,18 +118,19 @@ __device__ double mean_of(const Summed &side, const Clouds &clouds, int b, int t
     return all.sum / (next.point - cloud.point);
 }
 
-// A block a cloud: its loss; and the block that comes last, that of all clouds. One block where there is no cloud.
+// One block a cloud computes its loss; the block that finishes last computes the loss of the batch. One block if there
+// is no cloud.
 extern "C" __global__ __launch_bounds__(SUM_TILE) void chamfer_losses(
-    const __grid_constant__ Summed x,
-    const __grid_constant__ Summed y,
+    const __grid_constant__ Losses x,
+    const __grid_constant__ Losses y,
     const __grid_constant__ Clouds x_clouds,
     const __grid_constant__ Clouds y_clouds,
     double *__restrict__ losses,  // [clouds]
-    u32 *__restrict__ known,      // [] how many of them are, 0 at first
+    u32 *__restrict__ known,      // [] number of losses computed so far; starts at 0
     float *__restrict__ each,     // [clouds], or null
-    float *__restrict__ loss,     // [] the sum of all, over `parts`; or null
+    float *__restrict__ loss,     // [] the sum of all losses / parts, or null
     int parts,
-    int tiled,  // 1: by chamfer_tiles
+    int tiled,  // 1: chamfer_tiles has run
     int squared
 ) {
     const int b = blockIdx.x;
@@ -147,27 +151,26 @@ extern "C" __global__ __launch_bounds__(SUM_TILE) void chamfer_losses(
 // ---- the gradient --------------------------------------------------------------------------------------------------
 
 // One of the two batches of clouds.
-struct Pulled {
+struct Side {
     const point_t *points;  // [points, 3]
-    const double *origins;  // [clouds, 3] that the search in this batch takes coordinates relative to; null: 0
-    const int *nearest;     // [points] the index of the nearest in the other
-    const float *d2;        // [points] and how far it is
+    const double *origins;  // [clouds, 3] origins of the search in this batch; null: 0
+    const int *nearest;     // [points] index of the nearest point of the other batch
+    const float *d2;        // [points] squared distance to it
     const u32 *largest;     // [clouds] bits of the largest finite distance
-    u64 *given;             // [points, 3] what the points of the other give to it, zeros at first
+    u64 *contributions;     // [points, 3] gradient contributions from the other batch, as integers; starts at 0
     point_t *gradient;      // [points, 3]
 };
 
-// Terms of `count` points, none beyond what `largest` allows, times 2**shift_of fit a sum of 62 bits.
+// The shift for which a sum of `count` terms, each at most what `largest` allows, fits into 62 bits after scaling by
+// 2**shift.
 __device__ __forceinline__ int shift_of(int count, u32 largest, int squared) {
     const float most = __uint_as_float(largest);
     const int bound = !squared ? 1 : most > 0 ? 3 + ilogbf(most) : 2;
     return 62 - (32 - __clz(count)) - bound;
 }
 
-// The gradient of a distance that is found, of point i of cloud b, with respect to the point.
-__device__ __forceinline__ void term_of(
-    float term[3], const Pulled &side, const Pulled &other, int b, int i, int squared
-) {
+// The gradient of point i's distance with respect to the point, which is in cloud b and has a nearest neighbour.
+__device__ __forceinline__ void term_of(float term[3], const Side &side, const Side &other, int b, int i, int squared) {
     const double *origin = other.origins ? other.origins + 3 * b : nullptr;
     const float d = __fsqrt_rn(side.d2[i]);
     const int nearest = side.nearest[i];
@@ -178,76 +181,77 @@ __device__ __forceinline__ void term_of(
     }
 }
 
-__device__ __forceinline__ bool is_found(const Pulled &side, int i) {
-    return side.nearest[i] >= 0 && is_finite(side.d2[i]);  // and not infinitely far
+__device__ __forceinline__ bool is_found(const Side &side, int i) {
+    return side.nearest[i] >= 0 && is_finite(side.d2[i]);  // the distance is finite
 }
 
-// What point i of a side gives to its nearest.
-__device__ void give(const Pulled &side, const Clouds &clouds, const Pulled &other, int i, int squared) {
+// Adds the gradient contribution of point i to its nearest neighbour.
+__device__ void contribute(const Side &side, const Clouds &clouds, const Side &other, int i, int squared) {
     if (!is_found(side, i)) return;
     const int b = cloud_of<&Cloud::point>(clouds, i);
     const int shift = shift_of(rows_of(clouds)[b + 1].point - rows_of(clouds)[b].point, side.largest[b], squared);
     float term[3];
     term_of(term, side, other, b, i, squared);
-    u64 *given = other.given + 3 * (size_t)side.nearest[i];
+    u64 *contributions = other.contributions + 3 * (size_t)side.nearest[i];
 #pragma unroll
-    for (int e = 0; e < 3; ++e) atomicAdd(&given[e], (u64)-llrint(scalbn((double)term[e], shift)));
+    for (int e = 0; e < 3; ++e) atomicAdd(&contributions[e], (u64)-llrint(scalbn((double)term[e], shift)));
 }
 
-// A thread a point of x, then of y.
+// One thread a point of x, then of y.
 extern "C" __global__ __launch_bounds__(THREADS) void chamfer_give(
-    const __grid_constant__ Pulled x,
-    const __grid_constant__ Pulled y,
+    const __grid_constant__ Side x,
+    const __grid_constant__ Side y,
     const __grid_constant__ Clouds x_clouds,
     const __grid_constant__ Clouds y_clouds,
     int squared
 ) {
     const int i = blockIdx.x * THREADS + threadIdx.x, in_x = points_of(x_clouds);
-    if (i < in_x) give(x, x_clouds, y, i, squared);
-    else if (i - in_x < points_of(y_clouds)) give(y, y_clouds, x, i - in_x, squared);
+    if (i < in_x) contribute(x, x_clouds, y, i, squared);
+    else if (i - in_x < points_of(y_clouds)) contribute(y, y_clouds, x, i - in_x, squared);
 }
 
-// What is asked of each cloud's loss, or of the one that all have.
-struct Asked {
-    const float *dloss;  // [clouds], or []; null: 1
-    long long step;      // from one to the next; 0: there is one
-    int parts;           // that the loss is the mean of, or 1
+// The upstream gradient: one for each cloud, or one for all.
+struct Upstream {
+    const float *dloss;  // [clouds] or []; null: 1
+    long long step;      // stride of dloss; 0 if it is one value
+    int parts;           // number of losses that the loss is the mean of, or 1
 };
 
 __device__ void write_gradient(
-    const Pulled &side,
+    const Side &side,
     const Clouds &clouds,
-    const Pulled &other,
+    const Side &other,
     const Clouds &other_clouds,
     int i,
     int squared,
-    const Asked &asked
+    const Upstream &upstream
 ) {
     const int b = cloud_of<&Cloud::point>(clouds, i);
     const int count = rows_of(clouds)[b + 1].point - rows_of(clouds)[b].point;
     const int other_count = rows_of(other_clouds)[b + 1].point - rows_of(other_clouds)[b].point;
     const int shift = shift_of(other_count, other.largest[b], squared);
-    const float dloss = asked.dloss ? asked.dloss[b * asked.step] : 1;
+    const float dloss = upstream.dloss ? upstream.dloss[b * upstream.step] : 1;
     float own[3] = {NAN_FLOAT, NAN_FLOAT, NAN_FLOAT};
     if (is_found(side, i)) term_of(own, side, other, b, i, squared);
 #pragma unroll
     for (int e = 0; e < 3; ++e) {
         const size_t at = 3 * (size_t)i + e;
-        const double sum = own[e] / (double)count + scalbn((double)(long long)side.given[at], -shift) / other_count;
-        side.gradient[at] = narrow(__fmul_rn((float)(sum / asked.parts), dloss));
+        const double sum =
+            own[e] / (double)count + scalbn((double)(long long)side.contributions[at], -shift) / other_count;
+        side.gradient[at] = narrow(__fmul_rn((float)(sum / upstream.parts), dloss));
     }
 }
 
-// A thread a point of x, then of y.
+// One thread a point of x, then of y.
 extern "C" __global__ __launch_bounds__(THREADS) void chamfer_gradient(
-    const __grid_constant__ Pulled x,
-    const __grid_constant__ Pulled y,
+    const __grid_constant__ Side x,
+    const __grid_constant__ Side y,
     const __grid_constant__ Clouds x_clouds,
     const __grid_constant__ Clouds y_clouds,
     int squared,
-    const __grid_constant__ Asked asked
+    const __grid_constant__ Upstream upstream
 ) {
     const int i = blockIdx.x * THREADS + threadIdx.x, in_x = points_of(x_clouds);
-    if (i < in_x) write_gradient(x, x_clouds, y, y_clouds, i, squared, asked);
-    else if (i - in_x < points_of(y_clouds)) write_gradient(y, y_clouds, x, x_clouds, i - in_x, squared, asked);
+    if (i < in_x) write_gradient(x, x_clouds, y, y_clouds, i, squared, upstream);
+    else if (i - in_x < points_of(y_clouds)) write_gradient(y, y_clouds, x, x_clouds, i - in_x, squared, upstream);
 }

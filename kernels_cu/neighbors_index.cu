@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // Builds the index of neighbors.cuh from a bucket order: rows, and the boxes of tiles, nodes and branches.
 //
-// A piece of the bucket order's curve of 32 points is long, or even apart. So the points of a node are split again, in halves across
-// the longest edge of their box, down to tiles. Counted on a sphere of 131,072 points: near queries must look at 1.8 tiles and not at
-// 3.1, those around the centre at 87 and not at 230. Where every cloud is one node, no bucket order is needed.
-
+// 32 consecutive points of the bucket order's curve form a long shape, sometimes in two parts. So the points of a node
+// are split again: in halves across the longest edge of their box, down to tiles. On a sphere of 131,072 points,
+// queries near the surface then look at 1.8 tiles instead of 3.1, those around the centre at 87 instead of 230. If
+// every cloud is one node, no bucket order is needed.
 //
-// A thread has four points that stand side by side in the node's order: of the 150 exchanges that split a node 65 are within a thread,
-// and all but seven of the others within a warp. Two nodes take 10.4 us and 1024 nodes 52; with a point a thread they took 19.3 and 132
-// (H200).
+// A thread has four consecutive points of the node's order. Of the 150 compare-exchange steps that split a node, 65
+// stay within a thread, and all but seven of the others within a warp. Two nodes take 10.4 us and 1024 nodes 52 us;
+// with one point a thread they took 19.3 and 132 us (H200).
 
-#define POINTS 1024              // of a node
-#define EACH 4                   // that a thread has
-#define THREADS (POINTS / EACH)  // mirrored by gpu3d/neighbors.py, as is the next
+#define POINTS 1024              // a node
+#define EACH 4                   // points a thread
+#define THREADS (POINTS / EACH)  // mirrored by gpu3d/neighbors.py, like the next
 #define BRANCH_THREADS 128
 
 #include "clouds.cuh"
@@ -20,12 +20,12 @@
 #include "sort.cuh"
 #include "voxels.cuh"
 
-#define OF_TILE (TILE / EACH)  // lanes
+#define OF_TILE (TILE / EACH)  // lanes a tile
 #define WARPS (THREADS / 32)
 
-static_assert(EACH == 4, "a sort has its first two merges in registers");
+static_assert(EACH == 4, "a sort does its first two merges in registers");
 
-// Floats as integers of the same order, for min and max in one instruction a warp.
+// Floats as integers of the same order, so that one instruction finds the minimum or maximum of a warp.
 __device__ __forceinline__ int ordered(float x) {
     const int i = __float_as_int(x);
     return i ^ (i >> 31 & 0x7fffffff);
@@ -34,7 +34,7 @@ __device__ __forceinline__ float unordered(int i) { return __int_as_float(i ^ (i
 __device__ __forceinline__ float least(float x) { return unordered(__reduce_min_sync(FULL, ordered(x))); }
 __device__ __forceinline__ float most(float x) { return unordered(__reduce_max_sync(FULL, ordered(x))); }
 
-// What N numbers of LANES lanes, or of the block, add up to; and the least and the most. On every thread.
+// Lanes and Block: sums of N numbers, minimum and maximum over LANES lanes, or over the block. Every thread gets them.
 template <int LANES>
 struct Lanes {
     template <int N>
@@ -85,12 +85,12 @@ struct Block {
     }
 };
 
-// The box around what holds nothing.
+// The box around no point.
 __device__ __forceinline__ Box no_box() {
     return Box{{INFINITE, INFINITE, INFINITE}, -1, {-INFINITE, -INFINITE, -INFINITE}, 0, {0, 0, 0}, 0};
 }
 
-// The box around the boxes of lanes that are STEP, 2 STEP, ... LANES / 2 apart. It has no slab.
+// The box around the boxes of the lanes that differ in the bits STEP, 2 STEP, ... LANES / 2. It has no slab.
 template <int STEP, int LANES>
 __device__ __forceinline__ Box joined(const Box &box) {
     Box all = no_box();
@@ -113,11 +113,12 @@ __device__ __forceinline__ Box joined(const Box &box) {
     return all;
 }
 
-// The slab of the points in a box into the box, on every thread that has some: the planes across the direction in which they vary
-// least.
+// Sets the slab of a box from its points, on every thread that has some of them: two planes across the direction in
+// which the points vary least.
 //
-// That is the eigenvector of their covariance's least eigenvalue, so the largest of its cofactors' matrix, to which the columns
-// of a power of that matrix converge. Any direction is right, and only a good one is useful.
+// This direction is the eigenvector of their covariance matrix with the smallest eigenvalue, and so that of the
+// cofactor matrix with the largest. The columns of a power of the cofactor matrix converge to it. Any direction gives a
+// correct slab; a good one gives a useful slab.
 template <class Threads>
 __device__ __forceinline__ void find_slab(Box &box, const Row (&points)[EACH], const Threads &threads) {
     float size = 0, reach = 0, scaled[EACH][3], sums[4] = {}, moments[6] = {};
@@ -126,7 +127,8 @@ __device__ __forceinline__ void find_slab(Box &box, const Row (&points)[EACH], c
         size = fmaxf(size, box.high[d] - box.low[d]);
         reach += fmaxf(fabsf(box.low[d]), fabsf(box.high[d]));
     }
-    const float scale = __fdividef(1, size);  // infinite for one point: then nothing is a number, and there is no slab
+    const float scale =
+        __fdividef(1, size);  // infinite for a single point: all that follows is NaN, and there is no slab
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
         const float x[3] = {points[k].x, points[k].y, points[k].z};
@@ -153,7 +155,7 @@ __device__ __forceinline__ void find_slab(Box &box, const Row (&points)[EACH], c
     float m[6] = {yy * zz - yz * yz, xz * yz - xy * zz, xy * yz - xz * yy,
                   xx * zz - xz * xz, xy * xz - xx * yz, xx * yy - xy * xy};
 #pragma unroll
-    for (int power = 0; power < 3; ++power) {  // xx xy xz yy yz zz of the cofactors, squared thrice
+    for (int power = 0; power < 3; ++power) {  // squares the cofactor matrix (xx xy xz yy yz zz)
         const float scale = __fdividef(1, m[0] + m[3] + m[5]);
 #pragma unroll
         for (int i = 0; i < 6; ++i) m[i] *= scale;
@@ -175,7 +177,7 @@ __device__ __forceinline__ void find_slab(Box &box, const Row (&points)[EACH], c
         normal[2] = m[5];
     }
     const float shorter = SHORTENED * rsqrtf(normal[0] * normal[0] + normal[1] * normal[1] + normal[2] * normal[2]);
-    // Not where all points are one or on a line, nor where along_normal may overflow.
+    // No slab if all points coincide or lie on a line, nor if along_normal may overflow.
     const bool usable = shorter > 0 && shorter < INFINITE && reach < 1e37f;
 #pragma unroll
     for (int d = 0; d < 3; ++d) box.normal[d] = usable ? normal[d] * shorter : 0;
@@ -185,7 +187,7 @@ __device__ __forceinline__ void find_slab(Box &box, const Row (&points)[EACH], c
         const Row &point = points[k];
         const float s = along_normal(box, point.x, point.y, point.z);
         const float slack = SLACK * (fabsf(point.x) + fabsf(point.y) + fabsf(point.z));
-        low = fminf(low, s - slack);  // NaN, of a point that is not finite, is passed over
+        low = fminf(low, s - slack);  // fminf and fmaxf ignore the NaN of non-finite points
         high = fmaxf(high, s + slack);
     }
     threads.bound(low, high);
@@ -193,8 +195,8 @@ __device__ __forceinline__ void find_slab(Box &box, const Row (&points)[EACH], c
     box.above = usable ? high : 0;
 }
 
-#define PLACES (1u << 22)  // along an edge
-static_assert(POINTS <= 1 << 10, "a place and a point are one word");
+#define PLACES (1u << 22)  // resolution along the split edge
+static_assert(POINTS <= 1 << 10, "a place and a point share a word");
 
 struct __align__(16) Splitter {
     float x[3][POINTS];
@@ -203,8 +205,8 @@ struct __align__(16) Splitter {
     float low[3][WARPS], high[3][WARPS];
 };
 
-// Compares a thread's keys with those of the thread `other` that differs from it in the bits of MASK, and keeps the smaller ones where
-// it is the lower of both. REVERSED: the first with its last.
+// Compares this thread's keys with those of the thread whose number differs in the bits of MASK. Keeps the smaller keys
+// if `lower`, else the larger. REVERSED: compares the first key with the other thread's last.
 template <int MASK, bool REVERSED>
 __device__ __forceinline__ void exchange(Splitter &splitter, u32 (&key)[EACH], int &buffer, bool lower) {
     u32 others[EACH];
@@ -232,7 +234,7 @@ __device__ __forceinline__ void exchange(Splitter &splitter, u32 (&key)[EACH], i
     for (int k = 0; k < EACH; ++k) key[k] = kept[k];
 }
 
-// Threads that are STEP apart, then STEP / 2, ... down to the thread's own keys: what rises and falls becomes ascending.
+// Bitonic merge: compares threads that are STEP apart, then STEP / 2, ..., then a thread's own keys.
 template <int STEP>
 __device__ __forceinline__ void merge(Splitter &splitter, u32 (&key)[EACH], int &buffer) {
     if constexpr (STEP > 0) {
@@ -246,7 +248,7 @@ __device__ __forceinline__ void merge(Splitter &splitter, u32 (&key)[EACH], int 
     }
 }
 
-// Sorts SIZE keys, but for the last merge: then the lower half has the smaller keys, in some order.
+// Sorts SIZE keys without the final merge, after which the lower half holds the smaller keys in some order.
 template <int SIZE, int SORTED = 2 * EACH>
 __device__ __forceinline__ void halve(Splitter &splitter, u32 (&key)[EACH], int &buffer) {
     if constexpr (SORTED == 2 * EACH) {
@@ -265,12 +267,12 @@ __device__ __forceinline__ void halve(Splitter &splitter, u32 (&key)[EACH], int 
     }
 }
 
-// The low bits of the keys of SIZE / EACH threads are points. Exchanges them so that of the first and the second half one lies before
-// the other along the longest edge of the box around both; then the same with the halves. Points that are not finite come last, and
-// places without a point behind them.
+// The low bits of the keys of SIZE / EACH threads are numbers of points. Splits these points across the longest edge of
+// their box: the first half of the threads gets those before the cut, the second half those behind. Then splits each
+// half, down to tiles. Non-finite points come last, followed by places that hold no point.
 template <int SIZE>
 __device__ __forceinline__ void split(Splitter &splitter, u32 (&key)[EACH], int buffer) {
-    constexpr int LANES = SIZE / EACH < 32 ? SIZE / EACH : 32, OF_SIZE = SIZE / EACH / LANES;  // warps
+    constexpr int LANES = SIZE / EACH < 32 ? SIZE / EACH : 32, OF_SIZE = SIZE / EACH / LANES;  // in warps
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     float x[EACH][3], low[3] = {INFINITE, INFINITE, INFINITE}, high[3] = {-INFINITE, -INFINITE, -INFINITE};
 #pragma unroll
@@ -279,7 +281,7 @@ __device__ __forceinline__ void split(Splitter &splitter, u32 (&key)[EACH], int 
 #pragma unroll
         for (int d = 0; d < 3; ++d) {
             x[k][d] = splitter.x[d][key[k]];
-            low[d] = fminf(low[d], x[k][d]);  // which pass over NaN
+            low[d] = fminf(low[d], x[k][d]);  // fminf and fmaxf ignore NaN
             high[d] = fmaxf(high[d], x[k][d]);
         }
     }
@@ -308,7 +310,7 @@ __device__ __forceinline__ void split(Splitter &splitter, u32 (&key)[EACH], int 
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
         const float at = ((z_longest ? x[k][2] : y_longest ? x[k][1] : x[k][0]) - from) * scale;
-        u32 place = min((u32)at, PLACES - 3);  // NaN, where all are one point, is 0
+        u32 place = min((u32)at, PLACES - 3);  // 0 for NaN, if all points coincide
         if (x[k][0] != x[k][0]) place = splitter.index[key[k]] >= 0 ? PLACES - 2 : PLACES - 1;
         key[k] |= place << 10;
     }
@@ -316,7 +318,7 @@ __device__ __forceinline__ void split(Splitter &splitter, u32 (&key)[EACH], int 
     if constexpr (SIZE > 2 * TILE) split<SIZE / 2>(splitter, key, buffer);
 }
 
-// Two arrays, one behind the other.
+// Concatenates two arrays.
 extern "C" __global__ __launch_bounds__(THREADS) void index_join(
     const point_t *__restrict__ first,  // [count]
     long long count,
@@ -328,16 +330,16 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_join(
     if (i < all) joined[i] = i < count ? first[i] : second[i - count];
 }
 
-// A block a node. float64 coordinates are taken relative to `origins`, in float64, and then rounded.
+// One block a node. `origins` are subtracted from float64 coordinates in float64; the results are rounded to float32.
 extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
     const point_t *__restrict__ points,     // [points, 3]
-    const point_t *__restrict__ others,     // those of a second batch, if there is one
-    const int *__restrict__ slot_to_point,  // [slots] in bucket order, -1 in padding; null: as they come
+    const point_t *__restrict__ others,     // [points, 3] of a second batch, if there is one
+    const int *__restrict__ slot_to_point,  // [slots] bucket order, -1 in padding; null: points in their own order
     const __grid_constant__ Clouds clouds,  // of these points
-    int second,                             // cloud where a second batch begins, whose indices count from 0 again
-    const double *__restrict__ origins,     // [clouds of a batch, 3] of the cloud that is searched; null: 0
+    int second,                             // the second batch's first cloud; its indices start at 0 again
+    const double *__restrict__ origins,     // [clouds of a batch, 3] of the searched clouds; null: 0
     Row *__restrict__ rows,                 // [slots]
-    Box *__restrict__ tiles,                // [slots / TILE], or null: rows alone, in the bucket order if there is one
+    Box *__restrict__ tiles,                // [slots / TILE]; null: write rows only, in bucket order if it is given
     Box *__restrict__ nodes                 // [nodes]
 ) {
     __shared__ Splitter splitter;
@@ -351,15 +353,15 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
     for (int k = 0; k < EACH; ++k) {
         const int at = k * THREADS + threadIdx.x, slot = first + at, place = cloud.point + slot - cloud.slot;
         Row row = {NAN_FLOAT, NAN_FLOAT, NAN_FLOAT, -1};
-        if (slot < next.slot) {  // by whole tiles
+        if (slot < next.slot) {  // the same for a whole tile
             const int i = slot_to_point ? slot_to_point[slot] : place < next.point ? place : -1;
             if (i >= 0) {
                 row.index = i - base;
                 float x[3];
 #pragma unroll
                 for (int d = 0; d < 3; ++d) x[d] = coordinate(in_first ? points : others, row.index, d, origin);
-                // Infinities become NaN: else one would be found, infinitely far, where nothing nearer is, or within an infinite
-                // radius.
+                // Infinities become NaN. Otherwise such a point could be found at infinite distance, or within an
+                // infinite radius.
                 if (is_finite(x[0]) && is_finite(x[1]) && is_finite(x[2])) row = Row{x[0], x[1], x[2], row.index};
             }
             if (in_order) rows[slot] = row;
@@ -387,7 +389,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
         if (slot < next.slot) rows[slot + k] = row[k];
 #pragma unroll
         for (int d = 0; d < 3; ++d) {
-            box.low[d] = fminf(box.low[d], x[d]);  // which pass over NaN
+            box.low[d] = fminf(box.low[d], x[d]);  // fminf and fmaxf ignore NaN
             box.high[d] = fmaxf(box.high[d], x[d]);
         }
         if (is_finite(row[k])) box.first = (int)min((u32)box.first, (u32)row[k].index);
@@ -406,7 +408,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
     if (thread == 0) nodes[blockIdx.x] = box;
 }
 
-// A warp a branch: the box around up to 32 nodes.
+// One warp a branch: the box around up to 32 nodes.
 extern "C" __global__ __launch_bounds__(BRANCH_THREADS) void index_branches(
     const Box *__restrict__ nodes,
     const __grid_constant__ Clouds clouds,

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// The k nearest neighbours of each query, exactly, by (d2, index); see neighbors.cuh.
+// The k nearest neighbours of each query, exactly, ordered by (d2, index); see neighbors.cuh.
 //
-// A warp takes neighbouring queries one after another. Each begins in the tile where the one before found its nearest, so that what
-// is far is passed over from the start. How many a warp takes changes no result: k = 16 of a sweep of 122,880 points took 0.56 ms
-// with one, 0.36 with eight (H100).
+// A warp takes neighbouring queries one after another. Each query starts in the tile that held the nearest neighbour of
+// the one before, so distant boxes are skipped from the start. How many queries a warp takes changes no result: k = 16
+// of a sweep of 122,880 points took 0.56 ms with one and 0.36 ms with eight (H100).
 //
-// The best keys so far lie ascending across the lanes. A tile of which few points are closer is taken a point at a time, one of
-// which many are is sorted and merged.
+// The best keys so far lie in ascending order across the lanes. If few points of a tile are closer than the worst of
+// them, they are inserted one at a time; if many are, the tile is sorted and merged.
 
 #ifndef LISTS
-#define LISTS 1  // neighbours a lane keeps: k <= 32 * LISTS; 0 for k = 1
+#define LISTS 1  // neighbours that a lane keeps: k <= 32 * LISTS; 0 if k is 1
 #endif
 #define THREADS 128
-#define BLOCKS 8  // a multiprocessor at least: without it, ptxas spills for the sake of more
-#define MANY 12   // closer points from which sorting costs less
+#define BLOCKS 8  // blocks a multiprocessor; without it, ptxas spills registers to fit more
+#define MANY 12   // number of closer points from which sorting is cheaper
 
 #include "clouds.cuh"
 #include "neighbors.cuh"
@@ -21,9 +21,9 @@
 
 struct Best {
 #if LISTS
-    u64 key[LISTS];  // number i in list i / 32 of lane i % 32
+    u64 key[LISTS];  // neighbour i is in list i / 32 of lane i % 32
 #endif
-    u64 worst;  // of the k that are asked for: where k = 1, all there is
+    u64 worst;  // the k-th best key; for k = 1 the only one
 };
 
 #if LISTS
@@ -34,7 +34,7 @@ __device__ __forceinline__ void set_worst(Best &best, int k) {
     best.worst = __shfl_sync(FULL, k > 32 ? best.key[LISTS - 1] : best.key[0], (k - 1) % 32);
 }
 
-// Takes in one key, the same on every lane.
+// Inserts one key, which is the same on every lane.
 __device__ __forceinline__ void insert(Best &best, u64 key, int k) {
     const int lane = threadIdx.x & 31;
     int place = 0;
@@ -51,7 +51,7 @@ __device__ __forceinline__ void insert(Best &best, u64 key, int k) {
     set_worst(best, k);
 }
 
-// Takes in a key a lane: against the last list, what stays is merged downwards.
+// Inserts 32 keys, one a lane: merges them with the last list, and the smaller half with the list before, and so on.
 __device__ __forceinline__ void merge(Best &best, u64 key, int k) {
     u64 keys[1] = {key};
     sort_warp(keys);
@@ -69,7 +69,7 @@ __device__ __forceinline__ void merge(Best &best, u64 key, int k) {
 
 #endif
 
-// Takes in a key a lane; says whether the nearest is another now.
+// Inserts 32 keys, one a lane, as far as they are closer. Returns whether the nearest neighbour changed.
 __device__ __forceinline__ bool take(Best &best, u64 key, int k) {
     u32 closer = __ballot_sync(FULL, key < best.worst);
     if (!closer) return false;
@@ -96,7 +96,7 @@ __device__ __forceinline__ void write(u64 key, size_t at, int squared, float *di
     distances[at] = found < 0 ? NAN_FLOAT : squared ? distance2_of(key) : __fsqrt_rn(distance2_of(key));
 }
 
-// Block `block` of a search: of knn's arguments.
+// Block `block` of a search with knn's arguments.
 __device__ __forceinline__ void search(
     int block,
     const Row *__restrict__ queries,
@@ -113,7 +113,7 @@ __device__ __forceinline__ void search(
     const int first = uniform((block * (THREADS / 32) + (threadIdx.x >> 5)) * group), lane = threadIdx.x & 31;
     if (first >= query_slots) return;
     const int b = uniform(cloud_of<&Cloud::slot>(query_clouds, first));
-    int near = -1;  // the tile where the query before found its nearest
+    int near = -1;  // the tile of the previous query's nearest neighbour
     for (int number = 0; number < group; ++number) {
         const Row query = queries[first + number];
         if (__any_sync(FULL, query.index < 0)) continue;  // padding
@@ -129,7 +129,7 @@ __device__ __forceinline__ void search(
             const auto look = [&](int tile) {
                 const Row point = index.rows[(size_t)tile * TILE + lane];
                 if (take(best, key_of(distance2(query, point), point.index), k))
-                    near = tile;  // NaN is nobody's neighbour
+                    near = tile;  // a NaN key is never taken
             };
             if (begin >= 0) look(begin);
             walk_tiles(query, index, clouds, b, NearestFirst<decltype(bound)>{bound, {}}, [&](int tile) {
@@ -157,7 +157,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn(
     const __grid_constant__ Clouds clouds,
     int k,
     int squared,                    // 1: write d2
-    float *__restrict__ distances,  // [queries, k]; NaN where there is no neighbour
+    float *__restrict__ distances,  // [queries, k]; NaN for a missing neighbour
     int *__restrict__ indices       // [queries, k]
 ) {
     search(blockIdx.x, queries, query_clouds, query_slots, group, index, clouds, k, squared, distances, indices);
@@ -165,7 +165,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn(
 
 #if LISTS == 0
 
-// The nearest of x's points in y, and of y's in x: the second search's blocks stand behind those of the first.
+// Nearest neighbours of x's points in y, and of y's points in x. The blocks of the second search follow those of the
+// first.
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn_both(
     const Row *__restrict__ x_queries,
     const __grid_constant__ Clouds x_clouds,
@@ -181,7 +182,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn_both(
     const __grid_constant__ Index y_index,
     float *__restrict__ y_d2,
     int *__restrict__ y_nearest,
-    u32 *__restrict__ known  // [] is set to 0, for chamfer_losses
+    u32 *__restrict__ known  // [] set to 0 for chamfer_losses
 ) {
     const int x_block = THREADS / 32 * x_group, x_blocks = (x_slots + x_block - 1) / x_block, block = blockIdx.x;
     if (block == 0 && threadIdx.x == 0) *known = 0;

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// All points within a radius of each query, exactly, by (query, index): counted, then written, then sorted.
+// All points within a radius of each query, exactly, ordered by (query, index): counts them, writes them, sorts them.
 
 #define THREADS 128  // mirrored by gpu3d/neighbors.py
-#define ROW 512      // neighbours of a query that a warp sorts
+#define ROW 512      // most neighbours that a warp sorts
 
 #include "clouds.cuh"
 #include "neighbors.cuh"
 #include "sort_rows.cuh"
 
-// Calls found(hits, hit, key) for the points of each tile within the radius: a bit and a truth a lane, keys by index.
+// Calls found(hits, hit, key) for each tile that may hold points within the radius: `hit` tells whether the lane's
+// point is one, `hits` has a bit for each lane, and keys order by index.
 template <class Found>
 __device__ __forceinline__ void walk_ball(
     const Row &query, const Index &index, const Clouds &clouds, int b, float radius2, Found found
@@ -16,12 +17,12 @@ __device__ __forceinline__ void walk_ball(
     walk_tiles(query, index, clouds, b, Within{radius2}, [&](int tile) {
         const Row point = index.rows[(size_t)tile * TILE + (threadIdx.x & 31)];
         const float d2 = distance2(query, point);
-        const bool hit = d2 <= radius2;  // not where there is no point, or it is not finite
+        const bool hit = d2 <= radius2;  // false for padding and non-finite points: their d2 is NaN
         found(__ballot_sync(FULL, hit), hit, (u64)(u32)point.index << 32 | __float_as_uint(d2));
     });
 }
 
-// A warp a query.
+// One warp a query.
 extern "C" __global__ __launch_bounds__(THREADS) void radius_count(
     const Row *__restrict__ queries,  // [query slots] in bucket order, relative to the target cloud's origin
     const __grid_constant__ Clouds query_clouds,
@@ -44,7 +45,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void radius_count(
     if ((threadIdx.x & 31) == 0) counts[query.index] = count;
 }
 
-// A warp a query. Writes nothing where the entries of all queries are more than there is room for.
+// One warp a query. Writes nothing if the entries of all queries exceed the capacity.
 extern "C" __global__ __launch_bounds__(THREADS) void radius_fill(
     const Row *__restrict__ queries,
     const __grid_constant__ Clouds query_clouds,
@@ -54,11 +55,11 @@ extern "C" __global__ __launch_bounds__(THREADS) void radius_fill(
     float radius2,
     const long long *__restrict__ offsets,  // [all queries + 1]
     int all,                                // queries
-    long long room,                         // entries
-    u64 *__restrict__ entries               // [room] index << 32 | d2, in the order of the walk
+    long long capacity,                     // in entries
+    u64 *__restrict__ entries               // [capacity] index << 32 | d2, in the order of the traversal
 ) {
     const int slot = uniform(blockIdx.x * WARPS + (threadIdx.x >> 5)), lane = threadIdx.x & 31;
-    if (slot >= query_slots || offsets[all] > room) return;
+    if (slot >= query_slots || offsets[all] > capacity) return;
     const Row query = queries[slot];
     if (__any_sync(FULL, query.index < 0 || !is_finite(query))) return;
     u64 *to = entries + offsets[query.index];
@@ -69,19 +70,19 @@ extern "C" __global__ __launch_bounds__(THREADS) void radius_fill(
     });
 }
 
-// A warp a query, and a block for those that have many neighbours.
+// One warp a query, and one block for a query that has many neighbours.
 extern "C" __global__ __launch_bounds__(THREADS) void radius_sort(
     const long long *__restrict__ offsets,  // [all + 1]
     int all,                                // queries
-    long long room,
-    u64 *__restrict__ entries,     // [room]
-    u64 *__restrict__ spare,       // [room]
-    int *__restrict__ indices,     // [room] -1 behind the last entry, and everywhere if there is no room for all
-    float *__restrict__ distances  // [room] and there NaN
+    long long capacity,
+    u64 *__restrict__ entries,     // [capacity]
+    u64 *__restrict__ spare,       // [capacity]
+    int *__restrict__ indices,     // [capacity] -1 behind the last entry; -1 everywhere if the capacity is exceeded
+    float *__restrict__ distances  // [capacity] NaN where indices are -1
 ) {
     __shared__ u64 shared[WARPS * STAGED];
-    const long long total = offsets[all], end = total <= room ? total : 0;
-    for (long long i = end + blockIdx.x * THREADS + threadIdx.x; i < room; i += (long long)gridDim.x * THREADS) {
+    const long long total = offsets[all], end = total <= capacity ? total : 0;
+    for (long long i = end + blockIdx.x * THREADS + threadIdx.x; i < capacity; i += (long long)gridDim.x * THREADS) {
         indices[i] = -1;
         distances[i] = NAN_FLOAT;
     }
@@ -98,7 +99,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void radius_sort(
         const int count = uniform((int)(offsets[begin + warp + 1] - first));
         if (count <= ROW) sort_short(entries + first, count, shared + warp * STAGED, writer(first));
     }
-    __syncthreads();  // the warps have read what they staged
+    __syncthreads();  // the warps are done with `shared`
     for (int query = begin; query < min(begin + WARPS, all); ++query) {
         const long long first = offsets[query];
         const int count = (int)(offsets[query + 1] - first);

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // In-bucket pooling, first half: which points become a child (Flash3D, sections 4.2 and 9.4).
 //
-// A block takes a tile: TILE consecutive slots, counted from the cloud's first. It orders their points by Morton code, ties by
-// slot, and cuts the order into groups: each is a child, and only a cloud's last may be short. It writes what the layout of
-// the children needs and the means of their points; pooling_rows.cu then moves features along `members`.
+// A block takes a tile: TILE consecutive slots, counted from the cloud's first. It orders their points by Morton code,
+// ties by slot, and cuts the order into groups: each is a child, and only a cloud's last may be short. It writes what
+// the layout of the children needs and the means of their points; pooling_rows.cu then moves features along `members`.
 //
-// The order, on chip: each warp sorts 32 by a bitonic network in registers, then runs are merged pairwise, each thread finding
-// its item's place in the other run by bisection. Items hold their slot, so no two are equal and ties need no care.
+// The order, on chip: each warp sorts 32 by a bitonic network in registers, then runs are merged pairwise, each thread
+// finding its item's place in the other run by bisection. Items hold their slot, so no two are equal and ties need no
+// care.
 
 #define TILE 1024    // slots; mirrored by gpu3d/pooling.py, as is the next
 #define VOXELS 1024  // an axis of a tile

@@ -5,9 +5,10 @@
 //   unpool_rows                  members = child + skip                          (bucket_unpool)
 //   unpool_sums                  child = sum of its members, skip = member       (bucket_unpool_backward)
 //
-// All are bound by memory: each row is read once and written once, a word a thread, neighbouring threads along a row. Sums are
-// float32, from the first member on, and rounded once; so the CPU gets the same bits. What no child owns, the parent's padding,
-// is counted by Cloud::group: row j of a batch's padding lies in the cloud whose range of groups holds j.
+// All are bound by memory: each row is read once and written once, a word a thread, neighbouring threads along a row.
+// Sums are float32, from the first member on, and rounded once; so the CPU gets the same bits. What no child owns, the
+// parent's padding, is counted by Cloud::group: row j of a batch's padding lies in the cloud whose range of groups
+// holds j.
 
 #ifndef ELEMENT
 #define ELEMENT 3  // 0 float32, 2 float16, 3 bfloat16
@@ -78,7 +79,8 @@ struct __align__(RATIO < 4 ? 8 : 16) Members {
     }
 };
 
-// 1 << lane_bits neighbouring threads share a row; a thread takes ROWS rows, and every (1 << lane_bits)-th word of each.
+// 1 << lane_bits neighbouring threads share a row; a thread takes ROWS rows, and every (1 << lane_bits)-th word of
+// each.
 struct Part {
     long long row, step;
     int column, columns;

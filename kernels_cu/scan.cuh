@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums and prefix sums over a block of 32 * BLOCK_WARPS threads, one number a thread. All its threads must call these functions.
+// Sums and prefix sums over a block of 32 * BLOCK_WARPS threads, one number a thread. All its threads must call these
+// functions.
 
 #ifndef GPU3D_SCAN_CUH
 #define GPU3D_SCAN_CUH

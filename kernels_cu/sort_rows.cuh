@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sorts many short rows of keys: a row of up to ROW by a warp in registers, a longer one by the whole block.
+// Sorts many short rows of keys: a warp sorts a row of up to ROW keys in registers, a block sorts a longer one.
 // The file that includes this defines THREADS, and ROW as 256 or 512.
 
 #ifndef GPU3D_SORT_ROWS_CUH
@@ -14,8 +14,8 @@
 #define ROW 512
 #endif
 #define WARPS (THREADS / 32)
-#define STAGED (ROW + 32)               // keys that a warp stages
-#define BLOCK_ROW (WARPS * STAGED / 2)  // keys that a block sorts in shared memory, which is that of its warps
+#define STAGED (ROW + 32)               // shared memory of a warp, in keys
+#define BLOCK_ROW (WARPS * STAGED / 2)  // keys that a block sorts in the shared memory of its warps
 
 template <int N, class Key, class Write>
 __device__ __forceinline__ void sort_by_warp(const Key *row, int count, Key *staged, Write write) {
@@ -31,7 +31,8 @@ __device__ __forceinline__ void sort_by_warp(const Key *row, int count, Key *sta
     __syncwarp();  // then `staged` may hold other keys
 }
 
-// Calls write(e, key) for the row's keys in ascending order, by a warp; count <= ROW, and `staged` is STAGED keys of its own.
+// Calls write(e, key) for the row's keys in ascending order, by a warp; count <= ROW, and `staged` is STAGED keys of
+// its own.
 template <class Key, class Write>
 __device__ __forceinline__ void sort_short(const Key *row, int count, Key *staged, Write write) {
     if (count <= 32) sort_by_warp<1>(row, count, staged, write);
@@ -41,8 +42,8 @@ __device__ __forceinline__ void sort_short(const Key *row, int count, Key *stage
     else sort_by_warp<ROW / 32>(row, count, staged, write);
 }
 
-// Calls write(e, key) for the row's keys in ascending order, by the whole block. `spare` is as long as the row, which is
-// overwritten; `shared` is 2 * BLOCK_ROW keys.
+// Calls write(e, key) for the row's keys in ascending order, by the whole block. `spare` is as long as the row, which
+// is overwritten; `shared` is 2 * BLOCK_ROW keys.
 template <class Key, class Write>
 __device__ void sort_long(Key *row, Key *spare, Key *shared, int count, Write write) {
     Key *keys = row, *other = spare;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Voxels of a grid over a block's points: coordinates, bounds, the grid's frame, Morton codes.
+// Points in a voxel grid: coordinates, bounds, the grid's frame, voxels and Morton codes.
 //
 //   voxel    v_d = clamp(floor((x_d - min_d) / cell_d), 0, VOXELS - 1), every operation rounded once
 //   Morton   bit 3b + d is bit b of axis d
@@ -22,7 +22,7 @@ typedef Float<POINT>::Wide coord_t;
 __device__ __forceinline__ coord_t widen(point_t x) { return Float<POINT>::widen(x); }
 __device__ __forceinline__ point_t narrow(coord_t x) { return Float<POINT>::narrow(x); }
 
-// Coordinate d of point i in float32. Of float64 ones the origin, if there is one, is subtracted in float64.
+// Coordinate d of point i in float32. From float64 coordinates the origin, unless null, is subtracted in float64.
 __device__ __forceinline__ float coordinate(const point_t *points, int i, int d, const double *origin) {
     coord_t x = widen(points[3 * (size_t)i + d]);
 #if POINT == FLOAT64
@@ -36,8 +36,8 @@ __device__ __forceinline__ float coordinate(const point_t *points, int i, int d,
 // Where a cloud's voxel grid lies: the origin and the cell of each axis.
 struct Frame {
     coord_t origin[3];
-    float cell[3];     // 0: the axis has no extent, every finite coordinate is in voxel 0
-    float inverse[3];  // 1 / cell, rounded; 0 where cell is 0; -1 where a quotient by it must be divided for
+    float cell[3];     // 0 if the axis has no extent: then every finite coordinate is in voxel 0
+    float inverse[3];  // 1 / cell, rounded; 0 if cell is 0; -1 if quotients by it need a true division
 };
 
 __device__ __forceinline__ float difference(coord_t a, coord_t b) {
@@ -48,7 +48,8 @@ __device__ __forceinline__ float difference(coord_t a, coord_t b) {
 #endif
 }
 
-// voxel_size > 0: that cell; 0: one cell for all axes, largest extent / VOXELS; -1: a cell an axis, extent / VOXELS.
+// voxel_size > 0: that cell. 0: one cell for all axes, largest extent / VOXELS. -1: a cell for each axis, extent /
+// VOXELS.
 __device__ Frame frame_from_bounds(const coord_t low[3], const coord_t high[3], float voxel_size) {
     Frame frame;
     float extent[3];
@@ -68,9 +69,10 @@ __device__ Frame frame_from_bounds(const coord_t low[3], const coord_t high[3], 
     return frame;
 }
 
-// The correctly rounded quotient without a division: two corrections of t * (1 / cell). The first leaves less than one
-// unit in the last place, and the second then rounds as a division does (Markstein 1990). Where the cell is neither tiny nor
-// huge, the remainders are exact for every quotient whose floor can be seen; a non-finite t gives NaN.
+// The correctly rounded quotient t / cell without a division: two corrections of t * (1 / cell). The first leaves an
+// error of less than one unit in the last place, and the second then rounds as a division does (Markstein 1990). If the
+// cell is neither tiny nor huge, the remainders are exact for every quotient whose floor matters. A non-finite t gives
+// NaN.
 __device__ __forceinline__ float quotient(float t, float cell, float inverse) {
     float q = __fmul_rn(t, inverse);
     q = __fmaf_rn(__fmaf_rn(-q, cell, t), inverse, q);
@@ -78,11 +80,11 @@ __device__ __forceinline__ float quotient(float t, float cell, float inverse) {
 }
 
 __device__ __forceinline__ int voxel(coord_t x, const Frame &frame, int d) {
-    const float t = difference(x, frame.origin[d]);  // not negative where x is finite
+    const float t = difference(x, frame.origin[d]);  // not negative if x is finite
     const float q = frame.inverse[d] >= 0 ? quotient(t, frame.cell[d], frame.inverse[d])
                     : is_finite(x)        ? __fdiv_rn(t, frame.cell[d])
                                           : INFINITE;
-    return (int)fminf(q, VOXELS - 1.0f);  // fminf(NaN, y) is y: NaN goes to the last too
+    return (int)fminf(q, VOXELS - 1.0f);  // fminf(NaN, y) is y: NaN goes to the last voxel too
 }
 
 __device__ __forceinline__ u32 spread_byte_by_3(u32 v) {  // bit b -> bit 3b, 8 bits
@@ -97,7 +99,7 @@ __device__ __forceinline__ u32 morton_of_bytes(u32 x, u32 y, u32 z) {
     return spread_byte_by_3(z & 255) << 2 | spread_byte_by_3(y & 255) << 1 | spread_byte_by_3(x & 255);
 }
 
-// Joins the bounds of every thread of the block; all threads return the joined bounds. Up to 32 warps.
+// Joins the bounds of all threads of a block of up to 32 warps. Every thread gets the joined bounds.
 __device__ void join_bounds(coord_t low[3], coord_t high[3]) {
     __shared__ coord_t joined[32][6];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;

@@ -8,8 +8,8 @@
 
 #define FULL 0xffffffffu  // the mask of all lanes
 
-// Returns x and asserts that it is the same on all lanes, so that the compiler emits no convergence checks before votes and
-// shuffles behind a branch on it. A __syncwarp() behind a branch in a loop has the same effect.
+// Returns x and asserts that it is the same on all lanes, so that the compiler emits no convergence checks before votes
+// and shuffles behind a branch on it. A __syncwarp() behind a branch in a loop has the same effect.
 __device__ __forceinline__ int uniform(int x) { return __reduce_max_sync(FULL, x); }
 
 // The sum over each group of LANES neighbouring lanes, on every lane.
