@@ -4,7 +4,7 @@
 //
 // Rows are slots of pred, columns slots of target, both in the order of the index: neighbours in space are neighbours
 // in memory.
-//   merge     collects each row's entries of P1 and P2, sorts them by column and joins them: P = (P1 + P2) / 2, or their
+//   merge     collects each row's entries of P1 and P2, sorts them by column and joins them: P = (P1 + P2) / 2, or the
 //             minimum. A row keeps the memory of both, so there are gaps between rows.
 //   columns   lists each column's entries, sorted by row
 //   Sinkhorn  iterations times: rows /= (row sum + EPSILON), then columns /= (column sum + EPSILON)

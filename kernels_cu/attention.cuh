@@ -883,9 +883,8 @@ __device__ __forceinline__ void stream_rows(
             if (second) wait(released, parity);
             if (last) wait(arrived, parity);
             begin_products();
-            first_product(
-                last ? stages + next_stage * 2 * TENSOR : rows + (chunk + CHUNK) * ROW
-            );  // not used after the last tile
+            // After the last tile this product is not used.
+            first_product(last ? stages + next_stage * 2 * TENSOR : rows + (chunk + CHUNK) * ROW);
             if (LAZY) commit_products();
             second_product(rows + chunk * ROW, now);
             commit_products();

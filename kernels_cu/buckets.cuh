@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the bucket kernels share: hash keys, bounds and frames.
 //
-// Definitions (Flash3D, section 4.1; hash and voxels as gpu3d.bucketize documents them):
+// Definitions (Flash3D, section 4.1; gpu3d.bucketize documents hash functions and voxels):
 //   m        the top 16 of the 48 bits of a Morton code
 //   xor      x = vx ^ vy ^ vz
-//   key      48 bits whose order is (hash bucket, full-resolution code); equal keys stay in point order
+//   key      48 bits in the order of (hash bucket, full-resolution code); points with equal keys stay in point order
 //
-// Why 48 bits suffice for xor_*: inside one x the Morton digits (z, y, x) of a level are ordered by (z, y) alone,
-// since the third bit follows from x. So (x, Morton) sorts as (x, interleave(vz, vy)): 16 + 32 bits.
+// Why 48 bits suffice for xor_*: for a given x, the third bit of each level of the Morton code (z, y, x) follows from
+// the other two, so (z, y) alone gives the order. So (x, Morton) sorts like (x, interleave(vz, vy)), which has 16 + 32
+// bits.
 
 #ifndef GPU3D_BUCKETS_CUH
 #define GPU3D_BUCKETS_CUH
@@ -31,7 +32,7 @@ __device__ __forceinline__ u32 spread_by_2(u32 v) {  // bit b -> bit 2b, 16 bits
     return v;
 }
 
-// h -> a permutation of 0..65535 that is ordered by (h mod buckets, h div buckets).
+// The rank of h among 0..65535, when ordered by (h mod buckets, h div buckets).
 __device__ __forceinline__ u32 order_by_mod(u32 h, u32 buckets) {
     const u32 remainder = h % buckets;
     return remainder * (65536u / buckets) + min(remainder, 65536u % buckets) + h / buckets;
@@ -49,7 +50,7 @@ __device__ __forceinline__ u64 key_of_voxel(int vx, int vy, int vz, u32 buckets)
 #endif
 }
 
-// The bucket that the hash alone names.
+// The bucket that the hash alone gives.
 __device__ __forceinline__ u32 bucket_of_voxel(int vx, int vy, int vz, u32 buckets) {
     const u32 h = KEY <= 1 ? (u32)(vx ^ vy ^ vz) : morton_of_bytes(vx >> 8, vy >> 8, vz >> 8) >> 8;
     return KEY == 0 || KEY == 2 ? h % buckets : h / ((65536u + buckets - 1) / buckets);
@@ -65,7 +66,7 @@ __device__ __forceinline__ u64 key_of_point(const point_t *points, int i, const 
 
 // ---- block-wide bounds and frame -----------------------------------------------------------------------------------
 
-// The frame of a cloud from its rows of partial bounds, by a whole block; every thread returns it.
+// The frame of a cloud from its rows of partial bounds. The whole block calls it, and every thread gets the frame.
 __device__ Frame frame_from_rows(const coord_t *bounds, int first, int last, float voxel_size) {
     coord_t low[3] = {(coord_t)INFINITE, (coord_t)INFINITE, (coord_t)INFINITE};
     coord_t high[3] = {(coord_t)-INFINITE, (coord_t)-INFINITE, (coord_t)-INFINITE};
@@ -78,7 +79,8 @@ __device__ Frame frame_from_rows(const coord_t *bounds, int first, int last, flo
     return frame_from_bounds(low, high, voxel_size);
 }
 
-// Partial bounds of points [first, last) by a whole block, non-finite coordinates ignored: one row of bounds.
+// Writes a row of partial bounds, those of points [first, last) without non-finite coordinates. The whole block calls
+// it.
 __device__ void write_bounds(const point_t *points, int first, int last, coord_t *row) {
     coord_t low[3] = {(coord_t)INFINITE, (coord_t)INFINITE, (coord_t)INFINITE};
     coord_t high[3] = {(coord_t)-INFINITE, (coord_t)-INFINITE, (coord_t)-INFINITE};
@@ -106,13 +108,13 @@ __device__ void write_bounds(const point_t *points, int first, int last, coord_t
         for (int k = 0; k < 3; ++k) into.loaded[k] = vector[3 * (size_t)i + k];
     };
     if (threadIdx.x < vectors) load(part, threadIdx.x);
-    for (int i = threadIdx.x; i < vectors; i += blockDim.x) {  // the next part is on its way
+    for (int i = threadIdx.x; i < vectors; i += blockDim.x) {  // the next part is loaded meanwhile
         if (i + (int)blockDim.x < vectors) load(next, i + blockDim.x);
 #pragma unroll
         for (int k = 0; k < 3 * VECTOR; ++k) join(part.coordinate[k], k % 3);
         part = next;
     }
-    for (int i = threadIdx.x; i < head + n - tail; i += blockDim.x)  // the few points around the vectors
+    for (int i = threadIdx.x; i < head + n - tail; i += blockDim.x)  // the few points before and after the vectors
 #pragma unroll
         for (int d = 0; d < 3; ++d) join(start[3 * (size_t)(i < head ? i : tail + i - head) + d], d);
     join_bounds(low, high);

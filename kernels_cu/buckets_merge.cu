@@ -1,34 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0
 // Buckets of clouds of up to 128 tiles (524,288 points): one stable sort by hash key in four launches.
 //
-// bucketize(balance="spill") is a stable sort of each cloud by a 48-bit key, cut every bucket_size points. At these
-// sizes launches and latency cost more than bytes, so the sort is a sample sort by regular sampling (Shi and Schaeffer
-// 1992), whose partitions have a proven bound: no fallback, and no data, duplicates included, can unbalance it. Where
-// no cloud is larger than a tile, one launch does it all: merge_clouds, a block a cloud.
+// bucketize(balance="spill") sorts each cloud stably by a 48-bit key and cuts it every bucket_size points. At these
+// sizes launches and latency cost more than memory traffic, so this is a sample sort with regular sampling (Shi and
+// Schaeffer 1992). Its partitions have a proven bound, so it needs no fallback: no data, not even duplicates, can
+// unbalance it. If no cloud is larger than a tile, a single launch does everything: merge_clouds, one block a cloud.
 //   1 bounds      a block a tile: partial bounds of its points
 //   2 tiles       a block a tile: voxels, keys, sort in shared memory; one of every 32 keys is a sample
-//   3 splitters   a block a tile: ranks its samples among all of the cloud's; each SPAN-th is a splitter
+//   3 splitters   a block a tile: ranks its samples among all samples of the cloud; every SPAN-th is a splitter
 //   4 partitions  a block a partition: finds its run in every tile, sorts the runs together, writes both permutations
 //
-// Bound: a tile whose samples are its elements 32 g + phase, and of which a samples lie before a splitter, has more
-// than 32 (a - 1) + phase and at most 32 a + phase elements before it. So two splitters SPAN samples apart enclose at
-// most 32 SPAN + 31 tiles <= CAPACITY points. Each tile has a phase of its own: with one phase for all, the splitters
-// of alike tiles fall together, and the first and last partition of a cloud get half of 32 points too many from every
-// tile.
+// The bound: if a tile's samples are its elements 32 g + phase, and `a` of them lie before a splitter, then more than
+// 32 (a - 1) + phase and at most 32 a + phase of its elements lie before the splitter. So two splitters SPAN samples
+// apart enclose at most 32 SPAN + 31 tiles <= CAPACITY points. Each tile has its own phase. With a common phase the
+// splitters of similar tiles would coincide, and a cloud's first and last partition would get up to 16 points too many
+// from every tile.
 //
-// An element is a u64, key << 15 | position in its tile: unique in a tile, and tiles are ranges of the point order, so
-// comparing (key, tile, position) is the stable order. No float arithmetic after the voxels.
+// An element is a u64: key << 15 | position in its tile. It is unique in a tile, and tiles are ranges of the point
+// order, so the order of (key, tile, position) is the stable order. There is no float arithmetic after the voxels.
 
 #ifndef TILE
 #define TILE 1024  // points a tile: 1024, 2048 or 4096
 #endif
-#define THREADS (TILE / 4)  // four elements a thread; mirrored by gpu3d/buckets.py, as are the next three
-#define RANK_THREADS 1024   // of merge_splitters
-#define MAX_TILES 128       // of one cloud
+#define THREADS (TILE / 4)  // four elements a thread; mirrored by gpu3d/buckets.py, like the next three
+#define RANK_THREADS 1024   // threads of merge_splitters
+#define MAX_TILES 128       // most tiles of a cloud
 #define SPAN (TILE / 64)    // samples a partition: half a tile of points on average
-#define CAPACITY (32 * SPAN + 32 * MAX_TILES)  // points a partition at most
+#define CAPACITY (32 * SPAN + 32 * MAX_TILES)  // most points of a partition
 #define SAMPLES (TILE / 32)                    // samples a tile
-#define PHASE(t) (((t) * 13 + 16) & 31)        // of the t-th tile of a cloud: 13 visits all phases
+#define PHASE(t) (((t) * 13 + 16) & 31)        // phase of a cloud's t-th tile: multiples of 13 go through all phases
 #define POSITION_BITS 15
 #define POSITION ((1ull << POSITION_BITS) - 1)
 
@@ -38,13 +38,13 @@
 #include "voxels.cuh"
 #include "warp.cuh"
 
-static_assert(TILE == 1024 || TILE == 2048 || TILE == 4096, "THREADS is a block of 256 to 1024 threads");
+static_assert(TILE == 1024 || TILE == 2048 || TILE == 4096, "a block has 256 to 1024 threads");
 static_assert(CAPACITY <= 1 << POSITION_BITS, "a position in a partition has 15 bits");
 
 // ---- block-wide sort -----------------------------------------------------------------------------------------------
 
-// Elements at..at + 3 of the merge of two sorted runs ("merge path", Odeh et al. 2012): a binary search for where the
-// output's diagonal leaves the two runs, then four steps of the merge. Elements are distinct and below ~0.
+// Elements at..at + 3 of the merge of two sorted runs ("merge path", Odeh et al. 2012): a binary search finds how many
+// elements before them come from each run, then four steps of the merge follow. Elements are distinct and below ~0.
 __device__ __forceinline__ void merge_four(const u64 *a, int a_length, const u64 *b, int b_length, int at, u64 x[4]) {
     int low = max(0, at - b_length), high = min(at, a_length);  // how many of the first `at` outputs come from a
     while (low < high) {
@@ -63,8 +63,8 @@ __device__ __forceinline__ void merge_four(const u64 *a, int a_length, const u64
     }
 }
 
-// Sorts n <= 4 * GROUPS * THREADS distinct elements of shared memory: runs of 128 in registers, then merges of
-// neighbours.
+// Sorts n <= 4 * GROUPS * THREADS distinct elements in shared memory: runs of 128 in registers, then merges of
+// neighbouring runs.
 template <int GROUPS>
 __device__ void sort_shared(u64 *data, int n) {
     u64 x[GROUPS][4];
@@ -76,10 +76,10 @@ __device__ void sort_shared(u64 *data, int n) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             const int i = run + 32 * k + lane;
-            x[g][k] = i < n ? data[i] : ~0ull;  // only the last run is short: padding sorts behind n
+            x[g][k] = i < n ? data[i] : ~0ull;  // only the last run is short; its padding sorts behind n
         }
         sort_warp(x[g]);
-        __syncwarp();  // the warp alone reads and writes these 128 elements
+        __syncwarp();  // only this warp reads and writes these 128 elements
 #pragma unroll
         for (int k = 0; k < 4; ++k)
             if (run + 4 * lane + k < n) data[run + 4 * lane + k] = x[g][k];
@@ -134,7 +134,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void merge_bounds(
 
 // ---- 2 tiles -------------------------------------------------------------------------------------------------------
 
-// The elements of points first..first + n, by the whole block. The frame and the number of buckets are their cloud's.
+// Writes the elements of points first..first + n - 1. The whole block calls it. `frame` and `buckets` belong to their
+// cloud.
 #if KEY == KEY_GIVEN
 __device__ __forceinline__ void load_elements(u64 *data, const int *given, int first, int n)
 #else
@@ -188,18 +189,18 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_tiles(
 
 // ---- 3 splitters ---------------------------------------------------------------------------------------------------
 
-// What a run of tile `tile` may hold before the splitter (element, owner): compare with this bound.
+// The bound below which elements of tile `tile` come before the splitter `element` of tile `owner`.
 __device__ __forceinline__ u64 bound_in_tile(u64 element, int owner, int tile) {
     if (tile == owner) return element;
-    return tile < owner ? (element | POSITION) + 1 : element & ~POSITION;  // keys have 48 bits: + 1 cannot wrap
+    return tile < owner ? (element | POSITION) + 1 : element & ~POSITION;  // + 1 cannot overflow: keys have 48 bits
 }
 
 extern "C" __global__ __launch_bounds__(RANK_THREADS) void merge_splitters(
     const u64 *__restrict__ samples,  // [tiles, SAMPLES]
     const __grid_constant__ Clouds clouds,
-    u64 *__restrict__ splitter,                // [partitions] first element of each; a cloud's first is not read
-    int *__restrict__ splitter_tile,           // [partitions] the tile it came from
-    unsigned char *__restrict__ samples_below  // [partitions, MAX_TILES] samples before the splitter in each tile
+    u64 *__restrict__ splitter,       // [partitions] first element of each; not read for a cloud's first partition
+    int *__restrict__ splitter_tile,  // [partitions] the splitter's tile
+    unsigned char *__restrict__ samples_below  // [partitions, MAX_TILES] each tile's samples before the splitter
 ) {
     __shared__ u64 lists[RANK_THREADS / 32][SAMPLES];
     __shared__ int rank[SAMPLES];
@@ -207,8 +208,9 @@ extern "C" __global__ __launch_bounds__(RANK_THREADS) void merge_splitters(
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int b = cloud_of<&Cloud::tile>(clouds, tile);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
-    const int tiles = next.tile - cloud.tile;                                                       // at most MAX_TILES
-    const int tail = (next.point - cloud.point - (tiles - 1) * TILE + 31 - PHASE(tiles - 1)) / 32;  // of the last tile
+    const int tiles = next.tile - cloud.tile;  // at most MAX_TILES
+    // The number of samples of the last tile.
+    const int tail = (next.point - cloud.point - (tiles - 1) * TILE + 31 - PHASE(tiles - 1)) / 32;
     const int own = tile == next.tile - 1 ? tail : SAMPLES;
 
     for (int i = threadIdx.x; i < SAMPLES; i += RANK_THREADS) rank[i] = 0;
@@ -217,7 +219,7 @@ extern "C" __global__ __launch_bounds__(RANK_THREADS) void merge_splitters(
     // A warp takes every 32nd tile's list; its lanes are this block's samples, so their searches mostly share
     // addresses.
     u64 mine[SAMPLES / 32], list[MAX_TILES / 32][SAMPLES / 32];
-    int below[MAX_TILES / 32][SAMPLES / 32];  // how many samples of a list come before mine
+    int below[MAX_TILES / 32][SAMPLES / 32];  // how many samples of each list come before this lane's
 #pragma unroll
     for (int g = 0; g < SAMPLES / 32; ++g) {
         mine[g] = g * 32 + lane < own ? samples[(size_t)tile * SAMPLES + g * 32 + lane] : 0;
@@ -240,7 +242,7 @@ extern "C" __global__ __launch_bounds__(RANK_THREADS) void merge_splitters(
 #pragma unroll
         for (int g = 0; g < SAMPLES / 32; ++g) {
             below[k][g] = lower_bound(lists[warp], length, bound_in_tile(mine[g], tile, t));
-            atomicAdd(&rank[g * 32 + lane], below[k][g]);  // integers: any order, one sum
+            atomicAdd(&rank[g * 32 + lane], below[k][g]);  // integer sums are the same in any order
         }
     }
     __syncthreads();
@@ -276,7 +278,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_partitions(
     int *point = (int *)(data + CAPACITY);
     __shared__ int cut[2][MAX_TILES];  // where this partition begins and ends in each tile
     __shared__ int offset[MAX_TILES];  // where the tile's run begins in `data`
-    __shared__ int total, before;      // points of this partition, and of the cloud's earlier ones
+    __shared__ int total, before;      // points of this partition, and of the cloud's earlier partitions
     const int partition = blockIdx.x;  // ranges [0, partitions)
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int b = cloud_of<&Cloud::group>(clouds, partition);
@@ -293,7 +295,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_partitions(
         if (t < tiles) {
             const int length = min(TILE, points - t * TILE);
             if (p == next.group) at = length;
-            else if (p > cloud.group) {  // the cut lies between two samples
+            else if (p > cloud.group) {  // the partition begins between two samples
                 const int to = 32 * samples_below[(size_t)p * MAX_TILES + t] + PHASE(t), from = max(0, to - 31);
                 at = from
                      + lower_bound(
@@ -305,7 +307,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_partitions(
         cut[side][t] = at;
     }
     __syncthreads();
-    if (warp == 0) {  // exclusive scan of the runs' lengths, four tiles a lane
+    if (warp == 0) {  // exclusive prefix sums of the runs' lengths, four tiles a lane
         int length[MAX_TILES / 32], sum = 0, skipped = 0;
 #pragma unroll
         for (int k = 0; k < MAX_TILES / 32; ++k) {
@@ -332,12 +334,12 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_partitions(
     const int n = total;  // at most CAPACITY
 #pragma unroll 4
     for (int at = threadIdx.x; at < n; at += THREADS) {
-        int t = 0;  // the tile whose run holds place `at`
+        int t = 0;  // the tile whose run contains `at`
 #pragma unroll
         for (int step = MAX_TILES / 2; step; step >>= 1)
             if (offset[t + step] <= at) t += step;
         const u64 element = sorted[(size_t)(cloud.tile + t) * TILE + cut[0][t] + at - offset[t]];
-        data[at] = element & ~POSITION | at;  // runs stand in tile order: `at` breaks ties as the point index does
+        data[at] = element & ~POSITION | at;  // runs lie in tile order, so `at` breaks ties like the point index
         point[at] = cloud.point + t * TILE + (int)(element & POSITION);
     }
     __syncthreads();
@@ -351,11 +353,11 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_partitions(
         slot_to_point[slot] = p;
         point_to_slot[p] = slot;
     }
-    if (partition == next.group - 1)  // padding stands at the end of the cloud's last bucket
+    if (partition == next.group - 1)  // padding is at the end of the cloud's last bucket
         for (int slot = cloud.slot + points + threadIdx.x; slot < next.slot; slot += THREADS) slot_to_point[slot] = -1;
 }
 
-// ---- or all at once ------------------------------------------------------------------------------------------------
+// ---- all in one launch ---------------------------------------------------------------------------------------------
 
 extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_clouds(
 #if KEY == KEY_GIVEN

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// What moves along a bucket layout, and the small tables that describe one.
-//   move_rows      Buckets.scatter and .gather: out[r] = rows[index[r]], or the fill pattern where index[r] is -1
+// Moves rows between point order and slot order, and writes the tables of attention scopes.
+//   move_rows      Buckets.scatter and .gather: out[r] = rows[index[r]], or the fill pattern if index[r] is -1
 //   move_scopes    scopes(): which buckets each attention scope reads
 
 #ifndef WORD
 #define WORD 16  // bytes a load: the largest power of two up to 16 that divides a row and its addresses
 #endif
 #define THREADS 256
-#define ROWS_A_THREAD 4  // independent loads in flight; mirrored by gpu3d/buckets.py
+#define ROWS_A_THREAD 4  // so many loads are in flight; mirrored by gpu3d/buckets.py
 
 #include "clouds.cuh"
 
@@ -59,8 +59,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void move_rows(
     }
 }
 
-// Positions p = 0.. of a cloud stand for bucket (p + shift) mod buckets; a chunk of size * stride positions holds
-// `stride` scopes, scope j of it takes positions j, j + stride, ...
+// Position p of a cloud stands for bucket (p + shift) mod buckets. A chunk of size * stride positions contains `stride`
+// scopes; scope j of it takes positions j, j + stride, j + 2 * stride, ...
 extern "C" __global__ __launch_bounds__(THREADS) void move_scopes(
     const __grid_constant__ Clouds clouds,  // Cloud::group is the cloud's first scope
     long long entries,                      // scopes * size

@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // The published rebalancing of Flash3D (section 9.1 of the paper), made deterministic: balance="probe".
 //
-// Rounds -1, 0, ..., 127. In round -1 every point proposes to the bucket that its hash names; in round c each point
-// that is still homeless proposes to the bucket of its voxel moved by candidate c. A bucket takes the lowest point
-// indices among its proposers, up to its room. Whoever is left fills the free room in (bucket, point index) order.
+// Rounds -1, 0, ..., 127. In round -1 every point proposes to its hash bucket. In round c each point that is still
+// homeless proposes to the hash bucket of its voxel moved by candidate c. A bucket accepts the lowest point indices
+// among its proposers, as many as it has free slots. Points left at the end fill the remaining free slots in (bucket,
+// point index) order.
 //
-// One cooperative launch; a round costs one grid barrier. A block owns a contiguous range of points.
-//   propose  each homeless point adds to the bucket's count, kept a block and in total
+// One cooperative launch; a round needs one grid barrier. A block has a contiguous range of points.
+//   propose  each homeless point adds to the bucket's count, both a total and one for each block
 //   barrier
-//   settle   total <= room: all proposers move in. Else (at most once a bucket, for it is full then) the block's share
-//            follows from the counts of the blocks before it, and the ranks inside the block from the point order
-// Every block keeps its own copy of the rooms and updates it alike, so the rooms need no barrier of their own. Counts
-// are triple-buffered: those of round c are cleared while round c + 1 settles, and used again in round c + 3. The slots
-// inside a bucket (by point index) come from the sort that follows, with the buckets as given keys.
+//   settle   total <= free slots: all proposers move in. Otherwise (at most once a bucket, since it is then full) the
+//            counts of earlier blocks say how many proposers this block may place, and it ranks them in point order
+// Every block updates its own copy of the free slots in the same way, so they need no barrier. Counts are
+// triple-buffered: those of round c are cleared while round c + 1 settles, and used again in round c + 3.
+//
+// The slots inside a bucket (by point index) come from the sort that follows, with the buckets as given keys.
 
 #define THREADS 1024  // mirrored by gpu3d/buckets.py
 #define CANDIDATES 128
@@ -28,7 +30,7 @@ struct Candidates {
     unsigned short packed[CANDIDATES];
 };
 
-// The bucket, counted over the batch, of point i's voxel moved by `step` times 4 * buckets.
+// The hash bucket (numbered over the batch) of point i's voxel, moved by `step` times 4 * buckets.
 __device__ __forceinline__ int bucket_moved(const Clouds &clouds, int i, u64 packed, const int step[3]) {
     const int b = cloud_of<&Cloud::point>(clouds, i);
     const int begin = rows_of(clouds)[b].tile, buckets = rows_of(clouds)[b + 1].tile - begin;
@@ -45,19 +47,19 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
     const Frame *__restrict__ frames,       // [clouds]
     const __grid_constant__ Clouds clouds,  // Cloud::tile is the cloud's first bucket
     const __grid_constant__ Candidates candidates,
-    u32 *__restrict__ arrived,  // [1], zero before
-    int *total_counts,          // [3, buckets], zero before: proposals of a round to each bucket
-    int *block_counts,          // [3, buckets, blocks], zero before: the same a block
-    int *rooms,                 // [blocks, buckets] free slots, as each block knows them
+    u32 *__restrict__ arrived,  // [1] starts at 0
+    int *total_counts,          // [3, buckets] proposals of a round to each bucket; starts at 0
+    int *block_counts,          // [3, buckets, blocks] the same for each block; starts at 0
+    int *rooms,                 // [blocks, buckets] each block's copy of the free slots
     int *cursors,               // [blocks, buckets] proposals before the block's next one
     int *left,                  // [blocks] homeless points after the last round
-    u64 *voxels,                // [N] of each point, packed 16 bits an axis
+    u64 *voxels,                // [N] voxel of each point, packed, 16 bits an axis
     int *proposal,              // [N] bucket proposed to in this round, or -1
-    int *home,                  // [N] bucket of each point, counted over the batch
-    int *moved                  // [] points not in the bucket that their hash names, zero before
+    int *home,                  // [N] bucket of each point, numbered over the batch; -1 while homeless
+    int *moved                  // [] points outside their hash bucket; starts at 0
 ) {
-    __shared__ int list[THREADS], listed;  // buckets of a chunk that cannot take all of their proposers
-    __shared__ u32 turns;                  // warps of a chunk that have proposers to contested buckets
+    __shared__ int list[THREADS], listed;  // contested buckets of a chunk: they cannot take all their proposers
+    __shared__ u32 turns;                  // warps of a chunk with proposers to contested buckets
     const Cloud *rows = rows_of(clouds);
     const int size = clouds.bucket_size, blocks = gridDim.x, block = blockIdx.x;
     const int all_points = rows[clouds.count].point, all_buckets = rows[clouds.count].tile;
@@ -68,7 +70,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
     int *room = rooms + (size_t)block * all_buckets, *cursor = cursors + (size_t)block * all_buckets;
     u32 awaited = 0;
 
-    for (int b = 0; b < clouds.count; ++b) {  // every bucket is full but the cloud's last
+    for (int b = 0; b < clouds.count; ++b) {  // every bucket has `size` slots except the cloud's last
         const int begin = rows[b].tile, end = rows[b + 1].tile;
         for (int c = begin + threadIdx.x; c < end; c += THREADS)
             room[c] = c < end - 1 ? size : rows[b + 1].point - rows[b].point - (end - 1 - begin) * size;
@@ -82,7 +84,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
         home[i] = -1;
     }
     if (threadIdx.x == 0) listed = 0;
-    bool homeless = true;  // some room is left, so somebody is; the same in every block
+    bool homeless = true;  // there are free slots, so some points are homeless; the same in every block
     __syncthreads();
 
     for (int round = -1; round < CANDIDATES && homeless; ++round) {
@@ -98,7 +100,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
             const int c = bucket_moved(clouds, i, voxels[i], step);
             const bool open = room[c] > 0;
             proposal[i] = open ? c : -1;
-            if (open) {  // neighbours in the point order often propose alike: one adds for all
+            if (open) {  // consecutive points often propose to one bucket: one lane adds for all
                 const u32 same = __match_any_sync(__activemask(), c);
                 if (lane == __ffs(same) - 1) {
                     atomicAdd(&total[c], __popc(same));
@@ -108,12 +110,12 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
         }
         wait_for_grid(arrived, awaited);
 
-        // settle: where this block stands among the proposers of each bucket that cannot take all of them
+        // settle: how many proposals to each contested bucket come from earlier blocks
         int any = 0;
         for (int base = 0; base < all_buckets; base += THREADS) {
             const int c = base + threadIdx.x;
             const bool contested = c < all_buckets && __ldcg(&total[c]) > room[c];
-            if (contested) list[atomicAdd(&listed, 1)] = c;  // in any order: each is looked at by itself
+            if (contested) list[atomicAdd(&listed, 1)] = c;  // in any order: buckets are independent
             if (!__syncthreads_or(contested)) continue;
             any = 1;
             for (int k = warp; k < listed; k += THREADS / 32) {
@@ -132,7 +134,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
             const int c = i < last && home[i] < 0 ? proposal[i] : -1;
             const bool crowded = c >= 0 && __ldcg(&total[c]) > room[c];
             bool accepted = c >= 0 && !crowded;
-            if (any) {  // crowded proposers are ranked in point order: warps take turns
+            if (any) {  // proposers to contested buckets are ranked in point order, one warp after another
                 if (threadIdx.x == 0) turns = 0;
                 if (__syncthreads_or(crowded)) {
                     const u32 asking = __ballot_sync(FULL, crowded);
@@ -154,7 +156,8 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
         }
         __syncthreads();
 
-        // every block's rooms shrink alike; the counts of the round before are cleared for the round after the next
+        // Updates the free slots, the same in every block, and clears the previous round's counts for the round after
+        // the next.
         int *old_total = total_counts + (size_t)((round + 3) % 3) * all_buckets;
         int *old_count = block_counts + (size_t)((round + 3) % 3) * all_buckets * blocks;
         bool open = false;
@@ -167,8 +170,8 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
         homeless = __syncthreads_or(open);
     }
 
-    // Whoever is left: the k-th homeless point of the batch takes the k-th free slot. A cloud has as many of the ones
-    // as of the others, and both are counted cloud by cloud, so nobody leaves its cloud.
+    // The k-th homeless point of the batch takes the k-th free slot. Each cloud has as many free slots as homeless
+    // points, and both are counted in cloud order, so no point leaves its cloud.
     if (homeless) {
         int mine = 0;  // homeless points of this block
         for (int i = first + threadIdx.x; i < last; i += THREADS) mine += home[i] < 0;
@@ -178,7 +181,8 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
         int before = 0;
         for (int k = threadIdx.x; k < block; k += THREADS) before += __ldcg(&left[k]);
         before = sum_of_block<THREADS / 32>(before);
-        for (int base = 0, sum, free = 0; base < all_buckets; base += THREADS) {  // room -> free slots before it
+        // room[c] becomes the number of free slots before bucket c.
+        for (int base = 0, sum, free = 0; base < all_buckets; base += THREADS) {
             const int c = base + threadIdx.x;
             const int at = scan_of_block<THREADS / 32>(c < all_buckets ? room[c] : 0, sum);
             if (c < all_buckets) room[c] = free + at;
@@ -191,7 +195,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
             const int k = before + scan_of_block<THREADS / 32>((int)waiting, sum);
             before += sum;
             if (!waiting) continue;
-            int low = 0, high = all_buckets;  // room[low] <= k: the last such bucket has free slots
+            int low = 0, high = all_buckets;  // the last bucket with room[low] <= k has the k-th free slot
             while (high - low > 1) {
                 const int middle = (low + high) >> 1;
                 if (room[middle] <= k) low = middle;
@@ -206,5 +210,5 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void probe_buckets(
     for (int i = first + threadIdx.x; i < last; i += THREADS)
         away += home[i] != bucket_moved(clouds, i, voxels[i], nowhere);
     away = sum_of_block<THREADS / 32>(away);
-    if (threadIdx.x == 0 && away) atomicAdd(moved, away);  // integers: any order, one sum
+    if (threadIdx.x == 0 && away) atomicAdd(moved, away);  // integer sums are the same in any order
 }

@@ -1,37 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
-// Buckets of clouds beyond the reach of buckets_merge.cu: the same stable sort as six least-significant-digit passes.
+// Buckets of clouds too large for buckets_merge.cu: the same stable sort as six least-significant-digit passes.
 //
 // "Onesweep" (Adinets and Merrill 2022): each pass reads and writes every record once. A block ranks its tile by an
-// 8-bit digit and learns where its digits go from the tiles before it, by looking back at what they published.
-//   1 frames      a block a group: bounds of its points; the last block of a cloud joins them: origin and cell of its voxels
+// 8-bit digit. It learns where its digits go by looking back at the counts that earlier tiles have published.
+//   1 frames      a block a group: bounds of its points; a cloud's last block joins them to the frame of its voxels
 //   2 keys        a block a group: key of each point, and how often each digit of each pass occurs
 //   3 first, pass (four times), last: a block a tile: count, look back, rank, move; the last writes both permutations
 //
-// A record is 8 bytes, since a digit that has been sorted by is dropped: pass 0 reads the keys, and writes 40 bits of
-// key and 24 of point index. A cloud of more than 2^24 points ("wide") carries its 32-bit index alone through pass 0
-// and fetches the key once more in pass 1, which leaves 32 bits of key.
+// A record has 8 bytes, since digits that have been sorted by are dropped: pass 0 reads the keys and writes 40 bits of
+// key and 24 bits of point index. For a cloud of more than 2^24 points ("wide") pass 0 writes only the 32-bit index,
+// and pass 1 reads the key once more, of which 32 bits are left to carry.
 //
-// What bounds it on an H100: waiting, at barriers and for the look-back, so a tile publishes its counts before it
-// ranks, and is large; of two sizes the one whose waves of blocks pass the batch sooner is taken. At 4M points (392 us)
-// tiles of 10240, whose third and last wave is nearly full, gain 4 %; at 1M, one wave of either, they would lose 16 %.
-// A kernel each for the first and the last pass, in place of branches, gained 5 %.
-// Tried at 4M with 8192 (422 us then): tiles of 4096 and 512 threads, two blocks a multiprocessor, 437; 6144 of 1024
-// threads 430; 12288 432. With 4096 and 512: ballots in place of the words of shared memory 537 against 490; the
-// look-back after the ranking 490 against 469; windows of 4 or 16 tiles the same. Blocks that stay, and load their next
-// tile while they write one, gain 2 % in passes 0 to 4 and lose 7 % in the last. In that it is the 4-byte stores of
-// point_to_slot, all over it, at 60 a ns (59 us at 4M); windows of it that stay in L2 did not help.
+// Limits on an H100: waiting at barriers and for the look-back. So a tile publishes its counts before it ranks, and
+// tiles are large. Of two tile sizes, the one whose waves of blocks take less time for the batch is chosen: at 4M
+// points (392 us) tiles of 10240 gain 4 %, since their third and last wave is nearly full; at 1M points, one wave for
+// either size, they would lose 16 %. Kernels of their own for the first and last pass, instead of branches, gained 5 %.
+// Tried at 4M points with tiles of 8192 (422 us then): tiles of 4096 with 512 threads and two blocks a multiprocessor,
+// 437 us; tiles of 6144 with 1024 threads, 430 us; of 12288, 432 us. With tiles of 4096 and 512 threads: ballots
+// instead of words in shared memory, 537 us against 490; look-back after the ranking, 490 against 469; look-back
+// windows of 4 or 16 tiles, the same. Persistent blocks that load the next tile while they write one gain 2 % in passes
+// 0 to 4 and lose 7 % in the last. The last pass is limited by its scattered 4-byte stores to point_to_slot, 60 a ns
+// (59 us at 4M); keeping windows of it in L2 did not help.
 
 #ifndef TILE
-#define TILE 8192  // points a tile: 8192 or 10240; mirrored by gpu3d/buckets.py, as are the next two
+#define TILE 8192  // points a tile: 8192 or 10240; mirrored by gpu3d/buckets.py, like the next two
 #endif
 #define THREADS 1024
-#define FRAME_THREADS 512  // of radix_frames: joining the bounds of warps costs more than their loads
+#define FRAME_THREADS 512  // threads of radix_frames: joining the bounds of more warps costs more than loading
 #define ITEMS (TILE / THREADS)
 #define WARPS (THREADS / 32)
 #define DIGITS 256
 #define PASSES 6
 #define POSITION_BITS 16
-#define WINDOW 8  // tiles looked back at together: their loads overlap
+#define WINDOW 8  // tiles that the look-back reads at once
 
 #include "buckets.cuh"
 #include "clouds.cuh"
@@ -39,12 +40,13 @@
 #include "voxels.cuh"
 #include "warp.cuh"
 
-static_assert(TILE % THREADS == 0 && THREADS >= DIGITS, "a thread a digit, and whole items a thread");
-static_assert(TILE <= 1 << POSITION_BITS, "pass 0 packs a place in the tile beside 48 bits of key");
-static_assert(WARPS * DIGITS <= TILE, "the words of the ranking fit where the records come later");
+static_assert(TILE % THREADS == 0 && THREADS >= DIGITS, "one thread a digit, whole items a thread");
+static_assert(TILE <= 1 << POSITION_BITS, "pass 0 packs a position in the tile with 48 bits of key");
+static_assert(WARPS * DIGITS <= TILE, "the words of the ranking use the records' memory");
 static_assert(WARPS % 8 == 0, "the counts of the warps are summed eight at a time");
 
-// What a tile says of each digit: nothing yet, its own count, or the count of its cloud up to and including itself.
+// What a tile publishes for each digit: 0 at first, then its own count, then the count of its cloud up to and including
+// itself.
 #define COUNT_BITS 30
 #define COUNT ((1u << COUNT_BITS) - 1)
 #define STATE_OWN (1u << COUNT_BITS)
@@ -57,9 +59,9 @@ extern "C" __global__ __launch_bounds__(FRAME_THREADS) void radix_frames(
     const __grid_constant__ Clouds clouds,
     int group_points,  // points a group
     float voxel_size,
-    u32 *__restrict__ arrived,  // [clouds], zero before: groups whose bounds are written
+    u32 *__restrict__ arrived,  // [clouds] groups whose bounds are written; starts at 0
     coord_t *bounds,            // [groups, 6]
-    Frame *__restrict__ frames  // [clouds], unwritten where a cloud is empty
+    Frame *__restrict__ frames  // [clouds] not written if the cloud is empty
 ) {
     const int group = blockIdx.x;  // ranges [0, groups)
     const int b = cloud_of<&Cloud::group>(clouds, group);
@@ -83,7 +85,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_keys(
     const __grid_constant__ Clouds clouds,
     int group_points,
     u64 *__restrict__ keys,      // [N]
-    u32 *__restrict__ histogram  // [clouds, PASSES, DIGITS], zero before
+    u32 *__restrict__ histogram  // [clouds, PASSES, DIGITS] starts at 0
 ) {
     __shared__ u32 count[PASSES * DIGITS];
     const int group = blockIdx.x;  // ranges [0, groups)
@@ -97,7 +99,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_keys(
 #endif
     for (int i = threadIdx.x; i < PASSES * DIGITS; i += THREADS) count[i] = 0;
     __syncthreads();
-    for (int base = 0; base < n; base += THREADS) {  // whole warps stay together for the vote
+    for (int base = 0; base < n; base += THREADS) {  // whole warps take part in the vote
         const int i = base + threadIdx.x;
 #if KEY == KEY_GIVEN
         const u64 key = i < n ? given[first + i] : 0;
@@ -107,8 +109,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_keys(
         const u32 active = __ballot_sync(FULL, i < n);
         if (i >= n) continue;
         keys[first + i] = key;
-        // Where a warp agrees on a digit, its lanes' atomics on one address would go one by one: the leader adds for
-        // all. It often agrees on the highest, and on all where points coincide.
+        // If all lanes have the same digit, their atomics on one address would run one after another: the leader adds
+        // for all. That is common for the highest digit, and for all digits where points coincide.
         const int leader = __ffs(active) - 1;
         const bool leads = (threadIdx.x & 31) == leader;
         const u64 first_key = __shfl_sync(active, key, leader);
@@ -123,16 +125,17 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_keys(
     }
     __syncthreads();
     for (int i = threadIdx.x; i < PASSES * DIGITS; i += THREADS)
-        if (count[i]) atomicAdd(&histogram[(size_t)b * PASSES * DIGITS + i], count[i]);  // integers: any order, one sum
+        // Integer sums are the same in any order.
+        if (count[i]) atomicAdd(&histogram[(size_t)b * PASSES * DIGITS + i], count[i]);
 }
 
 // ---- 3 first, pass, last --------------------------------------------------------------------------------------------
 
-// Exclusive scan over the first DIGITS threads; every thread of the block must call it.
+// Exclusive prefix sums over the first DIGITS threads. Every thread of the block must call it.
 __device__ u32 scan_digits(u32 x, u32 *warp_sums) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const u32 scan = scan_of_warp(x);
-    __syncthreads();  // warp_sums may still be read from the call before
+    __syncthreads();  // the previous call may still read warp_sums
     if (lane == 31) warp_sums[warp] = scan;
     __syncthreads();
     u32 before = 0;
@@ -140,7 +143,7 @@ __device__ u32 scan_digits(u32 x, u32 *warp_sums) {
     return before + scan - x;
 }
 
-// One pass over the tile that the block draws. Parameters as the three kernels below have them.
+// One pass over the tile that the block draws. The three kernels below describe the parameters.
 enum Role { FIRST, MIDDLE, LAST };
 
 template <Role ROLE>
@@ -157,15 +160,15 @@ __device__ __forceinline__ void move_tile(
     int *__restrict__ slot_to_point,
     int *__restrict__ point_to_slot
 ) {
-    extern __shared__ u64 record[];  // [TILE], then the two arrays below
+    extern __shared__ u64 record[];  // [TILE], followed by the two arrays below
     unsigned short (*start)[DIGITS] =
-        (unsigned short (*)[DIGITS])(record + TILE);             // [WARPS, DIGITS] places in the tile
-    unsigned char *digit_of = (unsigned char *)(start + WARPS);  // [TILE], unused but in pass 1 where wide
-    __shared__ u32 target[DIGITS];  // records of a digit; then where the first goes, minus its place in the tile
+        (unsigned short (*)[DIGITS])(record + TILE);             // [WARPS, DIGITS] positions in the tile
+    unsigned char *digit_of = (unsigned char *)(start + WARPS);  // [TILE] used only in pass 1 of wide clouds
+    __shared__ u32 target[DIGITS];  // records of a digit; later the first one's target minus its position in the tile
     __shared__ u32 warp_sums[WARPS];
     __shared__ int drawn;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    // Tiles are drawn in order, so that every tile looked back at is running or done.
+    // Tiles are drawn in order, so every tile that the look-back waits for is running or done.
     if (threadIdx.x == 0) drawn = atomicAdd(&ticket[pass], 1);
     for (int i = threadIdx.x; i < WARPS * DIGITS; i += THREADS) record[i] = 0;
     for (int i = threadIdx.x; i < DIGITS; i += THREADS) target[i] = 0;
@@ -175,17 +178,17 @@ __device__ __forceinline__ void move_tile(
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int first = (tile - cloud.tile) * TILE;  // of the cloud's points
     const int n = min(TILE, next.point - cloud.point - first);
-    const int index_bits = wide ? 32 : 24, digit_shift = index_bits + 8 * (pass - wide - 1);  // in pass 0 POSITION_BITS
+    const int index_bits = wide ? 32 : 24, digit_shift = index_bits + 8 * (pass - wide - 1);  // POSITION_BITS in pass 0
     const bool refetch = ROLE == MIDDLE && wide && pass == 1;
 
-    // Load. Warp w holds records [w, w + 1) * 32 * ITEMS of the tile, item k of lane l the 32 k + l-th of them.
+    // Load. Warp w has records [w, w + 1) * 32 * ITEMS of the tile; item k of lane l is number 32 k + l of these.
     const int mine_first = warp * ITEMS * 32 + lane, mine_left = n - mine_first;  // item k exists if 32 k < mine_left
     const u64 *in = (ROLE == FIRST ? keys : records_in) + cloud.point + first + mine_first;
     u64 mine[ITEMS];
-    u32 seat[ITEMS];  // place among equal digits of the warp << 8 | digit
+    u32 seat[ITEMS];  // rank among the warp's equal digits << 8 | digit
 #pragma unroll
     for (int k = 0; k < ITEMS; ++k) mine[k] = 32 * k < mine_left ? in[32 * k] : 0;
-    // Where the cloud's digits begin: its loads and barriers overlap the records' loads.
+    // Where each digit of the cloud begins. These loads and barriers overlap the records' loads.
     const int d = threadIdx.x;
     volatile u32 *board = published + (size_t)pass * tiles_of(clouds) * DIGITS;
     const u32 bin = scan_digits(d < DIGITS ? histogram[((size_t)b * PASSES + pass) * DIGITS + d] : 0, warp_sums);
@@ -202,7 +205,7 @@ __device__ __forceinline__ void move_tile(
         }
     }
 
-    // Count, publish, look back: before the ranking, so that the tiles after this one seldom wait. A thread a digit.
+    // Count, publish, look back, one thread a digit. This comes before the ranking, so that later tiles seldom wait.
 #pragma unroll
     for (int k = 0; k < ITEMS; ++k)
         if (32 * k < mine_left) atomicAdd(&target[seat[k]], 1);
@@ -218,20 +221,21 @@ __device__ __forceinline__ void move_tile(
             for (int k = 0; k < WINDOW; ++k) word[k] = board[(size_t)max(t - k, cloud.tile) * DIGITS + d];
 #pragma unroll
             for (int k = 0; k < WINDOW; ++k) {
-                if (!(word[k] >> COUNT_BITS)) break;  // not published yet: ask again
+                if (!(word[k] >> COUNT_BITS)) break;  // not published yet: read again
                 before += word[k] & COUNT;
                 --t;
-                if (word[k] & STATE_SUM) {
+                if (word[k] & STATE_SUM) {  // true for the cloud's first tile
                     t = -1;
                     break;
-                }  // the cloud's first tile is one
+                }
             }
         }
         board[(size_t)tile * DIGITS + d] = STATE_SUM | (before + own);
     }
 
-    // Rank inside the warp, in record order. Lanes of one digit find each other through a word of shared memory: each
-    // sets its bit in the low half, the high half counts. The words lie where the records come later.
+    // Rank inside the warp, in record order. Lanes with equal digits find each other through a word of shared memory
+    // for each digit: each lane sets its bit in the low half, and the high half counts earlier items. The words use the
+    // records' memory.
     u64 *words = record + warp * DIGITS;
 #pragma unroll
     for (int k = 0; k < ITEMS; ++k) {
@@ -241,7 +245,8 @@ __device__ __forceinline__ void move_tile(
         const u64 word = words[digit];
         const u32 same = (u32)word, earlier = (u32)(word >> 32);
         __syncwarp();
-        if (same >> lane == 1) words[digit] = (u64)(earlier + __popc(same)) << 32;  // the last lane, for the next item
+        // The last lane counts for the next item.
+        if (same >> lane == 1) words[digit] = (u64)(earlier + __popc(same)) << 32;
         __syncwarp();
         seat[k] |= earlier + rank_in(same, lane) << 8;
     }
@@ -262,7 +267,7 @@ __device__ __forceinline__ void move_tile(
     }
     __syncthreads();
 
-    // Gather the tile's records by digit in shared memory, so that equal digits leave side by side.
+    // Collect the tile's records by digit in shared memory, so that equal digits are written side by side.
 #pragma unroll
     for (int k = 0; k < ITEMS; ++k)
         if (32 * k < mine_left) {
@@ -277,8 +282,8 @@ __device__ __forceinline__ void move_tile(
         if (i >= n) continue;
         u64 moving = record[i];
         const u32 digit = refetch ? digit_of[i] : moving >> digit_shift & (DIGITS - 1);
-        if (ROLE == FIRST) {  // key and place become what the next pass reads
-            const int index = first + (int)(moving & ((1 << POSITION_BITS) - 1));  // in the cloud
+        if (ROLE == FIRST) {  // from key and position to what the next pass reads
+            const int index = first + (int)(moving & ((1 << POSITION_BITS) - 1));  // counted in the cloud
             moving = wide ? index : moving >> (POSITION_BITS + 8) << index_bits | index;
         }
         const u32 at = i + target[digit];  // ranges [0, points of the cloud)
@@ -290,7 +295,7 @@ __device__ __forceinline__ void move_tile(
             point_to_slot[p] = cloud.slot + at;
         }
     }
-    if (ROLE == LAST && tile == next.tile - 1)  // padding stands at the end of the cloud's last bucket
+    if (ROLE == LAST && tile == next.tile - 1)  // padding is at the end of the cloud's last bucket
         for (int slot = cloud.slot + next.point - cloud.point + threadIdx.x; slot < next.slot; slot += THREADS)
             slot_to_point[slot] = -1;
 }
@@ -300,22 +305,22 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_first(
     const u32 *__restrict__ histogram,  // [clouds, PASSES, DIGITS]
     const __grid_constant__ Clouds clouds,
     int wide,                     // 0: indices of 24 bits, 1: of 32
-    u32 *__restrict__ ticket,     // [PASSES], zero before
-    u32 *__restrict__ published,  // [PASSES, tiles, DIGITS], zero before
+    u32 *__restrict__ ticket,     // [PASSES] starts at 0
+    u32 *__restrict__ published,  // [PASSES, tiles, DIGITS] starts at 0
     u64 *__restrict__ records     // [N]
 ) {
     move_tile<FIRST>(keys, nullptr, histogram, clouds, 0, wide, ticket, published, records, nullptr, nullptr);
 }
 
 extern "C" __global__ __launch_bounds__(THREADS) void radix_pass(
-    const u64 *__restrict__ keys,        // [N], read where wide in pass 1
+    const u64 *__restrict__ keys,        // [N] read in pass 1 of wide clouds
     const u64 *__restrict__ records_in,  // [N]
     const u32 *__restrict__ histogram,   // [clouds, PASSES, DIGITS]
     const __grid_constant__ Clouds clouds,
     int pass,  // ranges [1, PASSES - 1)
     int wide,
-    u32 *__restrict__ ticket,      // [PASSES], zero before
-    u32 *__restrict__ published,   // [PASSES, tiles, DIGITS], zero before
+    u32 *__restrict__ ticket,      // [PASSES] starts at 0
+    u32 *__restrict__ published,   // [PASSES, tiles, DIGITS] starts at 0
     u64 *__restrict__ records_out  // [N]
 ) {
     move_tile<MIDDLE>(
@@ -328,8 +333,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_last(
     const u32 *__restrict__ histogram,  // [clouds, PASSES, DIGITS]
     const __grid_constant__ Clouds clouds,
     int wide,
-    u32 *__restrict__ ticket,         // [PASSES], zero before
-    u32 *__restrict__ published,      // [PASSES, tiles, DIGITS], zero before
+    u32 *__restrict__ ticket,         // [PASSES] starts at 0
+    u32 *__restrict__ published,      // [PASSES, tiles, DIGITS] starts at 0
     int *__restrict__ slot_to_point,  // [slots]
     int *__restrict__ point_to_slot,  // [N]
     int *__restrict__ moved           // [] set to 0, or null

@@ -36,8 +36,7 @@ __device__ double halved(double value) {
         if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
     }
     if (threadIdx.x < 32) {
-        value = sums[threadIdx.x];
-        value = sum_of_warp(value);
+        value = sum_of_warp(sums[threadIdx.x]);
         if (threadIdx.x == 0) sums[0] = value;
     }
     __syncthreads();

@@ -127,8 +127,8 @@ __device__ __forceinline__ void find_slab(Box &box, const Row (&points)[EACH], c
         size = fmaxf(size, box.high[d] - box.low[d]);
         reach += fmaxf(fabsf(box.low[d]), fabsf(box.high[d]));
     }
-    const float scale =
-        __fdividef(1, size);  // infinite for a single point: all that follows is NaN, and there is no slab
+    // Infinite for a single point: all that follows is NaN, and there is no slab.
+    const float scale = __fdividef(1, size);
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
         const float x[3] = {points[k].x, points[k].y, points[k].z};

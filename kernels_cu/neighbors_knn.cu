@@ -128,8 +128,8 @@ __device__ __forceinline__ void search(
             const auto bound = [&] { return best.worst; };
             const auto look = [&](int tile) {
                 const Row point = index.rows[(size_t)tile * TILE + lane];
-                if (take(best, key_of(distance2(query, point), point.index), k))
-                    near = tile;  // a NaN key is never taken
+                // A NaN key is never taken.
+                if (take(best, key_of(distance2(query, point), point.index), k)) near = tile;
             };
             if (begin >= 0) look(begin);
             walk_tiles(query, index, clouds, b, NearestFirst<decltype(bound)>{bound, {}}, [&](int tile) {

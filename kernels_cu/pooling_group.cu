@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// In-bucket pooling, first half: which points become a child (Flash3D, sections 4.2 and 9.4).
+// In-bucket pooling, first half: which points form a child (Flash3D, sections 4.2 and 9.4).
 //
 // A block takes a tile: TILE consecutive slots, counted from the cloud's first. It orders their points by Morton code,
-// ties by slot, and cuts the order into groups: each is a child, and only a cloud's last may be short. It writes what
-// the layout of the children needs and the means of their points; pooling_rows.cu then moves features along `members`.
+// ties by slot, and cuts this order into groups of `ratio`. Each group is a child; only a cloud's last may be smaller.
+// The block writes the children's layout and points, which are means. pooling_rows.cu then moves features along
+// `members`.
 //
-// The order, on chip: each warp sorts 32 by a bitonic network in registers, then runs are merged pairwise, each thread
-// finding its item's place in the other run by bisection. Items hold their slot, so no two are equal and ties need no
-// care.
+// The sort, on chip: each warp sorts 32 items by a bitonic network in registers. Then runs are merged pairwise: each
+// thread finds its item's rank in the other run by bisection. Items contain their slot, so no two are equal.
 
-#define TILE 1024    // slots; mirrored by gpu3d/pooling.py, as is the next
+#define TILE 1024    // slots; mirrored by gpu3d/pooling.py, like the next
 #define VOXELS 1024  // an axis of a tile
 
 #include "clouds.cuh"
 #include "sort.cuh"
 #include "voxels.cuh"
 
-// Ascending over the block's TILE threads: thread t gets the item of rank t.
+// Sorts the items of the block's TILE threads: thread t gets the item of rank t.
 __device__ __forceinline__ u64 sorted(u64 item, u64 *before, u64 *after) {
     const int t = threadIdx.x;
     u64 its[1] = {item};
@@ -48,9 +48,9 @@ __device__ __forceinline__ point_t mean(coord_t sum, int count) {
 extern "C" __global__ __launch_bounds__(TILE) void pool_groups(
     const point_t *__restrict__ points,  // [parent slots, 3]
     const __grid_constant__ Clouds parents,
-    const __grid_constant__ Clouds children,  // points are children
+    const __grid_constant__ Clouds children,  // its points are the children
     int ratio,                                // 2, 4 or 8
-    int *__restrict__ members,                // [child slots, ratio] parent slots; -1 where there is none
+    int *__restrict__ members,                // [child slots, ratio] parent slots; -1 for a missing member
     point_t *__restrict__ child_points,       // [child slots, 3]
     int *__restrict__ slot_to_point,          // [child slots]
     int *__restrict__ point_to_slot,          // [children]
@@ -61,7 +61,7 @@ extern "C" __global__ __launch_bounds__(TILE) void pool_groups(
     const int t = threadIdx.x, b = cloud_of<&Cloud::tile>(parents, blockIdx.x);
     const Cloud parent = rows_of(parents)[b], next_parent = rows_of(parents)[b + 1];
     const Cloud child = rows_of(children)[b], next_child = rows_of(children)[b + 1];
-    const int first = (blockIdx.x - parent.tile) * TILE;  // of the cloud's points, and so of its slots
+    const int first = (blockIdx.x - parent.tile) * TILE;  // counted in the cloud's points, and so in its slots
     const int left = next_parent.point - parent.point - first, count = min(left, TILE);
     const bool holds = t < count;
 
@@ -77,12 +77,12 @@ extern "C" __global__ __launch_bounds__(TILE) void pool_groups(
     const Frame frame = frame_from_bounds(low, high, 0);
     const u32 vx = voxel(x[0], frame, 0), vy = voxel(x[1], frame, 1), vz = voxel(x[2], frame, 2);
     const u32 code = morton_of_bytes(vx >> 8, vy >> 8, vz >> 8) << 24 | morton_of_bytes(vx, vy, vz);
-    const int slot =
-        sorted((u64)(holds ? code : 1u << 30) << 10 | t, before, after) & TILE - 1;  // of rank t in the tile
+    // The slot of rank t in the tile.
+    const int slot = sorted((u64)(holds ? code : 1u << 30) << 10 | t, before, after) & TILE - 1;
 
     int *its_members = members + (size_t)child.slot * ratio + first;
     if (holds) its_members[t] = parent.slot + first + slot;
-    int *order = (int *)before;  // nobody reads it any more
+    int *order = (int *)before;  // `before` is not read any more
     order[t] = slot;
     __syncthreads();
 
@@ -101,7 +101,7 @@ extern "C" __global__ __launch_bounds__(TILE) void pool_groups(
     }
     if (blockIdx.x == 0 && t == 0) *moved = 0;
     if (left > TILE) return;
-    // The cloud's last tile: its padding.
+    // The cloud's last tile writes its padding.
     const int end = next_child.slot - child.slot, children_here = next_child.point - child.point;
     for (long long i = (long long)first + count + t; i < (long long)end * ratio; i += TILE)
         members[(size_t)child.slot * ratio + i] = -1;

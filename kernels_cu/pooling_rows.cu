@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // In-bucket pooling, second half: rows of features along `members`, which pooling_group.cu wrote.
-//   pool_sums, pool_extremes     child = sum, mean | min, max of its members     (bucket_pool)
-//   spread_sums, spread_extremes members = child or its share | where it came from (bucket_pool_backward)
-//   unpool_rows                  members = child + skip                          (bucket_unpool)
-//   unpool_sums                  child = sum of its members, skip = member       (bucket_unpool_backward)
+//   pool_sums        child = sum or mean of its members                                     (bucket_pool)
+//   pool_extremes    child = minimum or maximum of its members                              (bucket_pool)
+//   spread_sums      member = the child's gradient or its share of it                       (bucket_pool_backward)
+//   spread_extremes  member = the child's gradient if its value came from there, else 0     (bucket_pool_backward)
+//   unpool_rows      member = child + skip                                                  (bucket_unpool)
+//   unpool_sums      child = sum of its members, skip = member                              (bucket_unpool_backward)
 //
-// All are bound by memory: each row is read once and written once, a word a thread, neighbouring threads along a row.
-// Sums are float32, from the first member on, and rounded once; so the CPU gets the same bits. What no child owns, the
-// parent's padding, is counted by Cloud::group: row j of a batch's padding lies in the cloud whose range of groups
-// holds j.
+// Memory bandwidth limits all of them. Each row is read once and written once, one word a thread, neighbouring threads
+// along a row. Sums are float32, in the order of the members, and rounded once, so the CPU gets the same bits. The
+// parent's padding belongs to no child. Cloud::group counts it: row j of a batch's padding lies in the cloud whose
+// range of groups contains j.
 
 #ifndef ELEMENT
 #define ELEMENT 3  // 0 float32, 2 float16, 3 bfloat16
@@ -19,8 +21,8 @@
 #ifndef RATIO
 #define RATIO 2  // members of a child: 2, 4 or 8
 #endif
-#define THREADS 256           // mirrored by gpu3d/pooling.py, as is the next
-#define LOADS 8               // words that a thread has in flight
+#define THREADS 256           // mirrored by gpu3d/pooling.py, like the next
+#define LOADS 8               // words that a thread loads at once
 #define ROWS (LOADS / RATIO)  // children a thread
 
 #include "clouds.cuh"
@@ -55,7 +57,8 @@ __device__ __forceinline__ Word narrow(const Floats &values) {
     return out;
 }
 
-// x / count, rounded as a division is; for a power of two, which all but a cloud's last group have, a product is that.
+// x / count, correctly rounded. If count is a power of two, as for all groups except a cloud's last, a product gives
+// the same.
 __device__ __forceinline__ void divide(Floats &values, int count) {
     if ((count & count - 1) == 0) {
         const float share = 1.0f / count;
@@ -67,10 +70,10 @@ __device__ __forceinline__ void divide(Floats &values, int count) {
     }
 }
 
-// ---- who does what -------------------------------------------------------------------------------------------------
+// ---- threads, members, children ------------------------------------------------------------------------------------
 
 struct __align__(RATIO < 4 ? 8 : 16) Members {
-    int slot[RATIO];  // -1 where there is none: none after it either
+    int slot[RATIO];  // -1 if there is none; then all later ones are -1 too
     __device__ __forceinline__ int count() const {
         int n = 0;
 #pragma unroll
@@ -79,8 +82,7 @@ struct __align__(RATIO < 4 ? 8 : 16) Members {
     }
 };
 
-// 1 << lane_bits neighbouring threads share a row; a thread takes ROWS rows, and every (1 << lane_bits)-th word of
-// each.
+// 1 << lane_bits neighbouring threads share a row. A thread takes ROWS rows and every (1 << lane_bits)-th word of each.
 struct Part {
     long long row, step;
     int column, columns;
@@ -107,7 +109,7 @@ __device__ __forceinline__ void load_members(
     }
 }
 
-// The members' words of column c.
+// Loads the members' words of column c.
 __device__ __forceinline__ void load_words(
     Word words[ROWS][RATIO], const Members its[ROWS], const Word *rows, long long stride, long long c
 ) {
@@ -118,7 +120,7 @@ __device__ __forceinline__ void load_words(
             if (its[k].slot[m] >= 0) words[k][m] = rows[its[k].slot[m] * stride + c];
 }
 
-// The children's own words of column c.
+// Loads the children's words of column c.
 template <class T>
 __device__ __forceinline__ void load_children(
     T words[ROWS], const Members its[ROWS], const Part &part, const T *rows, long long stride, long long c
@@ -128,7 +130,7 @@ __device__ __forceinline__ void load_children(
         if (its[k].slot[0] >= 0) words[k] = rows[(part.row + k * part.step) * stride + c];
 }
 
-// The sum of a child's words, 0 where it has none.
+// The sum of the members' words of a child; 0 if it has no member.
 __device__ __forceinline__ Floats sum_of(const Word words[RATIO], const Members &its) {
     Floats sum = {};
 #pragma unroll
@@ -141,7 +143,7 @@ __device__ __forceinline__ Floats sum_of(const Word words[RATIO], const Members 
     return sum;
 }
 
-// Zeros in the parent's padding: rows after the children of the grid.
+// Clears the parent's padding. Its rows follow the children in the grid.
 __device__ __forceinline__ void clear_padding(
     const Part &part, const Clouds &parents, long long children, long long padding, Word *rows, long long words
 ) {
@@ -160,7 +162,7 @@ __device__ __forceinline__ void clear_padding(
 extern "C" __global__ __launch_bounds__(THREADS) void pool_sums(
     const Word *__restrict__ features,  // [parent slots, words], rows `stride` words apart
     long long stride,
-    const Members *__restrict__ members,  // [children], children counting padding slots
+    const Members *__restrict__ members,  // [children]; children include padding slots
     long long children,
     long long words,
     int lane_bits,
@@ -187,7 +189,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void pool_sums(
 extern "C" __global__ __launch_bounds__(THREADS) void pool_extremes(
     const Word *__restrict__ features,  // [parent slots, words], rows `stride` words apart
     long long stride,
-    const Members *__restrict__ members,  // [children], children counting padding slots
+    const Members *__restrict__ members,  // [children]; children include padding slots
     long long children,
     long long words,
     int lane_bits,
@@ -214,7 +216,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void pool_extremes(
 #pragma unroll
                     for (int e = 0; e < PER; ++e) {
                         const bool holds = largest ? best.x[e] >= x.x[e] : best.x[e] <= x.x[e];
-                        if (m == 0 || !(holds || best.x[e] != best.x[e])) {  // the first stays; NaN beats numbers
+                        // The first of equal values wins, and NaN wins over numbers.
+                        if (m == 0 || !(holds || best.x[e] != best.x[e])) {
                             best.x[e] = x.x[e];
                             place.x[e] = m;
                         }
@@ -229,10 +232,10 @@ extern "C" __global__ __launch_bounds__(THREADS) void pool_extremes(
 extern "C" __global__ __launch_bounds__(THREADS) void spread_sums(
     const Word *__restrict__ dchild,  // [children, words], rows `stride` words apart
     long long stride,
-    const Members *__restrict__ members,  // [children], children counting padding slots
+    const Members *__restrict__ members,  // [children]; children include padding slots
     long long children,
     long long padding,                       // rows of the parent that hold no point
-    const __grid_constant__ Clouds parents,  // read where there is padding
+    const __grid_constant__ Clouds parents,  // read if there is padding
     long long words,
     int lane_bits,
     int mean,                     // 1: each member gets its share
@@ -264,10 +267,10 @@ extern "C" __global__ __launch_bounds__(THREADS) void spread_extremes(
     const Word *__restrict__ dchild,  // [children, words], rows `stride` words apart
     long long stride,
     const Places *__restrict__ argmember,  // [children, words]
-    const Members *__restrict__ members,   // [children], children counting padding slots
+    const Members *__restrict__ members,   // [children]; children include padding slots
     long long children,
     long long padding,                       // rows of the parent that hold no point
-    const __grid_constant__ Clouds parents,  // read where there is padding
+    const __grid_constant__ Clouds parents,  // read if there is padding
     long long words,
     int lane_bits,
     Word *__restrict__ dfeatures  // [parent slots, words]
@@ -299,10 +302,10 @@ extern "C" __global__ __launch_bounds__(THREADS) void unpool_rows(
     long long child_stride,
     const Word *__restrict__ skip,  // [parent slots, words], rows `skip_stride` words apart, or null
     long long skip_stride,
-    const Members *__restrict__ members,  // [children], children counting padding slots
+    const Members *__restrict__ members,  // [children]; children include padding slots
     long long children,
     long long padding,                       // rows of the parent that hold no point
-    const __grid_constant__ Clouds parents,  // read where there is padding
+    const __grid_constant__ Clouds parents,  // read if there is padding
     long long words,
     int lane_bits,
     Word *__restrict__ out  // [parent slots, words]
@@ -336,10 +339,10 @@ extern "C" __global__ __launch_bounds__(THREADS) void unpool_rows(
 extern "C" __global__ __launch_bounds__(THREADS) void unpool_sums(
     const Word *__restrict__ dout,  // [parent slots, words], rows `stride` words apart
     long long stride,
-    const Members *__restrict__ members,  // [children], children counting padding slots
+    const Members *__restrict__ members,  // [children]; children include padding slots
     long long children,
     long long padding,                       // rows of the parent that hold no point
-    const __grid_constant__ Clouds parents,  // read where there is padding
+    const __grid_constant__ Clouds parents,  // read if there is padding
     long long words,
     int lane_bits,
     Word *__restrict__ dchild,  // [children, words]
