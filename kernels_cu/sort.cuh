@@ -30,16 +30,14 @@ __device__ __forceinline__ void sort_warp(Key (&key)[N]) {
         for (int step = size / 2; step; step /= 2) {
             const int mask = step == size / 2 ? size - 1 : step;
             const bool low = (lane & step / N) == 0;  // of a pair of lanes
+            Key other[N];                             // e ^ mask is in key[r ^ mask & N - 1], of this lane or another
+#pragma unroll
+            for (int r = 0; r < N && mask >= N; ++r) other[r] = __shfl_xor_sync(FULL, key[r ^ mask & N - 1], mask / N);
 #pragma unroll
             for (int r = 0; r < N; ++r) {
-                const int s = r ^ mask & N - 1;  // e ^ mask is in key[s], of this lane or another
-                if (mask < N) {
-                    if (r < s) order(key[r], key[s]);
-                } else if (r <= s) {
-                    const Key to_r = __shfl_xor_sync(FULL, key[s], mask / N);
-                    if (r < s) key[s] = chosen(key[s], __shfl_xor_sync(FULL, key[r], mask / N), low);
-                    key[r] = chosen(key[r], to_r, low);
-                }
+                const int s = r ^ mask & N - 1;
+                if (mask >= N) key[r] = chosen(key[r], other[r], low);
+                else if (r < s) order(key[r], key[s]);
             }
         }
 }
