@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transformer block over a LiDAR sweep, bucket by bucket, and a picture of where one point looks.
+"""A transformer block over the buckets of a LiDAR sweep, and a picture of where one point looks.
 
-Runs on NumPy or, where there is an NVIDIA GPU, on CuPy; no deep-learning framework. The block attends three times: in
-plain scopes of consecutive buckets, in shifted ones and in strided ones. Only a small table of bucket numbers differs
-from one to the next; no point moves in memory.
+Runs on CuPy if there is an NVIDIA GPU, otherwise on NumPy; it uses no deep-learning framework. The block attends three
+times: in plain scopes of consecutive buckets, in shifted scopes and in strided scopes. From one attention to the next
+only a small table of bucket numbers changes. No point moves in memory.
 
-Nothing is trained: the weights are random, from a fixed seed. But queries and keys share theirs, and what they see are
-waves over the coordinates, so near points attend to each other all the same.
+Nothing is trained: the weights are random, from a fixed seed. But queries and keys share the same weights, and their
+inputs are waves over the coordinates. So points attend to near points.
 
-    python examples/bucket_attention.py                         # the scan that the package carries
+    python examples/bucket_attention.py                         # the scan that comes with the package
     python examples/bucket_attention.py scan.pcd --out scan.png
 """
 
@@ -40,8 +40,8 @@ STRIDE = 4
 HEADS, HEAD_DIM = 2, 32
 CHANNELS = HEADS * HEAD_DIM
 WAVELENGTHS = 1, 20  # shortest and longest, in units of the cloud's `spread`
-SHARPNESS = 2.0  # of the queries and of the keys: the larger, the fewer points share a query's attention
-SAMPLES = 256  # points whose weights the table's averages are taken over
+SHARPNESS = 2.0  # scales queries and keys; if it is larger, a query attends to fewer points
+SAMPLES = 256  # points over which the table averages
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,10 +63,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def scan_parser(description: str, out: str) -> argparse.ArgumentParser:
-    """The arguments of an example: a scan, the picture's name and a device."""
+    """The arguments of an example: a scan, the file of the picture, and a device."""
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument(
-        "file", nargs="?", metavar="FILE", type=Path, help="a scan; without one, a LiDAR scan that gpu3d carries"
+        "file", nargs="?", metavar="FILE", type=Path, help="a scan (default: a LiDAR scan that comes with gpu3d)"
     )
     parser.add_argument(
         "-o", "--out", metavar="PNG", type=Path, default=Path(out), help="the picture (default: %(default)s)"
@@ -78,28 +78,28 @@ def scan_parser(description: str, out: str) -> argparse.ArgumentParser:
 
 
 def array_library(device: str) -> Any:
-    """CuPy for the GPU, NumPy for the CPU: all below is the same for both."""
+    """CuPy for the GPU, NumPy for the CPU. The code below is the same for both."""
     if device != "cpu":
         try:
             import cupy
 
             cupy.zeros(1)
             return cupy
-        except Exception as error:  # no CuPy, no driver, no GPU: of many kinds
+        except Exception as error:  # without CuPy, a driver or a GPU, errors of many kinds
             if device == "gpu":
-                raise ImportError(f"no GPU that CuPy can use ({error}); `gpu3d info` says what is missing") from error
+                raise ImportError(f"no GPU that CuPy can use ({error}); `gpu3d info` prints what is missing") from error
     return np
 
 
 def device_name(xp: Any) -> str:
-    """What the block runs on."""
+    """The name of the device that the block runs on."""
     if xp is np:
         return f"the CPU, NumPy {np.__version__}"
     return xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)["name"].decode()
 
 
 def load(file: Path | None) -> tuple[np.ndarray, str, str]:
-    """Finite points [N, 3] of a scan, its title, and the unit of its lengths where that is known."""
+    """The finite points [N, 3] of a scan, its title, and its unit if that is known."""
     if file is None:
         with resources.as_file(resources.files(gpu3d) / "data" / SCAN) as path:
             return read_points(path), SCAN_TITLE, " m"
@@ -114,7 +114,7 @@ def load(file: Path | None) -> tuple[np.ndarray, str, str]:
 
 
 class Attention(NamedTuple):
-    """One attention of the block: its scopes, how long it took, and what its weights can be computed from."""
+    """One attention of the block: its scopes, its time, and the arrays from which its weights can be computed."""
 
     name: str
     scopes: gpu3d.Scopes
@@ -129,7 +129,7 @@ def run_block(points: np.ndarray, xp: Any) -> tuple[gpu3d.Buckets, list[Attentio
     rng = np.random.default_rng(0)
     buckets = gpu3d.bucketize(xp.asarray(points), BUCKET_SIZE)
     features = waves(points, rng)
-    x = buckets.scatter(xp.asarray(features))  # [num_slots, C]: rows of space neighbours, side by side
+    x = buckets.scatter(xp.asarray(features))  # [num_slots, C]: points that are close in space are close in memory
     attentions = []
     for name, scopes in (
         ("plain", gpu3d.scopes(buckets, SCOPE)),
@@ -140,14 +140,14 @@ def run_block(points: np.ndarray, xp: Any) -> tuple[gpu3d.Buckets, list[Attentio
         x = x + change
         attentions.append(attention)
     x = x + mlp(layer_norm(x, xp), rng, xp)
-    result = buckets.gather(x)  # [N, C]: a row a point again, in the points' own order
+    result = buckets.gather(x)  # [N, C]: one row per point, in the order of the points
     if result.shape != features.shape or not bool(xp.isfinite(result).all()):
         raise ValueError("the block gave no finite result")
     return buckets, attentions
 
 
 def waves(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Random Fourier features float32 [N, C]: the inner product of two points' rows falls with their distance."""
+    """Random Fourier features float32 [N, C]: near points have rows with a large inner product."""
     middle, unit = spread(points)
     direction = rng.standard_normal((3, CHANNELS // 2))
     direction /= np.linalg.norm(direction, axis=0)
@@ -158,7 +158,7 @@ def waves(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def spread(points: np.ndarray) -> tuple[np.ndarray, float]:
-    """The middle of a cloud, and the median distance from it: the unit of all lengths here, whatever the scan's is."""
+    """The middle of a cloud, and the median distance from it, which serves as the unit of length here."""
     middle = np.median(points, axis=0)
     return middle, float(np.median(np.linalg.norm(points - middle, axis=1))) or 1.0
 
@@ -166,13 +166,13 @@ def spread(points: np.ndarray) -> tuple[np.ndarray, float]:
 def attend(
     x: Any, name: str, buckets: gpu3d.Buckets, scopes: gpu3d.Scopes, rng: np.random.Generator, xp: Any
 ) -> tuple[Any, Attention]:
-    """Multi-head attention over x [num_slots, C], from one packed projection."""
+    """Multi-head attention over x [num_slots, C]. One projection makes q, k and v."""
     looks, values, back = (weights(rng, CHANNELS, CHANNELS, xp) for _ in range(3))
     packed = xp.concatenate([SHARPNESS * looks, SHARPNESS * looks, values], axis=1)
     qkv = (x @ packed).reshape(-1, 3, HEADS, HEAD_DIM)
     if xp is not np:
         qkv = qkv.astype(np.float16)  # for the tensor cores; float32 works too
-    q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]  # views: nothing is copied
+    q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]  # views, no copies
     (out, lse), milliseconds = timed(
         lambda: gpu3d.bucket_attention(q, k, v, buckets, scopes, return_lse=True), once=xp is np
     )
@@ -194,12 +194,12 @@ def layer_norm(x: Any, xp: Any) -> Any:
 
 
 def weights(rng: np.random.Generator, rows: int, columns: int, xp: Any) -> Any:
-    """A random matrix that keeps the size of what passes through it."""
+    """A random matrix that keeps the variance of its input."""
     return xp.asarray(rng.standard_normal((rows, columns), np.float32) / np.float32(math.sqrt(rows)))
 
 
 def timed(call: Callable[[], Any], *, once: bool) -> tuple[Any, float]:
-    """A call's result and its milliseconds: of one call, or the median of 20 between two device events."""
+    """The result of a call and its time in ms: of one call, or the median of 20 between two device events."""
     begin = time.perf_counter()
     result = call()  # on a GPU this compiles the kernel
     if once:
@@ -221,9 +221,9 @@ def timed(call: Callable[[], Any], *, once: bool) -> tuple[Any, float]:
 
 
 def attention_weights(buckets: gpu3d.Buckets, attention: Attention, point: int) -> tuple[np.ndarray, np.ndarray]:
-    """The points of a point's scope, and the weight that it gives to each: a mean over heads, with a sum of 1.
+    """The points in the scope of `point`, and the weight that it gives to each: the mean over heads, with a sum of 1.
 
-    A weight is exp(scale * q.k - lse): the lse that the forward returned says all that is needed of the softmax.
+    A weight is exp(scale * q.k - lse). So the lse that the forward returns is all that is needed of the softmax.
     """
     query = int(buckets.point_to_slot[point])
     table = to_host(attention.scopes.table)
@@ -236,13 +236,14 @@ def attention_weights(buckets: gpu3d.Buckets, attention: Attention, point: int) 
 
 
 def choose_query(points: np.ndarray, buckets: gpu3d.Buckets, attentions: list[Attention]) -> int:
-    """A point at a border: its plain scope ends beside it, and the shifted one goes on.
+    """A point at the border of its plain scope, where the shifted scope goes on.
 
-    Of many places, seen from above, the one around which the shifted scope covers the most more than the plain one.
+    Many places, seen from above, are tried. At the chosen one the shifted scope has more of the points nearby than the
+    plain scope, by the largest number.
     """
     _, unit = spread(points)
     cells = np.floor((points[:, :2] - points[:, :2].min(axis=0)) / (unit / 50))
-    _, places = np.unique(cells, axis=0, return_index=True)  # a point each: dense objects count no more than ground
+    _, places = np.unique(cells, axis=0, return_index=True)  # one per cell: dense objects count like ground
     bucket = to_host(buckets.point_to_slot)[places] // buckets.bucket_size
     plain, shifted = (scope_of_bucket(buckets, attention)[bucket] for attention in attentions[:2])
     tree = KDTree(points[places, :2])
@@ -256,7 +257,7 @@ def choose_query(points: np.ndarray, buckets: gpu3d.Buckets, attentions: list[At
 
 
 def scope_of_bucket(buckets: gpu3d.Buckets, attention: Attention) -> np.ndarray:
-    """The row of the table that lists each bucket."""
+    """For each bucket, the row of the table that has it."""
     table = to_host(attention.scopes.table)
     scope = np.empty(buckets.num_buckets, np.int64)
     row, column = np.nonzero(table >= 0)
@@ -265,7 +266,7 @@ def scope_of_bucket(buckets: gpu3d.Buckets, attention: Attention) -> np.ndarray:
 
 
 def to_host(x: Any) -> np.ndarray:
-    """A NumPy array."""
+    """The array as a NumPy array."""
     return x if isinstance(x, np.ndarray) else x.get()
 
 
@@ -273,7 +274,7 @@ def to_host(x: Any) -> np.ndarray:
 
 
 def print_table(points: np.ndarray, buckets: gpu3d.Buckets, attentions: list[Attention], unit: str) -> None:
-    """A row an attention, with means over a sample of queries."""
+    """Print one row per attention, with means over a sample of queries."""
     sample = np.random.default_rng(0).permutation(len(points))[:SAMPLES]
     print(f"{len(points):,} points in {buckets.num_buckets:,} buckets of {BUCKET_SIZE}; {HEADS} heads of {HEAD_DIM}")
     print(f"\n{'attention':<10}  {'scopes':<14}  {'time':>10}  {'sum':>9}  {'reach':>8}  {'points':>7}")
@@ -283,12 +284,12 @@ def print_table(points: np.ndarray, buckets: gpu3d.Buckets, attentions: list[Att
         scopes = f"{len(attention.scopes.table)} of {SCOPE} buckets"
         took = f"{attention.milliseconds:.{3 if attention.milliseconds < 10 else 0}f} ms"
         print(f"{attention.name:<10}  {scopes:<14}  {took:>10}  {total:>9.6f}  {reach:>6.2f}{unit:<2}  {count:>7,.0f}")
-    print("\nsum of a point's weights; reach: how far it looks on average, by weight; points: so many with equal")
-    print("weights would have the same entropy")
+    print("\nsum: of the weights of a point; reach: mean distance, by weight; points: the number of points with equal")
+    print("weights that has the same entropy")
 
 
 def summary(points: np.ndarray, buckets: gpu3d.Buckets, attention: Attention, query: int) -> tuple[float, float, float]:
-    """Sum of a query's weights, mean distance of what it looks at, and the exponential of the weights' entropy."""
+    """The sum of a query's weights, their mean distance, and the exponential of their entropy."""
     members, weight = attention_weights(buckets, attention, query)
     distance = np.linalg.norm(points[members] - points[query], axis=1)
     entropy = -(weight * np.log(np.maximum(weight, 1e-30))).sum()
@@ -296,13 +297,13 @@ def summary(points: np.ndarray, buckets: gpu3d.Buckets, attention: Attention, qu
 
 
 BACKGROUND, BRIGHT, FAINT, OUTSIDE, QUERY = "#0a0c11", "#e8ecf2", "#8b95a5", "#4a5363", "#4dfff3"
-DECADES = 3  # of the colours
+DECADES = 3  # that the colours cover
 
 
 def draw(
     points: np.ndarray, buckets: gpu3d.Buckets, attentions: list[Attention], title: str, unit: str, path: Path
 ) -> None:
-    """The scan from above around one query, once an attention: its scope coloured by weight, the rest grey."""
+    """Draw the scan from above around one query, once per attention, its scope coloured by weight and the rest grey."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
@@ -360,7 +361,7 @@ def draw(
 
 
 def draw_scale(axes: Any, half: float, unit: str) -> None:
-    """A bar of a round length, at the upper left."""
+    """Draw a scale bar of a round length at the upper left."""
     power = 10.0 ** math.floor(math.log10(half / 2))
     length = power * max(factor for factor in (1, 2, 5) if factor * power <= half / 2)
     left, top = -0.94 * half, 0.93 * half

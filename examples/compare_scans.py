@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two LiDAR sweeps compared: their Chamfer distance both ways, and a picture of what moved between them.
 
-Runs on NumPy or, where there is an NVIDIA GPU, on CuPy; no deep-learning framework. Every point of one scan gets its
-exact nearest point in the other, and is coloured by how far away that is: walls that both scans saw stay dark, a car
-that drove off glows. Both scans must be in one frame; two scans of a moving sensor need its poses first.
+Runs on CuPy if there is an NVIDIA GPU, otherwise on NumPy; it uses no deep-learning framework. For every point of one
+scan it searches the exact nearest point in the other, and colours it by that distance. Walls that both scans saw stay
+dark; a car that drove off glows. Both scans must be in the same coordinate frame. Two scans of a moving sensor must be
+aligned by its poses first.
 
-Without a second scan the first is compared with a copy of itself that is half as dense and turned by half a degree
-about the middle, as by an error of its pose: the farther from the middle, the farther apart they are.
+Without a second scan, the first is compared with a copy of itself that has half the points and is turned by half a
+degree about the middle, like an error of the pose. Distances then grow with the distance from the middle.
 
-    python examples/compare_scans.py                         # the scan that the package carries
+    python examples/compare_scans.py                         # the scan that comes with the package
     python examples/compare_scans.py before.pcd after.pcd --out changes.png
 """
 
@@ -37,7 +38,7 @@ from scipy.spatial import KDTree
 
 import gpu3d
 
-TURN = np.radians(0.5)  # of the copy
+TURN = np.radians(0.5)  # how far the copy is turned
 PERCENTILES = 50, 90, 99, 100
 
 
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     """Compare the scans, print the table and draw the picture; return the exit code."""
     parser = scan_parser(__doc__, "gpu3d-demo-compare.png")
     parser.add_argument(
-        "other", nargs="?", metavar="OTHER", type=Path, help="a scan of the same place; without one, a turned copy"
+        "other", nargs="?", metavar="OTHER", type=Path, help="a scan of the same place (default: a turned copy)"
     )
     arguments = parser.parse_args(argv)
     try:
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def turned_copy(points: np.ndarray) -> np.ndarray:
-    """Every second point, turned about the vertical through the middle."""
+    """Every second point, turned about the vertical axis through the middle."""
     middle, _ = spread(points)
     x, y, z = (points[::2].astype(np.float64) - middle).T
     turned = np.cos(TURN) * x - np.sin(TURN) * y, np.sin(TURN) * x + np.cos(TURN) * y, z
@@ -76,24 +77,24 @@ def turned_copy(points: np.ndarray) -> np.ndarray:
 
 
 class Side(NamedTuple):
-    """One scan, and how far each of its points is from the other scan."""
+    """One scan, and the distance of each of its points to the other scan."""
 
     points: np.ndarray  # float32 [n, 3], relative to the middle of the first scan
     distances: np.ndarray  # float32 [n]
-    milliseconds: float  # of the search
+    milliseconds: float  # time of the search
 
 
 class Comparison(NamedTuple):
-    """Both scans, and their Chamfer distance: the mean of the distances, summed over the two sides."""
+    """Both scans, and their Chamfer distance: the sum of the mean distances of both sides."""
 
     sides: tuple[Side, Side]
     chamfer: float
-    milliseconds: float  # of the Chamfer distance alone, which needs no search before it
+    milliseconds: float  # time of `chamfer` alone, which does its own search
 
 
 def compare(points: np.ndarray, other: np.ndarray, xp: Any) -> Comparison:
-    """The nearest neighbours both ways, and the Chamfer distance."""
-    middle, _ = spread(points)  # of both scans: float32 holds what is left of map coordinates
+    """Search the nearest neighbours both ways, and compute the Chamfer distance."""
+    middle, _ = spread(points)  # subtracted from both scans, so that float32 is enough for map coordinates
     scans = [xp.asarray((scan - middle).astype(np.float32)) for scan in (points, other)]
     sides = []
     for query, target in (scans, scans[::-1]):
@@ -107,7 +108,7 @@ def compare(points: np.ndarray, other: np.ndarray, xp: Any) -> Comparison:
 
 
 def print_table(comparison: Comparison, unit: str) -> None:
-    """A row a direction, and the Chamfer distance."""
+    """Print one row per direction, and the Chamfer distance."""
     heads = "".join(f"{'farthest' if percent == 100 else f'{percent} %':>10}" for percent in PERCENTILES)
     print(f"{'distances':<15}{'points':>10}{'mean':>10}{heads}{'found in':>14}")
     for name, side in zip(("first to second", "second to first"), comparison.sides, strict=True):
@@ -122,13 +123,13 @@ def print_table(comparison: Comparison, unit: str) -> None:
 
 SIZE = 18.0, 11.1  # inches
 OTHER = "#525e72"
-STOPS = "#27466a", "#2b7fa8", "#3fc9b0", "#f2dc5d", "#ff8a1f", "#ff3b4e"  # of the colours, near to far
-BOX = {"facecolor": BACKGROUND, "edgecolor": "none", "alpha": 0.8, "pad": 3}  # behind words, which stay legible
-WIDER, CLOSER = 1.5, 6.0  # how much of the `spread` the view shows, and how much a close-up enlarges it
+STOPS = "#27466a", "#2b7fa8", "#3fc9b0", "#f2dc5d", "#ff8a1f", "#ff3b4e"  # colours from near to far
+BOX = {"facecolor": BACKGROUND, "edgecolor": "none", "alpha": 0.8, "pad": 3}  # behind text, to keep it legible
+WIDER, CLOSER = 1.5, 6.0  # the view in units of `spread`, and the magnification of the close-ups
 
 
 def draw(comparison: Comparison, title: str, unit: str, path: Path) -> None:
-    """The first scan coloured by distance to the second, and of each scan what the other lacks."""
+    """Draw the first scan coloured by distance to the second, and close-ups of what only one scan has."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
@@ -173,7 +174,7 @@ def draw(comparison: Comparison, title: str, unit: str, path: Path) -> None:
 
 
 def limits(comparison: Comparison) -> tuple[float, float]:
-    """Where the colours begin and end: at percentiles of the distances that are not 0."""
+    """The distances at which the colours begin and end: percentiles of those that are not 0."""
     distances = np.concatenate([side.distances for side in comparison.sides])
     distances = distances[distances > 0]
     if not len(distances):
@@ -183,7 +184,7 @@ def limits(comparison: Comparison) -> tuple[float, float]:
 
 
 def panel(figure: Any, place: tuple[float, ...], middle: np.ndarray, half: float, color: str) -> Any:
-    """Axes around a place of the picture's plane, `half` of it to the left and to the right."""
+    """Axes centred at `middle` in the plane of the picture, `half` wide to each side."""
     axes = figure.add_axes(place)
     reach = half * np.array([1, place[3] * SIZE[1] / (place[2] * SIZE[0])])
     (left, bottom), (right, top) = middle - reach, middle + reach
@@ -193,18 +194,18 @@ def panel(figure: Any, place: tuple[float, ...], middle: np.ndarray, half: float
 
 
 def draw_side(axes: Any, side: Side, paint: Any, size: float) -> None:
-    """A scan's points by distance: the farthest are drawn last."""
+    """Draw the points of a scan in order of distance, the farthest last."""
     order = np.argsort(side.distances)
     axes.scatter(*project(side.points[order]).T, s=size, c=paint.to_rgba(side.distances[order]), linewidths=0)
 
 
 def write(axes: Any, x: float, y: float, text: str, **options: Any) -> None:
-    """Words in a panel, legible over points."""
+    """Write text in a panel, legible over points."""
     axes.text(x, y, text, transform=axes.transAxes, color=BRIGHT, size=12, bbox=BOX, **options)
 
 
 def draw_histogram(figure: Any, first: Side, second: Side, paint: Any, unit: str) -> None:
-    """How many points are how far away, in the colours of the picture: its legend too."""
+    """Draw a histogram of the distances in the colours of the picture, which is its legend too."""
     back = figure.add_axes((0.0085, 0.7295, 0.206, 0.19), facecolor=BACKGROUND, xticks=[], yticks=[])
     back.spines[:].set_color(GRID)
     axes = back.inset_axes((0.07, 0.27, 0.86, 0.67), facecolor=BACKGROUND)
@@ -222,7 +223,7 @@ def draw_histogram(figure: Any, first: Side, second: Side, paint: Any, unit: str
 
 
 def choose_place(side: Side, near: float) -> np.ndarray:
-    """Where, in view, a scan has the most that the other has not."""
+    """The place in view where a scan has the most points that the other scan lacks."""
     inside = np.abs(project(side.points)).max(axis=1) < 0.6 * CLOSER * near
     distances = np.where(inside, side.distances, 0)
     far = side.points[distances >= np.percentile(distances, 95)]

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small network that completes shapes of which one side is missing, trained with APML and with the Chamfer distance.
+"""A small network that completes shapes with one half missing, trained with APML and with the Chamfer distance.
 
-Both begin with the same weights and see the same batches, for as many steps. What they say of shapes that they have not
-seen is measured by both distances: the earth mover's, of an exact assignment, and Chamfer; over several seeds.
+Both trainings start from the same weights and take the same batches and steps. Their predictions for unseen shapes are
+compared by two distances, over several seeds: the earth mover's distance of an exact assignment, and Chamfer.
 
-Shapes come from ModelNet10, with --data: shapes/modelnet10_vox32_train.npz with packed uint8 [shapes, 4096], solids of
-32^3 bits; a point of the surface lies anywhere in its voxel. Without --data they are made-up boxes and rings. Every
-eighth shape is kept to measure by.
+With --data the shapes come from ModelNet10: a file shapes/modelnet10_vox32_train.npz with `packed` uint8
+[shapes, 4096], solids of 32^3 bits. A surface point is placed at random in its voxel. Without --data the shapes are
+made-up boxes and rings. Every eighth shape is kept for validation.
 
     python examples/completion.py                            # made-up shapes
     python examples/completion.py --data ../shared/data --compile
@@ -32,18 +32,18 @@ import gpu3d
 
 LOSSES = "APML", "Chamfer"
 SHAPES = 1024
-ROOM = 64  # entries of APML's plan a point: what a compiled step, which cannot count them, has room for
+ROOM = 64  # max_entries per point, for a compiled step, which cannot count the entries
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train with both losses, print the table and draw the picture; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", metavar="FOLDER", type=Path, help="real shapes; without it, made-up ones")
+    parser.add_argument("--data", metavar="FOLDER", type=Path, help="real shapes (default: made-up shapes)")
     parser.add_argument("--library", choices=LIBRARIES, default="torch", help="(default: %(default)s)")
     parser.add_argument("--steps", metavar="N", type=int, default=300, help="(default: %(default)s)")
-    parser.add_argument("--batch", metavar="N", type=int, default=16, help="shapes a step (default: %(default)s)")
-    parser.add_argument("--points", metavar="N", type=int, default=256, help="of a shape (default: %(default)s)")
-    parser.add_argument("--rate", metavar="X", type=float, default=1e-3, help="of learning (default: %(default)s)")
+    parser.add_argument("--batch", metavar="N", type=int, default=16, help="shapes per step (default: %(default)s)")
+    parser.add_argument("--points", metavar="N", type=int, default=256, help="points per shape (default: %(default)s)")
+    parser.add_argument("--rate", metavar="X", type=float, default=1e-3, help="learning rate (default: %(default)s)")
     parser.add_argument("--seeds", metavar="N", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="torch.compile; JAX always compiles")
     parser.add_argument(
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         training, validation, title = load(arguments.data, arguments.points)
-        print(f"{title}: {len(training)} shapes to train on, {len(validation)} to measure by")
+        print(f"{title}: {len(training)} shapes for training, {len(validation)} for validation")
         print(
             f"{arguments.library}: {arguments.steps} steps of {arguments.batch} shapes of {arguments.points} points\n"
         )
@@ -78,24 +78,24 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Shapes(NamedTuple):
-    """Whole shapes in a cube of side 2, and what is seen of them."""
+    """Whole shapes in a cube of side 2, and the half of each that the network sees."""
 
     whole: np.ndarray  # float32 [shapes, n, 3]
-    seen: np.ndarray  # float32 [shapes, n / 2, 3]: the half that is farthest along a direction of the shape's own
+    seen: np.ndarray  # float32 [shapes, n / 2, 3]: the half that is farthest along a random direction
 
     def __len__(self) -> int:
         return len(self.whole)
 
 
 def load(folder: Path | None, count: int) -> tuple[Shapes, Shapes, str]:
-    """Shapes to train on, shapes to measure by, and what they are."""
+    """Shapes for training, shapes for validation, and a title."""
     rng = np.random.default_rng(0)
     if folder is None:
         whole = np.stack([made_up(count, rng) for _ in range(SHAPES)])
-        title = "made-up boxes and rings, for there is no --data"
+        title = "made-up boxes and rings, because there is no --data"
     else:
         with np.load(folder / "shapes" / "modelnet10_vox32_train.npz", allow_pickle=False) as arrays:
-            packed = np.unique(arrays["packed"], axis=0)  # some are there twice: none to train on is one to measure by
+            packed = np.unique(arrays["packed"], axis=0)  # without duplicates, which could be in both parts
         packed = packed[packed.any(axis=1)]
         packed = packed[rng.permutation(len(packed))[:SHAPES]]
         solids = np.unpackbits(packed, axis=1).reshape(-1, 32, 32, 32)
@@ -108,14 +108,14 @@ def load(folder: Path | None, count: int) -> tuple[Shapes, Shapes, str]:
 
 
 def surface(solid: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Points [count, 3] in the voxels at the surface of a solid; a voxel comes again only when all have come."""
+    """Points [count, 3] in the voxels at the surface of a solid. No voxel repeats before all have been used."""
     voxels = np.argwhere(solid & ~binary_erosion(solid))
     rows = np.concatenate([rng.permutation(len(voxels)) for _ in range(-(-count // len(voxels)))])[:count]
     return (voxels[rows] + rng.random((count, 3))) / 16 - 1
 
 
 def made_up(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Points [count, 3] of the surface of a box or of a ring, turned about the vertical."""
+    """Points [count, 3] on the surface of a box or a ring, turned about the vertical axis."""
     if rng.random() < 0.5:
         sides = rng.uniform(0.25, 0.65, 3)
         points = rng.uniform(-1, 1, (count, 3))
@@ -136,13 +136,14 @@ def made_up(count: int, rng: np.random.Generator) -> np.ndarray:
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
-Weights = list[list[tuple[np.ndarray, np.ndarray]]]  # of the encoder's layers, and of the decoder's
+Weights = list[list[tuple[np.ndarray, np.ndarray]]]  # the layers of the encoder and of the decoder, each (weight, bias)
 
 
 def initial(points: int, seed: int) -> Weights:
-    """The weights to begin with, the same in every library: [out, in] and [out], as torch.nn.Linear has them.
+    """The initial weights, the same in every library: [out, in] and [out], as in torch.nn.Linear.
 
-    The network takes the largest features over the points that are seen, and makes of them the points of the shape.
+    The encoder computes features of each seen point and takes their maximum over the points. From it the decoder
+    computes the points of the whole shape.
     """
     rng = np.random.default_rng(seed)
 
@@ -154,8 +155,8 @@ def initial(points: int, seed: int) -> Weights:
     return [[layer(*pair) for pair in itertools.pairwise(part)] for part in widths]
 
 
-Step = Callable[[np.ndarray, float], Any]  # with these shapes, at this rate of learning; returns the loss
-Say = Callable[[np.ndarray], Any]  # from what is seen, [B, m, 3], to the whole, [B, n, 3]
+Step = Callable[[np.ndarray, float], Any]  # of shape numbers and a learning rate; returns the loss
+Say = Callable[[np.ndarray], Any]  # from seen points [B, m, 3] to whole shapes [B, n, 3]
 
 
 def in_torch(name: str, shapes: Shapes, weights: Weights, arguments: argparse.Namespace) -> tuple[Step, Say]:
@@ -207,7 +208,7 @@ def in_torch(name: str, shapes: Shapes, weights: Weights, arguments: argparse.Na
 
 
 def in_jax(name: str, shapes: Shapes, weights: Weights, arguments: argparse.Namespace) -> tuple[Step, Say]:
-    """Training in JAX: one jitted step, with Adam as torch has it."""
+    """Training in JAX: one jitted step, with Adam as in torch."""
     import jax
     import jax.numpy as jnp
 
@@ -264,23 +265,23 @@ LIBRARIES = {"torch": in_torch, "jax": in_jax}
 
 
 def on_cpu(device: str, has_gpu: bool) -> bool:
-    """Where to train."""
+    """Whether to train on the CPU."""
     if device == "gpu" and not has_gpu:
         raise ImportError("the library finds no GPU")
     return device == "cpu" or not has_gpu
 
 
 class Result(NamedTuple):
-    """What a network says of the shapes to measure by."""
+    """The predictions of a network for the validation shapes, and their distances."""
 
     said: np.ndarray  # float32 [shapes, n, 3]
     emd: np.ndarray  # [shapes]
     chamfer: np.ndarray  # [shapes]
-    milliseconds: float  # of a training step, the median
+    milliseconds: float  # median time of a training step
 
 
 def train(name: str, training: Shapes, validation: Shapes, seed: int, arguments: argparse.Namespace) -> Result:
-    """Train one network with one loss, and measure it."""
+    """Train one network with one loss, and measure its predictions."""
     rng = np.random.default_rng(seed)
     weights = initial(training.whole.shape[1], seed)
     step, say = LIBRARIES[arguments.library](name, training, weights, arguments)
@@ -303,7 +304,7 @@ def train(name: str, training: Shapes, validation: Shapes, seed: int, arguments:
 
 
 def print_summary(results: dict[str, list[Result]]) -> None:
-    """Mean and standard deviation over the seeds, and how often APML is the lower."""
+    """Print mean and standard deviation over the seeds, and how often APML gives the lower distance."""
     print(f"\n{'over the seeds':<18}{'EMD':>18}{'Chamfer':>18}")
     for name, of_seeds in results.items():
         cells = ""
@@ -323,7 +324,7 @@ ROWS = 4
 
 
 def draw(validation: Shapes, results: dict[str, list[Result]], title: str, path: Path) -> None:
-    """Shapes that no network has seen: the first of those kept, with what those of the first seed say."""
+    """Draw the first validation shapes, with the predictions of the first seed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One array, three libraries, no copy: CuPy, torch and JAX look at the same memory, and gpu3d takes it from each.
+"""One array, three libraries, no copy: CuPy, torch and JAX share memory, and gpu3d takes arrays of each.
 
-With no GPU, NumPy stands for CuPy. A scan is read once and handed on by DLPack; the addresses that the libraries name
-are printed, and gpu3d returns to each what is of its own kind. Then they share a job: torch has the gradients, CuPy
-moves the points in place, JAX measures where they end.
+Without a GPU, NumPy takes the place of CuPy. A scan is read once and passed on by DLPack. The table shows that all
+libraries report the same address, and that gpu3d returns to each an array of its own kind. Then the libraries work
+together: torch computes gradients, CuPy moves the points in place, and JAX computes the final distance.
 
-Who shares memory must not write to it while JAX looks: JAX takes its arrays for constants.
+Do not write to shared memory while JAX uses it: JAX assumes that its arrays never change.
 
-    python examples/cupy_torch_jax.py                         # the scan that the package carries
+    python examples/cupy_torch_jax.py                         # the scan that comes with the package
     python examples/cupy_torch_jax.py scan.pcd --device gpu
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX takes three quarters of the GPU's memory
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take 3/4 of the GPU's memory
 
 import jax
 import torch
@@ -31,16 +31,16 @@ import gpu3d
 from gpu3d.interop.torch import chamfer
 
 TURN = np.radians(0.5)
-STEPS, RATE = 5, 0.02  # metres a step at most, of each of both directions
+STEPS, RATE = 5, 0.02  # a step moves a point by at most 0.02 m for each direction of the Chamfer distance
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Share the scan, print the addresses and do the job; return the exit code."""
+    """Share the scan, print the addresses, and move the copy back; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "file", nargs="?", metavar="FILE", type=Path, help="a scan; without one, a LiDAR scan that gpu3d carries"
+        "file", nargs="?", metavar="FILE", type=Path, help="a scan (default: a LiDAR scan that comes with gpu3d)"
     )
-    parser.add_argument("--points", metavar="N", type=int, default=8192, help="at most (default: %(default)s)")
+    parser.add_argument("--points", metavar="N", type=int, default=8192, help="points to use (default: %(default)s)")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto: the GPU if there is one"
     )
@@ -61,19 +61,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_devices(xp: Any) -> None:
-    """All three must see the device that one of them uses."""
+    """Raise an error unless all three libraries can use the same device."""
     if xp is np:
         return
     if not torch.cuda.is_available():
-        raise ImportError(f"torch {torch.__version__} finds no GPU, CuPy does: --device cpu does without")
+        raise ImportError(f"CuPy finds a GPU and torch {torch.__version__} does not: pass --device cpu")
     try:
         jax.devices("cuda")
     except RuntimeError as error:
-        raise ImportError(f"JAX finds no GPU, CuPy does: --device cpu does without ({error})") from error
+        raise ImportError(f"CuPy finds a GPU and JAX does not: pass --device cpu ({error})") from error
 
 
 def aligned(points: np.ndarray, xp: Any) -> Any:
-    """The points float32 [n, 3] on the device, at an address that XLA takes as it is: a multiple of 64."""
+    """The points float32 [n, 3] on the device. Their address is a multiple of 64, so XLA takes it without a copy."""
     array = xp.empty(points.size + 15, np.float32)
     skip = -address(array) % 64 // 4
     array = array[skip : skip + points.size].reshape(points.shape)
@@ -82,7 +82,7 @@ def aligned(points: np.ndarray, xp: Any) -> Any:
 
 
 def address(array: Any) -> int:
-    """Where an array's memory begins."""
+    """The address of an array."""
     if isinstance(array, np.ndarray):
         return array.ctypes.data
     if isinstance(array, torch.Tensor):
@@ -93,12 +93,12 @@ def address(array: Any) -> int:
 
 
 def kind(array: Any) -> str:
-    """The library of an array."""
+    """The name of an array's library."""
     return type(array).__module__.partition(".")[0].removesuffix("lib")
 
 
 def share(shared: Any, xp: Any) -> None:
-    """The same points in every library, and the same buckets from each."""
+    """Print address and buckets of the same points in every library."""
     arrays = [shared, torch.from_dlpack(shared), jax.dlpack.from_dlpack(shared)]
     print(f"\n{'library':<10}{'points':>16}{'address':>20}    {'buckets come as':<22}{'and are'}")
     first = None
@@ -113,7 +113,7 @@ def share(shared: Any, xp: Any) -> None:
 
 
 def job(shared: Any, xp: Any) -> None:
-    """A turned copy moves back: torch has the gradients, CuPy (or NumPy) takes the steps, JAX measures the end."""
+    """Move a turned copy back: torch computes gradients, CuPy (or NumPy) takes the steps, JAX checks the end."""
     turn = np.array([[np.cos(TURN), np.sin(TURN), 0], [-np.sin(TURN), np.cos(TURN), 0], [0, 0, 1]], np.float32)
     moved = aligned(shared @ xp.asarray(turn), xp)
     target, pred = torch.from_dlpack(shared), torch.from_dlpack(moved).requires_grad_()
@@ -121,11 +121,11 @@ def job(shared: Any, xp: Any) -> None:
     for step in range(STEPS):
         loss = chamfer(pred, target)
         (gradient,) = torch.autograd.grad(loss, pred)
-        moved -= RATE * len(moved) * xp.from_dlpack(gradient)  # pred is the same memory: torch sees the step
+        moved -= RATE * len(moved) * xp.from_dlpack(gradient)  # pred shares this memory, so torch sees the step
         print(f"{step + 1:<10}{loss.item():>28.5f}")
     if address(pred) != address(moved):
         raise ValueError("torch copied")
-    end = gpu3d.chamfer(*(jax.dlpack.from_dlpack(array) for array in (moved, shared)))  # nothing writes from here on
+    end = gpu3d.chamfer(*(jax.dlpack.from_dlpack(array) for array in (moved, shared)))  # nothing writes after this
     print(f"{'the end':<10}{float(end):>28.5f}, by JAX; by torch {chamfer(pred, target).item():.5f}")
 
 

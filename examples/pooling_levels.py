@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A LiDAR sweep pooled three times, and a picture of its levels: which points become one, and what is left of them.
+"""A LiDAR sweep pooled three times, and a picture of its levels: which points are merged, and what remains.
 
-Runs on NumPy or, where there is an NVIDIA GPU, on CuPy; no deep-learning framework. Each pooling takes the cloud that
-the last one made, in buckets already: the points are put into buckets once, and nothing is sorted or searched again.
-A point's only feature is its height, from the first pooling on a mean of heights; the picture is coloured by it.
+Runs on CuPy if there is an NVIDIA GPU, otherwise on NumPy; it uses no deep-learning framework. The points are put into
+buckets once. Each pooling returns a cloud that is in buckets already, so the next one neither sorts nor searches again.
+The only feature of a point is its height. Pooling takes the mean, and the picture is coloured by it.
 
-    python examples/pooling_levels.py                         # the scan that the package carries
+    python examples/pooling_levels.py                         # the scan that comes with the package
     python examples/pooling_levels.py scan.pcd --ratio 8 --out scan.png
 """
 
@@ -36,14 +36,14 @@ import gpu3d
 
 BUCKET_SIZE = 512
 LEVELS = 3
-ELEVATION = np.radians(40)  # of the view
+ELEVATION = np.radians(40)  # of the viewpoint
 
 
 def main(argv: list[str] | None = None) -> int:
     """Pool the scan, print the table and draw the picture; return the exit code."""
     parser = scan_parser(__doc__, "gpu3d-demo-pooling.png")
     parser.add_argument(
-        "--ratio", type=int, choices=(2, 4, 8), default=4, help="points that become one (default: %(default)s)"
+        "--ratio", type=int, choices=(2, 4, 8), default=4, help="points that become one point (default: %(default)s)"
     )
     arguments = parser.parse_args(argv)
     try:
@@ -61,20 +61,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Level(NamedTuple):
-    """The points of one level, and which of them become one; without padding, which one cloud has at its end only."""
+    """The points of one level without padding, and the groups that become one point of the next level."""
 
     points: np.ndarray  # [n, 3], relative to the middle of the scan
     heights: np.ndarray  # [n], the pooled feature
     members: np.ndarray  # [points of the next level, ratio], rows of this level; -1 where a group is short
-    milliseconds: float  # of the pooling
+    milliseconds: float  # time of the pooling
 
 
 def pool(points: np.ndarray, ratio: int, xp: Any) -> list[Level]:
-    """The scan and its levels; the last has no groups."""
+    """The scan and its pooled levels. The last level has no groups."""
     middle, _ = spread(points)
     points = (points - middle).astype(np.float32)
     buckets = gpu3d.bucketize(xp.asarray(points), BUCKET_SIZE)
-    in_slots = buckets.scatter(xp.asarray(points))  # space neighbours, side by side: now, and at every level
+    in_slots = buckets.scatter(xp.asarray(points))  # here as at every level, near points are near in memory
     features = in_slots[:, 2:]
     levels = []
     for _ in range(LEVELS):
@@ -92,7 +92,7 @@ def pool(points: np.ndarray, ratio: int, xp: Any) -> list[Level]:
 
 
 def print_table(levels: list[Level], ratio: int, unit: str) -> None:
-    """A row a level."""
+    """Print one row per level."""
     print(f"{'level':<8}{'points':>10}{'spacing':>11}{'apart':>11}{'times':>9}{'pooled in':>12}")
     for number, level in enumerate(levels):
         near, far = spacing(level.points), apart(level)
@@ -105,17 +105,17 @@ def print_table(levels: list[Level], ratio: int, unit: str) -> None:
 
 
 def length(value: float, unit: str) -> str:
-    """A length of the table; a dash where there is none."""
+    """A length as text, or a dash if there is none."""
     return "-" if math.isnan(value) else f"{value:.3f}{unit}"
 
 
 def spacing(points: np.ndarray) -> float:
-    """Mean distance to the nearest neighbour; NaN of a lone point."""
+    """Mean distance to the nearest neighbour; NaN for a single point."""
     return float(KDTree(points).query(points, k=2)[0][:, 1].mean()) if len(points) > 1 else math.nan
 
 
 def apart(level: Level) -> float:
-    """Mean distance between two members of a full group; NaN where there is none."""
+    """Mean distance between two members of a full group; NaN if there is no full group."""
     groups = level.points[level.members[(level.members >= 0).all(axis=1)]]
     if not len(groups):
         return math.nan
@@ -126,13 +126,13 @@ def apart(level: Level) -> float:
 # ---- the picture ---------------------------------------------------------------------------------------------------
 
 SIZE = 18.0, 12.4  # inches
-WIDTH, HEIGHT = 0.3236, 0.412  # of a panel, in parts of the figure's
-PANEL = np.array([1, HEIGHT * SIZE[1] / (WIDTH * SIZE[0])])  # half its sides, in units of half its width
+WIDTH, HEIGHT = 0.3236, 0.412  # of a panel, as fractions of the figure
+PANEL = np.array([1, HEIGHT * SIZE[1] / (WIDTH * SIZE[0])])  # its width and height, in units of its width
 GRID, OTHERS = "#252b36", "#3b4453"
 
 
 def draw(levels: list[Level], ratio: int, title: str, unit: str, path: Path) -> None:
-    """Each level but the last, and below it a close-up: which of its points become one."""
+    """Draw each level except the last, and below it a close-up of its groups."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
@@ -179,7 +179,7 @@ def draw(levels: list[Level], ratio: int, title: str, unit: str, path: Path) -> 
 
 
 def panel(figure: Any, column: int, bottom: float, middle: np.ndarray, half: float, color: str) -> Any:
-    """Axes around a place of the picture's plane, `half` of it to the left and to the right."""
+    """Axes centred at `middle` in the plane of the picture, `half` wide to each side."""
     axes = figure.add_axes((0.008 + 0.3302 * column, bottom, WIDTH, HEIGHT))
     low, high = middle - half * PANEL, middle + half * PANEL
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xticks=[], yticks=[], facecolor=BACKGROUND)
@@ -188,7 +188,7 @@ def panel(figure: Any, column: int, bottom: float, middle: np.ndarray, half: flo
 
 
 def draw_groups(axes: Any, level: Level, pooled: Level, shown: np.ndarray, paint: Any, grown: float) -> None:
-    """The groups of a level whose children are `shown`, as stars, and its other points in grey."""
+    """Draw the groups whose children are `shown` as stars, and the other points of the level in grey."""
     from matplotlib.collections import LineCollection
 
     points, children = project(level.points), project(pooled.points)
@@ -212,13 +212,13 @@ def draw_groups(axes: Any, level: Level, pooled: Level, shown: np.ndarray, paint
 
 
 def project(points: np.ndarray) -> np.ndarray:
-    """Points [..., 3] on the plane of the picture, [..., 2]: to the east, and to the north and up."""
+    """Project points [..., 3] to the plane of the picture [..., 2]: right is east, and up is north and up."""
     x, y, z = np.moveaxis(points, -1, 0)
     return np.stack([x, np.sin(ELEVATION) * y + np.cos(ELEVATION) * z], axis=-1)
 
 
 def choose_place(points: np.ndarray) -> np.ndarray:
-    """The middle of something round that stands alone in the picture: a car, where there is one."""
+    """The middle of a round object that stands alone in the picture, for example a car."""
     _, unit = spread(points)
     cloud, picture = KDTree(points), KDTree(project(points))
     in_view = np.flatnonzero(np.linalg.norm(project(points), axis=1) <= 0.8 * unit)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What APML's threshold saves and what it costs: pairs, memory and error against the dense plan, and a picture of them.
+"""What APML's threshold saves and what it costs: pairs, memory and error against the dense plan, with a picture.
 
-Runs on NumPy or, where there is an NVIDIA GPU, on CuPy; no deep-learning framework. Each cloud is matched twice: two
-samples of it with each other, which share no point, and one of them with itself and noise of a quarter of its spacing.
-Thresholds go from 1e-2 to 1e-14. The dense plan, which keeps every pair, is the reference's with threshold 0, in
-float64, so samples are small. The bounds are those of docs/apml.md.
+Runs on CuPy if there is an NVIDIA GPU, otherwise on NumPy; it uses no deep-learning framework. Each cloud is matched in
+two ways: two samples of it that share no point, and one sample with a copy of itself that has noise of a quarter of its
+spacing. docs/apml.md calls these "independent" and "matched", and derives the bounds. Thresholds go from 1e-2 to 1e-14.
+The dense plan keeps every pair. It comes from the NumPy reference with threshold 0, in float64, so samples are small.
 
-The clouds: a sphere, a torus, a made-up terrain with houses and trees, and the sweep that gpu3d carries, or a scan of
-yours. --data adds real shapes, sweeps and airborne scans.
+The clouds are a sphere, a torus, a made-up terrain with houses and trees, and the sweep that comes with gpu3d or a scan
+of yours. --data adds real shapes, sweeps and airborne scans.
 
-    python examples/threshold_study.py                         # the scan that the package carries
+    python examples/threshold_study.py                         # the scan that comes with the package
     python examples/threshold_study.py scan.pcd --out study.png
     python examples/threshold_study.py --data ../shared/data
 """
@@ -29,22 +29,22 @@ from compare_scans import BOX
 from pooling_levels import GRID, project, spacing
 
 import gpu3d
-from gpu3d.reference import apml as reference
+from gpu3d.reference import transport as reference
 
 THRESHOLDS = tuple(10.0**-power for power in range(2, 15))
 USUAL = 1e-8  # the threshold at which iterations and densities are compared
 P_MIN, ITERATIONS = 0.8, 20
-STEPS = (1, 2, 3, 5, 10, 20, 40)  # of Sinkhorn
-PARTS = (8, 4, 2, 1)  # what part of the points the sparser samples have
-NOISE = 0.25  # of the spacing
+STEPS = (1, 2, 3, 5, 10, 20, 40)  # iterations of Sinkhorn
+PARTS = (8, 4, 2, 1)  # sparser samples have this fraction of the points: an eighth, a quarter, ...
+NOISE = 0.25  # in units of the spacing
 MATCHINGS = ("two samples", "itself and noise")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Study every cloud, print the tables and draw the picture; return the exit code."""
     parser = scan_parser(__doc__, "gpu3d-demo-threshold.png")
-    parser.add_argument("--data", metavar="FOLDER", type=Path, help="of real shapes, sweeps and airborne scans")
-    parser.add_argument("--points", metavar="N", type=int, default=1000, help="of a sample (default: %(default)s)")
+    parser.add_argument("--data", metavar="FOLDER", type=Path, help="adds real shapes, sweeps and airborne scans")
+    parser.add_argument("--points", metavar="N", type=int, default=1000, help="points a sample (default: %(default)s)")
     arguments = parser.parse_args(argv)
     try:
         xp = array_library(arguments.device)
@@ -67,19 +67,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def made_up() -> Iterator[tuple[str, np.ndarray]]:
-    """Shapes, and a piece of land as a laser under an aircraft sees it."""
+    """Made-up clouds: two shapes, and a terrain as a laser scanner in an aircraft sees it."""
     rng = np.random.default_rng(0)
     sphere = rng.standard_normal((20_000, 3))
     yield "sphere", sphere / np.linalg.norm(sphere, axis=1, keepdims=True)
     around, tube = 2 * np.pi * rng.random((2, 20_000))
     ring = 1 + 0.4 * np.cos(tube)
     torus = np.stack([ring * np.cos(around), ring * np.sin(around), 0.4 * np.sin(tube)], axis=1)
-    yield "torus", torus[rng.random(20_000) < ring / 1.4]  # as many points an area inside as outside
+    yield "torus", torus[rng.random(20_000) < ring / 1.4]  # the same density inside and outside
     yield "terrain", terrain(rng)
 
 
 def terrain(rng: np.random.Generator) -> np.ndarray:
-    """200 m of hills with houses and trees, every 0.7 m along tracks that are 1.2 m apart."""
+    """200 m of hills with houses and trees: a point every 0.7 m along tracks that are 1.2 m apart."""
     x, y = (axis.ravel() for axis in np.meshgrid(np.arange(0, 200, 0.7), np.arange(0, 200, 1.2)))
     x, y = (axis + rng.normal(0, 0.15, x.shape) for axis in (x, y))
     z = 6 * np.sin(x / 37) * np.cos(y / 51) + 2 * np.sin((x + y) / 17)
@@ -93,13 +93,13 @@ def terrain(rng: np.random.Generator) -> np.ndarray:
 
 
 def sweep(file: Path | None) -> tuple[str, np.ndarray]:
-    """A scan, or the one that the package carries."""
+    """A scan, or the one that comes with the package."""
     points, title, _ = load(file)
     return ("PandaSet sweep" if file is None else title), points
 
 
 def real(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Two shapes, two sweeps and the airborne scans in whole units, of those that the folder has."""
+    """Two shapes, two sweeps and the airborne scans in whole units, as far as the folder has them."""
     for path in sorted(folder.glob("shapes/punet*.npz")):
         with np.load(path, allow_pickle=False) as shapes:
             for name in ("elephant", "chair"):
@@ -117,7 +117,7 @@ def real(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def samples(points: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two samples float32 [count, 3] without a common point, from one origin."""
+    """Two samples float32 [count, 3] without a common point, relative to one origin."""
     points = np.unique(points, axis=0)
     count = min(count, len(points) // 2)
     if count < 8:
@@ -131,17 +131,17 @@ def samples(points: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Found(NamedTuple):
-    """Of one threshold."""
+    """What was measured for one threshold."""
 
     threshold: float
-    pairs: float  # a row
-    memory: float  # bytes a point of both clouds: the most that a call holds at a time
-    dropped: float  # the largest part of a row's or a column's choice that is dropped, before Sinkhorn
+    pairs: float  # kept pairs per row
+    memory: float  # peak bytes of a call, per point of both clouds
+    dropped: float  # the largest share of a row or a column that is dropped, before Sinkhorn
     dropped_bound: float
-    plan: float  # L1 distance to the dense plan, in parts of its mass
+    plan: float  # L1 distance to the dense plan, divided by its mass
     plan_bound: float
     loss: float  # relative error
-    gradient: float  # of pred, relative error in the 2-norm
+    gradient: float  # relative error of the gradient of pred, in the 2-norm
 
 
 class Matching(NamedTuple):
@@ -149,20 +149,20 @@ class Matching(NamedTuple):
 
     found: list[Found]  # by threshold
     by_steps: list[float]  # gradient error at the usual threshold
-    by_spacing: list[float]  # likewise, of the sparser samples
+    by_spacing: list[float]  # the same for sparser samples
 
 
 class Study(NamedTuple):
-    """One cloud."""
+    """The results for one cloud."""
 
     name: str
     target: np.ndarray  # float32 [n, 3]
-    spacings: list[float]  # of the samples, sparse to dense
-    matchings: list[Matching]  # by MATCHINGS
+    spacings: list[float]  # of the samples, from sparse to dense
+    matchings: list[Matching]  # in the order of MATCHINGS
 
 
 def study(name: str, points: np.ndarray, count: int, xp: Any) -> Study:
-    """Every threshold, every number of steps and every density, matched in both ways."""
+    """Measure every threshold, number of iterations and density, matched in both ways."""
     pairs = [pair_up(*samples(points, count // part)) for part in PARTS]  # [density][matching]
     usual = partial(compare, xp=xp, thresholds=(USUAL,))
     matchings = []
@@ -187,14 +187,14 @@ def pair_up(one: np.ndarray, other: np.ndarray) -> list[tuple[np.ndarray, np.nda
 def compare(
     pred: np.ndarray, target: np.ndarray, xp: Any, thresholds: Sequence[float], iterations: int = ITERATIONS
 ) -> Iterator[Found]:
-    """The sparse plan, loss and gradient beside the dense ones."""
+    """Compare the sparse plan, loss and gradient with the dense ones."""
     exact = reference.dense(pred, target, reference.Options(P_MIN, 0, iterations, "mean"))
     arrays = xp.asarray(pred), xp.asarray(target)
     for threshold, bounded in zip(thresholds, bounds(pred, target, thresholds, iterations), strict=True):
         options = {"p_min": P_MIN, "threshold": threshold, "iterations": iterations}
         plan = gpu3d.apml_plan(*arrays, **options, max_entries=2 * exact.plan.size)
         rows, cols, values = (to_host(part) for part in plan[:3])
-        room = 2 * len(rows)  # a pair is two entries at most
+        room = 2 * len(rows)  # a pair has at most two entries
         call = partial(gpu3d.apml_value_and_grad, *arrays, **options, max_entries=room)
         loss, (dpred, _) = call()
         off = exact.plan.copy()
@@ -214,7 +214,7 @@ def compare(
 def bounds(
     pred: np.ndarray, target: np.ndarray, thresholds: Sequence[float], iterations: int
 ) -> Iterator[tuple[float, float, float]]:
-    """What is dropped before Sinkhorn, its bound, and the bound of how far apart the plans are: see docs/apml.md."""
+    """The share dropped before Sinkhorn, its bound, and the bound on the distance of the plans; see docs/apml.md."""
     x, y = pred.astype(np.float64), target.astype(np.float64)
     c = np.sqrt(reference.squared_distances(x[:, None], y))
     of_rows, of_columns = choices(c), choices(c.T).T
@@ -236,23 +236,23 @@ def bounds(
             grown -= 2 * log_rest(max(share, (u @ dropped / sums).max()))
             v /= v * sums + reference.EPSILON
         apart = np.expm1(min(grown, 9.0)) + u @ dropped @ v / (u @ dense @ v)
-        yield share, float(most * threshold), min(float(apart), 2.0)  # two plans cannot be farther apart than 2
+        yield share, float(most * threshold), min(float(apart), 2.0)  # no two plans are farther apart than 2
 
 
 def choices(c: np.ndarray) -> np.ndarray:
-    """What each row chooses without a threshold: P1 of `gpu3d.apml`, float64."""
+    """The weights of each row without a threshold, float64: P1 of `gpu3d.apml`."""
     d1, d2 = np.partition(c, 1, axis=1)[:, :2].T[..., None]
     k = np.exp((d1 - c) * (reference.log_mass(c.shape[1], P_MIN) / np.maximum(d2 - d1, reference.GAP)))
     return k / k.sum(axis=1, keepdims=True)
 
 
 def log_rest(share: float) -> float:
-    """The logarithm of what is left, which is not nothing."""
+    """The logarithm of 1 - share, kept finite."""
     return float(np.log1p(-min(share, 1 - 1e-9)))
 
 
 def peak_bytes(call: Callable[[], Any], xp: Any) -> int:
-    """The most bytes that a call holds at a time: of NumPy's arrays, or of CuPy's pool."""
+    """Peak bytes of a call, of NumPy's arrays or of CuPy's pool."""
     if xp is np:
         tracemalloc.start()
         call()
@@ -269,13 +269,13 @@ def peak_bytes(call: Callable[[], Any], xp: Any) -> int:
 # ---- what is shown -------------------------------------------------------------------------------------------------
 
 NOTES = """
-pairs a row; bytes: the most that a call holds at a time, a point of both clouds; dropped: the largest part of a point's
-choice, before Sinkhorn; plan: L1 distance to the dense plan, in parts of its mass (at most 2); loss, gradient: relative
-errors"""
+pairs: kept per row; bytes: peak of a call, per point of both clouds; dropped: the largest share of a row or column that
+is dropped before Sinkhorn; plan: L1 distance to the dense plan, divided by its mass (at most 2); loss, gradient:
+relative errors"""
 
 
 def print_study(study: Study) -> None:
-    """A row for every second threshold, matched in both ways."""
+    """Print one row for every second threshold, for both matchings."""
     n = len(study.target)
     print(f"\n{study.name}: samples of {n:,} points, {study.spacings[-1]:.3g} apart")
     columns = ("threshold", "pairs", "bytes", "dropped", "at most", "plan", "at most", "loss", "gradient")
@@ -301,7 +301,7 @@ DASHED = (0, (4, 1.6))
 
 
 def draw(studies: list[Study], path: Path) -> None:
-    """The clouds, and below them what a threshold saves and costs."""
+    """Draw the clouds, and below them what a threshold saves and costs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -340,7 +340,7 @@ def draw(studies: list[Study], path: Path) -> None:
 
 
 def draw_clouds(figure: Any, studies: list[Study]) -> None:
-    """The targets, each in the colour of its lines."""
+    """Draw the targets, each in the colour of its lines."""
     width = (0.984 + 0.006) / len(studies)
     for number, study in enumerate(studies):
         axes = figure.add_axes((0.008 + width * number, 0.712, width - 0.006, 0.215), facecolor=BACKGROUND)
@@ -348,14 +348,14 @@ def draw_clouds(figure: Any, studies: list[Study]) -> None:
         middle, unit = spread(study.target)
         points = project((study.target - middle) / unit)
         reach = 1.4 * np.array([1, 0.215 * SIZE[1] / ((width - 0.006) * SIZE[0])])
-        reach *= 1.4 / min(1.4, float(reach[1]))  # what is round fits
+        reach *= 1.4 / min(1.4, float(reach[1]))  # makes room for round clouds
         axes.scatter(*points.T, s=6, c=COLORS[number % len(COLORS)], linewidths=0)
         axes.set(xlim=(-reach[0], reach[0]), ylim=(-reach[1], reach[1]), xticks=[], yticks=[])
         axes.text(0.03, 0.96, study.name, transform=axes.transAxes, color=BRIGHT, size=12.5, va="top", bbox=BOX)
 
 
 def plot(figure: Any, place: int) -> Any:
-    """Axes for lines: the first four above, the others below."""
+    """Axes for a plot: the first four in the upper row, the others in the lower."""
     row, column = divmod(place, 4)
     axes = figure.add_axes((0.042 + 0.2435 * column, 0.428 - 0.313 * row, 0.208, 0.232), facecolor=BACKGROUND)
     axes.set(xscale="log", yscale="log")
@@ -367,11 +367,11 @@ def plot(figure: Any, place: int) -> Any:
     return axes
 
 
-FLOOR = 1e-10  # where errors of 0 are drawn
+FLOOR = 1e-10  # errors of 0 are drawn here
 
 
 def finish(plots: list[Any], n: int) -> None:
-    """Titles, scales and words."""
+    """Set titles, scales and labels."""
     titles = (
         "Pairs a row",
         "Memory, bytes a point of both clouds",

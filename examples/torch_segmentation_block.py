@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One stage of a Flash3D transformer as a torch module, trained to label LiDAR points, beside one without attention.
+"""One stage of a Flash3D transformer as a torch module, trained to label LiDAR points, next to one without attention.
 
-The stage puts the points into buckets once. Two blocks attend in scopes of buckets, the second in shifted ones; pooling
-makes one point of four, and what a layer finds there comes back to the four. The baseline has a layer a point, of as
-many weights, in place of each attention: what the one knows beyond the other, it knows from neighbours.
+The stage puts the points into buckets once. Two blocks attend in scopes of buckets, the second one in shifted scopes.
+Pooling makes one point of four, and the output of a layer on the pooled points is copied back to the four. The baseline
+replaces each attention by a layer on single points with the same number of weights. So the difference between the two
+shows what the stage learns from neighbours.
 
-Points come from sweeps of SemanticKITTI, with --data: files semantickitti/SS_FFFFFF.npz with xyz int16 [N, 3] in units
-of 5 mm, remission uint8 and label uint8, of the 19 training classes, 255 where there is none. Sequences 04 and 10
-validate. Without --data both halves are made-up streets, which teach nothing about real ones.
+With --data the points are sweeps of SemanticKITTI: files semantickitti/SS_FFFFFF.npz with xyz int16 [N, 3] in units of
+5 mm, remission uint8, and label uint8, one of the 19 training classes or 255 for none. Sequences 04 and 10 are for
+validation. Without --data all sweeps are made-up streets, which teach nothing about real ones.
 
-Runs on the GPU where torch has one, in larger crops and batches: with those of a CPU, a GPU waits for its host.
-torchrun starts it on several: each process takes its part of every batch, and the gradients are those of one process
-with the joined batch.
+If torch has a GPU, training runs on it with larger crops and batches; with those for a CPU, the GPU would wait for its
+host. torchrun starts training on several GPUs. Each process takes its part of every batch, and the gradients equal
+those of one process with the joined batch.
 
     python examples/torch_segmentation_block.py --data ../shared/data
     torchrun --nproc-per-node 2 examples/torch_segmentation_block.py --data ../shared/data --batch 32
@@ -67,18 +68,18 @@ WAVELENGTHS = 1, 20  # metres, shortest and longest
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train both stages and print what they reach after each epoch; return the exit code."""
+    """Train both stages and print their scores after each epoch; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", metavar="FOLDER", type=Path, help="real sweeps; without it, made-up streets")
+    parser.add_argument("--data", metavar="FOLDER", type=Path, help="real sweeps (default: made-up streets)")
     parser.add_argument("--epochs", metavar="N", type=int, help=either("epochs"))
     parser.add_argument(
-        "--crops", metavar="N", type=int, default=24, help="of a sweep, an epoch (default: %(default)s)"
+        "--crops", metavar="N", type=int, default=24, help="crops per sweep and epoch (default: %(default)s)"
     )
-    parser.add_argument("--batch", metavar="N", type=int, help=f"crops a process {either('batch')}")
-    parser.add_argument("--points", metavar="N", type=int, help=f"of a crop {either('points')}")
+    parser.add_argument("--batch", metavar="N", type=int, help=f"crops per process {either('batch')}")
+    parser.add_argument("--points", metavar="N", type=int, help=f"points per crop {either('points')}")
     parser.add_argument("--voxel", metavar="M", type=float, default=0.3, help="one point each (default: %(default)s m)")
     parser.add_argument("--channels", metavar="N", type=int, default=32, help="(default: %(default)s)")
-    parser.add_argument("--rate", metavar="X", type=float, default=1e-2, help="of learning (default: %(default)s)")
+    parser.add_argument("--rate", metavar="X", type=float, default=1e-2, help="learning rate (default: %(default)s)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--bfloat16", action="store_true", help="autocast: matrix products and attention in bfloat16")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def either(name: str) -> str:
-    """What help says of a default."""
+    """The help text for a default that depends on the device."""
     return f"(default: {DEFAULTS['cpu'][name]}, on a GPU {DEFAULTS['cuda'][name]})"
 
 
@@ -107,20 +108,20 @@ def either(name: str) -> str:
 
 
 class Pointwise(nn.Sequential):
-    """What stands for attention in the baseline: as many weights, and no neighbours."""
+    """What the baseline has in place of attention: as many weights, and no neighbours."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__(nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels))
 
     def forward(self, x: torch.Tensor, buckets: Any, scopes: Any) -> torch.Tensor:
-        """Rows [num_slots, C] to rows of the same shape."""
+        """Map rows [num_slots, C] to rows of the same shape."""
         return super().forward(x)
 
 
 class Block(nn.Module):
-    """Attention in scopes of buckets and layers a point, both beside what passes by.
+    """Attention in scopes of buckets, then layers on single points, both with a residual connection.
 
-    Attention sees where points are, too: near ones have like waves.
+    Attention also gets waves over the coordinates, which are similar for near points.
     """
 
     def __init__(self, channels: int, heads: int, shift: int, attention: bool) -> None:
@@ -132,14 +133,14 @@ class Block(nn.Module):
         self.layers = nn.Sequential(nn.LayerNorm(channels), *perceptron(channels, 2 * channels, channels))
 
     def forward(self, x: torch.Tensor, waves: torch.Tensor, buckets: gpu3d.Buckets) -> torch.Tensor:
-        """Rows [num_slots, C] to rows of the same shape."""
+        """Map rows [num_slots, C] to rows of the same shape."""
         at = self.before(x) + self.places(waves)
         x = x + self.attention(at, buckets, scopes(buckets, SCOPE, shift=self.shift))
         return x + self.layers(x)
 
 
 class Stage(nn.Module):
-    """Two blocks, the second in shifted scopes, and pooling. What it returns is what a next stage takes."""
+    """Two blocks, the second in shifted scopes, and pooling. A next stage could take its outputs."""
 
     def __init__(self, channels: int, heads: int, attention: bool = True) -> None:
         super().__init__()
@@ -153,7 +154,7 @@ class Stage(nn.Module):
     def forward(
         self, x: torch.Tensor, points: torch.Tensor, buckets: gpu3d.Buckets
     ) -> tuple[torch.Tensor, gpu3d.Pooling]:
-        """Rows [num_slots, C], and a quarter as many: pooled, with points and a layout of their own."""
+        """Return rows [num_slots, C], and the pooled rows, a quarter as many, with their points and layout."""
         phases = points @ self.wavevectors
         waves = torch.cat([phases.sin(), phases.cos()], dim=1)
         for block in self.blocks:
@@ -162,7 +163,7 @@ class Stage(nn.Module):
 
 
 class Segmentation(nn.Module):
-    """From points [N, 3] and features [N, F] of clouds of so many points to logits [N, classes]."""
+    """A network from points [N, 3] and features [N, F] of packed clouds to logits [N, classes]."""
 
     def __init__(self, features: int, channels: int, classes: int, attention: bool = True) -> None:
         super().__init__()
@@ -172,8 +173,8 @@ class Segmentation(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, classes))
 
     def forward(self, points: torch.Tensor, features: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """Logits, in the order of the points."""
-        buckets = bucketize(points, BUCKET_SIZE, lengths=lengths)  # once: all below runs in slot order
+        """Return logits in the order of the points."""
+        buckets = bucketize(points, BUCKET_SIZE, lengths=lengths)  # once; everything below is in slot order
         x, pooled = self.stage(scatter(self.embedding(features), buckets), scatter(points, buckets), buckets)
         coarse = pooled.features + self.coarse(pooled.features)
         return self.head(gather(bucket_unpool(coarse.to(x.dtype), pooled, skip=x), buckets))
@@ -196,10 +197,10 @@ class Sweep(NamedTuple):
 
 
 def load(folder: Path | None, voxel: float) -> tuple[list[Sweep], list[Sweep], str]:
-    """Sweeps to train on and sweeps to validate on, thinned to a point a voxel, and what they are."""
+    """Sweeps for training and for validation, thinned to one point per voxel, and a title."""
     if folder is None:
         streets = [thin(made_up_street(seed), voxel) for seed in range(24)]
-        return streets[:18], streets[18:], "made-up streets, for there is no --data"
+        return streets[:18], streets[18:], "made-up streets, because there is no --data"
     files = sorted((folder / "semantickitti").glob("[0-9][0-9]_*.npz"))
     parts: list[list[Sweep]] = [[], []]
     for file in files:
@@ -210,7 +211,7 @@ def load(folder: Path | None, voxel: float) -> tuple[list[Sweep], list[Sweep], s
     if not all(parts):
         raise ValueError(
             f"{folder / 'semantickitti'} must hold sweeps SS_FFFFFF.npz of sequences {' and '.join(VALIDATION)} and of "
-            f"others, got {len(files)} sweeps."
+            f"other sequences, got {len(files)} sweeps."
         )
     return parts[0], parts[1], "SemanticKITTI"
 
@@ -224,7 +225,7 @@ def thin(sweep: Sweep, voxel: float) -> Sweep:
 
 
 def made_up_street(seed: int) -> Sweep:
-    """A road with pavements, houses, cars, trees and poles around a sensor, thinner the farther away."""
+    """A road with pavements, houses, cars, trees and poles around a sensor; its density falls with the distance."""
     rng = np.random.default_rng(seed)
     parts: list[tuple[np.ndarray, str]] = []
 
@@ -232,7 +233,7 @@ def made_up_street(seed: int) -> Sweep:
         low, high = np.minimum(low, high), np.maximum(low, high)
         parts.append((rng.uniform(low, high, (count, 3)), name))
 
-    ground = -1.73  # below the sensor
+    ground = -1.73  # relative to the sensor
     road, pavement = rng.uniform(3, 6), rng.uniform(2, 4)
     add("road", (-50, -road, ground), (50, road, ground), 12_000)
     for side in (-1, 1):
@@ -262,7 +263,7 @@ def made_up_street(seed: int) -> Sweep:
 
 
 def crop(sweep: Sweep, count: int, rng: np.random.Generator) -> Sweep:
-    """The points nearest to one of them, seen from above, turned about the sensor."""
+    """The `count` points nearest to a random one, seen from above, turned about the sensor."""
     away = sweep.points[:, :2] - sweep.points[rng.integers(len(sweep.points)), :2]
     rows = np.argsort((away * away).sum(axis=1), kind="stable")[:count]
     angle = rng.uniform(0, 2 * np.pi)
@@ -271,7 +272,7 @@ def crop(sweep: Sweep, count: int, rng: np.random.Generator) -> Sweep:
 
 
 class Batch(NamedTuple):
-    """Clouds one after another."""
+    """Packed clouds, one behind the other."""
 
     points: torch.Tensor  # [N, 3]
     features: torch.Tensor  # [N, 3]: height, distance, remission
@@ -294,27 +295,27 @@ def collate(sweeps: list[Sweep], device: torch.device) -> Batch:
 
 
 class Group(NamedTuple):
-    """The processes that torchrun started, or this one alone."""
+    """The processes that torchrun started, or this process alone."""
 
     device: torch.device
     rank: int = 0
     count: int = 1
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes, in place."""
+        """Sum x over all processes, in place."""
         if self.count > 1:
             dist.all_reduce(x)
         return x
 
     def print(self, text: str) -> None:
-        """Once, not once a process."""
+        """Print from one process only."""
         if self.rank == 0:
             print(text, flush=True)
 
 
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[Group]:
-    """The group of processes, of which each has a GPU or all share the CPU."""
+    """The group of processes. Each has a GPU of its own, or all share the CPU."""
     gpu = torch.cuda.is_available() if device == "auto" else device == "gpu"
     if gpu and not torch.cuda.is_available():
         raise ImportError(f"torch {torch.__version__} finds no GPU")
@@ -327,7 +328,7 @@ def joined(device: str) -> Iterator[Group]:
     dist.init_process_group("nccl" if gpu else "gloo")
     try:
         yield Group(place, dist.get_rank(), dist.get_world_size())
-        dist.barrier()  # or the first to end would take the store of the others along
+        dist.barrier()  # the first process to end would close the store that the others still use
     finally:
         dist.destroy_process_group()
 
@@ -335,7 +336,7 @@ def joined(device: str) -> Iterator[Group]:
 class Trained(NamedTuple):
     """A network in training."""
 
-    network: Any  # in DDP where there are several processes
+    network: Any  # wrapped in DDP if there are several processes
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
 
@@ -346,7 +347,7 @@ def run(arguments: argparse.Namespace, group: Group) -> None:
     steps = max(1, len(training) * arguments.crops // (arguments.batch * group.count))
     both = [start(arguments, group, attention, arguments.epochs * steps) for attention in (True, False)]
     weights = class_weights(training).to(group.device)
-    group.print(f"{title}: {len(training)} sweeps to train on, {len(validation)} to validate, on {device_name(group)}")
+    group.print(f"{title}: {len(training)} sweeps for training, {len(validation)} to validate, on {device_name(group)}")
     sizes = " and ".join(f"{sum(p.numel() for p in of.network.parameters()):,}" for of in both)
     crops = arguments.batch * group.count
     group.print(f"{sizes} weights; {steps} steps an epoch, of {crops} crops of at most {arguments.points:,} points\n")
@@ -361,14 +362,14 @@ def run(arguments: argparse.Namespace, group: Group) -> None:
             cells.append(f"{loss:>8.4f}{np.nanmean(shares):>11.4f}{rate:>13,.0f}")
             ious.append(shares)
         group.print(f"{epoch + 1:<7}" + "    ".join(cells))
-    group.print(f"\nIoU of the classes that the sweeps to validate have{'':>8}with{'without':>12}")
+    group.print(f"\nIoU of the classes that the validation sweeps have{'':>9}with{'without':>12}")
     for name, shares in zip(CLASSES, np.transpose(ious), strict=True):
         if not np.isnan(shares[0]):
             group.print(f"{name:<16}{shares[0]:>46.4f}{shares[1]:>12.4f}")
 
 
 def start(arguments: argparse.Namespace, group: Group, attention: bool, steps: int) -> Trained:
-    """A network at its beginning."""
+    """A new network with its optimizer."""
     torch.manual_seed(arguments.seed)
     network: Any = Segmentation(3, arguments.channels, len(CLASSES), attention).to(group.device)
     if arguments.compile:
@@ -381,7 +382,7 @@ def start(arguments: argparse.Namespace, group: Group, attention: bool, steps: i
 
 
 def class_weights(sweeps: list[Sweep]) -> torch.Tensor:
-    """One over the root of a class's share; 0 where there is none, and for what is ignored."""
+    """1 / sqrt(share) of each class; 0 for classes that do not occur and for ignored points."""
     counts = np.bincount(np.concatenate([sweep.labels for sweep in sweeps]), minlength=256)[: len(CLASSES)]
     weights = np.sqrt(counts.sum() / np.maximum(counts, 1)) * (counts > 0)
     return torch.tensor(weights, dtype=torch.float32)
@@ -390,7 +391,7 @@ def class_weights(sweeps: list[Sweep]) -> torch.Tensor:
 def epoch_of(
     sweeps: list[Sweep], epoch: int, steps: int, arguments: argparse.Namespace, group: Group
 ) -> Iterator[Batch]:
-    """Of every batch this process's part: the crops do not depend on how many processes there are."""
+    """Yield this process's part of every batch. The crops do not depend on the number of processes."""
     order = np.random.default_rng([arguments.seed, epoch]).permutation(len(sweeps) * arguments.crops)
     for step in range(steps):
         first = (step * group.count + group.rank) * arguments.batch
@@ -403,12 +404,13 @@ def epoch_of(
 def train(
     of: Trained, batches: list[Batch], weights: torch.Tensor, arguments: argparse.Namespace, group: Group
 ) -> tuple[float, float]:
-    """The mean loss of an epoch, and points a second of all processes."""
+    """Train for an epoch; return its mean loss and the points per second of all processes."""
     of.network.train()
     losses, known = [], torch.cat([weights, weights.new_zeros(256 - len(weights))])
     synchronize(group)
     begin = time.perf_counter()
-    # DDP means gradients over processes, whose labels differ: the mean over points is that of all of them.
+    # DDP averages gradients over processes, whose labels have different total weights. Dividing by the total over all
+    # processes, as below, gives the gradient of the mean over all points.
     masses = group.sum(torch.stack([known[batch.labels].sum() for batch in batches]))
     for (points, features, lengths, labels), mass in zip(batches, masses, strict=True):
         with torch.autocast(group.device.type, torch.bfloat16, enabled=arguments.bfloat16):
@@ -426,11 +428,11 @@ def train(
 
 @torch.no_grad()
 def validate(of: Trained, sweeps: list[Sweep], arguments: argparse.Namespace, group: Group) -> np.ndarray:
-    """The IoU of every class over whole sweeps; NaN of a class that they do not have."""
+    """The IoU of every class over whole sweeps; NaN for a class that does not occur."""
     of.network.eval()
-    network = of.network.module if group.count > 1 else of.network  # processes have sweeps of their own
+    network = of.network.module if group.count > 1 else of.network  # each process has other sweeps, so not through DDP
     classes = len(CLASSES)
-    table = torch.zeros(classes, classes, dtype=torch.int64, device=group.device)  # [true, said]
+    table = torch.zeros(classes, classes, dtype=torch.int64, device=group.device)  # [true, predicted]
     for sweep in sweeps[group.rank :: group.count]:
         points, features, lengths, labels = collate([sweep], group.device)
         with torch.autocast(group.device.type, torch.bfloat16, enabled=arguments.bfloat16):
@@ -450,7 +452,7 @@ def synchronize(group: Group) -> None:
 
 
 def device_name(group: Group) -> str:
-    """What the networks run on."""
+    """The name of the device that the networks run on."""
     gpu = group.device.type == "cuda"
     name = torch.cuda.get_device_name(group.device) if gpu else f"the CPU, torch {torch.__version__}"
     return name if group.count == 1 else f"{name}, {group.count} processes"

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes in and what goes out: any library's arrays, and every check that several ops share.
+"""Arrays of any library as inputs and results, and the checks that several ops share.
 
-`enter` turns the caller's array into a NumPy array (host) or a CuPy array (CUDA) without a copy and remembers where it
-came from; `leave` turns a result back into the caller's kind. A framework is only looked for in `sys.modules`: whoever
-hands in its array has imported it already. `on` makes the array's device and its framework's stream current for CuPy.
+`read` describes the caller's array (`Given`) without a copy, and where it came from (`Origin`). `empty` makes a result
+of the caller's library, and `leave` converts a result of the CPU path to it. Frameworks are only looked up in
+`sys.modules`, because a caller who passes an array of a framework has imported it already. `interop_of` finds the
+module of gpu3d.interop whose functions take over a call, if there is one.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -17,24 +19,82 @@ from typing import Any, NamedTuple
 import numpy as np
 
 try:
-    from ml_dtypes import bfloat16 as _bfloat16
+    import ml_dtypes
 except ImportError as error:  # pragma: no cover - a base dependency
     raise ImportError('gpu3d needs ml_dtypes for bfloat16: pip install "ml_dtypes"') from error
 
-BFLOAT16 = np.dtype(_bfloat16)
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), BFLOAT16)
+INT32, INT64, UINT8 = np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.uint8)
+FLOAT32, FLOAT64 = FLOATS[:2]
 
 DLPACK_CPU, DLPACK_CUDA, DLPACK_PINNED, DLPACK_MANAGED = 1, 2, 3, 13
 
 
 class Origin(NamedTuple):
-    """Where an array came from: the library that made it, and its CUDA device (None: the host)."""
+    """Where an array came from: its library, and its CUDA device or None for the host."""
 
     library: str
     device: int | None
+    place: Any = None  # the jax.Device of a host array of JAX
 
     def __str__(self) -> str:
         return f"{self.library} on " + ("the CPU" if self.device is None else f"cuda:{self.device}")
+
+
+class Spec(NamedTuple):
+    """An array without its memory. Checks read it, plans depend on it, and it describes results."""
+
+    shape: tuple[Any, ...]  # ints, or symbols of torch.compile for a result
+    dtype: np.dtype
+    strides: tuple[int, ...] | None = None  # bytes; None if it is C-contiguous
+    misalignment: int = 0  # its address modulo 16
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Total bytes of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Given(NamedTuple):
+    """An array of the caller."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    strides: tuple[int, ...] | None  # bytes; None where it is C-contiguous
+    address: int  # address of its first element on a GPU; 0 on the host
+    origin: Origin
+    array: Any  # the NumPy array on the host; on a GPU an object that keeps the memory alive
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def device(self) -> int | None:
+        """The CUDA device, or None for the host."""
+        return self.origin.device
+
+    @property
+    def misalignment(self) -> int:
+        """The address modulo 16."""
+        return self.address % 16
+
+    @property
+    def spec(self) -> Spec:
+        """The array without its memory, as a cache key."""
+        return Spec(self.shape, self.dtype, self.strides, self.address % 16)
 
 
 _NUMPY = Origin("numpy", None)
@@ -42,29 +102,84 @@ _cupy_origin = functools.cache(functools.partial(Origin, "cupy"))
 _torch_origin = functools.cache(functools.partial(Origin, "torch"))
 
 
+# ---- which function takes a call -----------------------------------------------------------------------------------
+
+
+def interop_of(*arrays: Any, layout: Any = None) -> Any:
+    """gpu3d.interop.torch if one of the arrays is a tensor, gpu3d.interop.jax if one is a tracer, otherwise None.
+
+    `layout` is an array of a Buckets, Scopes or Pooling that the call reads. Only tracers count there.
+    """
+    torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
+    if torch is not None:
+        for x in arrays:
+            if isinstance(x, torch.Tensor):
+                from gpu3d.interop import torch as for_torch  # a statement, because torch.compile can trace it
+
+                return for_torch
+    if jax is not None:
+        for x in (*arrays, layout):
+            if isinstance(x, jax.core.Tracer):
+                from gpu3d.interop import jax as for_jax
+
+                return for_jax
+    return None
+
+
+def refuse_gradients(function: str, **named: Any) -> None:
+    """Raise a TypeError for tensors that take part in differentiation, and for tracers: `function` has no gradient."""
+    torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
+    for name, x in named.items():
+        if torch is not None and isinstance(x, torch.Tensor):
+            refuse_torch_gradient(function, name, x)
+        elif jax is not None and isinstance(x, jax.core.Tracer):
+            raise TypeError(
+                f"{name} is a JAX tracer, and {function} runs outside of jax.jit, jax.grad and jax.vmap. Call it on "
+                "the array itself; what is not differentiated goes in by jax.lax.stop_gradient."
+            )
+
+
+def refuse_torch_gradient(function: str, name: str, x: Any) -> None:
+    """Raise a TypeError if torch expects a gradient or a tangent for a tensor, because `function` has none."""
+    torch = sys.modules["torch"]
+    if x.requires_grad and torch.is_grad_enabled():
+        raise TypeError(
+            f"{name} requires grad, and {function} has no gradient for it: pass {name}.detach(), or call it under "
+            "torch.no_grad()."
+        )
+    if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+        raise TypeError(f"{name} has a tangent, and {function} has no derivative for it: pass {name}.detach().")
+
+
 # ---- in ------------------------------------------------------------------------------------------------------------
 
 
-def enter(x: Any, name: str) -> tuple[Any, Origin]:
-    """A NumPy or CuPy view of `x`, and its origin. Raises TypeError for what is no array, naming the argument."""
-    if isinstance(x, np.ndarray):
-        return x, _NUMPY
+def read(x: Any, name: str) -> Given:
+    """Describe an array. Raises a TypeError that names the argument if x is not an array."""
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(x, cupy.ndarray):
-        return x, _cupy_origin(x.data.device_id)
+        return _given(x)
+    if isinstance(x, np.ndarray):
+        if isinstance(x, np.ma.MaskedArray):
+            raise TypeError(
+                f"{name} is a masked array, and gpu3d knows no masks: drop what is masked by {name}.compressed() or "
+                f"{name}[~{name}.mask.any(axis=1)], or fill it by {name}.filled()."
+            )
+        x = x.view(np.ndarray) if type(x) is not np.ndarray else x  # slices of numpy.matrix differ
+        return Given(x.shape, x.dtype, None, 0, _NUMPY, x)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
-        return _enter_torch(x, name, torch)
+        return _read_torch(x, name, torch)
     jax = sys.modules.get("jax")
     if jax is not None and isinstance(x, jax.Array):
-        return _enter_jax(x, name, jax)
+        return _read_jax(x, name, jax)
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
         kind, device = x.__dlpack_device__()
         if kind in (DLPACK_CPU, DLPACK_PINNED):
-            return np.from_dlpack(x), _NUMPY
+            return read(_host_dlpack(x, name), name)
         if kind in (DLPACK_CUDA, DLPACK_MANAGED):
             with require_cupy(name).cuda.Device(device):
-                return require_cupy(name).from_dlpack(x), Origin("cupy", device)
+                return _given(require_cupy(name).from_dlpack(x), _cupy_origin(device))
         raise TypeError(
             f"{name} is on DLPack device type {int(kind)}; gpu3d reads CPU and CUDA memory. Copy it to one of them."
         )
@@ -72,6 +187,26 @@ def enter(x: Any, name: str) -> tuple[Any, Origin]:
         f"{name} must be an array (NumPy, CuPy, torch, JAX or anything with __dlpack__), got {type(x).__name__}. "
         f"A list becomes one by numpy.asarray({name}, dtype=numpy.float32)."
     )
+
+
+def _given(x: Any, origin: Origin | None = None) -> Given:
+    """Of a CuPy array; `origin` says where it came from, if that is not CuPy."""
+    data = x.data
+    strides = None if x.flags.c_contiguous else x.strides
+    return Given(x.shape, x.dtype, strides, data.ptr, origin or _cupy_origin(data.device_id), x)
+
+
+def _host_dlpack(x: Any, name: str) -> np.ndarray:
+    try:
+        return np.from_dlpack(x)
+    except (BufferError, RuntimeError, TypeError) as error:  # NumPy's DLPack does not support bfloat16
+        torch = sys.modules.get("torch")
+        if torch is not None:
+            return _read_torch(torch.from_dlpack(x), name, torch).array
+        raise TypeError(
+            f"{name} cannot be read through DLPack by NumPy ({error}): convert it to float32, or pass a NumPy array of "
+            "ml_dtypes.bfloat16."
+        ) from error
 
 
 def require_cupy(name: str) -> Any:
@@ -85,92 +220,128 @@ def require_cupy(name: str) -> Any:
     return cupy
 
 
-def _enter_torch(x: Any, name: str, torch: Any) -> tuple[Any, Origin]:
+def _read_torch(x: Any, name: str, torch: Any) -> Given:
     if x.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}: call {name}.to_dense().")
-    if x.is_conj() or x.is_neg():  # views whose memory holds other values: z.conj(), z.conj().imag
+    if x.is_quantized:
+        raise TypeError(f"{name} must not be quantized: call {name}.dequantize().")
+    if x.is_conj() or x.is_neg():  # views whose memory holds other values, like z.conj()
         x = x.resolve_conj().resolve_neg()
+    dtype = numpy_dtype(x.dtype)
     if x.is_cuda:
-        cupy = require_cupy(name)
-        dtype, origin = _numpy_dtype(x.dtype), _torch_origin(x.get_device())
-        # From the pointer: cupy.from_dlpack costs 62 us a call (H100 host), this 2, and the stream is set by `on`.
-        # Its owner is the storage: a tensor would keep its autograd graph alive, and could be given other memory.
-        memory = cupy.cuda.UnownedMemory(x.data_ptr(), x.numel() * dtype.itemsize, x.untyped_storage(), origin.device)
-        strides = None if x.is_contiguous() else tuple([step * dtype.itemsize for step in x.stride()])
-        return cupy.ndarray(x.shape, dtype, cupy.cuda.MemoryPointer(memory, 0), strides), origin
+        require_cupy(name)
+        strides = None
+        if not x.is_contiguous():
+            strides = tuple([step * dtype.itemsize for step in x.stride()])
+        return Given(tuple(x.shape), dtype, strides, x.data_ptr(), _torch_origin(x.get_device()), x)
     if x.device.type != "cpu":
         raise TypeError(f"{name} is on device {x.device}; gpu3d runs on CPU and CUDA: move it by {name}.to('cuda').")
-    x = x.detach()
-    if x.dtype is torch.bfloat16:
-        return x.view(torch.int16).numpy().view(BFLOAT16), _torch_origin(None)
-    return x.numpy(), _torch_origin(None)
+    array = _numpy_of(x.detach(), dtype, torch)
+    return Given(array.shape, dtype, None, 0, _torch_origin(None), array)
+
+
+def _numpy_of(x: Any, dtype: np.dtype, torch: Any) -> np.ndarray:
+    """A CPU tensor as a NumPy array that shares its memory. Dtypes that NumPy lacks come from ml_dtypes."""
+    if dtype.isbuiltin == 1:
+        return x.numpy()
+    return x.view(torch.int16 if dtype.itemsize == 2 else torch.uint8).numpy().view(dtype)
 
 
 @functools.cache
-def _numpy_dtype(dtype: Any) -> np.dtype:
-    """Of torch's dtype."""
+def numpy_dtype(dtype: Any) -> np.dtype:
+    """The NumPy dtype for a torch dtype."""
     name = str(dtype).removeprefix("torch.")
-    return BFLOAT16 if name == "bfloat16" else np.dtype(name)
+    found = getattr(np, name, None) or getattr(ml_dtypes, name, None)
+    if found is None:
+        raise TypeError(f"dtype {dtype} has no NumPy counterpart: convert by .float().")
+    return np.dtype(found)
 
 
-def _enter_jax(x: Any, name: str, jax: Any) -> tuple[Any, Origin]:
+@functools.cache
+def torch_dtype(dtype: np.dtype) -> Any:
+    """The torch dtype for a NumPy dtype."""
+    return getattr(sys.modules["torch"], dtype.name)
+
+
+def _read_jax(x: Any, name: str, jax: Any) -> Given:
     if isinstance(x, jax.core.Tracer):
-        raise TypeError(f"{name} is a JAX tracer: plain gpu3d calls run outside of jax.jit, jax.grad and jax.vmap.")
+        raise TypeError(f"{name} is a JAX tracer: this gpu3d call runs outside of jax.jit, jax.grad and jax.vmap.")
     devices = x.devices()
     if len(devices) != 1:
         raise TypeError(f"{name} is sharded over {len(devices)} devices; gpu3d takes an array of one device.")
     (device,) = devices
     if device.platform == "cpu":
-        return np.asarray(x), Origin("jax", None)
+        array = np.asarray(x)
+        return Given(array.shape, array.dtype, None, 0, Origin("jax", None, device), array)
     if device.platform not in ("gpu", "cuda"):
         raise TypeError(f"{name} is on a JAX device of platform {device.platform!r}; gpu3d runs on CPU and CUDA.")
     cupy = require_cupy(name)
     ordinal = x.__dlpack_device__()[1]
     with cupy.cuda.Device(ordinal):
-        return cupy.from_dlpack(x), Origin("jax", ordinal)
+        return _given(cupy.from_dlpack(x), Origin("jax", ordinal))
 
 
 # ---- out -----------------------------------------------------------------------------------------------------------
 
 
 def leave(array: Any, origin: Origin) -> Any:
-    """The array as the kind that `origin` names; a copy only where the library keeps its own memory (JAX, CPU)."""
+    """The array in the library of `origin`; a copy only for JAX on the CPU, which has memory of its own."""
     if origin.library in ("numpy", "cupy"):
         return array
     if origin.library == "torch":
         torch = sys.modules["torch"]
         if origin.device is not None:
-            owner = getattr(array.data.mem, "_owner", None)
-            if isinstance(owner, torch.UntypedStorage):  # torch's own memory (interop.torch), not lent by DLPack
-                return _tensor_of(owner, array, torch)
             return torch.from_dlpack(array)
-        if array.dtype == BFLOAT16:
-            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(array)
+        if array.dtype.isbuiltin == 1:
+            return torch.from_numpy(array)
+        plain = torch.from_numpy(array.view(np.int16 if array.itemsize == 2 else np.uint8))
+        return plain.view(torch_dtype(array.dtype))
     jax = sys.modules["jax"]
     if origin.device is not None:
         return jax.dlpack.from_dlpack(array)
-    return jax.device_put(array, jax.devices("cpu")[0])
+    return jax.device_put(array, origin.place or jax.devices("cpu")[0])
 
 
-def _tensor_of(storage: Any, array: Any, torch: Any) -> Any:
-    """The CuPy array as a tensor of the memory that it lies in."""
-    size = array.itemsize
-    first = (array.data.ptr - storage.data_ptr()) // size
-    out = torch.empty(0, dtype=_torch_dtype(array.dtype), device=storage.device)
-    return out.set_(storage, first, array.shape, [step // size for step in array.strides])
+def empty(specs: Sequence[Spec], size: int, origin: Origin) -> tuple[list[Any], list[int], Any]:
+    """New arrays and `size` bytes of workspace on the origin's GPU, which is the current device, and their addresses.
+
+    They are torch tensors for torch, and otherwise CuPy arrays, which `leave` converts for JAX. The workspace comes
+    last. It must stay alive until the launches that use it are enqueued.
+    """
+    workspace = None
+    if origin.library == "torch":
+        torch = sys.modules["torch"]
+        device = torch.device("cuda", origin.device)
+        made = [torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device=device) for spec in specs]
+        addresses = [x.data_ptr() for x in made]
+        if size:
+            workspace = torch.empty(size, dtype=torch.uint8, device=device)
+            addresses.append(workspace.data_ptr())
+    else:
+        cupy = sys.modules["cupy"]
+        new, made, addresses = cupy.ndarray, [], []
+        for shape, dtype, _, _ in specs:
+            array = new(shape, dtype)
+            made.append(array)
+            addresses.append(array.data.ptr)
+        if size:
+            workspace = cupy.cuda.alloc(size)
+            addresses.append(workspace.ptr)
+    return made, addresses, workspace
 
 
-@functools.cache
-def _torch_dtype(dtype: np.dtype) -> Any:
-    return getattr(sys.modules["torch"], dtype.name)
+def current_stream(origin: Origin) -> int:
+    """The handle of the current stream of the origin's library on its GPU, which is the current device."""
+    if origin.library == "torch":
+        return sys.modules["torch"].cuda.current_stream(origin.device).cuda_stream
+    return sys.modules["cupy"].cuda.get_current_stream().ptr
 
 
 # ---- device and stream ---------------------------------------------------------------------------------------------
 
 
 class ForeignStream:
-    """A framework's stream for CuPy, by its address; torch.cuda.Stream says `__cuda_stream__` itself from 2.10 on."""
+    """A framework's stream for CuPy, by its address. torch.cuda.Stream has `__cuda_stream__` itself since 2.10."""
 
     def __init__(self, pointer: int) -> None:
         self.pointer = pointer
@@ -183,15 +354,12 @@ _NOTHING = nullcontext()
 
 
 def on(origin: Origin) -> AbstractContextManager[Any]:
-    """Makes the origin's device, and the stream its framework uses there, current for CuPy; no-op on the host."""
+    """A context in which CuPy uses the origin's device and its library's stream. On the host it does nothing."""
     if origin.device is None:
         return _NOTHING
     import cupy
 
-    torch_stream = None
-    if origin.library == "torch":
-        # As torch's compiler asks for it: torch.cuda.current_stream makes an object, which takes ten times as long.
-        torch_stream = sys.modules["torch"]._C._cuda_getCurrentRawStream(origin.device)
+    torch_stream = current_stream(origin) if origin.library == "torch" else None
     same_device = cupy.cuda.runtime.getDevice() == origin.device
     if same_device and (torch_stream is None or torch_stream == cupy.cuda.get_current_stream().ptr):
         return _NOTHING
@@ -202,8 +370,59 @@ def on(origin: Origin) -> AbstractContextManager[Any]:
     return stack
 
 
+def download(given: Given) -> np.ndarray:
+    """Copy the array to the host, after the work on its stream."""
+    if given.origin.device is None:
+        return given.array
+    with on(given.origin):
+        return as_cupy(given).get()  # synchronizes
+
+
+def as_cupy(given: Given) -> Any:
+    """A CuPy array that shares the memory, on the current device; the array itself if it is a CuPy array."""
+    import cupy
+
+    if isinstance(given.array, cupy.ndarray):
+        return given.array
+    memory = cupy.cuda.UnownedMemory(given.address, span(given), given.array, given.origin.device)
+    return cupy.ndarray(given.shape, given.dtype, cupy.cuda.MemoryPointer(memory, 0), given.strides)
+
+
+def span(given: Given | Spec) -> int:
+    """Bytes from an array's first element to the end of its last. Strides must not be negative."""
+    if given.strides is None or 0 in given.shape:
+        return math.prod(given.shape) * given.dtype.itemsize
+    return sum([(n - 1) * step for n, step in zip(given.shape, given.strides, strict=True)]) + given.dtype.itemsize
+
+
+def upload(array: np.ndarray, origin: Origin) -> Any:
+    """Copy a host array to the origin's library and device."""
+    if origin.device is None:
+        return leave(array, origin)
+    with on(origin):
+        return leave(require_cupy("the array").asarray(array), origin)
+
+
+def to_device(x: Any, device: Any) -> Any:
+    """The array on another device of its library; None stays None."""
+    if x is None:
+        return None
+    library = read(x, "the array").origin.library
+    if library == "torch":
+        return x.to(device)
+    if library == "jax":
+        return sys.modules["jax"].device_put(x, device)
+    if library == "cupy":
+        cupy = sys.modules["cupy"]
+        if isinstance(device, str):
+            raise ValueError(f"device must be a number or a cupy.cuda.Device for CuPy arrays, got {device!r}.")
+        with cupy.cuda.Device(device):
+            return cupy.asarray(x)
+    return x.to_device(device)
+
+
 def check_same_device(**origins: Origin) -> None:
-    """Every argument on one device, else a ValueError that lists where each one is."""
+    """Raise a ValueError that lists the devices, unless all arguments are on one device."""
     if len({origin.device for origin in origins.values()}) > 1:
         received = ", ".join(f"{name} is {origin}" for name, origin in origins.items())
         raise ValueError(f"arguments must be on one device: {received}. Move them to the same one.")
@@ -211,73 +430,110 @@ def check_same_device(**origins: Origin) -> None:
 
 # ---- checks --------------------------------------------------------------------------------------------------------
 
+MOST_CHARACTERS = 60  # the longest value that an error shows in full
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it, in one line. Long values are described instead."""
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and shape != ():
+        return f"{type(value).__name__} of shape {list(shape)}"
+    if isinstance(value, (list, tuple, set, dict)) and len(value) > 4:
+        return f"{type(value).__name__} of length {len(value)}"
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return "an int of many digits"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
+
 
 def check_choice(value: Any, choices: Sequence[str], name: str) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+    """The value, if it is one of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        error = ValueError if isinstance(value, str) else TypeError
+        raise error(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}.")
 
 
 def check_integer(value: Any, name: str) -> int:
-    """An int from anything that is one (numpy integers too, bool not)."""
+    """The value as an int; NumPy integers are accepted, and bools are not."""
+    if type(value) is int:
+        return value
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}.")
+        raise TypeError(f"{name} must be an integer, got {shown(value)} of type {type(value).__name__}.")
     return int(value)
 
 
+def check_number(value: Any, name: str, also: str = "") -> float:
+    """The value as a float; bools are not accepted. `also` names other accepted values in the error."""
+    if type(value) is float:
+        return value
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number{also}, got {shown(value)} of type {type(value).__name__}.")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must fit a float, got {shown(value)}.") from None
+
+
+def check_flag(value: Any, name: str) -> bool:
+    """The value as a bool; only True, False and NumPy bools are accepted."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}.")
+    return bool(value)
+
+
 def check_points(
-    points: Any,
+    points: Given | Spec,
     lengths: Any,
     name: str = "points",
     lengths_name: str = "lengths",
     dimensions: tuple[int, ...] = (3,),
-) -> tuple[Any, tuple[int, ...]]:
-    """`pack_points` of a NumPy or CuPy array, whose dtype is checked.
+) -> tuple[int, ...]:
+    """Check shape and dtype of points [N, d] or [B, n, d], and return the lengths of their clouds.
 
-    A float dtype is asked for: integer coordinates have lost their scale, and which voxel they fall into would depend
-    on it.
+    The dtype must be a float: integer coordinates have an unknown scale, on which their voxels would depend.
     """
-    packed, packed_lengths = pack_points(points, lengths, name, lengths_name, dimensions)
+    found = cloud_lengths(points.shape, lengths, name, lengths_name, dimensions)
     if points.dtype not in FLOATS:
         raise TypeError(
             f"{name} must be float32, float64, float16 or bfloat16, got {points.dtype}: "
             f"convert by {name}.astype('float32')."
         )
-    return packed, packed_lengths
+    return found
 
 
-def pack_points(
-    points: Any,
+def cloud_lengths(
+    shape: tuple[int, ...],
     lengths: Any,
     name: str = "points",
     lengths_name: str = "lengths",
     dimensions: tuple[int, ...] = (3,),
-) -> tuple[Any, tuple[int, ...]]:
-    """Points of any library as [N, 3], and the cloud lengths as a tuple of ints that sum to N; or [N, d].
-
-    d is one of `dimensions`. [B, n, 3] becomes [B * n, 3] with B equal lengths.
-    """
-    if points.ndim not in (2, 3):
-        raise ValueError(f"{name} must have shape [N, 3] (or [B, n, 3]), got {list(points.shape)}.")
-    if points.shape[-1] not in dimensions:
+) -> tuple[int, ...]:
+    """The lengths of the clouds in an array of this shape, [N, d] or [B, n, d], where d is one of `dimensions`."""
+    if len(shape) not in (2, 3):
+        raise ValueError(f"{name} must have shape [N, 3] (or [B, n, 3]), got {list(shape)}.")
+    if shape[-1] not in dimensions:
+        cure = f"take {name}[..., :3]" if shape[-1] > 3 else "pad the missing ones with zeros"
         raise ValueError(
             f"{name} must have {' or '.join(map(str, dimensions))} coordinates in its last dimension, got shape "
-            f"{list(points.shape)}: take {name}[..., :3]."
+            f"{list(shape)}: {cure}."
         )
-    if points.ndim == 3:
+    if len(shape) == 3:
         if lengths is not None:
             raise ValueError(
-                f"{name} of shape {list(points.shape)} already says its lengths (B clouds of n points): "
+                f"{name} of shape {list(shape)} already says its lengths (B clouds of n points): "
                 f"leave {lengths_name} out, or pack the points as [N, 3]."
             )
-        clouds, each, coordinates = points.shape
-        return points.reshape(clouds * each, coordinates), (each,) * clouds
-    return points, check_lengths(lengths, points.shape[0], name, lengths_name)
+        return (shape[1],) * shape[0]
+    return check_lengths(lengths, shape[0], name, lengths_name)
 
 
 def check_lengths(lengths: Any, total: int, name: str, lengths_name: str = "lengths") -> tuple[int, ...]:
-    """Host integers >= 0 that sum to `total`; None means one cloud."""
+    """The lengths as ints, which must be >= 0 and sum to `total`. None means one cloud."""
     if lengths is None:
         return (total,)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(lengths, torch.Tensor) and lengths.device.type == "cpu":
+        lengths = lengths.detach().numpy()
     if not isinstance(lengths, (list, tuple, np.ndarray)):
         cure = "pass a list."
         if hasattr(lengths, "__dlpack__"):
@@ -285,15 +541,23 @@ def check_lengths(lengths: Any, total: int, name: str, lengths_name: str = "leng
         raise TypeError(
             f"{lengths_name} must be host integers, e.g. {lengths_name}=[{total}], got {type(lengths).__name__}: {cure}"
         )
-    if set(map(type, lengths)) == {int} and min(lengths) >= 0 and sum(lengths) == total:
-        return tuple(lengths)  # the rest is for what is rare, and takes ten times as long
-    if isinstance(lengths, np.ndarray) and lengths.ndim != 1:
-        raise ValueError(f"{lengths_name} must be one-dimensional, got shape {list(lengths.shape)}.")
+    if isinstance(lengths, np.ndarray):
+        if lengths.ndim != 1:
+            raise ValueError(f"{lengths_name} must be one-dimensional, got shape {list(lengths.shape)}.")
+        if lengths.dtype.kind in "iu":
+            lengths = lengths.tolist()
+    # What follows this is for what is rare, and takes ten times as long.
+    if (
+        list(map(type, lengths)).count(int) == len(lengths)
+        and sum(lengths) == total
+        and (not lengths or min(lengths) >= 0)
+    ):
+        return tuple(lengths)
     out = []
     for b, length in enumerate(lengths):
         if isinstance(length, (bool, np.bool_)) or not isinstance(length, (int, np.integer)):
             raise TypeError(
-                f"{lengths_name} must be integers, got {lengths_name}[{b}] = {length!r} of type "
+                f"{lengths_name} must be integers, got {lengths_name}[{b}] = {shown(length)} of type "
                 f"{type(length).__name__}."
             )
         if length < 0:
@@ -306,16 +570,17 @@ def check_lengths(lengths: Any, total: int, name: str, lengths_name: str = "leng
     return tuple(out)
 
 
-def check_finite(points: Any, name: str = "points") -> None:
-    """A ValueError that counts the points with NaN or inf and names the first. Synchronizes on a GPU."""
-    wide = points.astype(np.float32) if points.dtype == BFLOAT16 else points
-    xp = np if isinstance(points, np.ndarray) else sys.modules["cupy"]
-    finite = xp.isfinite(wide)
+def check_finite(points: Given, name: str = "points") -> None:
+    """Raise a ValueError that counts the points with NaN or inf and names the first. Synchronizes on a GPU."""
+    array = points.array if points.device is None else as_cupy(points)
+    array = array.reshape(-1, points.shape[-1])
+    xp = np if points.device is None else sys.modules["cupy"]
+    finite = xp.isfinite(array.astype(np.float32) if points.dtype == BFLOAT16 else array)
     if bool(finite.all()):  # synchronizes
         return
     bad = ~finite.all(axis=1)
     raise ValueError(
-        f"{name} must be finite, got {int(bad.sum())} of {len(points)} with NaN or inf, the first at index "
+        f"{name} must be finite, got {int(bad.sum())} of {len(array)} with NaN or inf, the first at index "
         f"{int(bad.argmax())}. Drop them by {name}[isfinite({name}).all(axis=1)], or pass "
         "check_finite=False: a non-finite coordinate then counts as voxel 65535 and changes nothing for other points."
     )

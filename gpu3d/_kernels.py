@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
-from gpu3d import _clouds, _cuda, attention, buckets, neighbors, pooling
-from gpu3d.apml import configurations as apml_configurations  # gpu3d.apml is the function
+import importlib
+import pkgutil
+
+from gpu3d import cuda
+from gpu3d.cuda import compiler
 
 
-def configurations() -> list[_cuda.Configuration]:
-    """Every module the ops can ask for; `make kernels` and the tests compile these."""
-    modules = _clouds, buckets, attention, pooling, neighbors
-    return [*(configuration for module in modules for configuration in module.configurations()), *apml_configurations()]
+def configurations() -> list[compiler.Configuration]:
+    """Every module that the ops can ask for; `make kernels` and the tests compile these."""
+    modules = [importlib.import_module(f"gpu3d.cuda.{module.name}") for module in pkgutil.iter_modules(cuda.__path__)]
+    return [found for module in modules if hasattr(module, "configurations") for found in module.configurations()]
 
 
 def precompile(*, progress: bool = True) -> int:
@@ -37,4 +40,4 @@ def precompile(*, progress: bool = True) -> int:
     gpu3d kernels for sm_90a: 100%|██████████| 217/217
     217
     """
-    return _cuda.precompile(configurations(), progress=progress)
+    return compiler.precompile(configurations(), progress=progress)

@@ -1,22 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Perfect spatial hashing: one permutation that puts the points of a cloud into equal buckets of space neighbours.
 
-Everything else in gpu3d runs over this layout. `bucketize` computes it, `Buckets` moves arrays in and out of it,
+Everything else in gpu3d runs over this layout. `bucketize` computes it, `Buckets` moves arrays in and out of it, and
 `scopes` lists which buckets attend to each other.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpu3d import _arrays, _clouds, _cuda
+from gpu3d import _arrays
+from gpu3d._arrays import INT32, Given, Spec
+from gpu3d.cuda import buckets as cuda
+from gpu3d.cuda import clouds, launcher
 from gpu3d.reference import buckets as reference
+
+MAX_SLOTS = 2**31 - 1  # slots are int32
 
 # ---- the layout ----------------------------------------------------------------------------------------------------
 
@@ -25,23 +32,24 @@ from gpu3d.reference import buckets as reference
 class Buckets:
     """The bucket layout of a batch of clouds, made by `bucketize`.
 
-    Cloud b of n_b points has ceil(n_b / bucket_size) buckets. Its points fill its slots from the first without a gap:
-    every bucket is exactly full but the cloud's last, which has its padding at the end. Buckets never mix clouds.
+    Cloud b of n_b points has ceil(n_b / bucket_size) buckets. Its points fill its slots without a gap, from the first
+    slot on. So every bucket is exactly full, except the last one of a cloud, which may have padding at its end. A
+    bucket never mixes clouds.
 
     Attributes
     ----------
     slot_to_point : array int32 [num_slots]
-        Index of the point in each slot; -1 in padding.
+        The index of the point in each slot; -1 in padding.
     point_to_slot : array int32 [N]
         The slot of each point; the inverse of `slot_to_point`.
     moved : array int32 []
-        How many points balance="probe" moved out of the bucket that their hash names; 0 with "spill". On the device.
+        How many points balance="probe" put into another bucket than that of their hash; 0 with "spill". On the device.
     bucket_size : int
-        Slots a bucket.
+        Slots in a bucket.
     lengths : tuple of int
         Points of each cloud.
     bucket_offsets : tuple of int
-        First bucket of each cloud, then the number of buckets: length B + 1.
+        The first bucket of each cloud, and at the end the number of buckets; its length is B + 1.
     """
 
     slot_to_point: Any
@@ -53,28 +61,28 @@ class Buckets:
 
     @property
     def num_buckets(self) -> int:
-        """Buckets of the batch."""
+        """Number of buckets of the batch."""
         return self.bucket_offsets[-1]
 
     @property
     def num_slots(self) -> int:
-        """Slots of the batch: num_buckets * bucket_size."""
+        """Number of slots of the batch: num_buckets * bucket_size."""
         return self.bucket_offsets[-1] * self.bucket_size
 
     def scatter(self, x: Any, fill: float = 0) -> Any:
-        """Rows of points into slots: `out[slot] = x[slot_to_point[slot]]`, and `fill` in padding.
+        """Move rows of points into slots: `out[slot] = x[slot_to_point[slot]]`, and `fill` in padding.
 
         Parameters
         ----------
         x : array [N, ...]
-            One row a point, any dtype and trailing shape, of any library, on the buckets' device.
+            One row per point, of any dtype and trailing shape. An array of any library, on the buckets' device.
         fill : scalar
-            What padding holds.
+            The value of padding slots.
 
         Returns
         -------
         array [num_slots, ...]
-            Of x's library and dtype.
+            An array of x's library and dtype.
 
         Examples
         --------
@@ -86,22 +94,53 @@ class Buckets:
         >>> bool((buckets.gather(in_slots) == points).all())
         True
         """
-        return _move(x, len(self.point_to_slot), "x", self.slot_to_point, fill)
+        if (interop := _arrays.interop_of(x, layout=self.slot_to_point)) is not None:
+            return interop.scatter(x, self, fill)
+        return move(_arrays.read(x, "x"), "x", _arrays.read(self.slot_to_point, "buckets"), sum(self.lengths), fill)
 
     def gather(self, y: Any) -> Any:
-        """Rows of slots back to points: `out[point] = y[point_to_slot[point]]`, the inverse of `scatter`.
+        """Move rows of slots back to points: `out[point] = y[point_to_slot[point]]`, the inverse of `scatter`.
 
         Parameters
         ----------
         y : array [num_slots, ...]
-            One row a slot, any dtype and trailing shape, of any library, on the buckets' device.
+            One row per slot, of any dtype and trailing shape. An array of any library, on the buckets' device.
 
         Returns
         -------
         array [N, ...]
-            Of y's library and dtype.
+            An array of y's library and dtype.
         """
-        return _move(y, self.num_slots, "y", self.point_to_slot, 0)
+        if (interop := _arrays.interop_of(y, layout=self.point_to_slot)) is not None:
+            return interop.gather(y, self)
+        return move(_arrays.read(y, "y"), "y", _arrays.read(self.point_to_slot, "buckets"), self.num_slots, 0)
+
+    def to(self, device: Any) -> Buckets:
+        """The same layout on another device.
+
+        Parameters
+        ----------
+        device : object
+            A device of the arrays' library: for example "cuda:1" for torch, a jax.Device, a number for CuPy, or "cpu"
+            for NumPy.
+
+        Returns
+        -------
+        Buckets
+        """
+        return self._of([_arrays.to_device(x, device) for x in self._arrays])
+
+    def pin_memory(self) -> Buckets:
+        """The same layout in page-locked host memory, for a DataLoader with ``pin_memory=True`` (torch only)."""
+        return self._of([x.pin_memory() for x in self._arrays])
+
+    @property
+    def _arrays(self) -> tuple[Any, Any, Any]:
+        return self.slot_to_point, self.point_to_slot, self.moved
+
+    def _of(self, arrays: Sequence[Any]) -> Buckets:
+        slot_to_point, point_to_slot, moved = arrays
+        return replace(self, slot_to_point=slot_to_point, point_to_slot=point_to_slot, moved=moved)
 
 
 def bucketize(
@@ -123,27 +162,29 @@ def bucketize(
         Coordinates: float32, float64, float16 or bfloat16; NumPy, CuPy, torch, JAX or anything with ``__dlpack__``.
         Not differentiated.
     bucket_size : int
-        Slots a bucket: a multiple of 16 from 16 to 16384.
+        Slots in a bucket: a multiple of 16 from 16 to 16384.
     lengths : sequence of int, optional
         Points of each cloud, host integers that sum to N. Default: one cloud.
     hash : {"zorder_div", "zorder_mod", "xor_div", "xor_mod"}
         Flash3D's four hash functions over the cloud's voxels. "zorder_div" gives the tightest buckets.
     balance : {"spill", "probe"}
-        "spill" orders the points by hash bucket, inside it by full-resolution code, then by index, and cuts every
-        `bucket_size` points. "probe" is the published rebalancing made deterministic: a point that finds its bucket
-        full tries 128 neighbouring voxels, then takes what is left.
+        "spill" sorts the points by hash bucket, then by full-resolution code, then by index, and cuts this order every
+        `bucket_size` points. "probe" is the published rebalancing, made deterministic: a point whose bucket is full
+        tries the buckets of 128 neighbouring voxels, and then takes any free slot.
     voxel_size : float or "per_axis", optional
-        Edge of a voxel in the unit of the points. Default: the largest extent / 65536; "per_axis": each extent / 65536.
+        Edge of a voxel in the unit of the points. Default: the largest extent / 65536. "per_axis": the extent of each
+        axis / 65536.
     seed : int
-        Orders the candidates of "probe".
+        The seed for the order of the neighbouring voxels that "probe" tries.
     check_finite : bool, optional
-        Look for NaN and inf: None checks host arrays only, True always (synchronizes on a GPU), False never.
-        Unchecked, a non-finite coordinate counts as voxel 65535 and changes nothing for other points.
+        Whether NaN and inf raise an error. None checks host arrays only; True always checks, and synchronizes on a GPU;
+        False never checks. Without the check, a non-finite coordinate counts as voxel 65535 and does not affect other
+        points.
 
     Returns
     -------
     Buckets
-        With arrays of the kind of `points`, on their device. The same call gives the same bits, on CPU and GPU alike.
+        Its arrays are of the library of `points`, on their device. The same call gives the same bits on CPU and GPU.
 
     Raises
     ------
@@ -152,8 +193,8 @@ def bucketize(
 
     Notes
     -----
-    No host sync (but for check_finite=True); capturable in a CUDA graph after a first call. On a GPU a cloud has
-    at most 2**30 - 1 points.
+    A call never waits for the GPU, except with check_finite=True. After a first call it can be captured in a CUDA
+    graph. On a GPU a cloud has at most 2**30 - 1 points.
 
     References
     ----------
@@ -168,417 +209,160 @@ def bucketize(
     >>> int((buckets.slot_to_point >= 0).sum())
     1000
     """
-    native, origin = _arrays.enter(points, "points")
-    native, lengths = _arrays.check_points(native, lengths)
-    bucket_size = _checked_bucket_size(bucket_size)
+    if (interop := _arrays.interop_of(points)) is not None:
+        options: dict[str, Any] = {"hash": hash, "balance": balance, "voxel_size": voxel_size, "seed": seed}
+        return interop.bucketize(points, bucket_size, lengths=lengths, check_finite=check_finite, **options)
+    given = _arrays.read(points, "points")
+    if given.origin.library == "jax":
+        importlib.import_module("gpu3d.interop.jax")  # registers Buckets as a pytree
+    checked = check_bucketize(given, bucket_size, lengths, hash, balance, voxel_size, seed)
+    arrays = bucketize_arrays(given, checked, check_finite)
+    slot_to_point, point_to_slot, moved = arrays
+    layout = checked.bucket_size, checked.lengths, checked.bucket_offsets
+    return Buckets(slot_to_point, point_to_slot, moved, *layout)
+
+
+class Bucketing(NamedTuple):
+    """The checked options of `bucketize`."""
+
+    lengths: tuple[int, ...]
+    bucket_size: int
+    hash: str
+    balance: str
+    voxel_size: float | str | None
+    seed: int
+    bucket_offsets: tuple[int, ...]
+
+
+def check_bucketize(
+    points: Given | Spec, bucket_size: Any, lengths: Any, hash: Any, balance: Any, voxel_size: Any, seed: Any
+) -> Bucketing:
+    """The options of `bucketize`, checked against the shape and dtype of the points."""
+    lengths = _arrays.check_points(points, lengths)
+    bucket_size = check_bucket_size(bucket_size)
     _arrays.check_choice(hash, reference.HASHES, "hash")
     _arrays.check_choice(balance, reference.BALANCES, "balance")
-    _check_voxel_size(voxel_size)
-    if _arrays.check_integer(seed, "seed") < 0:
+    voxel_size = check_voxel_size(voxel_size)
+    seed = _arrays.check_integer(seed, "seed")
+    if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}.")
-    bucket_offsets = _bucket_offsets(lengths, bucket_size)
-    if bucket_offsets[-1] * bucket_size > MAX_SLOTS:
+    offsets = _bucket_offsets(lengths, bucket_size)
+    slots = offsets[-1] * bucket_size
+    if slots > MAX_SLOTS:
         raise ValueError(
-            f"a layout has at most 2**31 - 1 slots, for slots are int32; {native.shape[0]} points need "
-            f"{bucket_offsets[-1] * bucket_size}. Bucketize parts of the batch."
+            f"a layout has at most 2**31 - 1 slots, because slots are int32; {sum(lengths)} points need {slots}. "
+            "Bucketize parts of the batch."
         )
-    with _arrays.on(origin):
-        if check_finite or (check_finite is None and origin.device is None):
-            _arrays.check_finite(native)
-        if origin.device is None:
-            arrays = reference.bucketize(native, bucket_size, lengths, hash, balance, voxel_size, seed)
-        else:
-            arrays = _bucketize_cuda(native, bucket_size, lengths, bucket_offsets, hash, balance, voxel_size, seed)
-        if origin.library not in ("numpy", "cupy"):
-            arrays = tuple(_arrays.leave(a, origin) for a in arrays)
-    slot_to_point, point_to_slot, moved = arrays
-    return Buckets(slot_to_point, point_to_slot, moved, bucket_size, lengths, bucket_offsets)
+    return Bucketing(lengths, bucket_size, hash, balance, voxel_size, seed, offsets)
 
 
-def _checked_bucket_size(bucket_size: Any) -> int:
+def check_bucket_size(bucket_size: Any) -> int:
+    """The bucket size, if it is a multiple of 16 from 16 to 16384."""
     size = _arrays.check_integer(bucket_size, "bucket_size")
     if not 16 <= size <= 16384 or size % 16:
         raise ValueError(f"bucket_size must be a multiple of 16 from 16 to 16384, got {size}.")
     return size
 
 
-def _check_voxel_size(voxel_size: Any) -> None:
+def check_voxel_size(voxel_size: Any) -> float | str | None:
+    """The voxel size, if it is a positive float32 number, None or "per_axis"."""
     if voxel_size is None or (isinstance(voxel_size, str) and voxel_size == "per_axis"):
-        return
-    if isinstance(voxel_size, (bool, str)) or not isinstance(voxel_size, (int, float, np.integer, np.floating)):
-        raise TypeError(f'voxel_size must be a number, None or "per_axis", got {voxel_size!r}.')
-    if not 2.0**-126 <= voxel_size < 2.0**127:
-        raise ValueError(f"voxel_size must be a positive float32 number, got {voxel_size}.")
+        return voxel_size
+    size = _arrays.check_number(voxel_size, "voxel_size", also=', None or "per_axis"')
+    if not 2.0**-126 <= size < 2.0**127:
+        raise ValueError(f"voxel_size must be a positive float32 number, got {size}.")
+    return size
 
 
-@functools.lru_cache(maxsize=1024)
-def _bucket_offsets(lengths: tuple[int, ...], bucket_size: int) -> tuple[int, ...]:
-    offsets = [0]
-    for n in lengths:
-        offsets.append(offsets[-1] - (-n // bucket_size))
-    return tuple(offsets)
+def num_slots(lengths: Sequence[Any], bucket_size: int) -> Any:
+    """Number of slots of a layout; lengths may be symbols."""
+    return sum([(n + bucket_size - 1) // bucket_size for n in lengths]) * bucket_size
 
 
-# ---- CUDA: constants that the kernels share ------------------------------------------------------------------------
-
-MAX_SLOTS = 2**31 - 1
-MERGE_TILES = (1024, 2048, 4096)  # buckets_merge.cu: TILE; the smallest whose 128 tiles hold the largest cloud is used
-MERGE_MAX_TILES = 128
-MERGE_RANK_THREADS = 1024
-RADIX_TILES = (8192, 10240)  # buckets_radix.cu: TILE; the one whose waves of blocks pass the batch sooner is used
-RADIX_THREADS = 1024
-RADIX_FRAME_THREADS = 512
-RADIX_DIGITS = 256
-RADIX_PASSES = 6
-RADIX_GROUPS = 264  # blocks of a sum over the batch: two for each multiprocessor of an H100
-RADIX_MAX = 2**30 - 1  # counts of a cloud have 30 bits
-RADIX_NARROW = 2**24  # points of a cloud whose index fits the 24 bits of a narrow record
-PROBE_THREADS = 1024
-MOVE_THREADS = 256
-MOVE_ROWS_A_THREAD = 4
-
-KEY_GIVEN = 4
-FRAME_BYTES = {4: 36, 8: 48}  # struct Frame: three origins, then three cells and their inverses in float32
-
-_INT32 = np.dtype(np.int32)
-
-# struct Candidates of buckets_probe.cu, and struct Pattern of buckets_move.cu.
-_CANDIDATES = np.dtype([("packed", np.uint16, 128)])
-_PATTERN = np.dtype([("bytes", np.uint8, 16)])
-
-# The parameters of each kernel: formats of the module struct, and c for struct Clouds.
-_SIGNATURES = {
-    "merge_bounds": "QcQ",
-    "merge_tiles": "QQfcQQ",
-    "merge_splitters": "QcQQQ",
-    "merge_partitions": "QQQQcQQQ",
-    "merge_clouds": "QfcQQQ",
-    "radix_frames": "QcifQQQ",
-    "radix_keys": "QQciQQ",
-    "radix_first": "QQciQQQ",
-    "radix_pass": "QQQciiQQQ",
-    "radix_last": "QQciQQQQQ",
-    "probe_buckets": f"QQc{_CANDIDATES.itemsize}sQQQQQQQQQQ",
-    "move_rows": f"QQqqi{_PATTERN.itemsize}sQ",
-    "move_scopes": "cqiqqQ",
-}
+_MOVED = Spec((), INT32)
 
 
-def _kernel(function: str, macros: _cuda.Macros, signature: str | None = None, **options: Any) -> _cuda.Kernel:
-    """A kernel of buckets_<prefix of its name>.cu."""
-    formats = (signature or _SIGNATURES[function]).replace("c", _clouds.FORMAT)
-    return _cuda.kernel("buckets_" + function.split("_")[0], function, formats, macros, **options)
+def bucketize_results(lengths: Sequence[Any], bucket_size: int, points: Any) -> tuple[Spec, Spec, Spec]:
+    """The specs of slot_to_point, point_to_slot and moved; sizes may be symbols."""
+    return _results(num_slots(lengths, bucket_size), points)
 
 
-def configurations() -> list[_cuda.Configuration]:
-    """Every module this file can ask for."""
-    coordinates = [("POINT", p) for p in range(len(_arrays.FLOATS))]
-    keys = [("KEY", k) for k in range(len(reference.HASHES))]
-    given = [("POINT", 0), ("KEY", KEY_GIVEN)]
-    modules = []
-    for macros in [*((p, k) for p in coordinates for k in keys), tuple(given)]:
-        modules += [_cuda.Configuration("buckets_merge", (*macros, ("TILE", tile))) for tile in MERGE_TILES]
-        modules += [_cuda.Configuration("buckets_radix", (*macros, ("TILE", tile))) for tile in RADIX_TILES]
-        if macros[1][1] != KEY_GIVEN:
-            modules += [_cuda.Configuration("buckets_probe", macros)]
-    return [*modules, *(_cuda.Configuration("buckets_move", (("WORD", word),)) for word in (1, 2, 4, 8, 16))]
+def _results(slots: Any, points: Any) -> tuple[Spec, Spec, Spec]:
+    return Spec((slots,), INT32), Spec((points,), INT32), _MOVED
 
 
-# ---- CUDA: bucketize -----------------------------------------------------------------------------------------------
+def bucketize_arrays(points: Given, checked: Bucketing, check_finite: bool | None) -> list[Any]:
+    """The arrays slot_to_point, point_to_slot and moved, of the points' library."""
+    origin = points.origin
+    if check_finite or (check_finite is None and origin.device is None):
+        with _arrays.on(origin):
+            _arrays.check_finite(points)
+    lengths, bucket_size, hash, balance, voxel_size, seed, offsets = checked
+    if origin.device is None:
+        host, options = points.array.reshape(-1, 3), (hash, balance, voxel_size, seed)
+        return [_arrays.leave(x, origin) for x in reference.bucketize(host, bucket_size, lengths, *options)]
+    device = launcher.device(origin.device)
+    call = cuda.bucketize(points, lengths, bucket_size, hash, balance, voxel_size, seed, device)
+    return launcher.launch(call, (points,), _results(offsets[-1] * bucket_size, points.size // 3))
 
 
-def _bucketize_cuda(
-    points: Any,
-    bucket_size: int,
-    lengths: tuple[int, ...],
-    bucket_offsets: tuple[int, ...],
-    hash: str,
-    balance: str,
-    voxel_size: float | str | None,
-    seed: int,
-) -> tuple[Any, Any, Any]:
-    import cupy
-
-    if not points.flags.c_contiguous:
-        points = cupy.ascontiguousarray(points)
-    n, slots = points.shape[0], bucket_offsets[-1] * bucket_size
-    memory = _cuda.results((0, 4 * slots, 4 * (slots + n), 4 * (slots + n + 1)))
-    slot_to_point = cupy.ndarray((slots,), _INT32, memory[0])
-    point_to_slot = cupy.ndarray((n,), _INT32, memory[1])
-    moved = cupy.ndarray((), _INT32, memory[2])
-    if n == 0:
-        moved.fill(0)
-        return slot_to_point, point_to_slot, moved
-    results = tuple(part.ptr for part in memory)
-    macros = (("POINT", _arrays.FLOATS.index(points.dtype)), ("KEY", reference.HASHES.index(hash)))
-    cell = -1.0 if voxel_size == "per_axis" else float(voxel_size or 0.0)
-    if balance == "probe":
-        home = _probe(points, macros, cell, bucket_size, lengths, bucket_offsets[-1], seed, moved)
-        points, macros = home, (("POINT", 0), ("KEY", KEY_GIVEN))
-        results = *results[:2], 0  # `moved` is written
-    sort_cuda(points, macros, cell, bucket_size, lengths, *results)
-    return slot_to_point, point_to_slot, moved
+def buckets_of(arrays: Sequence[Any], lengths: tuple[int, ...], bucket_size: int) -> Buckets:
+    """The layout with these arrays."""
+    slot_to_point, point_to_slot, moved = arrays
+    return Buckets(slot_to_point, point_to_slot, moved, bucket_size, lengths, bucket_offsets(lengths, bucket_size))
 
 
-def sort_cuda(
-    keys: Any, macros: _cuda.Macros, cell: float, bucket_size: int, lengths: tuple[int, ...], *results: int
-) -> None:
-    """The permutations of contiguous keys, at least one: points, or buckets where `macros` say KEY_GIVEN.
-
-    `results` are the addresses of slot_to_point, of point_to_slot, and of `moved` or 0.
-    """
-    largest = max(lengths)
-    if largest > RADIX_MAX:
-        raise ValueError(f"a cloud on a GPU has at most 2**30 - 1 points, got {largest}. Cut it into several clouds.")
-    if largest <= MERGE_TILES[-1]:
-        sort = _cloud_sort
-    else:
-        sort = _merge_sort if largest <= MERGE_MAX_TILES * MERGE_TILES[-1] else _radix_sort
-    sort(keys, macros, cell, bucket_size, lengths, *results)
+def bucket_offsets(lengths: Sequence[int], bucket_size: int) -> tuple[int, ...]:
+    """The first bucket of each cloud, and at the end the number of buckets."""
+    return tuple(accumulate([(n + bucket_size - 1) // bucket_size for n in lengths], initial=0))
 
 
-class _MergePlan(NamedTuple):
-    """What buckets_merge.cu needs for a batch, worked out once: Python takes as long over a call as the launches."""
-
-    batch: _clouds.Batch
-    tiles: int
-    partitions: int
-    threads: int
-    shared_mem: int
-    ends: tuple[int, ...]  # where the arrays of the workspace begin, and where the last ends
-    bound: _cuda.Kernel | None  # None where the keys are given
-    kernels: tuple[_cuda.Kernel, ...]  # tiles, splitters, partitions
-
-
-@functools.lru_cache(maxsize=256)
-def _merge_plan(device: int, lengths: tuple[int, ...], bucket_size: int, macros: _cuda.Macros) -> _MergePlan:
-    """For the current device, which is `device`."""
-    largest = max(lengths)
-    tile = next(t for t in MERGE_TILES if MERGE_MAX_TILES * t >= largest)
-    span = tile // 64
-    capacity = 32 * (span + MERGE_MAX_TILES)
-    n = np.array(lengths, np.int64)
-    full = -(-n // tile) - 1  # tiles before a cloud's last
-    phase = full * 13 + 16 & 31  # which of every 32 keys is a sample, in the last tile
-    samples = full * (tile // 32) + (n - full * tile + 31 - phase) // 32
-    batch = _clouds.batch(lengths, bucket_size, full + 1, np.maximum(-(-samples // span), 1) * (n > 0))
-    tiles, partitions = batch.tiles, batch.groups
-
-    (_, point), (_, key) = macros
-    bound_bytes = 8 if _arrays.FLOATS[point] == np.float64 else 4
-    ranks = (8 * partitions, 4 * partitions, MERGE_MAX_TILES * partitions)
-    ends = _cuda.ends(6 * bound_bytes * tiles, 8 * tile * tiles, tile // 4 * tiles, *ranks)
-    macros, shared_mem, given = (*macros, ("TILE", tile)), 12 * capacity, key == KEY_GIVEN
-    bound = None if given else _kernel("merge_bounds", macros)
-    kernels = (
-        _kernel("merge_tiles", macros, "QcQQ" if given else None),
-        _kernel("merge_splitters", macros),
-        _kernel("merge_partitions", macros, shared_mem=shared_mem),
-    )
-    return _MergePlan(batch, tiles, partitions, tile // 4, shared_mem, ends, bound, kernels)
-
-
-@functools.lru_cache(maxsize=256)
-def _cloud_plan(
-    device: int, lengths: tuple[int, ...], bucket_size: int, macros: _cuda.Macros
-) -> tuple[_clouds.Batch, int, _cuda.Kernel]:
-    """Batch, threads of a block and kernel of `_cloud_sort`, for the current device, which is `device`."""
-    tile = next(t for t in MERGE_TILES if t >= max(lengths))
-    signature = "QcQQQ" if macros[1][1] == KEY_GIVEN else None
-    batch = _clouds.tiled(lengths, bucket_size, tile, tile)
-    return batch, tile // 4, _kernel("merge_clouds", (*macros, ("TILE", tile)), signature)
-
-
-def _cloud_sort(
-    keys: Any, macros: _cuda.Macros, cell: float, bucket_size: int, lengths: tuple[int, ...], *results: int
-) -> None:
-    """One launch of buckets_merge.cu, for clouds of at most a tile; `keys` as in `_merge_sort`."""
-    batch, threads, kernel = _cloud_plan(keys.device.id, lengths, bucket_size, macros)
-    clouds, table = _clouds.pack(batch, bucket_size)
-    source = (keys.data.ptr,) if macros[1][1] == KEY_GIVEN else (keys.data.ptr, cell)
-    _cuda.launch(kernel, grid=len(lengths), block=threads, args=(*source, clouds, *results))
-    del table  # held until here
-
-
-def _merge_sort(
-    keys: Any, macros: _cuda.Macros, cell: float, bucket_size: int, lengths: tuple[int, ...], *results: int
-) -> None:
-    """Four launches of buckets_merge.cu; three where macros say KEY_GIVEN: `keys` are buckets then, else points."""
-    plan = _merge_plan(keys.device.id, lengths, bucket_size, macros)
-    batch, tiles, partitions, threads, shared_mem, ends, bound, (sort, rank, join) = plan
-    clouds, table = _clouds.pack(batch, bucket_size)
-    memory, (bounds, ordered, sampled, splitter, splitter_tile, below) = _cuda.allocate(ends)
-    source = keys.data.ptr
-    if bound is None:
-        _cuda.launch(sort, grid=tiles, block=threads, args=(source, clouds, ordered, sampled))
-    else:
-        _cuda.launch(bound, grid=tiles, block=threads, args=(source, clouds, bounds))
-        _cuda.launch(sort, grid=tiles, block=threads, args=(source, bounds, cell, clouds, ordered, sampled))
-    args: tuple[Any, ...] = (sampled, clouds, splitter, splitter_tile, below)
-    _cuda.launch(rank, grid=tiles, block=MERGE_RANK_THREADS, args=args)
-    args = (ordered, splitter, splitter_tile, below, clouds, *results)
-    _cuda.launch(join, grid=partitions, block=threads, shared_mem=shared_mem, args=args)
-    del memory, table  # held until here; the pool hands them on in stream order
-
-
-def _bound_bytes(points: Any) -> int:
-    return 8 if points.dtype.itemsize == 8 else 4
-
-
-def _frames(
-    points: Any,
-    macros: _cuda.Macros,
-    cell: float,
-    group: int,
-    batch: _clouds.Batch,
-    clouds: bytes,
-    arrived: int,
-    frames: int,
-) -> None:
-    """The voxel frame of every cloud, in one launch of buckets_radix.cu; `arrived` is zero, a word a cloud."""
-    memory, (bounds,) = _cuda.workspace(6 * _bound_bytes(points) * batch.groups)
-    args = (points.data.ptr, clouds, group, cell, arrived, bounds, frames)
-    kernel = _kernel("radix_frames", (*macros, ("TILE", RADIX_TILES[0])))  # TILE plays no part in it
-    _cuda.launch(kernel, grid=batch.groups, block=RADIX_FRAME_THREADS, args=args)
-    del memory
-
-
-def _radix_group(total: int) -> int:
-    """Points a block takes where a kernel sums over the whole batch."""
-    return max(4096, -(-total // (32 * RADIX_GROUPS)) * 32)
-
-
-@functools.lru_cache(maxsize=256)
-def _radix_tile(device: int, lengths: tuple[int, ...]) -> tuple[int, int]:
-    """Points a tile of radix_pass, and the shared memory that it takes: records and their digits, starts of digits."""
-    multiprocessors, most_shared = _cuda.device_limits(device)
-    starts = 2 * RADIX_THREADS // 32 * RADIX_DIGITS
-
-    def points_a_multiprocessor(tile: int) -> tuple[int, int]:
-        tiles = sum(-(-n // tile) for n in lengths)
-        return -(-tiles // multiprocessors) * tile, -tile
-
-    fitting = [tile for tile in RADIX_TILES if 9 * tile + starts <= most_shared]
-    tile = min(fitting, key=points_a_multiprocessor)
-    return tile, 9 * tile + starts
-
-
-def _radix_sort(
-    keys: Any, macros: _cuda.Macros, cell: float, bucket_size: int, lengths: tuple[int, ...], *results: int
-) -> None:
-    """Eight launches of buckets_radix.cu; seven where macros say KEY_GIVEN: `keys` are buckets then, else points."""
-    n, group = len(keys), _radix_group(len(keys))
-    tile, shared_mem = _radix_tile(keys.device.id, lengths)
-    tiled = *macros, ("TILE", tile)
-    batch = _clouds.tiled(lengths, bucket_size, tile, group)
-    clouds, table = _clouds.pack(batch, bucket_size)
-    count_bytes = 4 * RADIX_PASSES * RADIX_DIGITS
-    frame_bytes = FRAME_BYTES[_bound_bytes(keys)]
-    wide = max(lengths) > RADIX_NARROW  # then pass 1 reads the keys once more, and cannot write over them
-    memory, (ticket, arrived, histogram, published, end, frames, *records) = _cuda.workspace(
-        4 * RADIX_PASSES,
-        4 * len(lengths),
-        count_bytes * len(lengths),
-        count_bytes * batch.tiles,
-        0,
-        frame_bytes * len(lengths),
-        *(8 * n for _ in range(2 + wide)),
-    )
-    _cuda.clear(memory, end - memory.ptr)
-    if macros[1][1] == KEY_GIVEN:
-        key = _kernel("radix_keys", tiled, "QciQQ")
-        args: tuple[Any, ...] = (keys.data.ptr, clouds, group, records[0], histogram)
-    else:
-        _frames(keys, macros, cell, group, batch, clouds, arrived, frames)
-        key = _kernel("radix_keys", tiled)
-        args = (keys.data.ptr, frames, clouds, group, records[0], histogram)
-    _cuda.launch(key, grid=batch.groups, block=RADIX_THREADS, args=args)
-    first, move, last = (_kernel("radix_" + name, tiled, shared_mem=shared_mem) for name in ("first", "pass", "last"))
-    run = functools.partial(_cuda.launch, grid=batch.tiles, block=RADIX_THREADS, shared_mem=shared_mem)
-    rest = int(wide), ticket, published
-    # Records go from one array to the other; where wide, the first holds the keys until pass 1 has read them.
-    one, other = records[-1], records[-2]
-    run(first, args=(records[0], histogram, clouds, *rest, one))
-    for number in range(1, RADIX_PASSES - 1):
-        run(move, args=(records[0], one, histogram, clouds, number, *rest, other))
-        one, other = other, one
-    run(last, args=(one, histogram, clouds, *rest, *results))
-    del memory, table
-
-
-def _probe(
-    points: Any,
-    macros: _cuda.Macros,
-    cell: float,
-    bucket_size: int,
-    lengths: tuple[int, ...],
-    num_buckets: int,
-    seed: int,
-    moved: Any,
-) -> Any:
-    """The bucket int32 [N] of each point under balance="probe", counted over the batch; writes `moved`."""
-    import cupy
-
-    n, group = len(points), _radix_group(len(points))
-    batch = _clouds.tiled(lengths, bucket_size, bucket_size, group)
-    clouds, table = _clouds.pack(batch, bucket_size)
-    blocks = min(_cuda.device_limits(points.device.id)[0], -(-n // PROBE_THREADS))
-    home = cupy.empty(n, np.int32)
-    frame_bytes = FRAME_BYTES[_bound_bytes(points)] * len(lengths)
-    each = 4 * num_buckets * blocks
-    memory, (arrived, framed, totals, counts, end, rooms, cursors, left, voxels, proposal, frames) = _cuda.workspace(
-        4, 4 * len(lengths), 12 * num_buckets, 3 * each, 0, each, each, 4 * blocks, 8 * n, 4 * n, frame_bytes
-    )
-    _cuda.clear(memory, end - memory.ptr)
-    _cuda.clear(moved.data, 4)
-    _frames(points, macros, cell, group, batch, clouds, framed, frames)
-    packed = np.zeros((), _CANDIDATES)
-    packed["packed"] = (reference.candidates(seed) + 4) @ (1, 16, 256)
-    scratch = arrived, totals, counts, rooms, cursors, left, voxels, proposal
-    args = (points.data.ptr, frames, clouds, packed.tobytes(), *scratch, home.data.ptr, moved.data.ptr)
-    probe = _kernel("probe_buckets", macros, cooperative=True)
-    _cuda.launch(probe, grid=blocks, block=PROBE_THREADS, args=args)
-    del memory, table
-    return home
+@clouds.remembered
+def _bucket_offsets(lengths: Sequence[int], bucket_size: int) -> tuple[int, ...]:
+    """The same of numbers, not of symbols: sooner."""
+    if len(lengths) <= clouds.INLINE_CLOUDS:
+        return bucket_offsets(lengths, bucket_size)
+    return (0, *np.cumsum(-(-clouds.array(lengths) // bucket_size)).tolist())
 
 
 # ---- scatter and gather --------------------------------------------------------------------------------------------
 
 
-def _move(x: Any, rows: int, name: str, index: Any, fill: Any) -> Any:
-    native, origin = _arrays.enter(x, name)
-    native_index, index_origin = _arrays.enter(index, "buckets")
-    if origin.device != index_origin.device:
-        _arrays.check_same_device(**{name: origin, "buckets": index_origin})
-    if native.ndim == 0 or native.shape[0] != rows:
-        what = "slots" if name == "y" else "points"
-        raise ValueError(f"{name} must have one row for each of the {rows} {what}, got shape {list(native.shape)}.")
-    if origin.device is None:
-        return _arrays.leave(reference.take_rows(native, native_index, fill), origin)
-    with _arrays.on(origin):
-        return _arrays.leave(_take_rows_cuda(native, native_index, fill), origin)
-
-
-def _take_rows_cuda(rows: Any, index: Any, fill: Any) -> Any:
-    import cupy
-
-    if not rows.flags.c_contiguous:
-        rows = cupy.ascontiguousarray(rows)
-    out = cupy.empty((len(index), *rows.shape[1:]), rows.dtype)
-    row_bytes = rows.nbytes // len(rows) if len(rows) else 0
-    if out.nbytes == 0:
-        return out
-    word = math.gcd(16, row_bytes, rows.data.ptr)
-    words = row_bytes // word
-    lane_bits = min(8, (words - 1).bit_length())
-    rows_a_block = (MOVE_THREADS >> lane_bits) * MOVE_ROWS_A_THREAD
-    pattern = np.zeros((), _PATTERN)
-    value = np.array(fill).astype(rows.dtype)
-    pattern["bytes"] = np.resize(np.frombuffer(value.tobytes(), np.uint8), 16)
-    args = (rows.data.ptr, index.data.ptr, len(index), words, lane_bits, pattern.tobytes(), out.data.ptr)
-    kernel = _kernel("move_rows", (("WORD", word),))
-    _cuda.launch(kernel, grid=-(-len(index) // rows_a_block), block=MOVE_THREADS, args=args)
+def move(x: Given, name: str, index: Given, rows: int, fill: Any) -> Any:
+    """x[index], with `fill` where the index is -1. x must have `rows` rows; errors call it `name`."""
+    if x.device != index.device:
+        _arrays.check_same_device(**{name: x.origin, "buckets": index.origin})
+    check_rows(x, name, rows)
+    value = checked_fill(fill, x.dtype)
+    if x.device is None:
+        return _arrays.leave(reference.take_rows(x.array, index.array, value), x.origin)
+    call = cuda.move_rows(x, index, cuda.fill_pattern(value))
+    (out,) = launcher.launch(call, (x, index), (Spec((index.shape[0], *x.shape[1:]), x.dtype),))
     return out
+
+
+def check_rows(x: Given | Spec, name: str, rows: Any) -> None:
+    """Check that x has `rows` rows. `name` is "x" for `scatter` and "y" for `gather`."""
+    if x.ndim == 0 or x.shape[0] != rows:
+        what = "slots" if name == "y" else "points"
+        raise ValueError(f"{name} must have one row for each of the {rows} {what}, got shape {list(x.shape)}.")
+
+
+@functools.cache
+def _zero(dtype: np.dtype) -> np.ndarray:
+    return np.zeros((), dtype)
+
+
+def checked_fill(fill: Any, dtype: np.dtype) -> np.ndarray:
+    """The fill value as a scalar of the rows' dtype."""
+    if type(fill) is int and fill == 0:
+        return _zero(dtype)
+    value = np.asarray(fill)
+    if value.ndim or value.dtype.kind not in "biufcV":
+        raise TypeError(f"fill must be a number, got {_arrays.shown(fill)} of type {type(fill).__name__}.")
+    if dtype.kind in "iu" and not (np.isfinite(value) and np.iinfo(dtype).min <= value <= np.iinfo(dtype).max):
+        raise ValueError(f"fill must fit {dtype}, got {_arrays.shown(fill)}.")
+    return value.astype(dtype)
 
 
 # ---- scopes --------------------------------------------------------------------------------------------------------
@@ -591,7 +375,7 @@ class Scopes:
     Attributes
     ----------
     table : array int32 [num_scopes, size]
-        The buckets of each scope; -1 at the end of a short row. On the buckets' device.
+        The buckets of each scope, on the buckets' device. A shorter scope ends with -1.
     size, shift, stride : int
         As given to `scopes`.
     bucket_size, bucket_offsets : int, tuple of int
@@ -605,26 +389,36 @@ class Scopes:
     bucket_size: int
     bucket_offsets: tuple[int, ...]
 
+    def to(self, device: Any) -> Scopes:
+        """The same scopes on another device, as in `Buckets.to`."""
+        return replace(self, table=_arrays.to_device(self.table, device))
+
+    def pin_memory(self) -> Scopes:
+        """The same scopes in page-locked host memory (torch only)."""
+        return replace(self, table=self.table.pin_memory())
+
 
 def scopes(buckets: Buckets, size: int = 8, *, shift: int = 0, stride: int = 1, table: Any = None) -> Scopes:
     """Attention scopes over a bucket layout: windows of `size` buckets, shifted or strided. Nothing moves in memory.
 
-    In a cloud of nb buckets, positions p = 0..nb-1 stand for bucket (p + shift) mod nb. They are cut into chunks of
-    size * stride; scope j of a chunk takes its positions j, j + stride, j + 2 * stride, ... The last chunk
-    may be short, and then its scopes are. A scope never crosses clouds, and every bucket stands in exactly one.
+    In a cloud of nb buckets, position p = 0..nb-1 stands for bucket (p + shift) mod nb. The positions are cut into
+    chunks of size * stride. Scope j of a chunk takes its positions j, j + stride, j + 2 * stride, ... The last chunk
+    may be shorter, and then its scopes are shorter too. A scope never crosses clouds, and every bucket is in exactly
+    one.
 
     Parameters
     ----------
     buckets : Buckets
     size : int
-        Buckets a scope, at least 1.
+        Buckets in a scope, at least 1.
     shift : int
         Rotates the buckets of each cloud, by any number (Swin's shifted window).
     stride : int
-        Distance of the buckets of one scope, at least 1: a larger reach at equal cost.
+        Distance between the buckets of one scope, at least 1. A larger stride reaches farther at the same cost.
     table : array int [num_scopes, size], optional
-        A hand-made table instead, of any library on any device: every bucket exactly once, -1 only at the end of a row,
-        no scope across clouds. Checked on the host (synchronizes). Size, shift and stride must be left out.
+        A hand-made table, of any library and on any device. It must list every bucket exactly once, with -1 only at the
+        end of a row, and no scope may cross clouds. It is checked on the host, which synchronizes. size, shift and
+        stride must be left out.
 
     Returns
     -------
@@ -655,64 +449,58 @@ def scopes(buckets: Buckets, size: int = 8, *, shift: int = 0, stride: int = 1, 
            [ 1,  3],
            [ 4, -1]], dtype=int32)
     """
+    check_buckets(buckets)
+    size, shift, stride = check_scopes(size, shift, stride)
+    if table is None:
+        if (interop := _arrays.interop_of(buckets.slot_to_point)) is not None:
+            return interop.scopes(buckets, size, shift=shift, stride=stride)
+        made = scope_table(_arrays.read(buckets.slot_to_point, "buckets").origin, buckets, size, shift, stride)
+        return Scopes(made, size, shift, stride, buckets.bucket_size, buckets.bucket_offsets)
+    if (size, shift, stride) != (8, 0, 1):
+        raise ValueError("a hand-made table already says its scopes: leave size, shift and stride out.")
+    checked = _checked_table(table, buckets)
+    on_device = _arrays.upload(checked, _arrays.read(buckets.slot_to_point, "buckets").origin)
+    return Scopes(on_device, checked.shape[1], 0, 1, buckets.bucket_size, buckets.bucket_offsets)
+
+
+def check_buckets(buckets: Any) -> None:
+    """Raise an error if `buckets` is not a Buckets."""
     if not isinstance(buckets, Buckets):
         raise TypeError(f"buckets must be the Buckets that gpu3d.bucketize returns, got {type(buckets).__name__}.")
+
+
+def check_scopes(size: Any, shift: Any, stride: Any) -> tuple[int, int, int]:
+    """The options of `scopes`, checked to fit the kernel's integers."""
     size, shift, stride = (
         _arrays.check_integer(v, name) for v, name in ((size, "size"), (shift, "shift"), (stride, "stride"))
     )
     if abs(shift) > MAX_SLOTS:
-        raise ValueError(f"shift must be between -2**31 and 2**31, got {shift}.")
+        raise ValueError(f"shift must be between -2**31 and 2**31, got {_arrays.shown(shift)}.")
     for value, name in ((size, "size"), (stride, "stride")):
         if not 1 <= value <= MAX_SLOTS:
-            raise ValueError(f"{name} must be at least 1 and below 2**31, got {value}.")
-    _, origin = _arrays.enter(buckets.slot_to_point, "buckets")
-    layout = buckets.bucket_size, buckets.bucket_offsets
-    if table is not None:
-        if (size, shift, stride) != (8, 0, 1):
-            raise ValueError("a hand-made table already says its scopes: leave size, shift and stride out.")
-        checked = _checked_table(table, buckets)
-        if origin.device is None:
-            return Scopes(_arrays.leave(checked, origin), checked.shape[1], 0, 1, *layout)
-        import cupy
+            raise ValueError(f"{name} must be at least 1 and below 2**31, got {_arrays.shown(value)}.")
+    return size, shift, stride
 
-        with _arrays.on(origin):
-            on_device = _arrays.leave(cupy.asarray(checked), origin)
-        return Scopes(on_device, checked.shape[1], 0, 1, *layout)
+
+def num_scopes(counts: Sequence[Any], size: int, stride: int) -> Any:
+    """Number of scopes of clouds with these numbers of buckets, which may be symbols."""
+    chunk = size * stride
+    longest = max(counts, default=0) if all(type(count) is int for count in counts) else stride
+    # For each j, the chunks that have a scope j. With min(), torch.compile would compile again for each outcome.
+    return sum([(count + chunk - 1 - j) // chunk for count in counts for j in range(min(stride, longest))])
+
+
+def scope_table(origin: _arrays.Origin, layout: Buckets, size: int, shift: int, stride: int) -> Any:
+    """The table of `scopes` as an array of the origin's library."""
     if origin.device is None:
-        native = reference.scope_table(buckets.bucket_offsets, size, shift, stride)
-        return Scopes(_arrays.leave(native, origin), size, shift, stride, *layout)
-    with _arrays.on(origin):
-        native = _scope_table_cuda(buckets, size, shift, stride)
-        return Scopes(_arrays.leave(native, origin), size, shift, stride, *layout)
-
-
-def _scope_table_cuda(buckets: Buckets, size: int, shift: int, stride: int) -> Any:
-    import cupy
-
-    count = np.diff(buckets.bucket_offsets)
-    stride = min(stride, max(1, int(count.max(initial=0))))  # a longer stride gives the same scopes
-    whole, rest = np.divmod(count, size * stride)
-    batch = _clouds.batch(buckets.lengths, buckets.bucket_size, 0 * count, whole * stride + np.minimum(rest, stride))
-    clouds, memory = _clouds.pack(batch, buckets.bucket_size)
-    table = cupy.empty((batch.groups, size), np.int32)
-    args = (clouds, table.size, size, shift, stride, table.data.ptr)
-    kernel = _kernel("move_scopes", (("WORD", 16),))
-    _cuda.launch(kernel, grid=-(-table.size // MOVE_THREADS), block=MOVE_THREADS, args=args)
-    del memory
+        return _arrays.leave(reference.scope_table(layout.bucket_offsets, size, shift, stride), origin)
+    call = cuda.scopes(layout.bucket_offsets, layout.bucket_size, size, shift, stride)
+    (table,) = launcher.launch(call, (), (Spec((call.numbers["clouds"].groups, size), INT32),), origin)
     return table
 
 
-def _download(x: Any, name: str) -> np.ndarray:
-    """A NumPy array; from a GPU on the stream that its library uses, so after the work that writes it."""
-    native, origin = _arrays.enter(x, name)
-    if origin.device is None:
-        return native
-    with _arrays.on(origin):
-        return native.get()  # synchronizes
-
-
 def _checked_table(table: Any, buckets: Buckets) -> np.ndarray:
-    native = _download(table, "table")
+    native = _arrays.download(_arrays.read(table, "table"))
     if native.ndim != 2 or native.dtype.kind not in "iu":
         raise ValueError(
             f"table must hold integers of shape [num_scopes, size], got {native.dtype} {list(native.shape)}."
@@ -732,21 +520,21 @@ def _checked_table(table: Any, buckets: Buckets) -> np.ndarray:
         raise ValueError(
             f"a scope must not cross clouds: row {int(crossing.argmax())} of table lists buckets of two clouds."
         )
-    return np.ascontiguousarray(native, np.int32)
+    return np.array(native, np.int32, order="C")  # a copy, because the caller may change its table
 
 
 # ---- quality -------------------------------------------------------------------------------------------------------
 
 
 class BucketQuality(NamedTuple):
-    """How tight the buckets are, in the unit of the points. Only full buckets count; NaN where there is none.
+    """How tight the buckets are, in the unit of the points. Only full buckets count; NaN if there are none.
 
     Attributes
     ----------
     mean_radius, max_radius : float
-        Mean and largest radius; a bucket's radius is the largest distance of its points from their mean.
+        Mean and largest radius. The radius of a bucket is the largest distance of its points from their mean.
     moved_share : float
-        The share of the points that balance="probe" moved out of the bucket that their hash names.
+        The share of points that balance="probe" put into another bucket than that of their hash.
     """
 
     mean_radius: float
@@ -755,9 +543,9 @@ class BucketQuality(NamedTuple):
 
 
 def bucket_quality(points: Any, buckets: Buckets) -> BucketQuality:
-    """Measure a bucket layout: the radii of its full buckets, and how many points were moved.
+    """Measure a bucket layout: the radii of its full buckets, and the share of moved points.
 
-    A diagnostic: it is computed on the host in float64, and synchronizes.
+    It is a diagnostic. It computes on the host in float64, and synchronizes.
 
     Parameters
     ----------
@@ -773,7 +561,7 @@ def bucket_quality(points: Any, buckets: Buckets) -> BucketQuality:
     Raises
     ------
     TypeError, ValueError
-        The points are not those of the layout, or no points.
+        `points` are not the points of the layout, or not points at all.
 
     Examples
     --------
@@ -782,14 +570,18 @@ def bucket_quality(points: Any, buckets: Buckets) -> BucketQuality:
     >>> 0.4 < quality.mean_radius < quality.max_radius
     True
     """
-    native, _ = _arrays.enter(points, "points")
-    native, lengths = _arrays.check_points(native, buckets.lengths if native.ndim == 2 else None)
+    check_buckets(buckets)
+    given = _arrays.read(points, "points")
+    lengths = _arrays.check_points(given, buckets.lengths if given.ndim == 2 else None)
     if lengths != buckets.lengths:
         raise ValueError(
-            f"points must be those of the layout, got lengths {list(lengths)} for {list(buckets.lengths)}."
+            f"points must be those of the layout, got lengths {_arrays.shown(lengths)} for "
+            f"{_arrays.shown(buckets.lengths)}."
         )
-    host_points = _download(points, "points").reshape(-1, 3)
-    slot_to_point, moved = (_download(x, "buckets") for x in (buckets.slot_to_point, buckets.moved))
+    host_points = _arrays.download(given).reshape(-1, 3)
+    slot_to_point, moved = (
+        _arrays.download(_arrays.read(x, "buckets")) for x in (buckets.slot_to_point, buckets.moved)
+    )
     radii = reference.bucket_radii(host_points, slot_to_point, buckets.bucket_size)
     if not len(radii):
         return BucketQuality(math.nan, math.nan, int(moved) / max(1, len(host_points)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``gpu3d demo`` buckets scans and draws them, ``gpu3d info`` says what is installed."""
+"""The command line: ``gpu3d demo`` buckets scans and draws them; ``gpu3d info`` prints what is installed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 import gpu3d
-from gpu3d import _cuda
-from gpu3d.interop import _native
+from gpu3d.cuda import compiler
 from gpu3d.io import read_points
 from gpu3d.plot import plot_buckets
 from gpu3d.reference.buckets import bucket_radii
@@ -37,47 +36,47 @@ def main(argv: list[str] | None = None) -> int:
     Parameters
     ----------
     argv : list of str, optional
-        The arguments after the program's name. Default: those of the process.
+        The arguments after the program's name. Default: the arguments of the process.
 
     Returns
     -------
     int
-        0, or 1 where a file could not be worked on.
+        0, or 1 if a file failed.
     """
     parser = argparse.ArgumentParser(prog="gpu3d", description="Point clouds in equal buckets.")
     parser.add_argument("--version", action="version", version=f"gpu3d {gpu3d.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    demo = commands.add_parser("demo", help="bucket a scan, print its figures and draw it")
+    demo = commands.add_parser("demo", help="bucket a scan, print time and bucket radius, and draw it")
     demo.add_argument(
         "files",
         nargs="*",
         metavar="FILE",
         type=Path,
-        help=".bin .npy .npz .ply .pcd .las .laz; without one, a LiDAR scan that the package carries",
+        help=".bin .npy .npz .ply .pcd .las .laz (default: a LiDAR scan that comes with the package)",
     )
-    demo.add_argument("--bucket-size", type=int, default=512, help="slots of a bucket (default: %(default)s)")
+    demo.add_argument("--bucket-size", type=int, default=512, help="slots per bucket (default: %(default)s)")
     demo.add_argument(
         "--hash",
         default="zorder_div",
         help="xor_mod, xor_div, zorder_mod or zorder_div (default: %(default)s)",
     )
     demo.add_argument("--balance", default="spill", help="spill or probe (default: %(default)s)")
-    demo.add_argument("-o", "--output", metavar="PNG", type=Path, help="the picture (default: gpu3d-demo*.png here)")
-    commands.add_parser("info", help="print device, versions and kernel cache, and what is missing")
+    demo.add_argument("-o", "--output", metavar="PNG", type=Path, help="the picture (default: ./gpu3d-demo*.png)")
+    commands.add_parser("info", help="print device, versions, kernel cache, and how to install what is missing")
 
     arguments = parser.parse_args(argv)
     if arguments.command == "info":
         return _info()
     if arguments.output and len(arguments.files) > 1:
-        demo.error("-o names one picture: give it one FILE")
+        demo.error("-o names one picture, so it takes one FILE")
     return _demo(arguments)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     cupy, why_not = _working_cupy()
     if why_not:
-        print("no GPU: running on NumPy (gpu3d info says what is missing)")
+        print("no GPU: running on NumPy (`gpu3d info` prints what is missing)")
     options = {"bucket_size": arguments.bucket_size, "hash": arguments.hash, "balance": arguments.balance}
     exit_code = 0
     for path, title, picture in _scans(arguments.files):
@@ -92,7 +91,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _scans(files: list[Path]) -> Iterator[tuple[Path, str, Path]]:
-    """(file, title, default picture) of each scan; equal file names get numbered pictures."""
+    """Yield (file, title, default picture) for each scan; pictures of equal file names are numbered."""
     if not files:
         with resources.as_file(resources.files(gpu3d) / "data" / _SCAN) as path:
             yield path, _SCAN_TITLE, Path("gpu3d-demo.png")
@@ -106,21 +105,21 @@ def _scans(files: list[Path]) -> Iterator[tuple[Path, str, Path]]:
 def _demo_one(
     path: Path, title: str, picture: Path, options: dict[str, Any], cupy: ModuleType | None
 ) -> list[tuple[str, str]]:
-    """Bucket one scan, draw it, and return the rows of its table."""
+    """Put one scan into buckets, draw it, and return the rows of its table."""
     points = read_points(path)
     finite = np.isfinite(points).all(axis=1)
     dropped = len(points) - int(np.count_nonzero(finite))
     if dropped:
         points = points[finite]
     if not len(points):
-        raise ValueError(f"holds no finite points (dropped {dropped:,})")
+        raise ValueError(f"the scan has no finite points (dropped {dropped:,})")
 
     on_device = points if cupy is None else cupy.asarray(points)
 
     def bucketize() -> gpu3d.Buckets:
         return gpu3d.bucketize(on_device, check_finite=False, **options)
 
-    buckets = bucketize()  # also the warm-up: compiles the kernels
+    buckets = bucketize()  # compiles the kernels, so the timed calls do not
     milliseconds, calls = _time_on_cpu(bucketize) if cupy is None else _time_on_gpu(bucketize, cupy)
     slots = buckets.slot_to_point.reshape(buckets.num_buckets, buckets.bucket_size)
     full = int((slots >= 0).all(axis=1).sum())
@@ -163,7 +162,7 @@ def _time_on_gpu(call: Callable[[], object], cupy: ModuleType, calls: int = 30) 
 
 
 def _random_order_radius(points: np.ndarray, bucket_size: int) -> float:
-    """The mean radius of full buckets of shuffled points."""
+    """The mean radius of full buckets when the points are shuffled."""
     order = np.random.default_rng(0).permutation(len(points))[: len(points) // bucket_size * bucket_size]
     return float(bucket_radii(points, order, bucket_size).mean())
 
@@ -177,13 +176,11 @@ def _info() -> int:
         driver = cupy.cuda.runtime.driverGetVersion()
         rows += [
             ("device", _gpu_name(cupy)),
-            ("CUDA", f"{driver // 1000}.{driver % 1000 // 10} (the newest that the driver supports)"),
+            ("CUDA", f"{driver // 1000}.{driver % 1000 // 10} (the newest version that the driver supports)"),
             ("CuPy", cupy.__version__),
-            ("NVRTC", ".".join(map(str, _cuda.nvrtc_version()))),
+            ("NVRTC", ".".join(map(str, compiler.nvrtc_version()))),
         ]
-        if _native.library() is None:
-            rows.append(("missing", "a C compiler, by which calls from torch and JAX take 3 to 40 us less: cc, or $CC"))
-    rows.append(("kernel cache", _describe_cache(_cuda.cache_dir())))
+    rows.append(("kernel cache", _describe_cache(compiler.cache_dir())))
     if why_not:
         rows.append(("missing", why_not))
     for package, formats in _IO_PACKAGES.items():
@@ -194,11 +191,11 @@ def _info() -> int:
 
 
 def _working_cupy() -> tuple[ModuleType | None, str]:
-    """CuPy, if kernels can be compiled and run; else None, and what is missing with its cure."""
+    """CuPy if it can compile and run kernels; otherwise None, and a text that names what is missing and the cure."""
     cure = 'pip install "gpu3d[cuda13]", or "gpu3d[cuda12]" for a driver older than 580'
     if find_spec("cupy") is None:
         return None, f"CuPy: {cure}"
-    # The causes raise errors of many kinds, and each means only that this part does not work.
+    # A broken installation raises errors of many kinds. Each means the same here: this part does not work.
     try:
         cupy = import_module("cupy")
     except Exception as error:
@@ -208,7 +205,7 @@ def _working_cupy() -> tuple[ModuleType | None, str]:
     except Exception as error:
         return None, f"an NVIDIA GPU and driver that CuPy {cupy.__version__} can use ({error})"
     try:
-        _cuda.nvrtc_version()
+        compiler.nvrtc_version()
     except Exception as error:
         return None, f"NVRTC, which compiles the kernels ({error}): {cure}"
     return cupy, ""
@@ -225,7 +222,9 @@ def _cpu_name() -> str:
     return f"CPU ({platform.machine()}), NumPy {np.__version__}"
 
 
-def _describe_cache(folder: Path) -> str:
+def _describe_cache(folder: Path | None) -> str:
+    if folder is None:
+        return "none, because this user has no home folder (set $GPU3D_CACHE_DIR to a folder)"
     files = list(folder.rglob("*.cubin"))
     return f"{folder} ({len(files)} kernels, {sum(path.stat().st_size for path in files) / 2**20:.1f} MiB)"
 

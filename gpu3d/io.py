@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read the coordinates of a point-cloud file.
 
-One function, one table from file-name ending to reader. A reader takes an open binary stream, and any
-exception it lets out becomes a ValueError that names the file. plyfile, pypcd4 and laspy are imported by the
-reader that needs them, so a base installation reads .bin, .npy and .npz.
+`read_points` chooses a reader by the ending of the file's name. A reader takes an open binary stream. If it raises an
+exception, the caller gets a ValueError that names the file. plyfile, pypcd4 and laspy are imported only by the readers
+that need them, so a base installation reads .bin, .npy and .npz.
 """
 
 from __future__ import annotations
@@ -23,36 +23,40 @@ __all__ = ["read_points"]
 def read_points(path: str | os.PathLike[str], *, columns: int | None = None) -> np.ndarray:
     """Read the x, y, z of every point of a file, in the file's order and unit.
 
-    Nothing is dropped: NaN and infinite coordinates (missing returns, organised clouds) come back as the file
-    has them, and the caller filters.
+    No point is dropped. NaN and infinite coordinates (missing returns, organised clouds) come back as they stand in the
+    file; the caller filters them.
 
     Parameters
     ----------
     path : str or path-like
         The ending, in any case, chooses the format:
 
-        - ``.bin``: raw float32 rows, KITTI (x, y, z, intensity); ``.pcd.bin``: nuScenes (and ring number)
-        - ``.npy``: floating-point array [N, >=3], of which the first three columns are read
-        - ``.npz``: the first of ``points`` [N, >=3], ``xyz`` [N, 3] or [3, N] (3 x 3 is read as [N, 3]), both
-          floating-point, and ``xyz_mm`` int32 [3, N], millimetres that come back as metres
+        - ``.bin``: raw float32 rows as in KITTI (x, y, z, intensity)
+        - ``.pcd.bin``: the same as in nuScenes, with the ring number as a fifth value
+        - ``.npy``: a floating-point array [N, >=3]; the first three columns are read
+        - ``.npz``: the first of these arrays that the file has: ``points``, floating-point [N, >=3]; ``xyz``,
+          floating-point [N, 3] or [3, N] (3 x 3 is read as [N, 3]); ``xyz_mm``, int32 [3, N] in millimetres, which
+          come back as metres
         - ``.ply``: properties x, y, z of the element ``vertex`` (needs plyfile)
-        - ``.pcd``: fields x, y, z; ascii, binary, binary_compressed (needs pypcd4)
+        - ``.pcd``: fields x, y, z; ascii, binary or binary_compressed (needs pypcd4)
         - ``.las``, ``.laz``: scaled integers (needs laspy, and lazrs for .laz)
     columns : int, optional
-        Values per point of a ``.bin`` file, x, y, z first. Default: 4, and 5 for ``.pcd.bin``.
+        Values per point of a ``.bin`` file, beginning with x, y, z. Default: 4, or 5 for ``.pcd.bin``.
 
     Returns
     -------
     numpy.ndarray [N, 3]
-        C-contiguous. float32, but float64 where float32 could not hold the file's own coordinates: .las and
-        .laz, and doubles or 32-bit integers elsewhere. In the file's unit: mostly metres, some surveys feet.
+        C-contiguous. float64 where float32 cannot hold the coordinates of the file: .las, .laz, and doubles or
+        32-bit integers in other formats. Otherwise float32. The unit is that of the file: mostly metres, feet in some
+        surveys.
 
     Raises
     ------
     FileNotFoundError
         There is no such file.
     ValueError
-        The ending is not one of the above, the file is truncated or corrupt, or it holds no such coordinates.
+        The ending is not one of the above, the file is truncated or corrupt, or it does not hold coordinates of this
+        form.
     ImportError
         The package that reads this format is not installed.
 
@@ -84,10 +88,10 @@ def read_points(path: str | os.PathLike[str], *, columns: int | None = None) -> 
             points = _READERS[ending](stream, **options)
         except (ImportError, MemoryError):
             raise
-        except Exception as error:  # on a broken file the decoders raise whatever they trip over
+        except Exception as error:  # decoders raise many kinds of error on a broken file
             reason = str(error) or type(error).__name__
             raise ValueError(f"cannot read points from {path}: {reason}") from error
-    # By type, not by value, so that all files of one writer come back alike.
+    # Chosen by dtype and not by values, so that all files of one writer come back with the same dtype.
     dtype = np.float32 if np.can_cast(points.dtype, np.float32) else np.float64
     return np.ascontiguousarray(points, dtype=dtype)
 
@@ -122,7 +126,7 @@ def _read_npz(stream: BinaryIO) -> np.ndarray:
 
 
 def _read_ply(stream: BinaryIO) -> np.ndarray:
-    # By name: of a stream that it did not open, plyfile leaves a text wrapper behind (ResourceWarning).
+    # By name: plyfile leaves a text wrapper open around a stream that it did not open itself (ResourceWarning).
     ply = _optional("plyfile").PlyData.read(stream.name)
     if "vertex" not in ply:
         raise ValueError(f"no element vertex, found {', '.join(e.name for e in ply) or 'none at all'}")
@@ -131,23 +135,23 @@ def _read_ply(stream: BinaryIO) -> np.ndarray:
 
 def _read_pcd(stream: BinaryIO) -> np.ndarray:
     cloud = _optional("pypcd4").PointCloud.from_fileobj(stream)
-    records = np.atleast_1d(cloud.pc_data)  # one point in ascii comes as a 0-d record
+    records = np.atleast_1d(cloud.pc_data)  # pypcd4 returns a single ascii point as a 0-d record
     _check_count(len(records), cloud.metadata.points)
     return _stack_xyz(records)
 
 
 def _read_las(stream: BinaryIO) -> np.ndarray:
     las = _optional("laspy").read(stream)
-    _check_count(len(las.points), las.header.point_count)  # laspy only logs that a file ended early
+    _check_count(len(las.points), las.header.point_count)  # if a file ends early, laspy only logs it
     return np.asarray(las.xyz)
 
 
 def _read_laz(stream: BinaryIO) -> np.ndarray:
-    _optional("lazrs")  # without it laspy would call the file, not the installation, at fault
+    _optional("lazrs")  # without lazrs, laspy would blame the file and not the installation
     return _read_las(stream)
 
 
-# .pcd.bin stands before .bin: the first ending that fits is taken.
+# The first ending that fits is used, so .pcd.bin stands before .bin.
 _READERS: dict[str, Callable[..., np.ndarray]] = {
     ".pcd.bin": partial(_read_bin, columns=5),
     ".bin": partial(_read_bin, columns=4),
@@ -168,7 +172,7 @@ def _optional(package: str) -> Any:
 
 
 def _first_three_columns(name: str, array: np.ndarray) -> np.ndarray:
-    # Integers are refused because nothing says their unit (SemanticKITTI packs 5 mm, others millimetres).
+    # Integers are refused because their unit is unknown: 5 mm in SemanticKITTI, millimetres in others.
     if array.dtype.kind != "f" or array.ndim != 2 or array.shape[1] < 3:
         raise ValueError(f"{name} must be floating-point [N, >=3], got {_describe(array)}")
     return array[:, :3]

@@ -20,26 +20,26 @@ __all__ = ["plot_buckets"]
 _BACKGROUND = "#0a0c11"
 _BRIGHT = "#e8ecf2"
 _FAINT = "#8b95a5"
-_MOST_DRAWN = 1_000_000  # points of one panel; more hide each other, and take minutes
+_MOST_DRAWN = 1_000_000  # points in one panel; more would hide each other and take minutes
 
 
 def plot_buckets(points: Any, buckets: Buckets, path: str | os.PathLike[str], *, title: str | None = None) -> None:
     """Draw a cloud from above, coloured by bucket, and write it as a PNG.
 
-    The left panel shows the cloud without its farthest outliers, the right one its middle (in a LiDAR sweep,
-    around the sensor). Each bucket has one hue, unlike that of the next; higher points are brighter.
-    Needs no display, and leaves matplotlib's global state alone.
+    The left panel shows the cloud without its farthest outliers. The right panel shows the middle of the cloud, which
+    in a LiDAR sweep is around the sensor. Each bucket has one hue, and the next bucket a very different one. Higher
+    points are brighter. No display is needed, and matplotlib's global state is not changed.
 
     Parameters
     ----------
     points : array [N, 3]
         Finite coordinates, z upwards.
     buckets : Buckets
-        What ``bucketize`` returned for these points.
+        The result of ``bucketize`` for these points.
     path : str or path-like
-        The PNG file to write; one that exists is replaced.
+        The PNG file to write. An existing file is replaced.
     title : str, optional
-        Stands above the picture, before the numbers of points and buckets.
+        Written above the picture, left of the numbers of points and buckets.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -75,8 +75,9 @@ def plot_buckets(points: Any, buckets: Buckets, path: str | os.PathLike[str], *,
 def _bucket_colors(bucket_of_point: np.ndarray, brightness: np.ndarray) -> np.ndarray:
     """Colour points: the hue from the bucket, the lightness from ``brightness`` in [0, 1]; RGB [N, 3].
 
-    Hues advance by the golden section of the circle, so that any few successive buckets are far apart. They
-    are taken in OKLCH, where equal lightness looks equally bright: https://bottosson.github.io/posts/oklab/
+    From bucket to bucket the hue advances by the golden section of the circle, so successive buckets have very
+    different hues. Colours are made in OKLCH, where equal lightness looks equally bright:
+    https://bottosson.github.io/posts/oklab/
     """
     hue = 2 * np.pi * ((bucket_of_point * 0.6180339887498949) % 1)
     lightness = 0.56 + 0.34 * brightness
@@ -102,7 +103,7 @@ def _bucket_colors(bucket_of_point: np.ndarray, brightness: np.ndarray) -> np.nd
 
 
 def _view(xy: np.ndarray) -> tuple[np.ndarray, float]:
-    """Centre and half side of the square that holds the cloud but its farthest outliers."""
+    """Centre and half side of the square that holds the cloud without its farthest outliers."""
     if not len(xy):
         return np.zeros(2), 1.0
     low, high = np.percentile(xy, [2, 98], axis=0)
@@ -111,12 +112,12 @@ def _view(xy: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _draw(axes: Axes, xy: np.ndarray, colors: np.ndarray, center: np.ndarray, half: float) -> None:
-    """Draw the points inside a square, in their order, and a scale bar."""
+    """Draw the points inside a square, in the order given, and a scale bar."""
     inside = np.flatnonzero((np.abs(xy - center) <= half).all(axis=1))
     inside = inside[:: len(inside) // _MOST_DRAWN + 1]
-    size = np.clip(1.6 * (100_000 / max(len(inside), 1)) ** 0.8, 0.8, 12)  # the fewer, the larger
+    size = np.clip(1.6 * (100_000 / max(len(inside), 1)) ** 0.8, 0.8, 12)  # fewer points are drawn larger
     axes.set_facecolor(_BACKGROUND)
-    # Relative to the centre: matplotlib's own transforms must not lose what map coordinates hold.
+    # Relative to the centre, because matplotlib's transforms would round large map coordinates.
     x, y = (xy[inside] - center).T
     axes.scatter(x, y, s=size, c=colors[inside], marker="o", linewidths=0)
     axes.set(xlim=(-half, half), ylim=(-half, half), aspect="equal", xticks=[], yticks=[])
@@ -140,5 +141,4 @@ def _draw(axes: Axes, xy: np.ndarray, colors: np.ndarray, center: np.ndarray, ha
 
 
 def _to_numpy(x: Any, name: str) -> np.ndarray:
-    array, origin = _arrays.enter(x, name)
-    return array if origin.device is None else array.get()
+    return _arrays.download(_arrays.read(x, name))

@@ -1,44 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
 """In-bucket pooling: 2, 4 or 8 neighbours of a tile become one point, and the result is a bucket layout again.
 
-No global sort and no neighbour search: the buckets have made neighbours of the points of a tile already. Unpooling
-takes the rows of the children back to their members.
+There is no global sort and no neighbour search, because buckets hold neighbours already. Unpooling takes the rows of
+the children back to their members.
 """
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from gpu3d import _arrays, _clouds, _cuda
-from gpu3d.buckets import Buckets, _bucket_offsets
+from gpu3d import _arrays
+from gpu3d._arrays import FLOAT64, FLOATS, INT32, UINT8, Given, Spec
+from gpu3d.buckets import Buckets, bucket_offsets, check_buckets, num_slots
+from gpu3d.cuda import clouds, launcher
+from gpu3d.cuda import pooling as cuda
 from gpu3d.reference import pooling as reference
+
+# ---- the result ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Pooling:
-    """A pooled cloud, made by `bucket_pool`, and what unpooling and the gradients need. Arrays are in slot order.
+    """A pooled batch of clouds, and what unpooling and the gradients need. `bucket_pool` makes it.
+
+    The arrays are in slot order.
 
     Attributes
     ----------
     features : array [child slots, C]
-        The features of the children, of the dtype they came in; 0 in padding.
+        The features of the children, in the dtype of the parents' features. Padding slots hold 0.
     points : array [child slots, 3]
-        The means of the members' points, of the points' dtype and unit; 0 in padding.
+        The mean of the members' points, in their dtype and unit. Padding slots hold 0.
     buckets : Buckets
-        The layout of the children: ceil(n / ratio) a cloud, in buckets of the parent's size. `slot_to_point` numbers
-        the children in slot order.
+        The layout of the children. A cloud of n points has ceil(n / ratio) children, in buckets of the parent's size.
+        `slot_to_point` numbers the children in slot order.
     members : array int32 [child slots, ratio]
-        The parent slots that became each child; -1 where there is none: in the last group of a cloud, and in padding.
+        The parent slots that became each child. A short group, which only the last of a cloud can be, ends with -1.
+        Padding slots hold -1.
     ratio : int
+        As given to `bucket_pool`.
     reduce : str
         As given to `bucket_pool`.
     argmember : array uint8 [child slots, C] or None
-        Which of its members a child's feature is from: member ``members[child, argmember[child, c]]``, the first that
-        attains it. 0 in padding. None for sum and mean.
+        For min and max, the member that a child's feature comes from: ``members[child, argmember[child, c]]``, the
+        first one that attains the minimum or maximum. Padding slots hold 0. None for sum and mean.
     parent : Buckets
         The layout that was pooled.
     """
@@ -52,33 +61,66 @@ class Pooling:
     argmember: Any
     parent: Buckets
 
+    def to(self, device: Any) -> Pooling:
+        """The same pooling on another device.
+
+        Parameters
+        ----------
+        device : object
+            As in `Buckets.to`: "cuda:1" for torch, a jax.Device, a number for CuPy, "cpu" for NumPy.
+
+        Returns
+        -------
+        Pooling
+        """
+        arrays = [_arrays.to_device(x, device) for x in self._arrays]
+        return self._of(arrays, self.buckets.to(device), self.parent.to(device))
+
+    def pin_memory(self) -> Pooling:
+        """The same pooling in page-locked host memory (torch only)."""
+        arrays = [None if x is None else x.pin_memory() for x in self._arrays]
+        return self._of(arrays, self.buckets.pin_memory(), self.parent.pin_memory())
+
+    @property
+    def _arrays(self) -> tuple[Any, Any, Any, Any]:
+        return self.features, self.points, self.members, self.argmember
+
+    def _of(self, arrays: Sequence[Any], buckets: Buckets, parent: Buckets) -> Pooling:
+        features, points, members, argmember = arrays
+        changed = {"features": features, "points": points, "members": members, "argmember": argmember}
+        return replace(self, **changed, buckets=buckets, parent=parent)
+
+
+# ---- pool ----------------------------------------------------------------------------------------------------------
+
 
 def bucket_pool(features: Any, points: Any, buckets: Buckets, *, ratio: int = 2, reduce: str = "mean") -> Pooling:
-    """Pool each `ratio` neighbours of a tile into one child, and hand on a smaller cloud in the same kind of layout.
+    """Pool each `ratio` neighbours of a tile into one child. The children are again a bucket layout.
 
-    A tile is 1024 consecutive slots counted from a cloud's first slot, whatever the bucket size. Its points are ordered
-    by their Morton code in a grid of 1024 cubic voxels along the tile's largest extent, ties by slot, and cut into
-    groups of `ratio`. Each group is a child; only a cloud's last may be short. Children keep that order.
+    A tile is 1024 consecutive slots, counted from the first slot of a cloud; the bucket size plays no part. The points
+    of a tile are sorted by the Morton code of cubic voxels, 1024 along the tile's largest extent, and then by slot.
+    This order is cut into groups of `ratio` points, and each group becomes a child. Only the last group of a cloud can
+    be short. Children are stored in the same order.
 
     Parameters
     ----------
     features : array [num_slots, C]
-        Rows in slot order (`Buckets.scatter`): float16, bfloat16 or float32, on the CPU float64 too. Any strides; C
-        may be 0. Rows of padding slots may hold anything, NaN too.
+        Rows in slot order (`Buckets.scatter`): float16, bfloat16 or float32; on the CPU also float64. Any strides. C
+        may be 0. Rows of padding slots may hold anything, even NaN.
     points : array [num_slots, 3]
-        Coordinates in slot order: float32, float64, float16 or bfloat16, on the features' device. Not differentiated.
-        Rows of padding slots may hold anything.
+        Coordinates in slot order, on the features' device: float32, float64, float16 or bfloat16. They are not
+        differentiated. Rows of padding slots may hold anything.
     buckets : Buckets
         The layout of the slots.
     ratio : {2, 4, 8}
-        Points a child.
+        Points of a group.
     reduce : {"mean", "sum", "min", "max"}
-        What a child's feature is of its members'. min and max propagate NaN.
+        How the features of the members are reduced to the child's feature. min and max propagate NaN.
 
     Returns
     -------
     Pooling
-        With arrays of the kind of `features`. The same call gives the same bits, on CPU and GPU alike.
+        Its arrays are of the library of `features`. The same call gives the same bits, on CPU and GPU alike.
 
     Raises
     ------
@@ -87,14 +129,14 @@ def bucket_pool(features: Any, points: Any, buckets: Buckets, *, ratio: int = 2,
 
     Notes
     -----
-    Voxels are rounded as those of `bucketize`: float32, each operation once, float64 coordinates relative to the tile's
-    minimum. A non-finite coordinate counts as the last voxel of its axis, and makes the mean of its group's points
-    non-finite. Sums are float32 (float64 for float64), from the first member on, then divided once and rounded once.
-    No host sync; capturable in a CUDA graph after a first call.
+    Voxels are rounded as in `bucketize`: in float32, each operation once. float64 coordinates are first taken relative
+    to the tile's minimum. A non-finite coordinate counts as the last voxel of its axis, and the mean of its group's
+    points is then not finite. Sums start with the first member and are accumulated in float32 (float64 for float64);
+    the result is divided once and rounded once. A call never waits for the GPU. After a first call it can be captured
+    in a CUDA graph.
 
-    Flash3D hashes the points of a tile into sub-buckets and moves the overflow between them. Ordering them by Morton
-    code and cutting is the same step with no choice left open: every group but a cloud's last is full, and every run
-    gives the same ones.
+    Flash3D hashes the points of a tile into sub-buckets and moves the overflow between them. Here the points are sorted
+    by Morton code and cut instead: every group is full except the last of a cloud, and every run gives the same groups.
 
     References
     ----------
@@ -114,23 +156,101 @@ def bucket_pool(features: Any, points: Any, buckets: Buckets, *, ratio: int = 2,
     >>> again.buckets.lengths
     (125,)
     """
-    _check_buckets(buckets)
-    native, origin = _entered_rows(features, "features", buckets, "buckets")
-    native_points = _checked_points(points, buckets, origin)
-    ratio = _checked_ratio(ratio)
+    if (interop := _arrays.interop_of(features, points)) is not None:
+        return interop.bucket_pool(features, points, buckets, ratio=ratio, reduce=reduce)
+    check_buckets(buckets)
+    given = _arrays.read(features, "features"), _arrays.read(points, "points")
+    ratio = check_pool(*given, buckets.lengths, buckets.bucket_size, ratio, reduce)
+    arrays = pool_arrays(*given, buckets.lengths, buckets.bucket_size, ratio, reduce)
+    return pooling_of(arrays, buckets, ratio, reduce)
+
+
+def check_pool(
+    features: Given | Spec, points: Given | Spec, lengths: Sequence[Any], bucket_size: int, ratio: Any, reduce: Any
+) -> int:
+    """The ratio of `bucket_pool`, whose arrays and options are checked."""
+    slots = num_slots(lengths, bucket_size)
+    _check_rows(features, "features", slots, "buckets")
+    if points.ndim != 2 or points.shape[1] != 3:
+        raise ValueError(f"points must have shape [num_slots, 3], got {list(points.shape)}.")
+    if points.dtype not in FLOATS:
+        raise TypeError(
+            f"points must be float32, float64, float16 or bfloat16, got {points.dtype}: "
+            "convert by points.astype('float32')."
+        )
+    _check_slots(points, "points", slots, "buckets")
+    ratio = _arrays.check_integer(ratio, "ratio")
+    if ratio not in reference.RATIOS:
+        raise ValueError(f"ratio must be 2, 4 or 8, got {_arrays.shown(ratio)}: pool several times for a larger one.")
     _arrays.check_choice(reduce, reference.REDUCTIONS, "reduce")
-    with _arrays.on(origin):
-        if origin.device is None:
-            layout = buckets.bucket_size, buckets.lengths
-            arrays = reference.bucket_pool(native, native_points, *layout, ratio, reduce)
-        else:
-            arrays = _pool_cuda(native, native_points, buckets, ratio, reduce)
-        pooled, pooled_points, members, argmember, slot_to_point, point_to_slot, moved = [
-            None if array is None else _arrays.leave(array, origin) for array in arrays
-        ]
-    lengths, bucket_offsets = _child_layout(buckets.lengths, buckets.bucket_size, ratio)
-    child = Buckets(slot_to_point, point_to_slot, moved, buckets.bucket_size, lengths, bucket_offsets)
-    return Pooling(pooled, pooled_points, child, members, ratio, reduce, argmember, buckets)
+    return ratio
+
+
+def child_lengths(lengths: Sequence[Any], ratio: int) -> tuple[Any, ...]:
+    """Children of each cloud; lengths may be symbols."""
+    return tuple([(n + ratio - 1) // ratio for n in lengths])
+
+
+def pool_results(
+    features: Given | Spec, points: Given | Spec, lengths: Sequence[Any], bucket_size: int, ratio: int, reduce: str
+) -> tuple[Spec, ...]:
+    """The specs of what `bucket_pool` computes; sizes may be symbols.
+
+    They are features, points, members, argmember (without rows, except for min and max), slot_to_point, point_to_slot
+    and moved.
+    """
+    return _results(lengths, bucket_size, ratio, reduce, features.shape[1], features.dtype, points.dtype)
+
+
+def _results(
+    lengths: Sequence[Any],
+    bucket_size: int,
+    ratio: int,
+    reduce: str,
+    columns: Any,
+    dtype: np.dtype,
+    point_dtype: np.dtype,
+) -> tuple[Spec, ...]:
+    children = child_lengths(lengths, ratio)
+    slots = num_slots(children, bucket_size)
+    return (
+        Spec((slots, columns), dtype),
+        Spec((slots, 3), point_dtype),
+        Spec((slots, ratio), INT32),
+        Spec((slots if reduce in reference.EXTREMES else 0, columns), UINT8),
+        Spec((slots,), INT32),
+        Spec((sum(children),), INT32),
+        Spec((), INT32),
+    )
+
+
+_remembered_results = clouds.remembered(_results)  # for lengths that are ints
+
+
+def pool_arrays(
+    features: Given, points: Given, lengths: tuple[int, ...], bucket_size: int, ratio: int, reduce: str
+) -> list[Any]:
+    """What `pool_results` lists, as arrays of the features' library."""
+    if points.device != features.device:
+        _arrays.check_same_device(features=features.origin, points=points.origin)
+    if features.device is None:
+        arrays = list(reference.bucket_pool(features.array, points.array, bucket_size, lengths, ratio, reduce))
+        if arrays[3] is None:
+            arrays[3] = np.empty((0, features.shape[1]), np.uint8)
+        return [_arrays.leave(x, features.origin) for x in arrays]
+    options = lengths, bucket_size, ratio, reduce
+    results = _remembered_results(*options, features.shape[1], features.dtype, points.dtype)
+    return launcher.launch(cuda.pool(features, points, *options), (features, points), results)
+
+
+def pooling_of(arrays: Sequence[Any], parent: Buckets, ratio: int, reduce: str) -> Pooling:
+    """The result of `bucket_pool` from the arrays of `pool_arrays`."""
+    features, points, members, argmember, slot_to_point, point_to_slot, moved = arrays
+    lengths, bucket_size = child_lengths(parent.lengths, ratio), parent.bucket_size
+    offsets = bucket_offsets(lengths, bucket_size)
+    child = Buckets(slot_to_point, point_to_slot, moved, bucket_size, lengths, offsets)
+    kept = argmember if reduce in reference.EXTREMES else None
+    return Pooling(features, points, child, members, ratio, reduce, kept, parent)
 
 
 def bucket_pool_backward(dchild_features: Any, pooled: Pooling) -> Any:
@@ -139,15 +259,17 @@ def bucket_pool_backward(dchild_features: Any, pooled: Pooling) -> Any:
     Parameters
     ----------
     dchild_features : array [child slots, C]
-        Gradient of a loss with respect to ``pooled.features``, of their dtype. Rows of padding slots may hold anything.
+        The gradient of a loss with respect to ``pooled.features``, in their dtype. Rows of padding slots may hold
+        anything.
     pooled : Pooling
         What the forward returned.
 
     Returns
     -------
     array [num_slots, C]
-        Of dchild_features' library and dtype; 0 in padding slots. A child's gradient goes to each of its members
-        (sum), divided by how many they are (mean), or whole to the first that attains the minimum or maximum.
+        An array of dchild_features' library and dtype. Padding slots hold 0. Each member gets the gradient of its child
+        (sum), or that divided by the number of members (mean). For min and max the first member that attains the
+        minimum or maximum gets all of it.
 
     Raises
     ------
@@ -156,7 +278,9 @@ def bucket_pool_backward(dchild_features: Any, pooled: Pooling) -> Any:
 
     Notes
     -----
-    Deterministic: each row is written once. No host sync; capturable in a CUDA graph after a first call.
+    The same call gives the same bits, because each row is written once. A call never waits for the GPU, and can be
+    captured in a CUDA graph after a first call. The gradient itself has no gradient: a tensor that requires grad, and a
+    JAX tracer, is a TypeError here. `gpu3d.interop` differentiates the forward.
 
     Examples
     --------
@@ -169,23 +293,59 @@ def bucket_pool_backward(dchild_features: Any, pooled: Pooling) -> Any:
     >>> dfeatures.shape, float(dfeatures.sum())
     ((128, 8), 400.0)
     """
-    _check_pooling(pooled)
-    native, origin = _entered_rows(dchild_features, "dchild_features", pooled.buckets, "pooled.buckets")
-    saved = pooled.features, pooled.members, pooled.argmember
-    like, members, argmember = _entered_beside(origin, "dchild_features", *saved)
-    if native.shape != like.shape:
+    _arrays.refuse_gradients("bucket_pool_backward", dchild_features=dchild_features)
+    check_pooling(pooled)
+    dchild, members = _arrays.read(dchild_features, "dchild_features"), _arrays.read(pooled.members, "pooled")
+    argmember = None if pooled.argmember is None else _arrays.read(pooled.argmember, "pooled")
+    parent, ratio = pooled.parent, pooled.ratio
+    layout = parent.lengths, parent.bucket_size, ratio
+    check_pool_backward(dchild, _arrays.read(pooled.features, "pooled"), *layout)
+    (dfeatures,) = pool_backward_arrays(dchild, members, argmember, *layout, pooled.reduce)
+    return dfeatures
+
+
+def check_pool_backward(
+    dchild: Given | Spec, features: Given | Spec, lengths: Sequence[Any], bucket_size: int, ratio: int
+) -> None:
+    """The gradient of `bucket_pool`'s features is like them."""
+    _check_rows(dchild, "dchild_features", num_slots(child_lengths(lengths, ratio), bucket_size), "pooled.buckets")
+    if dchild.shape != features.shape:
         raise ValueError(
-            f"dchild_features must have the shape of pooled.features, got {list(native.shape)} for {list(like.shape)}."
+            f"dchild_features must have the shape of pooled.features, got {list(dchild.shape)} for "
+            f"{list(features.shape)}."
         )
-    _check_dtype(native, "dchild_features", like, "pooled.features")
-    with _arrays.on(origin):
-        if origin.device is None:
-            dfeatures = reference.bucket_pool_backward(
-                native, members, argmember, pooled.parent.num_slots, pooled.reduce
-            )
-        else:
-            dfeatures = _pool_backward_cuda(native, members, argmember, pooled.parent, pooled.ratio, pooled.reduce)
-        return _arrays.leave(dfeatures, origin)
+    _check_dtype(dchild, "dchild_features", features, "pooled.features")
+
+
+def pool_backward_results(dchild: Given | Spec, lengths: Sequence[Any], bucket_size: int) -> tuple[Spec]:
+    """The spec of dfeatures; sizes may be symbols."""
+    return (Spec((num_slots(lengths, bucket_size), dchild.shape[1]), dchild.dtype),)
+
+
+def pool_backward_arrays(
+    dchild: Given,
+    members: Given,
+    argmember: Given | None,
+    lengths: tuple[int, ...],
+    bucket_size: int,
+    ratio: int,
+    reduce: str,
+) -> list[Any]:
+    """The array dfeatures, of dchild's library. argmember is read for min and max only."""
+    if reduce not in reference.EXTREMES:
+        argmember = None
+    _check_devices("dchild_features", dchild, members, argmember)
+    if dchild.device is None:
+        first = None if argmember is None else argmember.array
+        slots = num_slots(lengths, bucket_size)
+        dfeatures = reference.bucket_pool_backward(dchild.array, members.array, first, slots, reduce)
+        return [_arrays.leave(dfeatures, dchild.origin)]
+    of_argmember = None if argmember is None else argmember.spec
+    call = cuda.pool_backward(dchild.spec, members.spec, of_argmember, lengths, bucket_size, ratio, reduce)
+    return launcher.launch(call, (dchild, members, argmember), pool_backward_results(dchild, lengths, bucket_size))
+
+
+# ---- unpool --------------------------------------------------------------------------------------------------------
 
 
 def bucket_unpool(child_features: Any, pooled: Pooling, skip: Any = None) -> Any:
@@ -194,18 +354,18 @@ def bucket_unpool(child_features: Any, pooled: Pooling, skip: Any = None) -> Any
     Parameters
     ----------
     child_features : array [child slots, C]
-        Rows in the order of ``pooled.buckets``: float16, bfloat16 or float32, on the CPU float64 too. Any width. Rows
-        of padding slots may hold anything.
+        Rows in the slots of ``pooled.buckets``: float16, bfloat16 or float32; on the CPU also float64. C need not be
+        that of ``pooled.features``. Rows of padding slots may hold anything.
     pooled : Pooling
-        Which slots became which child.
+        Says which slots became which child.
     skip : array [num_slots, C], optional
-        Rows of the parent's slots, of child_features' dtype, that are added.
+        Rows in the slots of ``pooled.parent``, in the dtype of child_features. They are added to the result.
 
     Returns
     -------
     array [num_slots, C]
-        Of child_features' library and dtype; 0 in padding slots. The sum is float32 (float64 for float64), rounded
-        once.
+        An array of child_features' library and dtype. Padding slots hold 0. The sum is computed in float32 (float64 for
+        float64) and rounded once.
 
     Raises
     ------
@@ -214,7 +374,7 @@ def bucket_unpool(child_features: Any, pooled: Pooling, skip: Any = None) -> Any
 
     Notes
     -----
-    No host sync; capturable in a CUDA graph after a first call.
+    A call never waits for the GPU. After a first call it can be captured in a CUDA graph.
 
     Examples
     --------
@@ -225,25 +385,52 @@ def bucket_unpool(child_features: Any, pooled: Pooling, skip: Any = None) -> Any
     >>> gpu3d.bucket_unpool(pooled.features, pooled, skip=-in_slots).shape  # from each point to its pair's mean
     (128, 3)
     """
-    _check_pooling(pooled)
-    native, origin = _entered_rows(child_features, "child_features", pooled.buckets, "pooled.buckets")
-    (members,) = _entered_beside(origin, "child_features", pooled.members)
-    native_skip = None
+    check_pooling(pooled)
+    if (interop := _arrays.interop_of(child_features, skip, layout=pooled.members)) is not None:
+        return interop.bucket_unpool(child_features, pooled, skip)
+    child, members = _arrays.read(child_features, "child_features"), _arrays.read(pooled.members, "pooled")
+    added = None if skip is None else _arrays.read(skip, "skip")
+    parent = pooled.parent
+    layout = parent.lengths, parent.bucket_size, pooled.ratio
+    check_unpool(child, added, *layout)
+    (out,) = unpool_arrays(child, members, added, *layout)
+    return out
+
+
+def check_unpool(
+    child: Given | Spec, skip: Given | Spec | None, lengths: Sequence[Any], bucket_size: int, ratio: int
+) -> None:
+    """The rows of `bucket_unpool`."""
+    children = num_slots(child_lengths(lengths, ratio), bucket_size)
+    _check_rows(child, "child_features", children, "pooled.buckets")
     if skip is not None:
-        native_skip, skip_origin = _entered_rows(skip, "skip", pooled.parent, "pooled.parent")
-        if skip_origin.device != origin.device:
-            _arrays.check_same_device(child_features=origin, skip=skip_origin)
-        if native_skip.shape[1] != native.shape[1]:
+        _check_rows(skip, "skip", num_slots(lengths, bucket_size), "pooled.parent")
+        if skip.shape[1] != child.shape[1]:
             raise ValueError(
-                f"skip must have the {native.shape[1]} columns of child_features, got shape {list(native_skip.shape)}."
+                f"skip must have the {child.shape[1]} columns of child_features, got shape {list(skip.shape)}."
             )
-        _check_dtype(native_skip, "skip", native, "child_features")
-    with _arrays.on(origin):
-        if origin.device is None:
-            out = reference.bucket_unpool(native, members, native_skip, pooled.parent.num_slots)
-        else:
-            out = _unpool_cuda(native, members, native_skip, pooled.parent, pooled.ratio)
-        return _arrays.leave(out, origin)
+        _check_dtype(skip, "skip", child, "child_features")
+
+
+def unpool_results(child: Given | Spec, lengths: Sequence[Any], bucket_size: int) -> tuple[Spec]:
+    """The spec of the unpooled rows; sizes may be symbols."""
+    return (Spec((num_slots(lengths, bucket_size), child.shape[1]), child.dtype),)
+
+
+def unpool_arrays(
+    child: Given, members: Given, skip: Given | None, lengths: tuple[int, ...], bucket_size: int, ratio: int
+) -> list[Any]:
+    """The unpooled rows, as an array of child's library."""
+    _check_devices("child_features", child, members)
+    if skip is not None and skip.device != child.device:
+        _arrays.check_same_device(child_features=child.origin, skip=skip.origin)
+    if child.device is None:
+        added = None if skip is None else skip.array
+        out = reference.bucket_unpool(child.array, members.array, added, num_slots(lengths, bucket_size))
+        return [_arrays.leave(out, child.origin)]
+    of_skip = None if skip is None else skip.spec
+    call = cuda.unpool(child.spec, members.spec, of_skip, lengths, bucket_size, ratio)
+    return launcher.launch(call, (child, members, skip), unpool_results(child, lengths, bucket_size))
 
 
 def bucket_unpool_backward(dout: Any, pooled: Pooling) -> tuple[Any, Any]:
@@ -252,18 +439,18 @@ def bucket_unpool_backward(dout: Any, pooled: Pooling) -> tuple[Any, Any]:
     Parameters
     ----------
     dout : array [num_slots, C]
-        Gradient of a loss with respect to the result of `bucket_unpool`: float16, bfloat16 or float32, on the CPU
-        float64 too. Rows of padding slots may hold anything.
+        The gradient of a loss with respect to the result of `bucket_unpool`: float16, bfloat16 or float32; on the CPU
+        also float64. Rows of padding slots may hold anything.
     pooled : Pooling
         As given to the forward.
 
     Returns
     -------
     dchild : array [child slots, C]
-        The sum over a child's members, in their order, in float32 (float64 for float64), rounded once; 0 in padding
-        slots.
+        The sum over the members of each child, in their order, accumulated in float32 (float64 for float64) and rounded
+        once. Padding slots hold 0. An array of dout's library and dtype.
     dskip : array [num_slots, C]
-        dout, and 0 in padding slots. Both of dout's library and dtype.
+        A copy of dout whose padding slots hold 0.
 
     Raises
     ------
@@ -272,7 +459,9 @@ def bucket_unpool_backward(dout: Any, pooled: Pooling) -> tuple[Any, Any]:
 
     Notes
     -----
-    Deterministic: each row is summed in a fixed order. No host sync; capturable in a CUDA graph after a first call.
+    The same call gives the same bits, because each row is summed in a fixed order. A call never waits for the GPU, and
+    can be captured in a CUDA graph after a first call. The gradients themselves have no gradient: a tensor that
+    requires grad, and a JAX tracer, is a TypeError here. `gpu3d.interop` differentiates the forward.
 
     Examples
     --------
@@ -284,318 +473,80 @@ def bucket_unpool_backward(dout: Any, pooled: Pooling) -> tuple[Any, Any]:
     >>> dchild[49:52, 0]  # a pair, the last point alone, padding
     array([2., 1., 0.], dtype=float32)
     """
-    _check_pooling(pooled)
-    native, origin = _entered_rows(dout, "dout", pooled.parent, "pooled.parent")
-    (members,) = _entered_beside(origin, "dout", pooled.members)
-    with _arrays.on(origin):
-        if origin.device is None:
-            gradients = reference.bucket_unpool_backward(native, members)
-        else:
-            gradients = _unpool_backward_cuda(native, members, pooled.parent, pooled.ratio)
-        dchild, dskip = (_arrays.leave(gradient, origin) for gradient in gradients)
+    _arrays.refuse_gradients("bucket_unpool_backward", dout=dout)
+    check_pooling(pooled)
+    given = _arrays.read(dout, "dout"), _arrays.read(pooled.members, "pooled")
+    parent = pooled.parent
+    check_unpool_backward(given[0], parent.lengths, parent.bucket_size)
+    dchild, dskip = unpool_backward_arrays(*given, parent.lengths, parent.bucket_size, pooled.ratio)
     return dchild, dskip
 
 
-@functools.lru_cache(maxsize=1024)
-def _child_layout(lengths: tuple[int, ...], bucket_size: int, ratio: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The children's lengths and bucket_offsets."""
-    children = tuple(-(-n // ratio) for n in lengths)
-    return children, _bucket_offsets(children, bucket_size)
+def check_unpool_backward(dout: Given | Spec, lengths: Sequence[Any], bucket_size: int) -> None:
+    """The gradient of `bucket_unpool`'s result."""
+    _check_rows(dout, "dout", num_slots(lengths, bucket_size), "pooled.parent")
+
+
+def unpool_backward_results(
+    dout: Given | Spec, lengths: Sequence[Any], bucket_size: int, ratio: int
+) -> tuple[Spec, Spec]:
+    """The specs of dchild and dskip; sizes may be symbols."""
+    parents, children = (num_slots(n, bucket_size) for n in (lengths, child_lengths(lengths, ratio)))
+    return Spec((children, dout.shape[1]), dout.dtype), Spec((parents, dout.shape[1]), dout.dtype)
+
+
+def unpool_backward_arrays(
+    dout: Given, members: Given, lengths: tuple[int, ...], bucket_size: int, ratio: int
+) -> list[Any]:
+    """The arrays dchild and dskip, of dout's library."""
+    _check_devices("dout", dout, members)
+    if dout.device is None:
+        gradients = reference.bucket_unpool_backward(dout.array, members.array)
+        return [_arrays.leave(gradient, dout.origin) for gradient in gradients]
+    call = cuda.unpool_backward(dout.spec, members.spec, lengths, bucket_size, ratio)
+    return launcher.launch(call, (dout, members), unpool_backward_results(dout, lengths, bucket_size, ratio))
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------
 
 
-def _check_buckets(buckets: Any) -> None:
-    if not isinstance(buckets, Buckets):
-        raise TypeError(f"buckets must be the Buckets that gpu3d.bucketize returns, got {type(buckets).__name__}.")
-
-
-def _check_pooling(pooled: Any) -> None:
+def check_pooling(pooled: Any) -> None:
+    """What `bucket_pool` returned."""
     if not isinstance(pooled, Pooling):
         raise TypeError(f"pooled must be the Pooling that gpu3d.bucket_pool returns, got {type(pooled).__name__}.")
 
 
-def _checked_ratio(ratio: Any) -> int:
-    ratio = _arrays.check_integer(ratio, "ratio")
-    if ratio not in reference.RATIOS:
-        raise ValueError(f"ratio must be 2, 4 or 8, got {ratio}: pool several times for a larger one.")
-    return ratio
-
-
-def _entered_rows(x: Any, name: str, buckets: Buckets, where: str) -> tuple[Any, _arrays.Origin]:
-    """Features [num_slots, C] in the slots of `buckets`, which the caller knows as `where`; and their origin."""
-    native, origin = _arrays.enter(x, name)
-    if native.ndim != 2:
+def _check_rows(x: Given | Spec, name: str, slots: Any, where: str) -> None:
+    """Features [num_slots, C] in the slots of a layout, which the caller knows as `where`."""
+    if x.ndim != 2:
         raise ValueError(
-            f"{name} must have shape [num_slots, C], got {list(native.shape)}: "
-            f"reshape by {name}.reshape(len({name}), -1)."
+            f"{name} must have shape [num_slots, C], got {list(x.shape)}: reshape by {name}.reshape(len({name}), -1)."
         )
-    if native.dtype not in _arrays.FLOATS or (origin.device is not None and native.dtype == np.float64):
-        accepted = "float16, bfloat16, float32 or float64"
-        if origin.device is not None:
-            accepted = "float16, bfloat16 or float32 on a GPU"
-        raise TypeError(f"{name} must be {accepted}, got {native.dtype}: convert by {name}.astype('float32').")
-    _check_slots(native, name, buckets, where)
-    return native, origin
+    on_gpu = isinstance(x, Given) and x.device is not None
+    if x.dtype not in FLOATS or (on_gpu and x.dtype == FLOAT64):
+        accepted = "float16, bfloat16 or float32 on a GPU" if on_gpu else "float16, bfloat16, float32 or float64"
+        raise TypeError(f"{name} must be {accepted}, got {x.dtype}: convert by {name}.astype('float32').")
+    _check_slots(x, name, slots, where)
 
 
-def _checked_points(points: Any, buckets: Buckets, features_origin: _arrays.Origin) -> Any:
-    native, origin = _arrays.enter(points, "points")
-    if origin.device != features_origin.device:
-        _arrays.check_same_device(features=features_origin, points=origin)
-    if native.ndim != 2 or native.shape[1] != 3:
-        raise ValueError(f"points must have shape [num_slots, 3], got {list(native.shape)}.")
-    if native.dtype not in _arrays.FLOATS:
-        raise TypeError(
-            f"points must be float32, float64, float16 or bfloat16, got {native.dtype}: "
-            "convert by points.astype('float32')."
-        )
-    _check_slots(native, "points", buckets, "buckets")
-    return native
-
-
-def _check_slots(native: Any, name: str, buckets: Buckets, where: str) -> None:
-    if native.shape[0] != buckets.num_slots:
+def _check_slots(x: Given | Spec, name: str, slots: Any, where: str) -> None:
+    if x.shape[0] != slots:
         raise ValueError(
-            f"{name} must have one row for each of the {buckets.num_slots} slots of {where}, got shape "
-            f"{list(native.shape)}: bring points into slots by {where}.scatter({name})."
+            f"{name} must have one row for each of the {slots} slots of {where}, got shape {list(x.shape)}: bring "
+            f"points into slots by {where}.scatter({name})."
         )
 
 
-def _entered_beside(origin: _arrays.Origin, name: str, *arrays: Any) -> list[Any]:
-    """Arrays of `pooled`, which must be on the device of the argument `name`; None stays None."""
-    entered = [(None, origin) if array is None else _arrays.enter(array, "pooled") for array in arrays]
-    for _, other in entered:
-        if other.device != origin.device:
-            _arrays.check_same_device(**{name: origin, "pooled": other})
-    return [native for native, _ in entered]
-
-
-def _check_dtype(native: Any, name: str, like: Any, other: str) -> None:
-    if native.dtype != like.dtype:
+def _check_dtype(x: Given | Spec, name: str, like: Given | Spec, other: str) -> None:
+    if x.dtype != like.dtype:
         raise TypeError(
-            f"{name} must have the dtype of {other}, got {native.dtype} for {like.dtype}: "
+            f"{name} must have the dtype of {other}, got {x.dtype} for {like.dtype}: "
             f"convert by {name}.astype('{like.dtype}')."
         )
 
 
-# ---- CUDA ----------------------------------------------------------------------------------------------------------
-
-GROUP_TILE, GROUP_VOXELS = reference.TILE, reference.VOXELS
-ROWS_THREADS = 256
-ROWS_LOADS = 8  # words that a thread has in flight: children a thread times the ratio
-
-_INT32, _UINT8 = np.dtype(np.int32), np.dtype(np.uint8)
-
-# The parameters of each kernel: formats of the module struct, and c for struct Clouds.
-_SIGNATURES = {
-    "pool_groups": "QcciQQQQQ",
-    "pool_sums": "QqQqqiiQ",
-    "pool_extremes": "QqQqqiiQQ",
-    "spread_sums": "QqQqqcqiiQ",
-    "spread_extremes": "QqQQqqcqiQ",
-    "unpool_rows": "QqQqQqqcqiQ",
-    "unpool_sums": "QqQqqcqiQQ",
-}
-
-
-def configurations() -> list[_cuda.Configuration]:
-    """Every module this file can ask for."""
-    groups = [_cuda.Configuration("pooling_group", (("POINT", p),)) for p in range(len(_arrays.FLOATS))]
-    rows = []
-    for element, dtype in enumerate(_arrays.FLOATS):
-        if dtype != np.float64:
-            for word in (16, 8, 4, 2):
-                if word >= dtype.itemsize:
-                    rows += [_cuda.Configuration("pooling_rows", _macros(element, word, r)) for r in reference.RATIOS]
-    return groups + rows
-
-
-def _macros(element: int, word: int, ratio: int) -> _cuda.Macros:
-    return ("ELEMENT", element), ("WORD", word), ("RATIO", ratio)
-
-
-class _Layout(NamedTuple):
-    """What the kernels need to know of a parent and its children, worked out once."""
-
-    parents: _clouds.Batch  # in tiles; a group is a row of padding
-    children: _clouds.Batch
-    padding: int  # slots of the parent that hold no point
-    slots: int  # of the children
-    points: int  # children
-
-
-@functools.lru_cache(maxsize=256)
-def _layout(lengths: tuple[int, ...], bucket_size: int, ratio: int) -> _Layout:
-    n = np.array(lengths, np.int64)
-    padding = -n % bucket_size
-    children, offsets = _child_layout(lengths, bucket_size, ratio)
-    parents = _clouds.batch(lengths, bucket_size, -(-n // GROUP_TILE), padding)
-    batch = _clouds.batch(children, bucket_size, 0 * n, 0 * n)
-    return _Layout(parents, batch, int(padding.sum()), offsets[-1] * bucket_size, sum(children))
-
-
-@functools.lru_cache(maxsize=256)
-def _results(
-    slots: int, points: int, columns: int, dtype: np.dtype, point_dtype: np.dtype, ratio: int, extremes: bool
-) -> tuple[int, ...]:
-    """Where results end in memory, which Pooling holds together: features, argmember, then what pool_groups writes."""
-    of_groups = slots * ratio * 4, slots * 3 * point_dtype.itemsize, slots * 4, points * 4, 4
-    return _cuda.ends(slots * columns * dtype.itemsize, slots * columns * extremes, *of_groups)
-
-
-@functools.lru_cache(maxsize=256)
-def _kernel(device: int, module: str, function: str, macros: _cuda.Macros) -> _cuda.Kernel:
-    """For the current device, which is `device`."""
-    return _cuda.kernel(module, function, _SIGNATURES[function].replace("c", _clouds.FORMAT), macros)
-
-
-class _Walk(NamedTuple):
-    """How a kernel of pooling_rows.cu goes through rows, `words` words each: 1 << lane_bits threads share one."""
-
-    kernel: _cuda.Kernel
-    word: int  # bytes
-    words: int
-    lane_bits: int
-    grid: int
-
-
-@functools.lru_cache(maxsize=256)
-def _walk(device: int, function: str, dtype: np.dtype, columns: int, ratio: int, rows: int, word: int) -> _Walk:
-    """For the current device, which is `device`."""
-    kernel = _kernel(device, "pooling_rows", function, _macros(_arrays.FLOATS.index(dtype), word, ratio))
-    words = columns * dtype.itemsize // word
-    lane_bits = min(8, (words - 1).bit_length())
-    return _Walk(kernel, word, words, lane_bits, -(-rows // ((ROWS_THREADS >> lane_bits) * (ROWS_LOADS // ratio))))
-
-
-def _rows(function: str, arrays: tuple[Any, ...], ratio: int, rows: int) -> tuple[_Walk, list[int]]:
-    """The walk along `rows` children and rows of padding, and for each of `arrays` its address and stride in words."""
-    first = arrays[0]
-    dtype, columns = first.dtype, first.shape[1]
-    common = columns * dtype.itemsize | 16
-    places = []
-    for array in arrays:
-        places += [array.data.ptr, array.strides[0]]
-        common |= places[-2] | places[-1]
-    walk = _walk(first.data.device_id, function, dtype, columns, ratio, rows, common & -common)
-    places[1::2] = [stride // walk.word for stride in places[1::2]]
-    return walk, places
-
-
-def _launch(walk: _Walk, *args: int | float | bytes) -> None:
-    _cuda.launch(walk.kernel, grid=walk.grid, block=ROWS_THREADS, args=args)
-
-
-def _columns(x: Any) -> Any:
-    """The rows x, or a copy where a row is not contiguous."""
-    import cupy
-
-    return x if x.strides[1] == x.itemsize else cupy.array(x, order="C")
-
-
-def _packed(x: Any) -> Any:
-    """x, or a copy where it is not contiguous from an address on that any load can take."""
-    import cupy
-
-    return x if x.flags.c_contiguous and x.data.ptr % 16 == 0 else cupy.array(x, order="C")
-
-
-def _pool_cuda(
-    features: Any, points: Any, buckets: Buckets, ratio: int, reduce: str
-) -> tuple[Any, Any, Any, Any, Any, Any, Any]:
-    """Child features and points, members, argmember or None, slot_to_point, point_to_slot, moved."""
-    import cupy
-
-    layout = _layout(buckets.lengths, buckets.bucket_size, ratio)
-    slots, columns = layout.slots, features.shape[1]
-    extremes = reduce in ("min", "max")
-    dtype, point_dtype = features.dtype, points.dtype
-    memory = _cuda.results(_results(slots, layout.points, columns, dtype, point_dtype, ratio, extremes))
-    pooled = cupy.ndarray((slots, columns), dtype, memory[0])
-    argmember = cupy.ndarray((slots, columns), _UINT8, memory[1]) if extremes else None
-    members = cupy.ndarray((slots, ratio), _INT32, memory[2])
-    pooled_points = cupy.ndarray((slots, 3), point_dtype, memory[3])
-    slot_to_point = cupy.ndarray((slots,), _INT32, memory[4])
-    point_to_slot = cupy.ndarray((layout.points,), _INT32, memory[5])
-    moved = cupy.ndarray((), _INT32, memory[6])
-    results = pooled, pooled_points, members, argmember, slot_to_point, point_to_slot, moved
-    if not slots:
-        moved.fill(0)
-        return results
-    points = _packed(points)
-    parents, held = _clouds.pack(layout.parents, buckets.bucket_size)
-    children, held_too = _clouds.pack(layout.children, buckets.bucket_size)
-    macros = (("POINT", _arrays.FLOATS.index(point_dtype)),)
-    kernel = _kernel(points.data.device_id, "pooling_group", "pool_groups", macros)
-    addresses = [part.ptr for part in memory]
-    args = points.data.ptr, parents, children, ratio, *addresses[2:]
-    _cuda.launch(kernel, grid=layout.parents.tiles, block=GROUP_TILE, args=args)
-    if columns:
-        features = _columns(features)
-        function, flag = ("pool_extremes", reduce == "max") if extremes else ("pool_sums", reduce == "mean")
-        walk, places = _rows(function, (features,), ratio, slots)
-        out = addresses[: 1 + extremes]
-        _launch(walk, *places, addresses[2], slots, walk.words, walk.lane_bits, flag, *out)
-    del held, held_too  # held until here, as are copies: the pool hands them on in stream order
-    return results
-
-
-def _pool_backward_cuda(dchild: Any, members: Any, argmember: Any, parent: Buckets, ratio: int, reduce: str) -> Any:
-    """The gradient of the parent's features."""
-    import cupy
-
-    dfeatures = cupy.ndarray((parent.num_slots, dchild.shape[1]), dchild.dtype)
-    if dfeatures.size:
-        layout = _layout(parent.lengths, parent.bucket_size, ratio)
-        parents, held = _clouds.pack(layout.parents, parent.bucket_size)
-        dchild, members = _columns(dchild), _packed(members)
-        extremes = argmember is not None
-        function = "spread_extremes" if extremes else "spread_sums"
-        walk, places = _rows(function, (dchild,), ratio, layout.slots + layout.padding)
-        sizes = layout.slots, layout.padding, parents, walk.words, walk.lane_bits
-        if extremes:
-            argmember = _packed(argmember)
-            _launch(walk, *places, argmember.data.ptr, members.data.ptr, *sizes, dfeatures.data.ptr)
-        else:
-            _launch(walk, *places, members.data.ptr, *sizes, reduce == "mean", dfeatures.data.ptr)
-        del held
-    return dfeatures
-
-
-def _unpool_cuda(child: Any, members: Any, skip: Any, parent: Buckets, ratio: int) -> Any:
-    """The rows of the children in the slots of their members, and skip added unless it is None."""
-    import cupy
-
-    out = cupy.ndarray((parent.num_slots, child.shape[1]), child.dtype)
-    if out.size:
-        layout = _layout(parent.lengths, parent.bucket_size, ratio)
-        parents, held = _clouds.pack(layout.parents, parent.bucket_size)
-        child, members = _columns(child), _packed(members)
-        arrays = (child,) if skip is None else (child, _columns(skip))
-        walk, places = _rows("unpool_rows", arrays, ratio, layout.slots + layout.padding)
-        if skip is None:
-            places += [0, 0]
-        sizes = layout.slots, layout.padding, parents, walk.words, walk.lane_bits
-        _launch(walk, *places, members.data.ptr, *sizes, out.data.ptr)
-        del held
-    return out
-
-
-def _unpool_backward_cuda(dout: Any, members: Any, parent: Buckets, ratio: int) -> tuple[Any, Any]:
-    """The gradients of the child's rows and of skip."""
-    import cupy
-
-    columns, dtype = dout.shape[1], dout.dtype
-    layout = _layout(parent.lengths, parent.bucket_size, ratio)
-    dchild = cupy.ndarray((layout.slots, columns), dtype)
-    dskip = cupy.ndarray((parent.num_slots, columns), dtype)
-    if dskip.size:
-        parents, held = _clouds.pack(layout.parents, parent.bucket_size)
-        dout, members = _columns(dout), _packed(members)
-        walk, places = _rows("unpool_sums", (dout,), ratio, layout.slots + layout.padding)
-        sizes = layout.slots, layout.padding, parents, walk.words, walk.lane_bits
-        _launch(walk, *places, members.data.ptr, *sizes, dchild.data.ptr, dskip.data.ptr)
-        del held
-    return dchild, dskip
+def _check_devices(name: str, x: Given, *pooled: Given | None) -> None:
+    """Arrays of `pooled` beside the argument `name`."""
+    for other in pooled:
+        if other is not None and other.device != x.device:
+            _arrays.check_same_device(**{name: x.origin, "pooled": other.origin})

@@ -57,7 +57,7 @@
 #include "floats.cuh"
 #include "warp.cuh"
 
-// gpu3d/attention.py passes all of these. The values here are for compiling the file by hand.
+// gpu3d/cuda/attention.py passes all of these. The values here are for compiling the file by hand.
 #ifndef D
 #define D 64          // head dimension, padded with zeros on load: 16, 32, 64 or 128
 #define ELEMENT 3     // 0 float32, 2 float16, 3 bfloat16

@@ -22,7 +22,7 @@
 #ifndef TILE
 #define TILE 1024  // points a tile: 1024, 2048 or 4096
 #endif
-#define THREADS (TILE / 4)  // four elements a thread; mirrored by gpu3d/buckets.py, like the next three
+#define THREADS (TILE / 4)  // four elements a thread; mirrored by gpu3d/cuda/buckets.py, like the next three
 #define RANK_THREADS 1024   // threads of merge_splitters
 #define MAX_TILES 128       // most tiles of a cloud
 #define SPAN (TILE / 64)    // samples a partition: half a tile of points on average
@@ -126,6 +126,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void merge_bounds(
     coord_t *__restrict__ bounds  // [tiles, 6]
 ) {
     const int tile = blockIdx.x;  // ranges [0, tiles)
+    if (tile >= tiles_of(clouds)) return;
     const int b = cloud_of<&Cloud::tile>(clouds, tile);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int first = cloud.point + (tile - cloud.tile) * TILE;
@@ -170,6 +171,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_tiles(
 ) {
     __shared__ u64 data[TILE];
     const int tile = blockIdx.x;  // ranges [0, tiles)
+    if (tile >= tiles_of(clouds)) return;
     const int b = cloud_of<&Cloud::tile>(clouds, tile);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int first = cloud.point + (tile - cloud.tile) * TILE;
@@ -206,6 +208,7 @@ extern "C" __global__ __launch_bounds__(RANK_THREADS) void merge_splitters(
     __shared__ int rank[SAMPLES];
     const int tile = blockIdx.x;  // ranges [0, tiles)
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    if (tile >= tiles_of(clouds)) return;
     const int b = cloud_of<&Cloud::tile>(clouds, tile);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int tiles = next.tile - cloud.tile;  // at most MAX_TILES
@@ -281,6 +284,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_partitions(
     __shared__ int total, before;      // points of this partition, and of the cloud's earlier partitions
     const int partition = blockIdx.x;  // ranges [0, partitions)
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    if (partition >= groups_of(clouds)) return;
     const int b = cloud_of<&Cloud::group>(clouds, partition);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int tiles = next.tile - cloud.tile;  // at most MAX_TILES

@@ -7,7 +7,7 @@
 #define WORD 16  // bytes a load: the largest power of two up to 16 that divides a row and its addresses
 #endif
 #define THREADS 256
-#define ROWS_A_THREAD 4  // so many loads are in flight; mirrored by gpu3d/buckets.py
+#define ROWS_A_THREAD 4  // so many loads are in flight; mirrored by gpu3d/cuda/buckets.py
 
 #include "clouds.cuh"
 

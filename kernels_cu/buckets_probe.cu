@@ -16,7 +16,7 @@
 //
 // The slots inside a bucket (by point index) come from the sort that follows, with the buckets as given keys.
 
-#define THREADS 1024  // mirrored by gpu3d/buckets.py
+#define THREADS 1024  // mirrored by gpu3d/cuda/buckets.py
 #define CANDIDATES 128
 
 #include "buckets.cuh"

@@ -23,7 +23,7 @@
 // (59 us at 4M); keeping windows of it in L2 did not help.
 
 #ifndef TILE
-#define TILE 8192  // points a tile: 8192 or 10240; mirrored by gpu3d/buckets.py, like the next two
+#define TILE 8192  // points a tile: 8192 or 10240; mirrored by gpu3d/cuda/buckets.py, like the next two
 #endif
 #define THREADS 1024
 #define FRAME_THREADS 512  // threads of radix_frames: joining the bounds of more warps costs more than loading
@@ -64,6 +64,7 @@ extern "C" __global__ __launch_bounds__(FRAME_THREADS) void radix_frames(
     Frame *__restrict__ frames  // [clouds] not written if the cloud is empty
 ) {
     const int group = blockIdx.x;  // ranges [0, groups)
+    if (group >= groups_of(clouds)) return;
     const int b = cloud_of<&Cloud::group>(clouds, group);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int first = cloud.point + (group - cloud.group) * group_points;
@@ -89,6 +90,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void radix_keys(
 ) {
     __shared__ u32 count[PASSES * DIGITS];
     const int group = blockIdx.x;  // ranges [0, groups)
+    if (group >= groups_of(clouds)) return;
     const int b = cloud_of<&Cloud::group>(clouds, group);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int first = cloud.point + (group - cloud.group) * group_points;
@@ -174,6 +176,7 @@ __device__ __forceinline__ void move_tile(
     for (int i = threadIdx.x; i < DIGITS; i += THREADS) target[i] = 0;
     __syncthreads();
     const int tile = drawn;  // ranges [0, tiles)
+    if (tile >= tiles_of(clouds)) return;
     const int b = cloud_of<&Cloud::tile>(clouds, tile);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int first = (tile - cloud.tile) * TILE;  // of the cloud's points

@@ -2,7 +2,7 @@
 // Stores the table of clouds of a large batch in device memory. Its rows lie in the arguments of these launches, so no
 // host memory must stay alive, and a CUDA graph can hold them. One thread a row.
 
-#define THREADS 256  // mirrored by gpu3d/_clouds.py, like the next
+#define THREADS 256  // mirrored by gpu3d/cuda/clouds.py, like the next
 #define ROWS_A_LAUNCH 240
 
 #include "clouds.cuh"

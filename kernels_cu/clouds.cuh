@@ -6,7 +6,7 @@
 
 #include "types.cuh"
 
-#define INLINE_CLOUDS 64  // mirrored by gpu3d/_clouds.py
+#define INLINE_CLOUDS 64  // mirrored by gpu3d/cuda/clouds.py
 
 // Row b of the table says where cloud b begins; row `count` says where the batch ends.
 struct Cloud {
@@ -29,10 +29,11 @@ __device__ __forceinline__ const Cloud *rows_of(const Clouds &clouds) {
     return clouds.table ? clouds.table : clouds.inlined;
 }
 
-// How many points, slots and tiles the batch has.
+// How many points, slots, tiles and groups the batch has. Grids are upper bounds: blocks beyond these return.
 __device__ __forceinline__ int points_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].point; }
 __device__ __forceinline__ int slots_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].slot; }
 __device__ __forceinline__ int tiles_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].tile; }
+__device__ __forceinline__ int groups_of(const Clouds &clouds) { return rows_of(clouds)[clouds.count].group; }
 
 // The cloud whose range of tiles, groups, slots or points holds `item`. Empty clouds hold nothing.
 template <int Cloud::*COLUMN>

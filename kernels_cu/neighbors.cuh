@@ -26,7 +26,7 @@
 #include "floats.cuh"
 #include "warp.cuh"
 
-#define TILE 32                        // points a tile; mirrored by gpu3d/neighbors.py
+#define TILE 32                        // points a tile; mirrored by gpu3d/cuda/neighbors.py
 #define NOTHING 0x7f800000ffffffffull  // the key of a missing neighbour: infinitely far, index -1
 
 // A point: its coordinates relative to the origin of the searched cloud (all NaN if one is not finite) and its index in

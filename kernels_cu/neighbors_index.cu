@@ -12,7 +12,7 @@
 
 #define POINTS 1024              // a node
 #define EACH 4                   // points a thread
-#define THREADS (POINTS / EACH)  // mirrored by gpu3d/neighbors.py, like the next
+#define THREADS (POINTS / EACH)  // mirrored by gpu3d/cuda/neighbors.py, like the next
 #define BRANCH_THREADS 128
 
 #include "clouds.cuh"
@@ -343,6 +343,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
     Box *__restrict__ nodes                 // [nodes]
 ) {
     __shared__ Splitter splitter;
+    if ((int)blockIdx.x >= tiles_of(clouds)) return;  // the grid is an upper bound
     const int b = cloud_of<&Cloud::tile>(clouds, blockIdx.x);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int first = cloud.slot + (blockIdx.x - cloud.tile) * POINTS;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // All points within a radius of each query, exactly, ordered by (query, index): counts them, writes them, sorts them.
 
-#define THREADS 128  // mirrored by gpu3d/neighbors.py
+#define THREADS 128  // mirrored by gpu3d/cuda/neighbors.py
 #define ROW 512      // most neighbours that a warp sorts
 
 #include "clouds.cuh"

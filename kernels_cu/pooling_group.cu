@@ -9,7 +9,7 @@
 // The sort, on chip: each warp sorts 32 items by a bitonic network in registers. Then runs are merged pairwise: each
 // thread finds its item's rank in the other run by bisection. Items contain their slot, so no two are equal.
 
-#define TILE 1024    // slots; mirrored by gpu3d/pooling.py, like the next
+#define TILE 1024    // slots; mirrored by gpu3d/cuda/pooling.py, like the next
 #define VOXELS 1024  // an axis of a tile
 
 #include "clouds.cuh"
@@ -58,6 +58,7 @@ extern "C" __global__ __launch_bounds__(TILE) void pool_groups(
 ) {
     __shared__ u64 before[TILE], after[TILE];
     __shared__ coord_t coordinates[3][TILE];
+    if ((int)blockIdx.x >= rows_of(parents)[parents.count].tile) return;  // the grid is an upper bound
     const int t = threadIdx.x, b = cloud_of<&Cloud::tile>(parents, blockIdx.x);
     const Cloud parent = rows_of(parents)[b], next_parent = rows_of(parents)[b + 1];
     const Cloud child = rows_of(children)[b], next_child = rows_of(children)[b + 1];

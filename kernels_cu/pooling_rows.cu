@@ -21,7 +21,7 @@
 #ifndef RATIO
 #define RATIO 2  // members of a child: 2, 4 or 8
 #endif
-#define THREADS 256           // mirrored by gpu3d/pooling.py, like the next
+#define THREADS 256           // mirrored by gpu3d/cuda/pooling.py, like the next
 #define LOADS 8               // words that a thread loads at once
 #define ROWS (LOADS / RATIO)  // children a thread
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The clouds that tests and benchmarks share: what goes wrong in practice, and real scans."""
+"""The clouds that tests and benchmarks share: degenerate clouds as they occur in practice, and real scans."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def lidar_like(n, seed=0):
 
 
 def degenerate(n=5000, seed=0):
-    """Named clouds of n points that break a careless bucketing; all occur in real data."""
+    """Named clouds of n points that break a careless implementation. All occur in real data."""
     rng = np.random.default_rng(seed)
     cloud = lidar_like(n, seed)
     origin, coincident, line, flat = cloud.copy(), cloud.copy(), np.zeros_like(cloud), cloud.copy()
@@ -48,7 +48,7 @@ TRANSPORTS = ("near", "shell", "independent", "collapsed", "far")
 
 
 def transport(kind, n, m, seed=0):
-    """A prediction of n and a target of m points that lie to each other as `kind` says; the target is on a surface."""
+    """A prediction of n and a target of m points. The target is on a surface; `kind` says where the prediction is."""
     rng = np.random.default_rng(seed)
 
     def surface(count):
@@ -57,11 +57,11 @@ def transport(kind, n, m, seed=0):
 
     target = surface(m)
     if kind in ("near", "shell"):
-        noise = 0.25 * np.sqrt(8 / m) if kind == "near" else 0.02  # an area of 8: a quarter of the mean spacing
+        noise = 0.25 * np.sqrt(8 / m) if kind == "near" else 0.02  # the area is 8: a quarter of the mean spacing
         pred = target[rng.permutation(max(n, m))[:n] % m] + rng.normal(0, noise, (n, 3))
     else:
         pred = surface(n)
-        if kind == "collapsed":  # what an untrained network makes of it
+        if kind == "collapsed":  # like the output of an untrained network
             pred = pred * rng.random((n, 1)) * 0.05 + [0.3, -0.2, 0.1]
         elif kind == "far":
             pred += 5
@@ -69,7 +69,7 @@ def transport(kind, n, m, seed=0):
 
 
 def spoiled(n=3000, seed=0):
-    """NaN and inf among good points, and the good points' mask."""
+    """A cloud with NaN and inf among its points, and the mask of its finite points."""
     rng = np.random.default_rng(seed)
     points = lidar_like(n, seed)
     points[rng.integers(0, n, n // 10), rng.integers(0, 3, n // 10)] = rng.choice([np.nan, np.inf, -np.inf], n // 10)
@@ -77,7 +77,7 @@ def spoiled(n=3000, seed=0):
 
 
 def real(folder: Path):
-    """Every real scan of the data folder as (name, float points in metres or file units)."""
+    """Every real scan of the data folder, as (name, float points in metres or in the unit of the file)."""
     for path in sorted(folder.glob("*/*.npz")):
         if not path.parent.name.startswith(("lidar", "aerial", "indoor", "semantickitti")):
             continue

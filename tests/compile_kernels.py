@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every CUDA kernel with NVRTC, on any machine, and prints the registers and spills that ptxas reports.
 
-For sm_90a every configuration that gpu3d can ask for; for the other architectures the first and the last of each file
-that are meant for them, its smallest and its largest; and every file alone, headers too, as it is written. Exits with
-1 if anything does not compile or a kernel has more static shared memory than CUDA allows. What has not changed is
-taken from .cache/kernels.json.
+For sm_90a it compiles every configuration that gpu3d can use. For each of the other architectures it compiles two
+configurations of each file, the first and the last, which are the smallest and the largest. It also compiles every file
+by itself, headers included, with default macros. It exits with 1 if a file does not compile, or if a kernel has more
+static shared memory than CUDA allows. Results of unchanged files come from .cache/kernels.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from gpu3d import _cuda, _kernels
+from gpu3d import _kernels
+from gpu3d.cuda import compiler
 
 MAIN = "sm_90a"
 OTHERS = ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120")
@@ -31,7 +32,7 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache" / "kernels.json"
 
 
 class Job(NamedTuple):
-    configuration: _cuda.Configuration
+    configuration: compiler.Configuration
     arch: str
 
     def __str__(self) -> str:
@@ -39,16 +40,16 @@ class Job(NamedTuple):
 
     @property
     def options(self) -> list[str]:
-        return [*_cuda.compile_options(self.configuration, self.arch), "--ptxas-options=-v"]
+        return [*compiler.compile_options(self.configuration, self.arch), "--ptxas-options=-v"]
 
     @property
     def key(self) -> str:
-        parts = [_cuda.source_text(self.configuration.source), *self.options, repr(_cuda.nvrtc_version())]
+        parts = [compiler.source_text(self.configuration.source), *self.options, repr(compiler.nvrtc_version())]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 class Usage(NamedTuple):
-    """What one kernel takes; the last four in bytes."""
+    """The resources of one kernel; all but the registers in bytes."""
 
     registers: int
     stores: int
@@ -58,8 +59,8 @@ class Usage(NamedTuple):
 
 
 def jobs() -> Iterator[Job]:
-    """Everything to compile."""
-    files: dict[str, list[_cuda.Configuration]] = {}
+    """Yield everything to compile."""
+    files: dict[str, list[compiler.Configuration]] = {}
     for configuration in _kernels.configurations():
         files.setdefault(configuration.source, []).append(configuration)
         yield Job(configuration, MAIN)
@@ -67,12 +68,12 @@ def jobs() -> Iterator[Job]:
         configurations = [configuration for configuration in everywhere if configuration.only is None]
         for configuration in dict.fromkeys((configurations[0], configurations[-1])):
             yield from (Job(configuration, arch) for arch in OTHERS)
-    for file in sorted(_cuda.source_dir().glob("*.cu*")):
-        yield Job(_cuda.Configuration(file.name if file.suffix == ".cuh" else file.stem), MAIN)
+    for file in sorted(compiler.source_dir().glob("*.cu*")):
+        yield Job(compiler.Configuration(file.name if file.suffix == ".cuh" else file.stem), MAIN)
 
 
 def parse(log: str) -> dict[str, Usage]:
-    """Each kernel's usage, from the text of `ptxas -v`."""
+    """The usage of each kernel, from the output of `ptxas -v`."""
     kernels = {}
     for part in log.split("Compiling entry function '")[1:]:
         numbers = [
@@ -92,17 +93,17 @@ def parse(log: str) -> dict[str, Usage]:
 
 
 def compile_job(job: Job) -> dict[str, Usage] | str:
-    """The usage of the job's kernels, or what went wrong."""
+    """The usage of the job's kernels, or a text that says what failed."""
     try:
         name = job.configuration.source
-        log = _cuda.compile_source(_cuda.source_text(name), f"{name}.cu", job.options)[1]
-        return {} if name.endswith(".cuh") else parse(log)  # a header holds no kernel
+        log = compiler.compile_source(compiler.source_text(name), f"{name}.cu", job.options)[1]
+        return {} if name.endswith(".cuh") else parse(log)  # headers have no kernels
     except RuntimeError as error:
         return f"{job}: {error}"
 
 
 def table(results: dict[Job, dict[str, Usage]]) -> Iterator[str]:
-    """One line a kernel: the largest numbers of all its configurations."""
+    """One line per kernel, with the largest numbers of all its configurations."""
     kernels: dict[str, dict[Job, Usage]] = {}
     asked_for = set(_kernels.configurations())
     for job, usages in results.items():
@@ -143,7 +144,7 @@ def main() -> int:
                 failures.append(f"{job}: {name} has {usage.shared} bytes of static shared memory, over {SHARED_LIMIT}.")
     seconds = time.perf_counter() - start
     print(
-        f"\nNVRTC {'.'.join(map(str, _cuda.nvrtc_version()))}: {len(todo)} compiled, {cached} from the cache, "
+        f"\nNVRTC {'.'.join(map(str, compiler.nvrtc_version()))}: {len(todo)} compiled, {cached} from the cache, "
         f"{len(failures)} failed, in {seconds:.1f} s, for {', '.join((MAIN, *OTHERS))}."
     )
     print(*failures, sep="\n\n", end="\n" if failures else "")

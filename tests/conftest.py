@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared fixtures; GPU tests are skipped where there is no GPU, and leave their record where there is one."""
+"""Shared fixtures. Without a GPU, GPU tests are left out; with one, a passed suite writes the GPU record."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import gpu_record
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX takes three quarters of the GPU's memory
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take 3/4 of the GPU's memory
 
 
 def _why_no_gpu() -> str | None:
@@ -31,23 +31,23 @@ NO_GPU = _why_no_gpu()
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder of real clouds, which their licences keep out of the repository: $GPU3D_DATA or ../shared/data."""
+    """The folder of real scans, whose licences keep them out of the repository: $GPU3D_DATA or ../shared/data."""
     folder = Path(os.environ.get("GPU3D_DATA") or ROOT.parent / "shared" / "data")
     if not folder.is_dir():
         pytest.skip(f"no real clouds: {folder} is absent (set GPU3D_DATA)")
     return folder
 
 
-def poison(cupy, size: int = 1 << 26) -> None:
-    """Fills the free memory of CuPy's pool, which is `size` bytes then: an output that is not written shows."""
+def poison(cupy, size: int = 1 << 26, byte: int = 0xCD) -> None:
+    """Fill `size` bytes of free memory in CuPy's pool with `byte`, so that an output that is not written shows."""
     cupy.get_default_memory_pool().free_all_blocks()
-    block = cupy.full(size, 0xCD, "u1")  # no index, no member and hardly ever a number of the tests
+    block = cupy.full(size, byte, "u1")  # 0xCD...: not a valid index or member, and unlike the numbers of the tests
     del block
 
 
 @pytest.fixture
 def cp():
-    """CuPy, its free memory poisoned."""
+    """CuPy, with its free memory poisoned."""
     import cupy
 
     poison(cupy)
@@ -56,32 +56,36 @@ def cp():
 
 @pytest.fixture
 def large_memory(cp):
-    """40 GiB of the GPU's memory, where they are free; one test at a time has them, of all processes."""
-    import fcntl  # not on Windows, whose CPU tests need this file
+    """Reserve 40 GiB of GPU memory for one test at a time, of all processes; skip if they are not free."""
+    import fcntl  # not available on Windows, where the CPU tests import this file
 
     pool = cp.get_default_memory_pool()
     with open(Path(tempfile.gettempdir()) / "gpu3d-large-memory", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        pool.free_all_blocks()  # what earlier tests left there counts as taken
+        pool.free_all_blocks()  # memory that earlier tests left in the pool counts as used
         if cp.cuda.Device().mem_info[0] < 40 << 30:
             pytest.skip("needs 40 GiB of GPU memory")
         yield
         pool.free_all_blocks()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     if NO_GPU:
-        skip = pytest.mark.skip(reason=f"needs an NVIDIA GPU: {NO_GPU}")
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(skip)
+        left_out = [item for item in items if "gpu" in item.keywords]
+        items[:] = [item for item in items if "gpu" not in item.keywords]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if NO_GPU:
+        terminalreporter.write_line(f"GPU tests were left out: {NO_GPU}")
 
 
 def pytest_sessionfinish(session, exitstatus):
-    """A whole `pytest -m gpu` run that passed is written down; CI compares the record with the tree."""
+    """Record a whole `pytest -m gpu` run that passed. CI compares the record with the tree."""
     options = session.config.option
     whole = (
-        not hasattr(session.config, "workerinput")  # of pytest-xdist, one of many processes
+        not hasattr(session.config, "workerinput")  # one of the worker processes of pytest-xdist
         and options.markexpr == "gpu"
         and not options.keyword
         and session.config.args in ([], ["tests"], [str(ROOT / "tests")])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a GPU has run: tests/gpu_record.json names the tree on which the whole GPU suite passed, and where.
+"""The GPU record: tests/gpu_record.json has a hash of the tree on which the whole GPU suite passed, and the GPU.
 
-`python tests/gpu_record.py --check` says whether that is the tree at hand.
+`python tests/gpu_record.py --check` prints whether that is the present tree.
 """
 
 from __future__ import annotations
@@ -16,18 +16,25 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "tests" / "gpu_record.json"
 
 
-def tree_hash() -> str:
-    """Hash of the kernels and of the modules that launch them."""
-    package = ROOT / "gpu3d"
-    folders = ROOT / "kernels_cu", package, package / "interop", package / "reference"  # which gives kernels constants
-    files = sorted(
-        file for folder in folders for file in folder.iterdir() if file.suffix in (".c", ".cu", ".cuh", ".py")
+# Files that launch nothing.
+SKIPPED = {"io.py", "plot.py", "cli.py", "__main__.py", "data"}
+
+
+def hashed_files() -> list[Path]:
+    """The kernels, and every file of the package that may affect a launch."""
+    files = [file for folder in ("kernels_cu", "gpu3d") for file in (ROOT / folder).rglob("*") if file.is_file()]
+    return sorted(
+        file
+        for file in files
+        if file.suffix in (".cu", ".cuh", ".py") and SKIPPED.isdisjoint(file.relative_to(ROOT).parts)
     )
-    skipped = {"cli.py", "io.py", "plot.py"}  # they launch nothing
+
+
+def tree_hash() -> str:
+    """The hash of all `hashed_files`."""
     digest = hashlib.sha256()
-    for file in files:
-        if file.name not in skipped:
-            digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    for file in hashed_files():
+        digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
@@ -48,7 +55,7 @@ def write(counts: dict[str, int]) -> None:
 
 
 def check() -> str:
-    """One plain sentence."""
+    """A sentence that says whether a GPU has run this tree."""
     if not RECORD.is_file():
         return "GPU record: none. No GPU has run these kernels."
     record = json.loads(RECORD.read_text())

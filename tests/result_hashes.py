@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hashes of the bits of every op's results, to show that a change of the library has not changed a result.
+"""Hashes of the bits of every op's results. They show whether a change of the library changes a result.
 
-`python tests/result_hashes.py --write` stores them in tests/result_hashes.json; `--check` computes them again and
-prints each that differs. Hashes of the CPU path stand under "numpy", those of a GPU under its architecture. All
-libraries that run a case (CuPy, torch and JAX on a GPU; NumPy, torch and JAX on the CPU) must give the same bits, so
-one hash is stored for all; where they differ, one for each of them, and --write says so.
+`python tests/result_hashes.py --write` stores them in tests/result_hashes.json. `--check` computes them again and
+prints each hash that differs. Hashes of the CPU path are stored under "numpy", and those of a GPU under its
+architecture. All libraries that run a case (CuPy, torch and JAX on a GPU; NumPy, torch and JAX on the CPU) must give
+the same bits, so there is one hash for all of them. If they differ, each library has its own, and --write says so.
 
-Only what is the same on every CPU stands under "numpy": attention's bits follow from BLAS, APML's from exp and log.
-Every input is made of PCG64's uniform numbers by additions and multiplications, which round alike on every machine.
+Under "numpy" are only results that are the same on every CPU. Those of attention depend on BLAS, and those of APML on
+exp and log. Inputs are uniform numbers of PCG64 after additions and multiplications, which round alike on every
+machine.
 """
 
 from __future__ import annotations
@@ -39,14 +40,15 @@ STORED = Path(__file__).resolve().parent / "result_hashes.json"
 HASHES = ("zorder_div", "zorder_mod", "xor_div", "xor_mod")
 BALANCES = ("spill", "probe")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
-NARROW = ("float16", "bfloat16", "float32")  # what a GPU takes as features
+NARROW = ("float16", "bfloat16", "float32")  # the dtypes of features on a GPU
 LAYOUTS = ("strided", "misaligned", "every second")
 REDUCTIONS = ("mean", "sum", "none")
-RAGGED = ("ragged", "hundred")  # with empty clouds among them
-FILLED = ("filled", "filled hundred")  # without: losses take none
+RAGGED = ("ragged", "hundred")  # batches with empty clouds
+FILLED = ("filled", "filled hundred")  # batches without empty clouds, for losses
 EVERY, PLAIN, GPU, TENSORS = "numpy cupy torch jax", "numpy cupy torch", "cupy torch jax", "cupy torch"
 
-# An op; its options, of which a tuple lists values that are combined with those of the others; and the libraries.
+# Each entry has an op, its options and its libraries. A tuple lists several values of an option; the cases are all
+# combinations.
 TABLE: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("bucketize", {"hash": HASHES, "balance": BALANCES, "dtype": "float32", "cloud": RAGGED}, EVERY),
     ("bucketize", {"hash": HASHES, "balance": BALANCES, "dtype": DTYPES[1:], "cloud": "ragged"}, PLAIN),
@@ -152,7 +154,7 @@ def _cases() -> dict[str, Case]:
 
 
 def _values(key: str, value: Any) -> Sequence[Any]:
-    """What an option of the table lists; a `shape` is a tuple by itself."""
+    """The values of an option in the table. A single `shape` is a tuple too."""
     listed = isinstance(value, tuple) and not (key == "shape" and value and isinstance(value[0], int))
     return value if listed else (value,)
 
@@ -188,9 +190,9 @@ LENGTHS: dict[str, tuple[int, ...]] = {
 
 @functools.cache
 def cloud(name: str, axes: int = 3, lengths: tuple[int, ...] | None = None, seed: int = 0) -> np.ndarray:
-    """Points float64 [N, axes], `lengths` or as many as the cloud of this name has: a hilly slab of uneven density."""
+    """Points float64 [N, axes] on a hilly slab of uneven density. Default lengths are those of the cloud's name."""
     count = sum(LENGTHS[name] if lengths is None else lengths)
-    u = _generator(2).random((count, 3))  # the same places for every seed, which moves each a little
+    u = _generator(2).random((count, 3))  # the same for every seed; the seed moves each point a little
     u += 0.003 * (_generator(3 + seed).random((count, 3)) - 0.5)
     x, y = 80 * u[:, 0] * u[:, 0] - 40, 60 * u[:, 1] - 30
     points = np.stack([x, y, 0.002 * (x * x - y * y) + u[:, 2]], 1)
@@ -210,7 +212,7 @@ def _dtype(name: str) -> np.dtype:
 
 
 def _numbers(shape: Sequence[int], dtype: str, seed: int = 9) -> np.ndarray:
-    """Numbers around 0, of which no two rows are equal; of an integer dtype all values."""
+    """Numbers around 0, no two rows equal; for an integer dtype over its whole range."""
     values = np.asarray(_generator(seed).random(tuple(shape))) * 4 - 2
     if dtype in ("int8", "int32", "int64"):
         values = np.floor(values * 2.0 ** (8 * _dtype(dtype).itemsize - 2))
@@ -223,18 +225,18 @@ def _numbers(shape: Sequence[int], dtype: str, seed: int = 9) -> np.ndarray:
 
 
 class Library(NamedTuple):
-    """What runs the cases: gpu3d's functions on arrays of one library, on the CPU or on a GPU."""
+    """Runs the cases: gpu3d's functions on arrays of one library, on the CPU or on a GPU."""
 
     name: str
     gpu3d: Any  # the functions; scatter and gather take buckets as second argument
     array: Callable[[np.ndarray], Any]
     host: Callable[[Any], np.ndarray]
-    run: Callable[..., Any]  # a function, of arrays
-    gradients: Callable[..., Any] | None  # None: plain calls. Else of a function, its inputs, and its first result's
+    run: Callable[..., Any]  # calls a function with arrays
+    gradients: Callable[..., Any] | None  # of a function, its inputs and the gradient of its first result; None: plain
 
 
 def _functions(*modules: Any) -> SimpleNamespace:
-    """The plain functions, and in place of them those of gpu3d.interop."""
+    """The plain functions, replaced by those of gpu3d.interop where it has them."""
     functions = {
         "scatter": lambda x, buckets, fill=0: buckets.scatter(x, fill),
         "gather": lambda y, buckets: buckets.gather(y),
@@ -304,7 +306,7 @@ def _jax(device: str) -> Library:
 
 @contextlib.contextmanager
 def _jax_with_float64(device: str) -> Iterator[Library]:
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX takes most of the GPU's memory
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take most of the GPU's memory
     import jax
 
     before = jax.config.jax_enable_x64
@@ -317,7 +319,7 @@ def _jax_with_float64(device: str) -> Iterator[Library]:
 
 
 def library(name: str, on_gpu: bool) -> contextlib.AbstractContextManager[Library]:
-    """The library of this name, for a `with`."""
+    """A context manager that gives the library of this name."""
     if name == "jax":
         return _jax_with_float64("gpu" if on_gpu else "cpu")
     if name == "torch":
@@ -337,7 +339,7 @@ def why_not(name: str, on_gpu: bool) -> str:
             module.devices("gpu")
     except ImportError as error:
         return str(error)
-    except RuntimeError as error:  # CuPy's and JAX's errors of a driver are kinds of it
+    except RuntimeError as error:  # the driver errors of CuPy and JAX are subclasses
         return f"no usable GPU: {error}"
     return ""
 
@@ -346,7 +348,7 @@ def why_not(name: str, on_gpu: bool) -> str:
 
 
 def _placed(lib: Library, x: np.ndarray, layout: str = "") -> Any:
-    """The array as the library's, in memory as `layout` says."""
+    """The array in the library, with the memory layout `layout`."""
     if layout == "strided":
         return lib.array(np.concatenate([x, x[..., :1]], -1))[..., :-1]
     if layout == "misaligned":
@@ -358,7 +360,7 @@ def _placed(lib: Library, x: np.ndarray, layout: str = "") -> Any:
 
 class _Clouds(NamedTuple):
     points: Any
-    lengths: tuple[int, ...] | None  # None: the array says so
+    lengths: tuple[int, ...] | None  # None: they follow from the array's shape
 
 
 def _clouds(
@@ -418,7 +420,7 @@ def move(
 
     if dtype not in DTYPES:
         return [*lib.run(scatter, x), *lib.run(gather, y)]
-    if lib.gradients is None:  # each is the gradient of the other, with 0 in padding
+    if lib.gradients is None:  # scatter and gather are each the gradient of the other, with 0 in padding
         return [*scatter(x), *gather(y), *gather(y), lib.gpu3d.scatter(x, buckets)]
     scattered, dx = lib.gradients(scatter, [x], y)
     gathered, dy = lib.gradients(gather, [y], x)
@@ -427,7 +429,7 @@ def move(
 
 def scopes(lib: Library, *, cloud: str = "ragged", table: str = "", **options: Any) -> list[Any]:
     buckets, _ = _layout(lib, cloud, 16)
-    if table:  # every bucket a scope of its own, the last first
+    if table:  # each bucket is a scope of its own, in reverse order
         reversed_buckets = np.arange(buckets.num_buckets, dtype=np.int32)[::-1, None]
         return [lib.gpu3d.scopes(buckets, table=lib.array(reversed_buckets)).table]
     return [lib.gpu3d.scopes(buckets, **options).table]
@@ -572,7 +574,7 @@ def radius(
 
 
 def _pair(lib: Library, cloud: str, dtype: str, axes: int, layout: str) -> tuple[_Clouds, _Clouds]:
-    """Two batches of clouds near to each other; the second has fewer points."""
+    """Two batches of clouds that are close to each other; the second has fewer points."""
     first, _, second = dtype.partition("+")
     lengths = tuple(n * 3 // 4 + 1 for n in LENGTHS[cloud])
     x = _clouds(lib, cloud, first, layout, axes)
@@ -580,7 +582,7 @@ def _pair(lib: Library, cloud: str, dtype: str, axes: int, layout: str) -> tuple
 
 
 def _loss(lib: Library, name: str, x: _Clouds, y: _Clouds, gradient: bool, weight: str, **options: Any) -> list[Any]:
-    """The loss and its gradients; those are of each loss times its weight, if `weight` is given, else of their sum."""
+    """The loss and its gradients. With `weight` they are gradients of weighted losses, otherwise of their sum."""
     call = functools.partial(getattr(lib.gpu3d, name), **options)
     if not gradient:
         return [lib.run(call, x.points, y.points)]
@@ -645,7 +647,7 @@ OPS = {name: globals()[name] for name in dict.fromkeys(case.op for case in CASES
 
 
 def hashed(lib: Library, case: Case) -> str:
-    """The first 16 hex digits of SHA-256 of dtypes, shapes and bits of all results; a NaN counts as any other NaN."""
+    """The first 16 hex digits of SHA-256 over dtypes, shapes and bits of all results. All NaN count as the same."""
     digest = hashlib.sha256()
     for result in OPS[case.op](lib, **case.options):
         x = np.ascontiguousarray(result if isinstance(result, np.ndarray) else lib.host(result))
@@ -656,7 +658,7 @@ def hashed(lib: Library, case: Case) -> str:
 
 
 def architecture() -> str:
-    """That of the current GPU, as kernels are compiled for it."""
+    """The architecture that kernels are compiled for on the current GPU."""
     import cupy
 
     capability = cupy.cuda.Device().compute_capability
@@ -664,7 +666,7 @@ def architecture() -> str:
 
 
 def libraries(op: str, on_gpu: bool) -> list[str]:
-    """Those that run cases of this op. On the CPU torch and JAX run what NumPy does, and what they themselves have."""
+    """The libraries that run cases of this op. On the CPU torch and JAX run NumPy's cases and their own."""
     every = [name for case in CASES.values() if case.op == op for name in _of_case(case, on_gpu)]
     return list(dict.fromkeys(every))
 
@@ -683,12 +685,12 @@ def computed(name: str, on_gpu: bool, op: str) -> dict[str, str]:
 
 
 def load() -> dict[str, Any]:
-    """By "numpy" or architecture: `made_by`, and `hashes`, one a case or one for each library."""
+    """The stored hashes by "numpy" or architecture: `made_by`, and `hashes`, one per case or per case and library."""
     return json.loads(STORED.read_text()) if STORED.is_file() else {}
 
 
 def differing(stored: dict[str, Any], name: str, hashes: dict[str, str]) -> list[str]:
-    """Which of these hashes of a library are not the stored ones, a sentence each."""
+    """One sentence for each of these hashes that differs from the stored one."""
     found = []
     for case, got in hashes.items():
         expected = stored.get(case, "none")
@@ -714,7 +716,7 @@ def _made_by(on_gpu: bool) -> dict[str, Any]:
 
 
 def _everywhere(on_gpu: bool) -> Iterator[tuple[str, dict[str, str]]]:
-    """All hashes of each library that is there, printed with the time they took."""
+    """Yield all hashes of each available library, and print how long they took."""
     for name in ("numpy", "cupy", "torch", "jax"):
         ops = [op for op in OPS if name in libraries(op, on_gpu)]
         if not ops:
@@ -732,7 +734,7 @@ def _everywhere(on_gpu: bool) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def write() -> int:
-    """Stores all hashes that can be computed here; how many cases differ between libraries."""
+    """Store all hashes that can be computed here; return how many cases differ between libraries."""
     stored, differ = load(), 0
     for on_gpu in (False, True):
         if on_gpu and why_not("cupy", True):
@@ -754,7 +756,7 @@ def write() -> int:
 
 
 def check() -> int:
-    """Prints every hash that is not the stored one; how many."""
+    """Print every hash that differs from the stored one; return how many."""
     stored, wrong = load(), []
     for on_gpu in (False, True):
         if on_gpu and why_not("cupy", True):
@@ -774,5 +776,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--write", action="store_const", const=write, dest="action", help="store all hashes")
-    action.add_argument("--check", action="store_const", const=check, dest="action", help="compare with those stored")
+    action.add_argument("--check", action="store_const", const=check, dest="action", help="compare with stored hashes")
     sys.exit(parser.parse_args().action() > 0)

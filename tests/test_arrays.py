@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""_arrays on the CPU: any library's arrays in, the same kind out, no copy, no import, and the wording of errors."""
+"""gpu3d._arrays on the CPU: arrays of any library in and out, without copies and imports, and the wording of errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DTYPES = ["bool", "uint8", "int16", "int32", "int64", "float16", "bfloat16", "fl
 
 
 class Minimal:
-    """The least that counts as an array: DLPack, without the keywords that its later versions brought."""
+    """The least that gpu3d accepts as an array: DLPack without the keywords of its later versions."""
 
     def __init__(self, array, device=(1, 0)):
         self.array, self.device = array, device
@@ -43,16 +43,21 @@ def numbers(dtype, shape=(5, 3)):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_numpy(dtype):
     x = numbers(dtype)
-    native, origin = _arrays.enter(x, "x")
-    assert native is x and _arrays.leave(native, origin) is x and str(origin) == "numpy on the CPU"
+    given = _arrays.read(x, "x")
+    assert (
+        given.array is x and _arrays.leave(given.array, given.origin) is x and str(given.origin) == "numpy on the CPU"
+    )
+    assert (given.shape, given.dtype, given.ndim, given.size, given.device) == (x.shape, x.dtype, 2, 15, None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torch(dtype):
     torch = pytest.importorskip("torch")
     x = torch.from_numpy(numbers("float64")).to(getattr(torch, dtype))
-    native, origin = _arrays.enter(x, "x")
-    assert native.dtype == numbers(dtype).dtype and native.shape == (5, 3) and str(origin) == "torch on the CPU"
+    given = _arrays.read(x, "x")
+    native, origin = given.array, given.origin
+    assert given.dtype == native.dtype == numbers(dtype).dtype and native.shape == given.shape == (5, 3)
+    assert str(origin) == "torch on the CPU"
     np.testing.assert_array_equal(native.astype(complex), x.to(torch.complex128).numpy())
     assert native.ctypes.data == x.data_ptr()  # no copy in
     back = _arrays.leave(native, origin)
@@ -64,20 +69,54 @@ def test_torch_views():
     torch = pytest.importorskip("torch")
     wide = torch.arange(60, dtype=torch.float32).reshape(10, 6)
     for view in (wide[:, 1:4], wide.T, wide[::2], wide[:1].expand(4, 6), wide[:, 1:4].to(torch.bfloat16).T, wide[:0]):
-        native, _ = _arrays.enter(view, "x")
+        native = _arrays.read(view, "x").array
         np.testing.assert_array_equal(native.astype(np.float32), view.float().numpy())
         assert native.size == 0 or native.ctypes.data == view.data_ptr()
-    z = torch.tensor([1 + 2j, 3 - 4j]).conj()  # the memory of these two holds other values
-    assert _arrays.enter(z, "x")[0].tolist() == [1 - 2j, 3 + 4j]
-    assert _arrays.enter(z.imag, "x")[0].tolist() == [-2, 4]
+    z = torch.tensor([1 + 2j, 3 - 4j]).conj()  # views whose memory holds other values
+    assert _arrays.read(z, "x").array.tolist() == [1 - 2j, 3 + 4j]
+    assert _arrays.read(z.imag, "x").array.tolist() == [-2, 4]
 
 
-def test_torch_with_gradients():
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "uint16", "bool"])
+def test_any_dtype_moves(name):
     torch = pytest.importorskip("torch")
-    points = torch.from_numpy(clouds.uniform(100)).requires_grad_()
-    buckets = gpu3d.bucketize(points * 2, 64)
-    np.testing.assert_array_equal(buckets.slot_to_point.numpy(), gpu3d.bucketize(clouds.uniform(100), 64).slot_to_point)
-    assert not buckets.scatter(points).requires_grad and points.requires_grad
+    buckets = gpu3d.bucketize(clouds.uniform(100), 32)
+    x = (torch.rand(100, 2) * 4).to(getattr(torch, name))
+    back = buckets.gather(buckets.scatter(x))
+    assert back.dtype == x.dtype and torch.equal(back.view(torch.uint8), x.view(torch.uint8))
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_numpy_subclasses():
+    matrix = np.asmatrix(clouds.uniform(100).astype(np.float64))
+    distances, _ = gpu3d.knn(clouds.uniform(100), matrix, 1)
+    np.testing.assert_array_equal(distances, gpu3d.knn(clouds.uniform(100), np.asarray(matrix), 1).distances)
+    masked = np.ma.masked_array(clouds.uniform(100), mask=np.zeros((100, 3), bool))
+    calls = gpu3d.bucketize, lambda x: gpu3d.knn(x, x, 1), lambda x: gpu3d.bucketize(clouds.uniform(100)).scatter(x)
+    for call in calls:
+        with pytest.raises(TypeError, match=r"masked array, and gpu3d knows no masks: .*\.filled\(\)"):
+            call(masked)
+
+
+def test_bfloat16_through_dlpack():
+    torch = pytest.importorskip("torch")
+    x = torch.rand(20, 3).bfloat16()
+    assert _arrays.read(Minimal(x), "x").dtype == _arrays.BFLOAT16
+
+
+def test_jax_keeps_the_device():
+    code = """if True:
+        import os
+        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+        import jax, gpu3d
+        x = jax.device_put(jax.numpy.ones((64, 3)), jax.devices()[2])
+        buckets = gpu3d.bucketize(x, 16)
+        assert buckets.slot_to_point.devices() == gpu3d.knn(x, x, 2).indices.devices() == x.devices()
+        x[buckets.slot_to_point]
+    """
+    pytest.importorskip("jax")
+    environment = {**os.environ, "PYTHONPATH": str(Path(gpu3d.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 # JAX without x64 has no 64-bit types.
@@ -85,7 +124,8 @@ def test_torch_with_gradients():
 def test_jax(dtype):
     jax = pytest.importorskip("jax")
     x = jax.device_put(numbers(dtype), jax.devices("cpu")[0])
-    native, origin = _arrays.enter(x, "x")
+    given = _arrays.read(x, "x")
+    native, origin = given.array, given.origin
     assert type(native) is np.ndarray and native.dtype == x.dtype and str(origin) == "jax on the CPU"
     assert native.ctypes.data == x.unsafe_buffer_pointer()  # no copy in
     back = _arrays.leave(np.array(native), origin)
@@ -95,14 +135,14 @@ def test_jax(dtype):
 
 def test_anything_with_dlpack():
     x = numbers("float32")
-    native, origin = _arrays.enter(Minimal(x), "x")
-    assert origin == _arrays.Origin("numpy", None) and np.shares_memory(native, x)
-    np.testing.assert_array_equal(native, x)
-    assert _arrays.enter(Minimal(x, device=(3, 0)), "x")[1].device is None  # pinned host memory
+    given = _arrays.read(Minimal(x), "x")
+    assert given.origin == _arrays.Origin("numpy", None) and np.shares_memory(given.array, x)
+    np.testing.assert_array_equal(given.array, x)
+    assert _arrays.read(Minimal(x, device=(3, 0)), "x").device is None  # pinned host memory
 
 
 def converter(kind):
-    """The way from NumPy to a library's arrays, and the type of what should come back."""
+    """A function from NumPy arrays to arrays of a library, and the expected type of results."""
     if kind == "numpy":
         return np.asarray, np.ndarray
     if kind == "dlpack":
@@ -130,7 +170,7 @@ def test_the_same_kind_comes_out(kind):
     for name, (got, right) in results.items():
         assert isinstance(got, array_type) and got.shape == right.shape, name
         np.testing.assert_array_equal(np.asarray(got), right, err_msg=name)
-    assert isinstance(buckets.scatter(x), np.ndarray)  # x's kind, not the buckets'
+    assert isinstance(buckets.scatter(x), np.ndarray)  # the kind of x, not of the buckets
 
 
 # ---- nobody else is imported ---------------------------------------------------------------------------------------
@@ -176,6 +216,7 @@ def test_no_array(x):
         gpu3d.bucketize(x)
 
 
+@pytest.mark.filterwarnings("ignore:.*quantiz")  # torch's own
 def test_torch_errors():
     torch = pytest.importorskip("torch")
     with pytest.raises(
@@ -184,23 +225,22 @@ def test_torch_errors():
         gpu3d.bucketize(torch.ones(4, 3).to_sparse())
     with pytest.raises(TypeError, match=r"points is on device meta; gpu3d runs on CPU and CUDA: move it by points\.to"):
         gpu3d.bucketize(torch.ones(4, 3, device="meta"))
+    with pytest.raises(TypeError, match=r"points must not be quantized: call points\.dequantize\(\)"):
+        gpu3d.bucketize(torch.quantize_per_tensor(torch.ones(4, 3), 0.1, 0, torch.quint8))
+    with pytest.raises(TypeError, match=r"points must be float32.*got complex64"):
+        gpu3d.bucketize(torch.ones(4, 3, dtype=torch.complex64))
+    with pytest.raises(TypeError, match=r"points must be float32.*got float8_e4m3fn"):
+        gpu3d.bucketize(torch.ones(4, 3).to(torch.float8_e4m3fn))
     with pytest.raises(TypeError, match=r"got Tensor: output shapes follow .* Convert by lengths\.tolist\(\)"):
-        gpu3d.bucketize(torch.ones(4, 3), lengths=torch.tensor([4]))
-
-
-def test_jax_tracers():
-    jax = pytest.importorskip("jax")
-    for transform in (jax.jit, jax.grad, jax.vmap):
-        with pytest.raises(TypeError, match=r"points is a JAX tracer: plain gpu3d calls run outside of jax\.jit"):
-            transform(gpu3d.bucketize)(jax.numpy.ones((2, 4, 3)))
+        _arrays.check_lengths(torch.tensor([4], device="meta"), 4, "points")
 
 
 def test_other_devices(monkeypatch):
     with pytest.raises(TypeError, match="x is on DLPack device type 10; gpu3d reads CPU and CUDA memory"):
-        _arrays.enter(Minimal(numbers("float32"), device=(10, 0)), "x")
+        _arrays.read(Minimal(numbers("float32"), device=(10, 0)), "x")
     monkeypatch.setitem(sys.modules, "cupy", None)  # as if it were not installed
     with pytest.raises(ImportError, match=r'x is on a CUDA device, which needs CuPy: pip install "gpu3d\[cuda13\]"'):
-        _arrays.enter(Minimal(numbers("float32"), device=(2, 0)), "x")
+        _arrays.read(Minimal(numbers("float32"), device=(2, 0)), "x")
 
 
 def test_same_device():
@@ -220,6 +260,10 @@ def test_the_host_needs_no_stream():
 P = np.zeros((4, 3), np.float32)
 
 
+def given(x):
+    return _arrays.read(x, "x")
+
+
 @pytest.mark.parametrize(
     ("check", "error", "message"),
     [
@@ -227,24 +271,52 @@ P = np.zeros((4, 3), np.float32)
         (lambda: _arrays.check_integer(2.0, "k"), TypeError, "k must be an integer, got 2.0 of type float."),
         (lambda: _arrays.check_integer(True, "k"), TypeError, "k must be an integer, got True of type bool."),
         (
-            lambda: _arrays.check_points(P[0], None, "q"),
+            lambda: _arrays.check_points(given(P[0]), None, "q"),
             ValueError,
             "q must have shape [N, 3] (or [B, n, 3]), got [3].",
         ),
-        (lambda: _arrays.check_points(P[:, :2], None, "q"), ValueError, "got shape [4, 2]: take q[..., :3]."),
         (
-            lambda: _arrays.check_points(P.astype(int), None, "q"),
+            lambda: _arrays.check_points(given(P[:, :2]), None, "q"),
+            ValueError,
+            "[4, 2]: pad the missing ones with zeros.",
+        ),
+        (lambda: _arrays.check_points(given(np.ones((4, 5))), None, "q"), ValueError, "[4, 5]: take q[..., :3]."),
+        (
+            lambda: _arrays.check_points(given(P.astype(int)), None, "q"),
             TypeError,
             "got int64: convert by q.astype('float32').",
         ),
-        (lambda: _arrays.check_points(P[None], [4], "q"), ValueError, "q of shape [1, 4, 3] already says its lengths"),
+        (
+            lambda: _arrays.check_points(given(P[None]), [4], "q"),
+            ValueError,
+            "q of shape [1, 4, 3] already says its lengths",
+        ),
         (lambda: _arrays.check_lengths(4, 4, "q"), TypeError, "host integers, e.g. lengths=[4], got int: pass a list."),
         (lambda: _arrays.check_lengths([3], 4, "q"), ValueError, "sum to the number of q, got a sum of 3 for 4 q."),
         (lambda: _arrays.check_lengths([5, -1], 4, "q"), ValueError, "must not be negative, got lengths[1] = -1."),
         (lambda: _arrays.check_lengths([4.0], 4, "q"), TypeError, "got lengths[0] = 4.0 of type float."),
         (lambda: _arrays.check_lengths(np.array([[4]]), 4, "q"), ValueError, "one-dimensional, got shape [1, 1]."),
+        (lambda: _arrays.check_lengths(np.array(4), 4, "q"), ValueError, "one-dimensional, got shape []."),
         (
-            lambda: _arrays.check_finite(P / 0, "q"),
+            lambda: _arrays.check_choice(np.array("b"), ("b",), "hash"),
+            TypeError,
+            "hash must be one of 'b', got array('b'",
+        ),
+        (
+            lambda: _arrays.check_integer([3] * 9, "k"),
+            TypeError,
+            "k must be an integer, got list of length 9 of type list.",
+        ),
+        (lambda: _arrays.check_number(10**400, "r"), ValueError, "r must fit a float, got an int of many digits."),
+        (
+            lambda: _arrays.check_number(P, "r"),
+            TypeError,
+            "r must be a number, got ndarray of shape [4, 3] of type ndarr",
+        ),
+        (lambda: _arrays.check_number(True, "r"), TypeError, "r must be a number, got True of type bool."),
+        (lambda: _arrays.check_flag(1, "flag"), TypeError, "flag must be True or False, got 1."),
+        (
+            lambda: _arrays.check_finite(given(P / 0), "q"),
             ValueError,
             "q must be finite, got 4 of 4 with NaN or inf, the first",
         ),
@@ -262,10 +334,13 @@ def test_what_passes():
     for lengths in ([1, 0, 3], (1, 0, 3), np.array([1, 0, 3], np.uint8)):
         passed = _arrays.check_lengths(lengths, 4, "q")
         assert passed == (1, 0, 3) and all(type(n) is int for n in passed)
-    packed, lengths = _arrays.check_points(P.reshape(2, 2, 3), None)
-    assert packed.shape == (4, 3) and lengths == (2, 2) and np.shares_memory(packed, P)
+    assert _arrays.check_points(given(P.reshape(2, 2, 3)), None) == (2, 2)
     for dtype in _arrays.FLOATS:
-        _arrays.check_finite(_arrays.check_points(P.astype(dtype), [4])[0])
+        assert _arrays.check_points(given(P.astype(dtype)), [4]) == (4,)
+        _arrays.check_finite(given(P.astype(dtype)))
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        assert _arrays.check_lengths(torch.tensor([1, 3]), 4, "q") == (1, 3)
 
 
 @pytest.mark.parametrize("dtype", _arrays.FLOATS, ids=str)
@@ -274,4 +349,4 @@ def test_the_first_non_finite_point_is_named(dtype):
     points[2, 1] = points[5, 0] = points[5, 2] = np.nan
     points[4, 2] = -np.inf
     with pytest.raises(ValueError, match="got 3 of 6 with NaN or inf, the first at index 2"):
-        _arrays.check_finite(points)
+        _arrays.check_finite(given(points))

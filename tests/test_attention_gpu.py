@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention kernels against float64: at most twice the error of a plain program, at every shape, in every dtype."""
+"""The attention kernels against float64, for every shape and dtype: at most twice the error of a plain program."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import math
 
 import clouds
@@ -24,8 +23,8 @@ from test_attention import (
 )
 
 import gpu3d
-from gpu3d import _cuda
-from gpu3d import attention as attention_module
+from gpu3d.cuda import attention as cuda
+from gpu3d.cuda import compiler
 
 pytestmark = pytest.mark.gpu
 
@@ -36,7 +35,7 @@ RAGGED = ([0, 700, 1, 16, 0, 333, 0], list(range(70)), [1024] * 15)
 
 @pytest.fixture
 def cp():
-    """CuPy, with every free byte of its pool poisoned: an output that is not written is NaN."""
+    """CuPy, with all free memory of its pool poisoned, so that an output that is not written is NaN."""
     import cupy
 
     pool = [cupy.full(size, 0xFF, np.uint8) for size in (1 << 10, 1 << 16, 1 << 22, 1 << 24, 1 << 26)]
@@ -46,13 +45,16 @@ def cp():
 
 @pytest.fixture(params=["hopper", "mma"])
 def either_path(cp, request, monkeypatch):
-    """The tilings that an H100 takes by itself, and those of every other GPU."""
+    """Run with the tilings for Hopper and with those for all other GPUs."""
     if request.param == "mma":
-        monkeypatch.setattr(attention_module, "HOPPER", attention_module.MMA)
-        monkeypatch.setattr(attention_module, "HOPPER_SINGLE", attention_module.SINGLE)
-    attention_module._plans.cache_clear()
+        monkeypatch.setattr(cuda, "HOPPER", cuda.MMA)
+        monkeypatch.setattr(cuda, "HOPPER_SINGLE", cuda.SINGLE)
+    built = cuda._kernel, cuda._attention.kept, cuda._forward_plan, cuda._backward_plan
+    for cached in built:
+        cached.cache_clear()
     yield
-    attention_module._plans.cache_clear()
+    for cached in built:
+        cached.cache_clear()
 
 
 def on_device(cp, lengths, bucket_size, size, shift=0, stride=1):
@@ -65,7 +67,7 @@ def to_host(results):
 
 
 def check_on(cp, host, buckets, scopes, heads, dim, dtype, std=1.0, scale=None, seed=0):
-    """Both passes against float64; padding holds NaN."""
+    """Check forward and backward against float64, with NaN in padding."""
     arrays = inputs(host, heads, dim, dtype, std, seed)
     got = to_host(attend(*map(cp.asarray, arrays), buckets, scopes, scale=scale))
     assert_padding(got, host)
@@ -89,7 +91,7 @@ def assert_same_bits(got, expected, note=""):
 
 @pytest.mark.usefixtures("either_path")
 def test_small_attention(cp):
-    """What compute-sanitizer runs: a scope of several tiles, short ones, padding inside a scope, one point alone."""
+    """For compute-sanitizer: a scope of several tiles, short scopes, padding inside a scope, a single point."""
     lengths = [0, 200, 1, 70]
     buckets, scopes = on_device(cp, lengths, 16, 9, shift=2)
     for dim, dtype in ((24, "float16"), (64, "bfloat16"), (32, "float32"), (128, "float32")):
@@ -131,7 +133,7 @@ def test_ragged_batches(cp, lengths, shift, stride, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 2, 5, 16, 46, 47, 100])
 def test_scopes_of_any_length(cp, size, dtype):
-    """47 buckets, the last of one point: one bucket a scope, a short last scope, the whole cloud, wider than that."""
+    """47 buckets, the last with one point, in scopes of one bucket, a short last scope, the whole cloud and more."""
     check(cp, [46 * 16 + 1], 16, size, heads=2, dtype=dtype)
     check(cp, [46 * 16 + 1], 16, size, stride=3, heads=2, dtype=dtype)
 
@@ -139,7 +141,7 @@ def test_scopes_of_any_length(cp, size, dtype):
 @pytest.mark.usefixtures("either_path")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_padding_anywhere_in_a_scope(cp, dtype):
-    """The short bucket stands first, in the middle and last in its scope, before and behind the edge of a tile."""
+    """The short bucket is first, in the middle and last in its scope, before and after the edge of a tile."""
     for bucket_size, points in ((16, 1), (16, 15), (48, 17), (80, 3)):
         for shift in range(7):
             lengths = [6 * bucket_size + points]
@@ -189,14 +191,14 @@ def test_scale_zero_is_the_mean(cp, dtype):
     ],
 )
 def test_scores_in_any_order(cp, scores, dtype):
-    """The running maximum rises often, seldom, by little, by much or never; every dtype holds these scores exactly."""
+    """The running maximum rises often or seldom, by little or much, or never. Scores are exact in every dtype."""
     n = 271
     host = layout([n], 16)
     _, _, v, dout = inputs(host, 2, 16, dtype)
     q, k = np.zeros((2, *v.shape), v.dtype)
     slot = np.arange(host.num_slots)
     k[:, :, 0] = scores(slot)[:, None]
-    q[:, :, 0] = np.array([1, 0.5, 0.25])[slot % 3, None] * [1, -1]  # the second head sees them upside down
+    q[:, :, 0] = np.array([1, 0.5, 0.25])[slot % 3, None] * [1, -1]  # the second head has them with opposite sign
     q[n:], k[n:] = np.nan, np.nan
     buckets, scopes = on_device(cp, [n], 16, 17)
     got = to_host(attend(*map(cp.asarray, (q, k, v, dout)), buckets, scopes, scale=1.0))
@@ -216,7 +218,7 @@ def test_logits_beyond_what_exp_can_hold(cp):
         picked = v[logits.argmax(1)[clear], 0].astype(float)
         np.testing.assert_allclose(got["out"][:500, 0][clear].astype(float), picked, rtol=1e-6)
         np.testing.assert_allclose(got["lse"][:500, 0][clear], logits.max(1)[clear], rtol=1e-5)
-        for name in ("out", "lse", "dq", "dv"):  # float16 does not hold every dk, which is a sum of q
+        for name in ("out", "lse", "dq", "dv"):  # float16 cannot hold every dk, which is a sum of q
             assert np.isfinite(got[name][:500].astype(float)).all(), name
 
 
@@ -279,7 +281,7 @@ def test_nan(cp, where, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [8, 24, 64])
 def test_views(cp, dim, dtype):
-    """Where the rows lie in memory changes no bit: packed, by head, spread, backwards, off any alignment."""
+    """Memory layouts change no bit: packed, by head, spread, backwards, misaligned."""
     lengths = [300, 100]
     arrays = inputs(layout(lengths, 16), 3, dim, dtype)
     buckets, scopes = on_device(cp, lengths, 16, 8)
@@ -310,7 +312,7 @@ def test_views(cp, dim, dtype):
     lse = cp.asfortranarray(expected["lse"])
     gradients = gpu3d.bucket_attention_backward(dout, q, k, v, saved, lse, buckets, scopes)
     assert_same_bits({**expected, **dict(zip(RESULTS[2:], gradients, strict=True))}, expected, "views of out and lse")
-    same = np.broadcast_to(arrays[3][0, 0], shape)  # as the gradient of a sum comes
+    same = np.broadcast_to(arrays[3][0, 0], shape)  # like the gradient of a sum
     got = attend(q, k, v, cp.broadcast_to(dout[0, 0], shape), buckets, scopes)
     assert_same_bits(got, attend(q, k, v, cp.asarray(same.copy()), buckets, scopes), "broadcast")
 
@@ -328,17 +330,6 @@ def test_a_hundred_runs_give_the_same_bits(cp, dim, dtype):
         for name in RESULTS:
             word = "u4" if name == "lse" else words
             assert bool((got[name].view(word) == expected[name].view(word)).all()), name
-
-
-def test_a_new_thread(cp):
-    """Whose first act on the device is a launch: no context is current yet, and the pool's memory needs none."""
-    buckets = gpu3d.bucketize(cp.zeros((100, 3), np.float32), 16)
-    table = gpu3d.scopes(buckets, 2)
-    q = cp.ones((buckets.num_slots, 1, 16), np.float16)
-    expected = gpu3d.bucket_attention(q, q, q, buckets, table).get()
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        got = thread.submit(gpu3d.bucket_attention, q, q, q, buckets, table).result()
-    assert np.array_equal(got.get(), expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -367,18 +358,6 @@ def test_a_shifted_or_strided_scope_is_a_plain_one_over_moved_buckets(cp, shift,
     assert_same_bits(got, {name: x[slots] for name, x in expected.items()})
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_clouds_do_not_see_each_other(cp, dtype):
-    for lengths in ([0, 300, 1, 177, 0], [20] * 70):  # a small batch travels in a kernel's arguments, a large one not
-        arrays = [cp.asarray(x) for x in inputs(layout(lengths, 16), 2, 16, dtype)]
-        buckets, scopes = on_device(cp, lengths, 16, 3, stride=2)
-        together = attend(*arrays, buckets, scopes)
-        for n, begin, end in zip(lengths, buckets.bucket_offsets[:-1], buckets.bucket_offsets[1:], strict=True):
-            slots = slice(begin * 16, end * 16)
-            got = attend(*(x[slots] for x in arrays), *on_device(cp, [n], 16, 3, stride=2))
-            assert_same_bits(got, {name: x[slots] for name, x in together.items()}, f"cloud of {n}")
-
-
 def test_without_lse_only_out_is_returned(cp):
     buckets, scopes = on_device(cp, [500], 16, 8)
     q, k, v, _ = (cp.asarray(x) for x in inputs(layout([500], 16), 2, 32, "bfloat16"))
@@ -387,27 +366,17 @@ def test_without_lse_only_out_is_returned(cp):
     assert alone.get().tobytes() == out.get().tobytes() and lse.dtype == np.float32
 
 
-def test_inputs_are_left_as_they_are(cp):
-    buckets, scopes = on_device(cp, [300], 16, 8)
-    for dtype in DTYPES:
-        arrays = inputs(layout([300], 16), 2, 24, dtype)
-        device = [cp.asarray(x) for x in arrays]
-        attend(*device, buckets, scopes)
-        for x, y in zip(arrays, device, strict=True):
-            assert x.tobytes() == y.get().tobytes()
-
-
 # ---- registers -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", attention_module.MMA)
+@pytest.mark.parametrize("which", cuda.MMA)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", attention_module.HEAD_DIMS)
+@pytest.mark.parametrize("dim", cuda.HEAD_DIMS)
 def test_registers_suffice(cp, which, dtype, dim):
-    """What this GPU takes keeps nothing in local memory."""
-    arch, dtype = _cuda.device_arch(0), DTYPES[dtype]
-    macros = attention_module._macros(attention_module._tiling(arch, which, dtype, dim), dtype, dim)
-    path = _cuda.cubin_path(_cuda.Configuration(f"attention_{which}", macros), arch)
+    """The kernels that this GPU uses keep nothing in local memory."""
+    arch, dtype = compiler.device_arch(cp.cuda.Device().id), DTYPES[dtype]
+    kernel, _ = cuda._kernel(which, dtype, dim, arch == "sm_90a")
+    path = compiler.cubin_path(compiler.Configuration(kernel.source, kernel.macros), arch)
     assert cp.RawModule(path=str(path)).get_function(f"attention_{which}").local_size_bytes == 0
 
 
@@ -415,7 +384,7 @@ def test_registers_suffice(cp, which, dtype, dim):
 
 
 def test_rows_far_apart(cp):
-    """Rows two megabytes apart: the last of 2112 lie beyond 2**31 elements."""
+    """Rows are two megabytes apart, so the last of 2112 rows lie beyond 2**31 elements."""
     if cp.cuda.Device().mem_info[0] < 8 << 30:
         pytest.skip("needs 8 GiB of GPU memory")
     arrays = [cp.asarray(x) for x in inputs(layout([2100], 16), 2, 16, "float16")]
@@ -435,7 +404,7 @@ def test_rows_far_apart(cp):
 
 @pytest.mark.usefixtures("large_memory")
 def test_more_than_2_31_elements(cp):
-    """The last buckets, whose rows lie beyond 2**31 elements, against the same rows alone."""
+    """Compare the last buckets, whose rows lie beyond 2**31 elements, with the same rows alone."""
     heads, dim, tail = 64, 128, 1500
     points = cp.asarray(clouds.uniform(2**18 + tail))
     buckets, last = gpu3d.bucketize(points, 512), gpu3d.bucketize(points[:tail], 512)
@@ -470,32 +439,11 @@ def test_float64_is_refused(cp):
         gpu3d.bucket_attention_backward(dout, q, k, v, q, q[:, :, 0].astype(np.float32), buckets, scopes)
 
 
-def test_host_and_device_do_not_mix(cp):
-    host = layout([100], 16)
-    arrays = inputs(host, 2, 16)
-    device = [cp.asarray(x) for x in arrays]
-    buckets, scopes = on_device(cp, [100], 16, 3)
-    good = attend(*device, buckets, scopes)
-    q, k, v, dout = device
-    for mixed in ((arrays[0], k, v), (q, arrays[1], v), (q, k, arrays[2]), arrays[:3]):
-        with pytest.raises(ValueError, match=r"one device: .*numpy on the CPU.*cupy on cuda:0"):
-            gpu3d.bucket_attention(*mixed, buckets, scopes)
+def test_scopes_of_the_host_are_refused(cp):
+    buckets, _ = on_device(cp, [100], 16, 3)
+    q = cp.ones((buckets.num_slots, 1, 8), np.float32)
     with pytest.raises(ValueError, match=r"one device: .*scopes is numpy on the CPU"):
-        gpu3d.bucket_attention(q, k, v, buckets, gpu3d.scopes(host, 3))
-    out, lse = good["out"], good["lse"]
-    for mixed in ((arrays[3], q, k, v, out, lse), (dout, q, k, v, out.get(), lse), (dout, q, k, v, out, lse.get())):
-        with pytest.raises(ValueError, match=r"one device: .*numpy on the CPU"):
-            gpu3d.bucket_attention_backward(*mixed, buckets, scopes)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
-def test_empty(cp, lengths, dtype):
-    buckets, scopes = on_device(cp, lengths, 16, 3)
-    arrays = [cp.asarray(x) for x in inputs(layout(lengths, 16), 2, 16, dtype)]
-    for name, x in attend(*arrays, buckets, scopes).items():
-        assert x.shape == ((0, 2) if name == "lse" else (0, 2, 16)), name
-        assert x.dtype == (np.float32 if name == "lse" else arrays[0].dtype), name
+        gpu3d.bucket_attention(q, q, q, buckets, gpu3d.scopes(layout([100], 16), 3))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -507,86 +455,3 @@ def test_one_point(cp, dtype):
     np.testing.assert_allclose(got["out"][0].astype(float), arrays[2][0].astype(float), rtol=1e-6)
     np.testing.assert_allclose(got["dv"][0].astype(float), arrays[3][0].astype(float), rtol=1e-5)
     assert_accurate(got, *arrays, host, np.array([[0, -1]]), 0.25)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lengths", [[3000], [40] * 75], ids=["1 cloud", "75 clouds"])
-def test_captured_in_a_graph(cp, lengths, dtype):
-    """No host sync, no copy from host memory: a capture would refuse the one and freeze the other."""
-    host = layout(lengths, 16)
-    other = [cp.asarray(x) for x in inputs(host, 2, 32, dtype, seed=1)]
-    arrays = [cp.asarray(x) for x in inputs(host, 2, 32, dtype)]
-    buckets, scopes = on_device(cp, lengths, 16, 8, shift=1)
-    cp.cuda.Device().synchronize()
-    stream = cp.cuda.Stream(non_blocking=True)
-    with stream:
-        expected, expected_of_other = attend(*arrays, buckets, scopes), attend(*other, buckets, scopes)
-        stream.synchronize()
-        stream.begin_capture()
-        got = attend(*arrays, buckets, scopes)
-        graph = stream.end_capture()
-        graph.launch(stream)
-        stream.synchronize()
-        assert_same_bits(got, expected)
-        for x, y in zip(arrays, other, strict=True):
-            x[:] = y  # a replay reads what the buffers hold then
-        graph.launch(stream)
-        stream.synchronize()
-        assert_same_bits(got, expected_of_other)
-        assert expected["out"].get().tobytes() != expected_of_other["out"].get().tobytes()
-
-
-def test_the_current_stream_is_used(cp):
-    """Work waits behind what the caller's stream still does: a wrong stream would read the old rows."""
-    host = layout([3000], 64)
-    arrays = [cp.asarray(x) for x in inputs(host, 2, 32, "float16")]
-    other = [cp.asarray(x) for x in inputs(host, 2, 32, "float16", seed=1)]
-    buckets, scopes = on_device(cp, [3000], 64, 8)
-    expected = attend(*other, buckets, scopes)
-    slow = cp.zeros((4096, 4096), np.float32)
-    stream = cp.cuda.Stream(non_blocking=True)
-    cp.cuda.Device().synchronize()
-    with stream:
-        for _ in range(20):
-            slow = slow @ slow
-        for x, y in zip(arrays, other, strict=True):
-            x[:] = y
-        got = attend(*arrays, buckets, scopes)
-    stream.synchronize()
-    assert_same_bits(got, expected)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_torch_in_and_out(cp, dtype):
-    torch = pytest.importorskip("torch")
-    arrays = inputs(layout([500], 16), 2, 32, dtype)
-    expected = attend(*map(cp.asarray, arrays), *on_device(cp, [500], 16, 8))
-    packed = torch.from_numpy(np.stack(arrays, axis=1).astype(np.float32)).to(getattr(torch, dtype))
-    with torch.cuda.stream(torch.cuda.Stream()):
-        buckets = gpu3d.bucketize(torch.from_numpy(clouds.uniform(500)).cuda(), 16)
-        scopes = gpu3d.scopes(buckets, 8)
-        tensors = packed.cuda().requires_grad_().unbind(1)
-        got = attend(*tensors, buckets, scopes)
-        ones = tensors[0].new_ones(()).expand(tensors[0].shape)  # as autograd hands on the gradient of a sum
-        summed = gpu3d.bucket_attention_backward(ones, *tensors[:3], got["out"], got["lse"], buckets, scopes)
-        torch.cuda.current_stream().synchronize()
-        for name, x in got.items():
-            assert isinstance(x, torch.Tensor) and x.is_cuda and not x.requires_grad, name
-            assert x.dtype == (torch.float32 if name == "lse" else packed.dtype), name
-            np.testing.assert_array_equal(x.cpu().double().numpy(), expected[name].get().astype(np.float64), name)
-        assert all(bool(torch.isfinite(x).all()) for x in summed) and bool((summed[2][:500] != 0).all())
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_jax_in_and_out(cp, dtype):
-    jax = pytest.importorskip("jax")
-    gpus = [d for d in jax.devices() if d.platform != "cpu"]
-    if not gpus:
-        pytest.skip("this JAX has no CUDA plugin")
-    arrays = inputs(layout([500], 16), 2, 32, dtype)
-    expected = attend(*map(cp.asarray, arrays), *on_device(cp, [500], 16, 8))
-    buckets = gpu3d.bucketize(jax.device_put(clouds.uniform(500), gpus[0]), 16)
-    got = attend(*(jax.device_put(x, gpus[0]) for x in arrays), buckets, gpu3d.scopes(buckets, 8))
-    for name, x in got.items():
-        assert isinstance(x, jax.Array) and x.dtype == expected[name].dtype, name
-        assert np.asarray(x).tobytes() == expected[name].get().tobytes(), name

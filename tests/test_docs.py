@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the documentation shows is what happens: the examples of every docstring, and those of README.md."""
+"""The examples in all docstrings, in README.md and in docs run and print what they show."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ import pytest
 
 import gpu3d
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
 
 
 def examples():
-    """Every docstring of gpu3d that has an example to run."""
+    """Every docstring of gpu3d with an example."""
     names = {"gpu3d", *(module.name for module in pkgutil.walk_packages(gpu3d.__path__, "gpu3d."))}
     for name in sorted(names):
-        if name in ("gpu3d.interop.torch", "gpu3d.interop.jax") or name.endswith(".__main__"):
-            continue  # the first needs a framework, the second would run
+        if name.startswith(("gpu3d.interop.torch", "gpu3d.interop.jax")) or name.endswith(".__main__"):
+            continue  # interop needs a framework, and __main__ would run the command
         module = importlib.import_module(name)
         for test in doctest.DocTestFinder().find(module, globs={}):
             own = test.name.removeprefix(f"{name}.").partition(".")[0]
@@ -39,6 +40,8 @@ def run(test):
 
 @pytest.mark.parametrize("test", list(examples()))
 def test_docstring(test):
+    if ">>> import torch" in test.docstring:
+        pytest.importorskip("torch")
     run(test)
 
 
@@ -52,8 +55,11 @@ def test_every_function_has_an_example(name):
     assert ">>> " in getattr(gpu3d, name).__doc__
 
 
-def test_readme():
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert blocks
-    session = "\n".join(blocks)  # read from top to bottom: what one block makes, the next may use
-    run(doctest.DocTestParser().get_doctest(session, {}, "README.md", str(README), 0))
+PAGES = [page for page in (README, *sorted((ROOT / "docs").glob("*.md"))) if "```python" in page.read_text("utf-8")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page(page):
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    session = "\n".join(block for block in blocks if ">>> " in block)  # what one block makes, the next may use
+    run(doctest.DocTestParser().get_doctest(session, {}, page.name, str(page), 0))

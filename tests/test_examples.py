@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples run as a newcomer runs them: in a process of their own, in an empty folder, on the CPU."""
+"""The examples run as a new user would run them: in a process of their own, in an empty folder, on the CPU."""
 
 import importlib.util
 import os
@@ -23,7 +23,7 @@ def run(name, folder, *arguments):
 
 
 def clouds():
-    """A sweep of several scopes, one point, and points that coincide, are far from the origin or not finite."""
+    """A sweep of several scopes, a single point, and points that are equal, far from the origin or not finite."""
     spoiled = lidar_like(1300)
     spoiled[[3, 700], 1] = np.nan, np.inf
     return {
@@ -224,11 +224,11 @@ def test_torch_segmentation_block_in_two_processes(tmp_path):
     command = [sys.executable, "-m", *torchrun, str(EXAMPLES / "torch_segmentation_block.py"), *SMALL, "--batch", "3"]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     both = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    # DDP leaves threads of gloo behind that may abort an interpreter as it ends (torch 2.13); all is printed by then
+    # Threads of gloo that DDP leaves may abort the interpreter at exit (torch 2.13), after everything is printed.
     assert both.returncode == 0 or "terminate called without an active exception" in both.stderr, both.stderr
     assert "2 processes" in both.stdout
     one, two = (np.array(re.findall(EPOCH, done.stdout, re.M), float) for done in (alone, both))
-    assert two == pytest.approx(one, rel=5e-3)  # the same crops and the same gradients; only sums differ
+    assert two == pytest.approx(one, rel=5e-3)  # crops and gradients are the same, but sums are taken in another order
 
 
 def test_torch_segmentation_block_without_sweeps(tmp_path):
@@ -256,7 +256,7 @@ def test_completion(library, tmp_path):
     assert change == pytest.approx(100 * (distances[0, 0] / distances[1, 0] - 1), abs=0.1)
     assert {path.name for path in tmp_path.iterdir()} == {"picture.png"}
     image = matplotlib.image.imread(tmp_path / "picture.png")[..., :3]
-    for row in range(4):  # all but what is seen, which is grey, in colour
+    for row in range(4):  # the seen half is grey, the others are in colour
         for panel in np.array_split(image[115 + 276 * row : 350 + 276 * row], 4, axis=1)[1:]:
             assert (np.ptp(panel, axis=-1) > 0.25).sum() > 500
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gpu3d.interop: converters of batches, each way, for every library."""
+"""gpu3d.interop: conversions of batches in both directions, for every library."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_each_way(library):
 
 def test_dtypes():
     assert interop.offset_from_lengths([1]).dtype == interop.batch_from_lengths([1]).dtype == np.int64
-    assert interop.cu_seqlens_from_lengths([1]).dtype == np.int32  # what flash_attn_varlen_func takes
+    assert interop.cu_seqlens_from_lengths([1]).dtype == np.int32  # the dtype that flash_attn_varlen_func takes
 
 
 @given(st.lists(st.integers(0, 5), max_size=8), st.integers(0, 3))
@@ -89,6 +89,72 @@ def test_gradients_in_jax():
     x = jax.numpy.arange(24.0).reshape(2, 4, 3)
     gradient = jax.jit(jax.grad(lambda x: (interop.pad(*interop.pack(x, [1, 3])) * 2).sum()))(x)
     assert gradient[:, :, 0].tolist() == [[2, 0, 0, 0], [2, 2, 2, 0]]
+
+
+SIZES = (5, 0, 3, 7)
+
+
+class Clouds:
+    """A data set of clouds of different sizes. Each sample is a dict."""
+
+    def __len__(self):
+        return len(SIZES)
+
+    def __getitem__(self, i):
+        n = SIZES[i]
+        points = np.full((n, 3), i, np.float32)
+        return {"points": points, "labels": np.arange(n), "name": f"cloud {i}", "scale": 0.5}
+
+
+def test_collate():
+    torch = pytest.importorskip("torch")
+    clouds = Clouds()
+    batch = interop.collate([clouds[i] for i in range(4)])
+    assert (
+        batch["lengths"] == SIZES and batch["name"] == [f"cloud {i}" for i in range(4)] and batch["scale"] == [0.5] * 4
+    )
+    assert batch["points"].shape == (15, 3) and batch["points"].dtype == torch.float32
+    assert batch["points"][:, 0].tolist() == [0] * 5 + [2] * 3 + [3] * 7
+    assert batch["labels"].tolist() == [*range(5), *range(3), *range(7)]
+    pairs = [(torch.from_numpy(clouds[i]["points"]), clouds[i]["labels"]) for i in range(4)]
+    points, labels, lengths = interop.collate(pairs)
+    assert torch.equal(points, batch["points"]) and torch.equal(labels, batch["labels"]) and lengths == SIZES
+    points, lengths = interop.collate([points for points, _ in pairs])
+    assert torch.equal(points, batch["points"]) and lengths == SIZES
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory")  # torch warns about it without a GPU
+@pytest.mark.parametrize("workers", [0, 2])
+def test_collate_in_a_data_loader(workers):
+    torch = pytest.importorskip("torch")
+    import gpu3d
+
+    options = {"num_workers": workers, "pin_memory": True, "collate_fn": interop.collate}
+    options["multiprocessing_context"] = "spawn" if workers else None  # no fork: JAX may have threads
+    batches = list(torch.utils.data.DataLoader(Clouds(), batch_size=2, **options))
+    assert [tuple(batch["lengths"]) for batch in batches] == [SIZES[:2], SIZES[2:]]
+    for batch in batches:
+        assert batch["points"].is_pinned() == torch.cuda.is_available()
+        buckets = gpu3d.bucketize(batch["points"], 16, lengths=batch["lengths"])
+        assert torch.equal(buckets.gather(buckets.scatter(batch["labels"])), batch["labels"])
+
+
+@pytest.mark.parametrize(
+    ("samples", "match"),
+    [
+        ([], "samples must hold at least one cloud, got none"),
+        ([np.zeros((2, 3)), (np.zeros((2, 3)),)], "must all be arrays, all tuples or all dicts, got ndarray and tuple"),
+        ([{"points": np.zeros((2, 3))}, {"xyz": np.zeros((2, 3))}], r"must have the same keys, .* got \['points'\]"),
+        ([{"lengths": np.zeros((2, 3))}], "none named 'lengths'"),
+        ([(np.zeros((2, 3)),), (np.zeros((2, 3)), np.zeros(2))], r"tuples of one size, got \[1, 2\]"),
+        ([(np.zeros((2, 3)), np.zeros(4))], "got 4 rows in 'part 1' of sample 0 and 2 in 'part 0'"),
+        (["cloud.ply"], "must hold tensors or NumPy arrays .* got 'cloud': str"),
+    ],
+)
+def test_collate_of_bad_samples(samples, match):
+    pytest.importorskip("torch")
+    with pytest.raises((TypeError, ValueError), match=match):
+        interop.collate(samples)
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gpu3d.interop.jax on a GPU: the plain calls' bits in XLA's buffers, its memory and stream, vmap, shards, errors."""
+"""gpu3d.interop.jax on a GPU: the bits of plain calls, XLA's memory, command buffers, streams, devices, errors."""
 
 from __future__ import annotations
 
 import functools
 import gc
-import json
 import threading
-from types import SimpleNamespace
 
-import clouds
 import numpy as np
 import pytest
 
 import gpu3d
-from gpu3d.interop import _native, _replay, _xla
+from gpu3d.cuda import launcher
 
 pytestmark = pytest.mark.gpu
 jax = pytest.importorskip("jax")
@@ -22,318 +19,215 @@ GPUS = [device for device in jax.devices() if device.platform != "cpu"]
 if not GPUS:
     pytest.skip("this jax has no CUDA plugin, or finds no GPU", allow_module_level=True)
 
+from jax import export  # noqa: E402
 from jax import numpy as jnp  # noqa: E402
 from test_interop_jax import (  # noqa: E402
+    DIFFERENTIABLE,
     ERRORS,
-    LENGTHS,
+    OPS,
     OUR_CALLS,
-    POINTS,
+    assert_same,
+    check_gradients,
     check_sharded,
-    normal,
+    cotangent,
+    layout,
+    needs_shard_map,
+    numbers,
     points,
+    pulled,
     run_here,
-    shard_map,
     stage_loss,
+    stage_of,
+    wide,
 )
 
 from gpu3d.interop import jax as g  # noqa: E402
+from gpu3d.interop.jax import handler  # noqa: E402
 
 DTYPES = ["float16", "bfloat16", "float32"]
+FOREIGN = [name for name in OPS if name not in ("scatter", "gather")]
 
 
 @pytest.fixture(autouse=True)
 def on_the_gpu():
-    with jax.default_device(GPUS[0]):
+    with jax.default_device(GPUS[0]), wide():
         yield
 
 
-def layout(bucket_size=16, lengths=LENGTHS):
-    buckets = g.bucketize(points(sum(lengths)), bucket_size, lengths=lengths)
-    return buckets, g.scopes(buckets, 2, shift=1)
+@pytest.fixture
+def launched(monkeypatch):
+    """The calls that the handler launched."""
+    calls, run = [], launcher.run
 
-
-def plain(cp, tree):
-    """The same with CuPy arrays, copied through the host, for plain calls."""
-    return jax.tree.map(lambda x: cp.asarray(np.asarray(x)), tree)
-
-
-def assert_same(got, expected):
-    """JAX arrays on a GPU, bit for bit CuPy's."""
-    assert len(got) == len(expected)
-    for a, b in zip(got, expected, strict=True):
-        assert {device.platform for device in a.devices()} == {GPUS[0].platform}
-        a, b = np.asarray(a), b.get()
-        assert a.dtype == b.dtype and a.shape == b.shape
-        assert a.size < 2 or (a != 0).any()
-        np.testing.assert_array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8))
-
-
-def every_gradient(cp, dtype, lengths, bucket_size, ratio=2, reduce="max", width=32):
-    """The results of all functions and their gradients, under jit; and the same from plain calls."""
-    at, rows = points(sum(lengths)), normal(sum(lengths), 5, dtype=dtype)
-
-    @jax.jit
-    def run(at, rows, packed, douts):
-        buckets = g.bucketize(at, bucket_size, lengths=lengths)
-        scopes = g.scopes(buckets, 2, shift=1)
-        q, k, v = jnp.moveaxis(packed, 1, 0)
-        attend = functools.partial(g.bucket_attention, buckets=buckets, scopes=scopes)
-        out, lse = attend(q, k, v, return_lse=True)
-        features = out.reshape(len(out), -1)
-        at_slots = g.scatter(at, buckets)
-        pool = functools.partial(g.bucket_pool, points=at_slots, buckets=buckets, ratio=ratio, reduce=reduce)
-        pooled = pool(features)
-        back, of_back = jax.vjp(lambda c, s: g.bucket_unpool(c, pooled, s), pooled.features, features)
-        moved, of_moved = jax.vjp(lambda x: g.scatter(x, buckets), rows)
-        gradients = jax.vjp(attend, q, k, v)[1](douts[0])
-        gradients += jax.vjp(lambda f: pool(f).features, features)[1](douts[1])
-        gradients += of_back(douts[2]) + of_moved(douts[3])
-        structure = buckets.slot_to_point, buckets.point_to_slot, buckets.moved, scopes.table
-        child = pooled.points, pooled.members, pooled.buckets.slot_to_point, pooled.buckets.point_to_slot
-        return [out, lse, pooled.features, back, moved, *structure, *child, *gradients]
-
-    made = gpu3d.bucketize(plain(cp, at), bucket_size, lengths=lengths)
-    window = made, gpu3d.scopes(made, 2, shift=1)
-    packed = normal(made.num_slots, 3, 2, width, dtype=dtype)
-    q, k, v = (cp.ascontiguousarray(plain(cp, packed)[:, i]) for i in range(3))
-    saved = gpu3d.bucket_attention(q, k, v, *window, return_lse=True)
-    features = saved[0].reshape(len(q), -1)
-    children = gpu3d.bucket_pool(features, made.scatter(plain(cp, at)), made, ratio=ratio, reduce=reduce)
-    back, moved = gpu3d.bucket_unpool(children.features, children, features), made.scatter(plain(cp, rows))
-    shapes = saved[0].shape, children.features.shape, back.shape, moved.shape
-    douts = [normal(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)]
-    host = [plain(cp, dout) for dout in douts]
-    child = children.buckets
-    expected = [*saved, children.features, back, moved, made.slot_to_point, made.point_to_slot, made.moved]
-    expected += [window[1].table, children.points, children.members, child.slot_to_point, child.point_to_slot]
-    expected += gpu3d.bucket_attention_backward(host[0], q, k, v, *saved, *window)
-    expected += [gpu3d.bucket_pool_backward(host[1], children)]
-    expected += gpu3d.bucket_unpool_backward(host[2], children)
-    expected += [made.gather(host[3])]
-    return functools.partial(run, at, rows, packed, douts), expected
-
-
-# ---- the plain calls' bits, in XLA's buffers -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_results_and_gradients(cp, dtype):
-    for lengths, bucket_size in ((LENGTHS, 16), ((3000, 1, 700), 512), ((40,) * 100, 48)):
-        for ratio, reduce in ((2, "max"), (4, "mean")):
-            run, expected = every_gradient(cp, dtype, lengths, bucket_size, ratio, reduce)
-            assert_same(run(), expected)
-
-
-@pytest.fixture(params=["play.c", "Python"])
-def handled(monkeypatch, request):
-    """What Python's handler did: which calls came to it, how many it played, and which ones it ran as plain calls.
-
-    play.c has forgotten what it knew; or it is told of none.
-    """
-    done = SimpleNamespace(names=set(), texts=set(), played=0, plain=[], native=request.param == "play.c")
-    played, play, run = _xla._played, _replay.play, _xla._run_plain
-    library = _native.library()
-    if library is not None:
-        library.forget()
-        played.cache_clear()
-    elif done.native:
-        pytest.skip("there is no C compiler")
-    if not done.native:
-        monkeypatch.setattr(_native, "know", lambda *call: None)
-
-    def came(text, *args):
-        done.names.add(json.loads(text)[0])
-        done.texts.add(text)
-        return played(text, *args)
-
-    def count(*args):
-        done.played += 1
-        play(*args)
-
-    def name(call, *args):
-        done.plain.append(call.name)
+    def counted(call, *args):
+        calls.append(call)
         run(call, *args)
 
-    monkeypatch.setattr(_xla, "_played", came)
-    monkeypatch.setattr(_replay, "play", count)
-    monkeypatch.setattr(_xla, "_run_plain", name)
-    return done
+    monkeypatch.setattr(launcher, "run", counted)
+    return calls
 
 
-def every_loss(x, y):
-    """Value, and value and gradients, of both."""
-    return [(f(x, y), *jax.value_and_grad(f, (0, 1))(x, y)) for f in (g.chamfer, g.apml)]
+def record(function):
+    """Compile a function so that XLA records even a single call in a command buffer."""
+    return jax.jit(function, compiler_options={"xla_gpu_graph_min_graph_size": 1})
 
 
-def check_losses(cp, got, x, y):
-    for name, (loss, again, gradients) in zip(("chamfer", "apml"), got, strict=True):
-        want, of = getattr(gpu3d, name + "_value_and_grad")(plain(cp, x), plain(cp, y))
-        assert_same([loss, again, *gradients], [want, want, *of])
+# ---- the plain calls' bits -----------------------------------------------------------------------------------------
 
 
-def test_calls_that_are_played(cp, handled):
-    """All of them, with other values each time."""
-    losses = jax.jit(every_loss)
-    bucketize = jax.jit(functools.partial(g.bucketize, bucket_size=16, lengths=LENGTHS))
-    run, expected = every_gradient(cp, "float16", LENGTHS, 16)
-    for seed in range(3):
-        at = points(POINTS, seed=seed)
-        made = gpu3d.bucketize(plain(cp, at), 16, lengths=LENGTHS)
-        assert_same(jax.tree.leaves(bucketize(at)), [made.slot_to_point, made.point_to_slot, made.moved])
-        assert_same(run(), expected)
-        x, y = (normal(n, 3, seed=n + seed) for n in (600, 500))
-        check_losses(cp, losses(x, y), x, y)
-    assert handled.names == set(_xla.CALLS) and not handled.plain
-    assert handled.played == len(handled.texts) if handled.native else handled.played > len(handled.texts)
-    jax.block_until_ready(jax.jit(g.chamfer)(x[:, :2], y[:, :2]))  # with kernels of CuPy's own
-    assert handled.plain == ["chamfer"]
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_plain_calls_bits(cp, name, dtype):
+    """Results have the bits of plain calls, in XLA's buffers and workspace, which are large enough."""
+    ours, plain = OPS[name](dtype, jnp.asarray), OPS[name](dtype, cp.asarray)
+    got = jax.jit(ours.run)(*ours.inputs)
+    assert all(x.devices() == {GPUS[0]} for x in jax.tree.leaves(got))
+    assert_same(got, jax.tree.map(lambda x: x.get(), plain.run(*plain.inputs)))
+    assert not any(prepared.apart for prepared in handler._prepared.values())
 
 
-def test_calls_that_are_recorded(cp, handled):
-    """In XLA's command buffers, which are launched again without the handler, but for arrays at new addresses."""
-    losses = jax.jit(every_loss, compiler_options={"xla_gpu_graph_min_graph_size": 1})
-    at = [[normal(n, 3, seed=n + seed) for n in (600, 500)] for seed in range(4)]
-    for k in range(40):
-        check_losses(cp, losses(*at[k % 4]), *at[k % 4])
-    assert 0 < handled.played < 40 * 4 / 2 and not handled.plain  # play.c has the others, where it knows them
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients(cp, name, dtype):
+    ours, plain = OPS[name](dtype, jnp.asarray), OPS[name](dtype, cp.asarray)
+    result, gradients = pulled(ours, dtype)
+    check_gradients(gradients, plain.backward(cp.asarray(cotangent(result, dtype))))
 
 
-def test_a_step_that_is_recorded(cp, handled):
-    """Buckets, attention, pooling and their gradients, which are enough for XLA to record them by itself."""
-    run, expected = every_gradient(cp, "bfloat16", (3000, 1, 700), 512)
-    for _ in range(30):
-        assert_same(run(), expected)
-    assert 0 < handled.played < 30 * 8 / 2 and not handled.plain
+@pytest.mark.parametrize("balance", ["spill", "probe"])
+@pytest.mark.parametrize("n", [5000, 700_000])
+def test_large_clouds(cp, balance, n):
+    x = points(n)
+    got = jax.jit(functools.partial(gpu3d.bucketize, balance=balance))(x)
+    assert_same(got, jax.tree.map(lambda x: x.get(), gpu3d.bucketize(cp.asarray(x), balance=balance)))
 
 
-def test_a_program_of_another_process(cp, tmp_path):
-    """It brings its workspace. What plays it is found out where it runs, be it while XLA records."""
-    pytest.importorskip("flatbuffers")  # what JAX serializes by
-    at = [normal(n, 3, seed=n) for n in (600, 500)]
-    run = jax.jit(lambda x, y: jax.tree.leaves(every_loss(x, y)))
-    exported = jax.export.export(run, disabled_checks=OUR_CALLS)(*at)
+def test_many_clouds(cp):
+    """The table of many clouds is written to the workspace."""
+    x, lengths = points(100 * 70), tuple(range(20, 120))[:70]
+    x = x[: sum(lengths)]
+    run = record(functools.partial(gpu3d.bucketize, bucket_size=16, lengths=lengths))
+    expected = jax.tree.map(lambda x: x.get(), gpu3d.bucketize(cp.asarray(x), 16, lengths=lengths))
+    for _ in range(4):
+        assert_same(run(x), expected)
+
+
+# ---- command buffers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_calls_that_are_recorded(cp, launched, name):
+    """Recorded calls run again without the handler, also with arrays at new addresses."""
+    ours, plain = OPS[name]("float32", jnp.asarray), OPS[name]("float32", cp.asarray)
+    run, halves = record(ours.run), [1.0, 0.5, 0.25, 0.125]
+    expected = [jax.tree.map(lambda x: x.get(), plain.run(*[x * f for x in plain.inputs])) for f in halves]
+    inputs = [[jax.block_until_ready(x * f) for x in ours.inputs] for f in halves]
+    launched.clear()
+    for k in range(96):
+        python = len(launched)
+        got = run(*inputs[k % 4])
+        try:
+            assert_same(got, expected[k % 4])
+        except AssertionError as error:
+            raise AssertionError(f"run {k}, {len(launched) - python} of {len(launched)} launched by Python") from error
+    assert 0 < len(launched) < 48  # once for each set of addresses that XLA's allocator hands out
+
+
+def test_a_step_that_is_recorded(launched):
+    """A step with buckets, attention, pooling, losses and gradients is long enough for XLA to record it by default."""
+    step = jax.jit(jax.value_and_grad(stage_loss), static_argnums=2)
+    x, at, lengths = stage_of((3000, 5, 700))
+    expected = jax.value_and_grad(stage_loss)(x, at, lengths)
+    launched.clear()
+    for _ in range(20):
+        for a, b in zip(step(x, at, lengths), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    assert 0 < len(launched) < 20 * 10 / 2
+
+
+def test_slices_of_arrays(cp):
+    """XLA may pass a part of an array as input or result, at an address of any alignment."""
+    x, rows = jnp.asarray(points(2001)), jnp.asarray(numbers(5, 2001, 3))
+    expected = gpu3d.bucketize(cp.asarray(points(2001)[1:]), 16).slot_to_point.get()
+    run = record(lambda x: gpu3d.bucketize(x[1:], 16).slot_to_point)
+    for _ in range(3):
+        np.testing.assert_array_equal(run(x), expected)
+    scanned = jax.jit(lambda rows: jax.lax.scan(lambda c, x: (c, gpu3d.knn(x, x, 2)), 0, rows)[1])(rows)
+    for i in range(5):
+        one = cp.asarray(numbers(5, 2001, 3)[i])
+        assert_same([z[i] for z in scanned], [z.get() for z in gpu3d.knn(one, one, 2)])
+
+
+def test_a_program_of_another_process(tmp_path):
+    """It carries the size of its workspace. Its plan is built where it runs, also while XLA records."""
+    pytest.importorskip("flatbuffers")  # JAX needs it to serialize
+    x, at, lengths = stage_of((3000, 5, 700))
+    run = jax.jit(lambda x, at: jax.value_and_grad(stage_loss)(x, at, lengths))
+    exported = export.export(run, disabled_checks=OUR_CALLS)(x, at)
     (tmp_path / "program").write_bytes(exported.serialize())
-    np.savez(tmp_path / "given.npz", *at)
+    np.savez(tmp_path / "given.npz", x, at)
     script = (
         "import sys, numpy as np, jax\n"
         "from pathlib import Path\n"
+        "from jax import export\n"
         "import gpu3d.interop.jax\n"
         "folder = Path(sys.argv[1])\n"
-        "program = jax.export.deserialize(bytearray((folder / 'program').read_bytes()))\n"
+        "program = export.deserialize(bytearray((folder / 'program').read_bytes()))\n"
         "run = jax.jit(program.call, compiler_options={'xla_gpu_graph_min_graph_size': 1})\n"
-        "at = [jax.device_put(x) for x in np.load(folder / 'given.npz').values()]\n"
-        "for _ in range(4): got = run(*at)\n"
+        "given = [jax.device_put(x) for x in np.load(folder / 'given.npz').values()]\n"
+        "for _ in range(4): got = run(*given)\n"
         "np.savez(folder / 'got.npz', *got)\n"
     )
     done = run_here(script, tmp_path, JAX_PLATFORMS="cuda")
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "got.npz") as got:
-        for a, b in zip(got.values(), run(*at), strict=True):
-            np.testing.assert_array_equal(a, b)
-
-
-@pytest.mark.parametrize("balance", ["spill", "probe"])
-@pytest.mark.parametrize("n", [1, 5000, 700_000])
-def test_bucketize(cp, balance, n):
-    x = points(n)
-    got = g.bucketize(x, 512, balance=balance)
-    expected = gpu3d.bucketize(plain(cp, x), 512, balance=balance)
-    for name in ("slot_to_point", "point_to_slot", "moved"):
-        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name).get())
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("d", [2, 3])
-@pytest.mark.parametrize("name", ["chamfer", "apml"])
-def test_losses(cp, name, d, reduction):
-    x, y = (normal(n, d, seed=n) for n in (600, 500))
-    sides = ("x", "y") if name == "chamfer" else ("pred", "target")
-    lengths = dict(zip([f"{side}_lengths" for side in sides], ((200, 400), (450, 50)), strict=True))
-    options = {**lengths, "reduction": reduction}
-    room = {} if name == "chamfer" else {"max_entries": 16 * 1100}
-    value_and_grad = getattr(gpu3d, name + "_value_and_grad")
-    loss, gradients = value_and_grad(plain(cp, x), plain(cp, y), **options, **room)
-    got, back = jax.vjp(jax.jit(functools.partial(getattr(g, name), **options)), x, y)
-    assert_same([got, *back(jnp.ones_like(got))], [loss, *gradients])
-    assert_same([getattr(g, name)(x, y, **options)], [loss])
-
-
-def test_nothing_is_copied_and_nothing_of_cupys_pool(cp, monkeypatch):
-    """Of plain calls: results are born in XLA's buffers, and workspaces are XLA's too."""
-    monkeypatch.setattr(_xla, "workspace", lambda *args: None)
-    monkeypatch.setattr(_xla, "_played", lambda *args: (None, 0))
-    run, _ = every_gradient(cp, "float16", (3000, 1, 700), 512)
-    x, y = normal(600, 3), normal(500, 3, seed=1)
-    losses = jax.jit(lambda x, y: [jax.value_and_grad(f, (0, 1))(x, y) for f in (g.chamfer, g.apml)])
-    jax.block_until_ready((run(), losses(x, y)))  # compiles
-    strays = []
-    land = _xla._land
-
-    def watched(results, places, array_at):
-        strays.extend(
-            (result.shape, str(result.dtype))
-            for result, place in zip(results, places, strict=True)
-            if place.size and result.data.ptr != place.address
-        )
-        return land(results, places, array_at)
-
-    monkeypatch.setattr(_xla, "_land", watched)
-    pool = cp.get_default_memory_pool()
-    pool.free_all_blocks()
-    held = pool.total_bytes()
-    jax.block_until_ready((run(), losses(x, y)))
-    assert not strays and pool.total_bytes() == held
+        for a, b in zip(got.values(), run(x, at), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 # ---- stream, transformations, devices --------------------------------------------------------------------------------
 
 
 def test_xlas_stream(cp):
-    """Inputs that XLA is still computing, and results that it goes on with: right only in the order of its stream."""
+    """XLA still computes the inputs and goes on with the results. Both are right only in the order of its stream."""
 
     @jax.jit
     def run(slow, x):
         for _ in range(20):
             slow = jnp.tanh(slow @ slow)
         late = x + 0 * slow[0, 0]
-        buckets = g.bucketize(late, 64)
-        return (g.scatter(late, buckets) * 2).sum(), buckets.slot_to_point
+        buckets = gpu3d.bucketize(late, 64)
+        return (buckets.scatter(late) * 2).sum(), buckets.slot_to_point
 
     x = points(5000)
-    expected = gpu3d.bucketize(plain(cp, x), 64).slot_to_point.get()
-    slow = normal(4096, 4096)
+    expected = gpu3d.bucketize(cp.asarray(x), 64).slot_to_point.get()
+    slow = jnp.asarray(numbers(4096, 4096))
     for _ in range(3):
         total, slots = run(slow, x)
         np.testing.assert_array_equal(slots, expected)
-        np.testing.assert_allclose(float(total), 2 * float(np.asarray(x, np.float64).sum()), rtol=1e-4)
+        np.testing.assert_allclose(float(total), 2 * float(x.astype(np.float64).sum()), rtol=1e-4)
 
 
-def test_a_stage_under_jit(cp):
-    lengths = (150, 3, 33, 1)
-    x, at = normal(POINTS + 3, 48), points(POINTS + 3)
-    got = jax.jit(jax.value_and_grad(stage_loss), static_argnums=2)(x, at, lengths)
-    expected = jax.value_and_grad(stage_loss)(x, at, lengths)
-    for a, b in zip(got, expected, strict=True):
-        assert bool((b != 0).any())
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-    with jax.transfer_guard("disallow"):  # nothing goes through the host
-        jax.block_until_ready(jax.jit(jax.value_and_grad(stage_loss), static_argnums=2)(x, at, lengths))
+def test_nothing_goes_through_the_host():
+    x, at, lengths = stage_of((150, 3, 33, 1))
+    step = jax.jit(jax.value_and_grad(stage_loss), static_argnums=2)
+    jax.block_until_ready(step(x, at, lengths))
+    with jax.transfer_guard("disallow"):
+        jax.block_until_ready(step(x, at, lengths))
 
 
-def test_vmap(cp):
-    at = jnp.stack([points(600, seed=seed) for seed in range(3)])
-    got = jax.jit(jax.vmap(lambda x: g.bucketize(x, 64)))(at)
-    expected = [gpu3d.bucketize(plain(cp, x), 64).slot_to_point.get() for x in at]
-    np.testing.assert_array_equal(got.slot_to_point, np.stack(expected))
-    y = normal(500, 3)
-    gradients = jax.jit(jax.vmap(jax.grad(g.chamfer), (0, None)))(at, y)
-    each = [gpu3d.chamfer_value_and_grad(plain(cp, x), plain(cp, y))[1][0].get() for x in at]
-    np.testing.assert_array_equal(gradients, np.stack(each))
+@pytest.mark.parametrize("name", ["bucketize", "attention", "chamfer", "apml"])
+def test_vmap(name):
+    op = OPS[name]("float32", jnp.asarray)
+    stacked = [jnp.stack([x, x[::-1]]) for x in op.inputs]
+    got = jax.jit(jax.vmap(op.run))(*stacked)
+    for i in range(2):
+        assert_same([x[i] for x in jax.tree.leaves(got)], jax.jit(op.run)(*[x[i] for x in stacked]))
 
 
-def test_threads(cp):
-    x = [points(4000, seed=seed) for seed in range(4)]
-    run = jax.jit(lambda x: g.bucketize(x, 64).slot_to_point)
+def test_threads():
+    x = [jnp.asarray(points(4000, seed=seed)) for seed in range(4)]
+    run = jax.jit(lambda x: gpu3d.bucketize(x, 64).slot_to_point)
     expected, got = [np.asarray(run(z)) for z in x], {}
 
     def work(i):
@@ -349,37 +243,35 @@ def test_threads(cp):
             np.testing.assert_array_equal(got[i][k], expected[(i + k) % 4])
 
 
-@pytest.mark.skipif(shard_map is None, reason="this JAX has no jax.shard_map")
-def test_shard_map(cp):
-    check_sharded(1)
-    if len(GPUS) > 1:
-        check_sharded(2)
+@needs_shard_map
+def test_shard_map():
+    check_sharded(len(GPUS[:2]))
 
 
-def test_another_gpu(cp):
-    if len(GPUS) < 2:
-        pytest.skip("needs two GPUs")
-    x = jax.device_put(np.asarray(points(5000)), GPUS[1])
-    got = g.bucketize(x, 64)
-    assert got.slot_to_point.devices() == {GPUS[1]}
-    np.testing.assert_array_equal(got.slot_to_point, gpu3d.bucketize(clouds.uniform(5000), 64).slot_to_point)
+@pytest.mark.skipif(len(GPUS) < 2, reason="needs two GPUs")
+def test_another_gpu():
+    x = jax.device_put(points(5000), GPUS[1])
+    for run in (jax.jit(functools.partial(gpu3d.bucketize, bucket_size=64)), lambda x: gpu3d.bucketize(x, 64)):
+        got = run(x)
+        assert got.slot_to_point.devices() == {GPUS[1]}
+        np.testing.assert_array_equal(got.slot_to_point, gpu3d.bucketize(points(5000), 64).slot_to_point)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_thousand_steps(cp):
-    at, x = points(1000), normal(1000, 32)
+    at, x = jnp.asarray(points(1000)), jnp.asarray(numbers(1000, 32))
 
     @jax.jit
     def step(weight):
         def loss(weight):
-            buckets = g.bucketize(at, 64)
-            q = (g.scatter(x, buckets) @ weight).reshape(-1, 2, 16)
-            out = g.bucket_attention(q, q, q, buckets, g.scopes(buckets, 2)).reshape(-1, 32)
-            pooled = g.bucket_pool(out, g.scatter(at, buckets), buckets)
-            near = g.gather(out, buckets)[:, :3]
-            return jnp.square(pooled.features).mean() + g.chamfer(near, at) + g.apml(near, at)
+            buckets = gpu3d.bucketize(at, 64)
+            q = (buckets.scatter(x) @ weight).reshape(-1, 2, 16)
+            out = gpu3d.bucket_attention(q, q, q, buckets, gpu3d.scopes(buckets, 2)).reshape(-1, 32)
+            pooled = gpu3d.bucket_pool(out, buckets.scatter(at), buckets)
+            near = buckets.gather(out)[:, :3]
+            return jnp.square(pooled.features).mean() + gpu3d.chamfer(near, at) + gpu3d.apml(near, at)
 
         return weight - 1e-3 * jax.grad(loss)(weight)
 
@@ -387,7 +279,7 @@ def test_a_thousand_steps(cp):
         gc.collect()
         return GPUS[0].memory_stats()["bytes_in_use"], cp.get_default_memory_pool().total_bytes()
 
-    weight = normal(32, 32)
+    weight = jnp.asarray(numbers(32, 32))
     for _ in range(10):
         weight = step(weight)
     jax.block_until_ready(weight)
@@ -400,7 +292,7 @@ def test_a_thousand_steps(cp):
 
 
 def test_with_jax_holding_nearly_all_memory(cp):
-    """Preallocation on: workspaces come out of what JAX holds."""
+    """With preallocation, workspaces come from the memory that JAX holds."""
     script = (
         "import numpy as np, jax\n"
         "from gpu3d.interop import jax as g\n"
@@ -420,17 +312,16 @@ def test_with_jax_holding_nearly_all_memory(cp):
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_errors_of_the_program(cp):
-    buckets, scopes = layout()
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    try:
-        q = normal(buckets.num_slots, 2, 16, dtype=np.float64)
-        with pytest.raises(ERRORS, match="q must be float16, bfloat16 or float32 on a GPU, got float64"):
-            jax.block_until_ready(g.bucket_attention(q, q, q, buckets, scopes))
-    finally:
-        jax.config.update("jax_enable_x64", before)
-    bad = points(20).at[3, 1].set(jnp.nan)
-    with pytest.raises(ERRORS, match="points must be finite, got 1 of 20"):
-        jax.block_until_ready(g.bucketize(bad, 16, check_finite=True).slot_to_point)
+def test_errors_of_the_program():
+    """Arguments that a GPU does not support raise an error when the program runs there."""
+    buckets, scopes = layout(asarray=jnp.asarray)
+    q = jnp.asarray(numbers(buckets.num_slots, 2, 16, dtype="float64"))
+    with pytest.raises(ERRORS, match="q must be float16, bfloat16 or float32 on a GPU, got float64"):
+        jax.block_until_ready(g.bucket_attention(q, q, q, buckets, scopes))
+
+
+def test_points_that_are_not_finite():
+    bad = jnp.asarray(points(20)).at[3, 1].set(jnp.nan)
+    with pytest.raises(ValueError, match="points must be finite, got 1 of 20"):
+        g.bucketize(bad, 16, check_finite=True)
     assert int((g.bucketize(bad, 16).slot_to_point >= 0).sum()) == 20

@@ -1,33 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gpu3d.interop.torch on the CPU: operators, gradients, compile, autocast, checkpointing, DDP, modules, bad input."""
+"""gpu3d.interop.torch on the CPU: first the checks of every op in torch, then tests of single ops."""
 
 from __future__ import annotations
 
 import doctest
 import functools
+import io
 import itertools
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import clouds
 import numpy as np
 import pytest
 import test_docs
 
-import gpu3d
-from gpu3d import _arrays
-
 torch = pytest.importorskip("torch")
-from gpu3d.interop import torch as g  # noqa: E402
+from torch.autograd import forward_ad  # noqa: E402
+from torch_cases import (  # noqa: E402
+    CASES,
+    LENGTHS,
+    POINTS,
+    assert_same,
+    expected,
+    gradient_of,
+    inputs_of,
+    layout,
+    native,
+    normal,
+    place,
+    points,
+    run,
+    samples,
+)
 
-OPS = torch.ops.gpu3d
-LENGTHS = (150, 0, 33, 1)
-POINTS = sum(LENGTHS)
-# What torch's own modules say while they compile is not ours; but of a cache it warns because there is one of ours.
+import gpu3d  # noqa: E402
+from gpu3d.interop import torch as g  # noqa: E402
+from gpu3d.interop.torch import functions, modules, operators  # noqa: E402
+
+MANY = tuple(range(1, 81))  # more clouds than are passed as integers
+every = pytest.mark.parametrize("name", CASES)
+# torch warns about its own modules while it compiles. Its warning about caches is about one of ours.
 compiling = pytest.mark.filterwarnings("ignore", "error:.*lru_cache")
 
 
@@ -37,43 +52,331 @@ def forget_compiled():
     torch._dynamo.reset()
 
 
-def normal(*shape, dtype=torch.float32, seed=0):
-    x = np.random.default_rng(seed).standard_normal(shape)
-    return torch.from_numpy(x).to(dtype).requires_grad_(dtype.is_floating_point)
+def loss_of(name, device="cpu"):
+    """A scalar function of the inputs of an op, and the inputs."""
+    case, at = CASES[name], place(device=device)
+
+    def loss(*inputs):
+        return case.forward(at, *inputs)[0].nan_to_num().square().sum()
+
+    return loss, inputs_of(case, at)
 
 
-def points(n=POINTS, dtype=torch.float32, seed=0):
-    return torch.from_numpy(clouds.uniform(n, seed=seed).copy()).to(dtype)
+def detached(inputs):
+    return tuple(x.detach() for x in inputs)
 
 
-@functools.cache
-def layout(bucket_size=16, lengths=LENGTHS):
-    buckets = g.bucketize(points(sum(lengths)), bucket_size, lengths=lengths)
-    return buckets, g.scopes(buckets, 2, shift=1)
+# ---- every op: values and gradients --------------------------------------------------------------------------------
 
 
-def in_slots(*shape, **options):
-    """Numbers in slot order, NaN in padding."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@every
+def test_bits(name, dtype):
+    """Results and gradients equal those of plain calls on NumPy arrays, with and without autograd."""
+    case, at = CASES[name], place()
+    inputs = inputs_of(case, at, dtype)
+    wanted = expected(case, at, inputs)
+    assert_same(run(case, at, inputs), wanted)
+    with torch.no_grad():
+        result = case.forward(at, *inputs)[0]
+        assert not result.requires_grad
+        assert_same([result], wanted[:1])
+    assert_same([case.forward(at, *detached(inputs))[0]], wanted[:1])
+
+
+@every
+def test_many_clouds(name):
+    """The lengths of many clouds are passed as a tensor."""
+    case, at = CASES[name], place(16, MANY)
+    inputs = inputs_of(case, at)
+    assert_same(run(case, at, inputs), expected(case, at, inputs))
+
+
+@every
+def test_one_input_that_requires_grad(name):
+    case, at = CASES[name], place()
+    inputs = inputs_of(case, at)
+    wanted = expected(case, at, inputs)
+    for i in range(len(inputs)):
+        alone = [x.detach().requires_grad_(i == j) for j, x in enumerate(inputs)]
+        result = case.forward(at, *alone)[0]
+        assert_same(
+            [result, *torch.autograd.grad(result, alone[i], gradient_of(result, torch.float32))],
+            [wanted[0], wanted[1 + i]],
+        )
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "apml" not in name])  # its plan is held constant
+def test_gradients_against_differences(name):
+    """The derivative along a random direction. Losses are float32, so the step is long."""
+    case, at = CASES[name], place()
+    inputs = detached(inputs_of(case, at, torch.float64))
+    direction = [normal(*x.shape, dtype=torch.float64, seed=20 + i).detach() for i, x in enumerate(inputs)]
+    weights = None
+
+    def along(step):
+        nonlocal weights
+        result = case.forward(at, *[x + step * d for x, d in zip(inputs, direction, strict=True)])[0].nan_to_num()
+        if weights is None:
+            weights = normal(*result.shape, dtype=torch.float64, seed=5).detach()
+        return (result * weights).sum()
+
+    step = 1e-6 if case.float64 else 1e-4
+    difference = (along(step) - along(-step)) / (2 * step)
+    leaf = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(along(leaf), leaf)
+    torch.testing.assert_close(slope, difference, rtol=1e-5 if case.float64 else 0.03, atol=1e-6)
+    assert slope != 0
+
+
+@every
+def test_second_derivatives(name):
+    """Second derivatives that do not exist are refused, because torch would take them for zero."""
+    case, (loss, inputs) = CASES[name], loss_of(name)
+    found = torch.autograd.grad(loss(*inputs), inputs, create_graph=True)
+    again = sum(x.nan_to_num().square().sum() for x in found) + sum(x.nan_to_num().sum() for x in inputs)
+    if case.twice:
+        assert all(bool((x.nan_to_num() != 0).any()) for x in torch.autograd.grad(again, inputs))
+        return
+    with pytest.raises(RuntimeError, match=r"gpu3d has no second derivatives: torch asked for the gradient of \w+_"):
+        again.backward()
+
+
+# ---- every op: torch.func ------------------------------------------------------------------------------------------
+
+
+@every
+def test_torch_func(name):
+    loss, inputs = loss_of(name)
+    which = tuple(range(len(inputs)))
+    wanted = torch.autograd.grad(loss(*inputs), inputs)
+    inputs = detached(inputs)
+    assert_same(torch.func.grad(loss, which)(*inputs), wanted)
+    _, pull = torch.func.vjp(loss, *inputs)
+    assert_same(pull(torch.ones(())), wanted)
+    assert_same(torch.func.jacrev(loss, which)(*inputs), wanted)
+    batch = [torch.stack([x, x.roll(1, -1)]) for x in inputs]
+    each = [torch.func.grad(loss, which)(*[x[i] for x in batch]) for i in range(2)]
+    stacked = [torch.stack(pair) for pair in zip(*each, strict=True)]
+    assert_same(torch.vmap(torch.func.grad(loss, which))(*batch), stacked)
+    assert_same(torch.func.grad(lambda *x: torch.vmap(loss)(*x).sum(), which)(*batch), stacked)
+    with torch.no_grad():
+        alone = torch.stack([loss(*[x[i] for x in batch]) for i in range(2)])
+        torch.testing.assert_close(torch.vmap(loss)(*batch), alone)
+
+
+@every
+def test_jacrev_of_rows(name):
+    """jacrev passes batched gradients."""
+    case, at = CASES[name], place()
+    inputs = detached(inputs_of(case, at))
+
+    def some(x):
+        return case.forward(at, x, *inputs[1:])[0].nan_to_num().reshape(-1)[:3]
+
+    got = torch.func.jacrev(some)(inputs[0])
+    leaf = inputs[0].clone().requires_grad_()
+    rows = [torch.autograd.grad(value, leaf, retain_graph=True)[0] for value in some(leaf)]
+    assert_same([got], [torch.stack(rows)])
+
+
+NO_FORWARD = r"gpu3d has no forward-mode derivatives, and an argument of \w+ has a tangent"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own
+@every
+def test_forward_mode_is_refused(name):
+    """It raises an error, instead of giving zero or None."""
+    loss, inputs = loss_of(name)
+    inputs = detached(inputs)
+    functions = {
+        "jvp": lambda: torch.func.jvp(loss, inputs, inputs),
+        "jacfwd": lambda: torch.func.jacfwd(loss)(*[x[..., :8] for x in inputs]),
+        "hessian": lambda: torch.func.hessian(loss)(*inputs),
+        "jvp of grad": lambda: torch.func.jvp(torch.func.grad(loss), inputs, inputs),
+        "jvp in vmap": lambda: torch.vmap(lambda *x: torch.func.jvp(loss, x, x))(*[x[None] for x in inputs]),
+    }
+    for way in functions.values():
+        with pytest.raises(NotImplementedError, match=NO_FORWARD):
+            way()
+    with pytest.raises((NotImplementedError, ValueError, RuntimeError)):  # raised inside torch
+        torch.func.jvp(lambda *x: torch.vmap(loss)(*x).sum(), *[tuple(x[None] for x in inputs)] * 2)
+    for requires_grad in (False, True):
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(x.clone().requires_grad_(requires_grad), x) for x in inputs]
+            with pytest.raises(NotImplementedError, match=NO_FORWARD):
+                loss(*duals)
+            with torch.no_grad(), pytest.raises(NotImplementedError, match=NO_FORWARD):
+                loss(*duals)
+
+
+# ---- every op: torch.compile, torch.jit, torch.export --------------------------------------------------------------
+
+
+@compiling
+@every
+def test_compile(name):
+    case, at = CASES[name], place()
+    inputs = inputs_of(case, at)
+    compiled = case._replace(forward=torch.compile(case.forward, fullgraph=True, backend="aot_eager"))
+    assert_same(run(compiled, at, inputs), run(case, at, inputs))
+
+
+@compiling
+@every
+def test_compile_around_torch_func(name):
+    """The gradient is right or raises an error; it is never 0."""
+    loss, inputs = loss_of(name)
+    inputs = detached(inputs)
+    wanted = torch.func.grad(loss)(*inputs)
+    batch = [x[None] for x in inputs]
+    for f, args, answer in (
+        (torch.func.grad(loss), inputs, wanted),
+        (torch.vmap(torch.func.grad(loss)), batch, wanted[None]),
+        (lambda *x: torch.func.jvp(loss, x, x)[1], inputs, None),
+    ):
+        try:
+            got = torch.compile(lambda *x, f=f: f(*x), backend="aot_eager")(*args)
+        except Exception as error:
+            assert "gpu3d" in str(error)
+        else:
+            assert answer is not None
+            assert_same([got], [answer])
+        torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and warns about Python values while it traces
+@every
+def test_jit_trace(name):
+    """The trace has the operator with its gradient, and not the result of the example."""
+    case, at = CASES[name], place()
+    inputs, others = inputs_of(case, at), [x.detach().roll(1, -1) for x in inputs_of(case, at)]
+    for x in (inputs, detached(inputs)):
+        traced = torch.jit.trace(lambda *x: case.forward(at, *x)[0], tuple(x), check_trace=False)
+        assert_same([traced(*others)], [case.forward(at, *others)[0]])
+    buffer = io.BytesIO()
+    torch.jit.save(traced, buffer)
+    buffer.seek(0)
+    program = torch.jit.load(buffer)
+    loaded = case._replace(forward=lambda at, *x: (program(*x), None))
+    leaves = [x.clone().requires_grad_() for x in others]
+    assert_same(run(loaded, at, leaves), run(case, at, leaves))
+
+
+@compiling
+@every
+def test_export(name):
+    case, at = CASES[name], place()
+
+    class Module(torch.nn.Module):
+        def forward(self, *x):
+            return case.forward(at, *x)[0]
+
+    inputs = detached(inputs_of(case, at))
+    exported = torch.export.export(Module(), inputs, strict=False).module()
+    others = [x.roll(1, -1) for x in inputs]
+    assert_same([exported(*others)], [case.forward(at, *others)[0]])
+
+
+# ---- every op: who intercepts operators ----------------------------------------------------------------------------
+
+
+@every
+def test_modes_and_the_profiler_see_the_operators(name):
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Dispatched(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    class Called(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            names.add(str(func).replace(".", "::", 1))
+            return func(*args, **(kwargs or {}))
+
+    case, at = CASES[name], place()
+    inputs = inputs_of(case, at)
+    op = "move_rows" if name in ("scatter", "gather") else name.partition("-")[0]
+    back = op if op == "move_rows" else op + "_backward"
+    wanted = run(case, at, inputs)
+    for mode, seen in ((Dispatched(), {op, back}), (Called(), {op})):
+        names = set()
+        with mode:
+            got = run(case, at, inputs)
+        assert {f"gpu3d::{x}.eager" for x in seen} <= names
+        assert_same(got, [x.detach() for x in wanted])
+    with torch.profiler.profile() as profile:
+        run(case, at, inputs)
+    assert {f"gpu3d::{op}", f"gpu3d::{back}"} <= {event.key for event in profile.key_averages()}
+
+
+@every
+def test_subclasses_and_fake_tensors(name):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    class Subclass(torch.Tensor):
+        pass
+
+    case, at = CASES[name], place()
+    inputs = inputs_of(case, at)
+    result = case.forward(at, *detached(inputs))[0]
+    assert isinstance(case.forward(at, *[x.detach().as_subclass(Subclass) for x in inputs])[0], Subclass)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = case.forward(at, *[mode.from_tensor(x) for x in inputs])[0]
+    assert fake.shape == result.shape and fake.dtype == result.dtype
+
+
+@compiling
+@pytest.mark.parametrize("sample", list(samples()), ids=lambda sample: sample[0].__name__)
+def test_opcheck(sample):
+    op, *args = sample
+    torch.library.opcheck(op.default, tuple(args))
+    args = [torch.tensor(x) if isinstance(x, tuple) else x for x in args]
+    alike = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
+    torch.library.opcheck(op.eager, tuple(alike), test_utils="test_schema")
+
+
+def test_every_operator_is_checked():
+    defined = {op.name for op in vars(operators).values() if isinstance(op, operators.Operator)}
+    assert defined == {op.__name__ for op, *_ in samples()}
+
+
+@pytest.mark.parametrize("name", [name for name in g.__all__ if name[0].islower() and name != "use_torch_allocator"])
+def test_plain_calls_come_here(name, monkeypatch):
+    """A plain call on a tensor is the function of the same name in gpu3d.interop.torch."""
+    here = getattr(g, name)
+    seen = []
+    monkeypatch.setattr(g, name, lambda *args, **kwargs: seen.append(here(*args, **kwargs)))
+    buckets, scopes = layout()
+    x = points()
+    calls = {
+        "bucketize": lambda: gpu3d.bucketize(x, 16),
+        "scopes": lambda: gpu3d.scopes(buckets),
+        "scatter": lambda: buckets.scatter(x),
+        "gather": lambda: buckets.gather(torch.ones(buckets.num_slots)),
+        "bucket_attention": lambda: gpu3d.bucket_attention(*[torch.ones(buckets.num_slots, 1, 8)] * 3, buckets, scopes),
+        "bucket_pool": lambda: gpu3d.bucket_pool(*[torch.ones(buckets.num_slots, 3)] * 2, buckets),
+        "bucket_unpool": lambda: gpu3d.bucket_unpool(
+            torch.ones(_pooled().buckets.num_slots, 2), _pooled(), torch.ones(buckets.num_slots, 2)
+        ),
+        "chamfer": lambda: gpu3d.chamfer(x, x),
+        "apml": lambda: gpu3d.apml(x, x),
+        "knn": lambda: gpu3d.knn(x, x, 2),
+        "radius_search": lambda: gpu3d.radius_search(x, x, 0.1),
+    }
+    calls[name]()
+    assert len(seen) == 1
+
+
+def _pooled():
     buckets, _ = layout()
-    x = normal(buckets.num_slots, *shape, **options).detach()
-    x[buckets.slot_to_point < 0] = torch.nan
-    return x.requires_grad_()
+    at = buckets.scatter(points())
+    return gpu3d.bucket_pool(at, at, buckets)
 
 
-def gradients(result, inputs, seed=9):
-    """Of inputs, from a random gradient of the result, which is returned too. NaN in padding of `result` is no sum."""
-    dout = normal(*result.shape, dtype=result.dtype, seed=seed).detach()
-    return dout, torch.autograd.grad(result, inputs, dout)
-
-
-def assert_same(got, expected):
-    assert len(got) == len(expected)
-    for a, b in zip(got, expected, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        assert torch.equal(a.detach(), b) and (a.numel() < 2 or bool((a != 0).any()))
-
-
-# ---- the plain calls' bits -----------------------------------------------------------------------------------------
+# ---- structure -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -83,217 +386,64 @@ def assert_same(got, expected):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_bucketize_and_scopes(dtype, options):
     x = points(dtype=dtype)
-    got, expected = (m.bucketize(x, 16, lengths=LENGTHS, **options) for m in (g, gpu3d))
+    got, wanted = (gpu3d.bucketize(z, 16, lengths=LENGTHS, **options) for z in (x, native(x)))
     for name in ("slot_to_point", "point_to_slot", "moved"):
-        assert torch.equal(getattr(got, name), getattr(expected, name)), name
-    assert (got.lengths, got.bucket_offsets, got.bucket_size) == (expected.lengths, expected.bucket_offsets, 16)
+        assert np.array_equal(native(getattr(got, name)), getattr(wanted, name)), name
+    assert (got.lengths, got.bucket_offsets, got.bucket_size) == (wanted.lengths, wanted.bucket_offsets, 16)
     for size, shift, stride in itertools.product((1, 2, 3, 50), (0, 1, -2), (1, 2, 7)):
-        a, b = (m.scopes(got, size, shift=shift, stride=stride) for m in (g, gpu3d))
-        assert torch.equal(a.table, b.table) and a.bucket_offsets == b.bucket_offsets
-        assert g._scopes_fake(got.slot_to_point, 16, LENGTHS, size, shift, stride).shape == b.table.shape
+        a, b = (gpu3d.scopes(z, size, shift=shift, stride=stride) for z in (got, wanted))
+        assert np.array_equal(native(a.table), b.table) and a.bucket_offsets == b.bucket_offsets
+        arguments = got.slot_to_point, 16, list(LENGTHS), size, shift, stride
+        assert operators.SCOPES._fake(*arguments).shape == b.table.shape
 
 
 def test_bucketize_of_a_batch():
     x = points(120).reshape(4, 30, 3)
-    got, expected = g.bucketize(x, 16), gpu3d.bucketize(x, 16)
-    assert got.lengths == (30,) * 4 and torch.equal(got.slot_to_point, expected.slot_to_point)
+    got, wanted = g.bucketize(x, 16), gpu3d.bucketize(native(x), 16)
+    assert got.lengths == (30,) * 4 and np.array_equal(native(got.slot_to_point), wanted.slot_to_point)
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (2, 4)])
-def test_scatter_and_gather(shape):
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "uint16", "uint8", "bool", "int64", "complex64"])
+def test_scatter_of_any_dtype(name):
     buckets, _ = layout()
-    x = normal(POINTS, *shape)
-    y = g.scatter(x, buckets, fill=7.5)
-    assert_same([y], [buckets.scatter(x, 7.5)])
-    assert_same([g.gather(y, buckets)], [x.detach()])
-    dy, (dx,) = gradients(y, [x])
-    assert_same([dx], [buckets.gather(dy)])
-    y = in_slots(*shape)
-    dx, (dy,) = gradients(g.gather(y, buckets), [y])
-    assert_same([dy], [buckets.scatter(dx)])
-    integers = torch.arange(POINTS) + 2**40
-    assert torch.equal(g.gather(g.scatter(integers, buckets, fill=-1), buckets), integers)
+    x = (torch.arange(2 * POINTS).reshape(-1, 2) % 97).to(getattr(torch, name))
+    for of in (buckets, native(buckets)):
+        y = of.scatter(x)
+        assert y.dtype == x.dtype and y.shape == (buckets.num_slots, 2)
+        assert bool((of.gather(y).view(torch.uint8) == x.view(torch.uint8)).all())
 
 
-@pytest.mark.parametrize("scale", [None, 0.3])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_bucket_attention(dtype, scale):
-    packed = in_slots(3, 2, 8, dtype=dtype)
-    q, k, v = packed.unbind(1)
-    out, lse = g.bucket_attention(q, k, v, *layout(), scale=scale, return_lse=True)
-    expected = gpu3d.bucket_attention(q, k, v, *layout(), scale=scale, return_lse=True)
-    assert_same((out, lse), expected)
-    assert out.requires_grad and not lse.requires_grad
-    dout, got = gradients(out, (q, k, v))
-    assert_same(got, gpu3d.bucket_attention_backward(dout, q, k, v, *expected, *layout(), scale=scale))
-    (dpacked,) = torch.autograd.grad(g.bucket_attention(*packed.unbind(1), *layout(), scale=scale), packed, dout)
-    assert_same([dpacked], [torch.stack(got, 1)])
+def test_layouts_of_another_library():
+    """Index arrays of another library become tensors that share their memory."""
+    buckets, scopes = native(layout())
+    x = normal(POINTS, 3)
+    assert_same([buckets.scatter(x)], [layout()[0].scatter(x).detach()])
+    assert functions._tensor(buckets.slot_to_point, "x").data_ptr() == buckets.slot_to_point.ctypes.data
+    q = normal(buckets.num_slots, 1, 8)
+    assert_same(
+        [gpu3d.bucket_attention(q, q, q, buckets, scopes)], [gpu3d.bucket_attention(q, q, q, *layout()).detach()]
+    )
+    frozen = gpu3d.Buckets(**{**vars(buckets), "point_to_slot": buckets.point_to_slot.copy()})
+    frozen.point_to_slot.flags.writeable = False
+    assert_same([frozen.scatter(x)], [buckets.scatter(x).detach()])
 
 
-@pytest.mark.parametrize("reduce", ["sum", "mean", "min", "max"])
-@pytest.mark.parametrize("ratio", [2, 4, 8])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_bucket_pool_and_unpool(dtype, ratio, reduce):
-    buckets, _ = layout()
-    features, at = in_slots(5, dtype=dtype), g.scatter(points(), buckets).requires_grad_()
-    pooled = g.bucket_pool(features, at, buckets, ratio=ratio, reduce=reduce)
-    expected = gpu3d.bucket_pool(features, at, buckets, ratio=ratio, reduce=reduce)
-    assert_same([pooled.features], [expected.features])
-    for name in ("points", "members", "argmember"):
-        a, b = getattr(pooled, name), getattr(expected, name)
-        assert (a is None and b is None) or (torch.equal(a, b) and not a.requires_grad), name
-    for name in ("slot_to_point", "point_to_slot", "moved"):
-        assert torch.equal(getattr(pooled.buckets, name), getattr(expected.buckets, name)), name
-    assert pooled.buckets.lengths == expected.buckets.lengths and pooled.parent is buckets
-    dpooled, got = gradients(pooled.features, [features])
-    assert_same(got, [gpu3d.bucket_pool_backward(dpooled, expected)])
-
-    child = normal(*pooled.features.shape, dtype=dtype, seed=3)
-    for skip in (None, in_slots(5, dtype=dtype, seed=4)):
-        out = g.bucket_unpool(child, pooled, skip)
-        assert_same([out], [gpu3d.bucket_unpool(child, expected, skip)])
-        inputs = [child] if skip is None else [child, skip]
-        dout, got = gradients(out, inputs)
-        assert_same(got, gpu3d.bucket_unpool_backward(dout, expected)[: len(inputs)])
+def test_pytrees():
+    pooled = _pooled()
+    leaves, spec = torch.utils._pytree.tree_flatten((*layout(), pooled))
+    assert sum(isinstance(x, torch.Tensor) for x in leaves) == 3 + 1 + 3 + 3 + 3
+    again = torch.utils._pytree.tree_unflatten(leaves, spec)
+    assert isinstance(again[2], gpu3d.Pooling) and again[2].buckets.lengths == pooled.buckets.lengths
+    with torch.device("cpu"):
+        moved = pooled.to("cpu") if hasattr(pooled, "to") else layout()[0].to("cpu")
+    assert type(moved) in (gpu3d.Pooling, gpu3d.Buckets)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("squared", [False, True])
-def test_chamfer(dtype, squared, reduction):
-    x, y = normal(60, 3, dtype=dtype), normal(50, 3, dtype=dtype, seed=1)
-    options = {"x_lengths": [20, 40], "y_lengths": [45, 5], "squared": squared, "reduction": reduction}
-    loss = g.chamfer(x, y, **options)
-    expected, plain = gpu3d.chamfer_value_and_grad(x, y, **options)
-    assert_same([loss], [expected])
-    assert_same(torch.autograd.grad(loss.sum(), (x, y), retain_graph=True), plain)
-    if reduction == "none":
-        dx, dy = torch.autograd.grad(loss, (x, y), torch.tensor([2.0, -0.5]))  # exact factors
-        assert_same([dx, dy], [torch.cat([z[:n] * 2, z[n:] * -0.5]) for z, n in zip(plain, (20, 45), strict=True)])
-    else:
-        assert_same(torch.autograd.grad(loss, (x, y), torch.tensor(4.0)), [4 * z for z in plain])
-    assert_same([g.chamfer(x.detach(), y.detach(), **options)], [expected])  # which asks for no gradient
-    with torch.no_grad():
-        assert not g.chamfer(x, y, **options).requires_grad
-
-
-@pytest.mark.parametrize("options", [{}, {"reduction": "none", "symmetrize": "min"}, {"iterations": 3, "p_min": 0.5}])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_apml(dtype, options):
-    x, y = normal(60, 3, dtype=dtype), normal(50, 3, dtype=dtype, seed=1)
-    options = {"pred_lengths": [20, 40], "target_lengths": [45, 5], **options}
-    loss = g.apml(x, y, **options)
-    expected, plain = gpu3d.apml_value_and_grad(x, y, **options)
-    assert_same([loss, *torch.autograd.grad(loss.sum(), (x, y), retain_graph=True)], [expected, *plain])
-    first, second = (2.0, -0.5) if loss.ndim else (4.0, 4.0)  # exact factors
-    asked = torch.tensor([first, second] if loss.ndim else first)
-    pulled = [torch.cat([z[:n] * first, z[n:] * second]) for z, n in zip(plain, (20, 45), strict=True)]
-    assert_same(torch.autograd.grad(loss, (x, y), asked), pulled)
-    assert_same([g.apml(x.detach(), y.detach(), **options)], [expected])
-    too_small = g.apml(x, y, **options, max_entries=10)
-    assert bool(torch.isnan(too_small).all())
-    assert all(bool(torch.isnan(z).all()) for z in torch.autograd.grad(too_small.sum(), (x, y)))
-
-
-@compiling
-def test_apml_compiled():
-    compiled = torch.compile(g.apml, fullgraph=True, backend="aot_eager")
-    for n in (20, 30, 50):
-        x, y = normal(3, n, 3), normal(3, n + 2, 3, seed=1)
-        results = [(loss, *torch.autograd.grad(loss, (x, y))) for loss in (g.apml(x, y), compiled(x, y))]
-        assert_same(results[1], [z.detach() for z in results[0]])
-
-
-@pytest.mark.parametrize("d", [2, 3])
-def test_chamfer_of_a_batch_and_of_one_side(d):
-    x, y = normal(4, 20, d), normal(4, 30, d, seed=1).detach()
-    loss = g.chamfer(x, y)
-    expected, (dx, _) = gpu3d.chamfer_value_and_grad(x, y)
-    assert_same([loss, *torch.autograd.grad(loss, x)], [expected, dx])
-
-
-# ---- torch's own checks --------------------------------------------------------------------------------------------
-
-
-def samples():
-    """Arguments of every operator."""
-    buckets, scopes = layout()
-    shape = 16, LENGTHS
-    q, k, v = in_slots(3, 2, 8, dtype=torch.float64).detach().unbind(1)
-    out, lse = gpu3d.bucket_attention(q, k, v, buckets, scopes, return_lse=True)
-    window = scopes.table, *shape, None
-    yield OPS.bucketize, points(), *shape, "zorder_div", "spill", 0.01, False, 0, None
-    yield OPS.scopes, buckets.slot_to_point, *shape, 2, 1, 3
-    yield OPS.move_rows, normal(POINTS, 5), buckets.slot_to_point, buckets.point_to_slot, 0, "x"
-    yield OPS.bucket_attention, *(z.clone().requires_grad_() for z in (q, k, v)), *window
-    yield OPS.bucket_attention_backward, in_slots(2, 8, dtype=torch.float64).detach(), q, k, v, out, lse, *window
-    for reduce in ("mean", "max"):
-        features, options = in_slots(3), (*shape, 2, reduce)
-        args = features, g.scatter(points(), buckets), *options
-        child, _, members, argmember, *_ = OPS.bucket_pool(*args)
-        child = child.detach().requires_grad_()
-        yield OPS.bucket_pool, *args
-        yield OPS.bucket_pool_backward, child.detach(), members, argmember, *options
-    for skip in (None, features):
-        yield OPS.bucket_unpool, child, members, skip, *shape, 2
-    yield OPS.bucket_unpool_backward, features.detach(), members, *shape, 2
-    x, y, lengths = normal(40, 3), normal(30, 3, seed=1), ((30, 10), (10, 20))
-    for reduction in ("mean", "none"):
-        yield OPS.chamfer, x, y, *lengths, False, reduction
-        loss, found = OPS.chamfer(x.detach(), y.detach(), *lengths, True, reduction)
-        yield OPS.chamfer_backward, torch.rand(loss.shape), x.detach(), y.detach(), found, *lengths, True, reduction
-    yield OPS.chamfer, x.detach(), y.detach(), *lengths, True, "sum"
-    yield OPS.apml, x, y, *lengths, 0.8, 1e-8, 20, "mean", "none", 5000, True
-    yield OPS.apml, x.detach(), y.detach(), *lengths, 0.8, 1e-8, 20, "min", "sum", None, False
-    _, dx, dy = OPS.apml(x, y, *lengths, 0.8, 1e-8, 20, "mean", "none", 5000, True)
-    yield OPS.apml_backward, torch.rand(2), dx, dy, x.detach(), y.detach(), *lengths
-
-
-@compiling
-@pytest.mark.parametrize("sample", list(samples()), ids=lambda sample: sample[0].__name__)
-def test_opcheck(sample):
-    op, *args = sample
-    torch.library.opcheck(op.default, tuple(args))
-
-
-def test_every_operator_is_checked():
-    defined = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("gpu3d::")}
-    assert defined == {op.__name__ for op, *_ in samples()}
-
-
-def test_gradcheck():
-    buckets, scopes = layout(16, (20, 5))
-    wide = functools.partial(normal, dtype=torch.float64)
-    q, k, v = (wide(buckets.num_slots, 1, 8, seed=seed) for seed in range(3))
-    assert torch.autograd.gradcheck(lambda q, k, v: g.bucket_attention(q, k, v, buckets, scopes), (q, k, v))
-    features, at = wide(buckets.num_slots, 2), g.scatter(points(25), buckets)
-    for reduce in ("sum", "mean", "min", "max"):
-        pool = functools.partial(g.bucket_pool, points=at, buckets=buckets, ratio=4, reduce=reduce)
-        assert torch.autograd.gradcheck(lambda x, pool=pool: pool(x).features, (features,))
-    pooled = g.bucket_pool(features, at, buckets, ratio=4)
-    child = wide(*pooled.features.shape, seed=5)
-    assert torch.autograd.gradcheck(lambda c, s: g.bucket_unpool(c, pooled, s), (child, features))
-    x = wide(25, 2)
-    assert torch.autograd.gradcheck(lambda x: g.scatter(x, buckets), (x,))
-    assert torch.autograd.gradgradcheck(lambda x: g.gather(g.scatter(x, buckets) ** 2, buckets), (x,))
-
-
-def test_chamfer_against_differences():
-    """The loss is float32, so gradcheck has no room: one direction, a long step, on separate clouds."""
-    x, y = normal(30, 3), normal(40, 3, seed=1)
-    step = 1e-3 * normal(30, 3, seed=2).detach()
-    loss = g.chamfer(x, y, squared=True)
-    (dx,) = torch.autograd.grad(loss, x)
-    difference = (g.chamfer(x + step, y, squared=True) - g.chamfer(x - step, y, squared=True)) / 2
-    slope, difference = float((dx * step).sum()), float(difference.detach())
-    assert abs(slope - difference) < 0.02 * abs(difference)
-
-
-# ---- torch.compile -------------------------------------------------------------------------------------------------
+# ---- torch.compile of a backbone's stage ---------------------------------------------------------------------------
 
 
 def stage(x, at, lengths, squared=False):
-    """What a stage of a backbone does: every function, with the structure made, used and returned."""
+    """A stage of a backbone: it calls every function, and makes, uses and returns the layouts."""
     buckets = g.bucketize(at, 16, lengths=lengths)
     rows = g.scatter(x, buckets)
     q, k, v = rows.unflatten(1, (3, 2, 8)).unbind(1)
@@ -312,8 +462,8 @@ def check_compiled(backend, same):
     for lengths in batches:
         x, at = normal(sum(lengths), 48), points(sum(lengths))
         results = []
-        for run in (stage, compiled):
-            out, loss, pooled = run(x, at, lengths)
+        for way in (stage, compiled):
+            out, loss, pooled = way(x, at, lengths)
             (dx,) = torch.autograd.grad(out.square().sum() + loss, x)
             assert isinstance(pooled, gpu3d.Pooling) and isinstance(pooled.buckets, gpu3d.Buckets)
             assert all(type(n) is int for n in pooled.buckets.lengths + pooled.buckets.bucket_offsets)
@@ -332,7 +482,7 @@ def test_compile_with_lengths_that_change():
 
     check_compiled("aot_eager", same)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs <= (2 if torch.__version__ >= "2.7" else 3)  # the last has symbols for lengths
+    assert graphs <= (2 if torch.__version__ >= "2.7" else 3)  # the last graph has symbols for lengths
 
 
 @compiling
@@ -349,7 +499,69 @@ def test_compile_of_a_module_with_structure_passed_in():
     assert_same([compiled(x, *layout())], [block(x, *layout()).detach()])
 
 
-# ---- autocast, checkpointing, second derivatives -------------------------------------------------------------------
+@compiling
+def test_compile_searches():
+    """Results are the same with a symbolic number of entries; where entries cannot be counted there is a default."""
+
+    def search(query, at):
+        return *g.knn(query, at, 3), *g.radius_search(query, at, 20.0), g.apml(query, at)
+
+    compiled = torch.compile(search, fullgraph=True, backend="aot_eager")
+    for n in (30, 40, 55):
+        query, at = points(n), points(n + 5, seed=1)
+        wanted, got = search(query, at), compiled(query, at)
+        count = len(wanted[3])
+        assert_same([*got[:3], got[5]], [*wanted[:3], wanted[5]])
+        assert torch.equal(got[3][:count], wanted[3]) and torch.equal(got[4][:count], wanted[4])
+        assert len(got[3]) == n * (n + 5) and bool((got[3][count:] == -1).all())
+
+
+@compiling
+def test_gradients_of_searches():
+    """Gradients equal autograd's on float64 differences of coordinates, for any max_entries and under torch.compile."""
+    lengths = {"query_lengths": (20, 40), "lengths": (45, 5)}
+    x, y = (normal(n, 3, dtype=torch.float64, seed=n) for n in (60, 50))
+
+    def by_radius(x, y, **room):
+        found = g.radius_search(x, y, 1.5, **lengths, **room)
+        return found.distances.nan_to_num().square().sum(), found
+
+    def by_number(x, y):
+        found = g.knn(x, y, 4, **lengths)
+        return found.distances.square().sum(), found
+
+    for search in (by_number, by_radius):
+        loss, found = search(x, y)
+        rows = torch.arange(60)
+        rows = rows.repeat_interleave(4 if search is by_number else found.offsets.diff())
+        explicit = (x[rows] - y[found.indices.reshape(-1)]).square().sum()
+        torch.testing.assert_close(loss.double(), explicit)
+        got, wanted = torch.autograd.grad(loss, (x, y)), torch.autograd.grad(explicit, (x, y))
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+        compiled = torch.compile(lambda *z, f=search: f(*z)[0], fullgraph=True, backend="aot_eager")
+        assert_same(torch.autograd.grad(compiled(x, y), (x, y)), got)
+        assert_same(torch.func.grad(lambda *z, f=search: f(*z)[0], (0, 1))(*detached((x, y))), got)
+    for room in (len(found.indices), len(found.indices) + 9):
+        assert_same(torch.autograd.grad(by_radius(x, y, max_entries=room)[0], (x, y)), got)
+    cut = torch.autograd.grad(by_radius(x, y, max_entries=len(found.indices) - 1)[0], (x, y))
+    assert all(bool(z.isnan().all()) for z in cut)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_of_searches(dtype):
+    """Under autocast both clouds are cast to float32, as for losses."""
+    x, y = normal(60, 3, dtype=dtype), normal(50, 3, seed=1)
+    wide = x.detach().float().requires_grad_()
+    for search in (lambda *z: g.knn(*z, 4).distances, lambda *z: g.radius_search(*z, 1.0).distances):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = search(x, y)
+        wanted = search(wide, y)
+        assert_same([found], [wanted])
+        dx, dy = torch.autograd.grad(wanted.sum(), (wide, y))
+        assert_same(torch.autograd.grad(found.sum(), (x, y)), [dx.to(dtype), dy])
+
+
+# ---- autocast, checkpointing ---------------------------------------------------------------------------------------
 
 
 @compiling
@@ -358,7 +570,7 @@ def test_compile_of_a_module_with_structure_passed_in():
 def test_autocast(dtype, compiled):
     buckets, scopes = layout()
 
-    def run(x, at):
+    def ops(x, at):
         q, k, v = x.unflatten(1, (3, 2, 8)).unbind(1)
         out = g.bucket_attention(q, k, v, buckets, scopes)
         pooled = g.bucket_pool(x, at, buckets)
@@ -367,15 +579,17 @@ def test_autocast(dtype, compiled):
 
     x, at = normal(layout()[0].num_slots, 48), g.scatter(points(), layout()[0])
     with torch.autocast("cpu", dtype=dtype):
-        run = torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run
-        out, features, back, near, moved = run(x, at)
+        ops = torch.compile(ops, fullgraph=True, backend="aot_eager") if compiled else ops
+        out, features, back, near, moved = ops(x, at)
     assert out.dtype == dtype and {z.dtype for z in (features, back, near, moved)} == {torch.float32}
     q, k, v = x.to(dtype).unflatten(1, (3, 2, 8)).unbind(1)
     assert_same([out], [gpu3d.bucket_attention(q, k, v, *layout())])
     assert_same([near, moved], [loss(at.half().float(), at * 1.5) for loss in (gpu3d.chamfer, gpu3d.apml)])
-    dout, (dx,) = gradients(out, [x])
-    saved = gpu3d.bucket_attention(q, k, v, *layout(), return_lse=True)
-    exact = gpu3d.bucket_attention_backward(dout, q, k, v, *saved, *layout())
+    dout = gradient_of(out, out.dtype)
+    (dx,) = torch.autograd.grad(out, x, dout)
+    plain = [z.detach() for z in (q, k, v)]
+    saved = gpu3d.bucket_attention(*plain, *layout(), return_lse=True)
+    exact = gpu3d.bucket_attention_backward(dout, *plain, *saved, *layout())
     assert_same([dx], [torch.stack([z.float() for z in exact], 1).flatten(1)])
     with torch.autocast("cpu", dtype=dtype):
         assert g.bucket_attention(*(z.double() for z in (q, k, v)), *layout()).dtype == torch.float64
@@ -386,72 +600,17 @@ def test_autocast(dtype, compiled):
 def test_activation_checkpointing(way):
     from torch.utils.checkpoint import checkpoint
 
-    def run(x, at):
+    def rows(x, at):
         return stage(x, at, (150, 34))[0]
 
     def checkpointed(x, at):
-        return checkpoint(run, x, at, use_reentrant=way == "reentrant")
+        return checkpoint(rows, x, at, use_reentrant=way == "reentrant")
 
     if way == "compiled":
         checkpointed = torch.compile(checkpointed, fullgraph=True, backend="aot_eager")
     x, at = normal(POINTS, 48), points()
     checkpointed(x, at).square().sum().backward()
-    assert_same([x.grad], torch.autograd.grad(run(x, at).square().sum(), x))
-
-
-def test_second_derivatives_are_refused():
-    buckets, scopes = layout()
-    q, x = normal(buckets.num_slots, 2, 8), normal(40, 3)
-    features = normal(buckets.num_slots, 3)
-    pooled = gpu3d.bucket_pool(features, g.scatter(points(), buckets), buckets)
-    child = normal(*pooled.features.shape)
-    losses = (
-        (q, g.bucket_attention(q, q, q, buckets, scopes)),
-        (features, g.bucket_pool(features, pooled.points.new_zeros(buckets.num_slots, 3), buckets).features),
-        (child, g.bucket_unpool(child, pooled)),
-        (x, g.chamfer(x, x.detach() + 1)),
-        (x, g.apml(x, x.detach() + 1)),
-    )
-    for z, result in losses:
-        (dz,) = torch.autograd.grad(result.square().sum(), z, create_graph=True)
-        with pytest.raises(
-            RuntimeError, match=r"gpu3d has no second derivatives: torch asked for the gradient of \w+_"
-        ):
-            (dz.sum() + z.sum()).backward()
-
-
-# ---- with and without the dispatcher -------------------------------------------------------------------------------
-
-
-def test_who_looks_on_sees_the_operators():
-    """A mode and a subclass get operators; without them the kernels run by themselves, to the same bits."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Seen(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            names.append(func.name())
-            return func(*args, **(kwargs or {}))
-
-    class Subclass(torch.Tensor):
-        pass
-
-    def attend(q):
-        return g.bucket_attention(q, q, q, *layout())
-
-    def results():
-        out = attend(q)
-        return out, *torch.autograd.grad(out.square().sum(), q)
-
-    q, names = normal(layout()[0].num_slots, 2, 8), []
-    with Seen():
-        seen = results()
-    assert {"gpu3d::bucket_attention", "gpu3d::bucket_attention_backward"} <= set(names)
-    assert_same(results(), [z.detach() for z in seen])
-    assert isinstance(attend(q.detach().as_subclass(Subclass)), Subclass)
-    assert attend(q.detach().to("meta")).device.type == "meta"
-    with torch.profiler.profile() as profile:
-        attend(q.detach())
-    assert not any("gpu3d::" in event.key for event in profile.key_averages())
+    assert_same([x.grad], torch.autograd.grad(rows(x, at).square().sum(), x))
 
 
 # ---- modules -------------------------------------------------------------------------------------------------------
@@ -508,7 +667,7 @@ def test_training_with_a_block_learns():
 
 def test_docstrings():
     names = {name: getattr(g, name) for name in g.__all__}
-    tests = [test for test in doctest.DocTestFinder().find(g, globs={"torch": torch, **names}) if test.examples]
+    tests = [test for test in doctest.DocTestFinder().find(modules, globs={"torch": torch, **names}) if test.examples]
     assert tests
     for test in tests:
         test_docs.run(test)
@@ -521,21 +680,21 @@ WORLD = 2
 
 
 def train_step(rank, store):
-    """One process: its clouds, a backward under DDP; the first says what the gradients are."""
+    """One process of DDP: a backward on its clouds. The first process reports the gradients."""
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     torch.manual_seed(0)
     block = torch.nn.parallel.DistributedDataParallel(g.BucketAttention(16, 2))
-    loss_of(block, rank).backward()
+    ddp_loss(block, rank).backward()
     if rank == 0:
         torch.save([p.grad for p in block.module.parameters()], store + ".gradients")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    os._exit(0)  # torch leaves threads of gloo behind that may abort an interpreter as it ends
+    os._exit(0)  # threads of gloo that torch leaves may abort the interpreter at exit
 
 
-def loss_of(block, rank):
+def ddp_loss(block, rank):
     at, x = points(64 + 32 * rank, seed=rank), normal(64 + 32 * rank, 16, seed=rank).detach()
     buckets = g.bucketize(at, 16)
     out = block(g.scatter(x, buckets), buckets, g.scopes(buckets, 2))
@@ -556,26 +715,63 @@ def test_ddp(tmp_path):
             rank.kill()
     torch.manual_seed(0)
     block = g.BucketAttention(16, 2)
-    (sum(loss_of(block, rank) for rank in range(WORLD)) / WORLD).backward()
+    (sum(ddp_loss(block, rank) for rank in range(WORLD)) / WORLD).backward()
     for got, p in zip(torch.load(tmp_path / "store.gradients"), block.parameters(), strict=True):
         torch.testing.assert_close(got, p.grad, rtol=1e-5, atol=1e-7)
 
 
-# ---- bad input -----------------------------------------------------------------------------------------------------
+# ---- memory and errors ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own
+@pytest.mark.parametrize("call", ["bucketize", "bucket_pool", "neighbor_index", "value_and_grad", "backward"])
+def test_gradients_that_there_are_not(call):
+    """Nothing is detached silently: a tensor that requires grad is an error, and the cure that it names works."""
+    buckets, _ = layout()
+    x, at = points().requires_grad_(), buckets.scatter(points()).requires_grad_()
+    calls = {
+        "bucketize": lambda x, at: gpu3d.bucketize(x, 16),
+        "bucket_pool": lambda x, at: gpu3d.bucket_pool(at.detach(), at, buckets),
+        "neighbor_index": lambda x, at: gpu3d.neighbor_index(x),
+        "value_and_grad": lambda x, at: gpu3d.chamfer_value_and_grad(x.detach(), x),
+        "backward": lambda x, at: gpu3d.bucket_unpool_backward(at, _pooled()),
+    }
+    names = {"value_and_grad": "y", "backward": "dout"}
+    name = names.get(call, "points")
+    with pytest.raises(
+        TypeError, match=rf"{name} requires grad, and \w+ has no gradient for it: pass {name}\.detach\(\)"
+    ):
+        calls[call](x, at)
+    calls[call](x.detach(), at.detach())
+    with torch.no_grad():
+        calls[call](x, at)
+    with forward_ad.dual_level(), pytest.raises(TypeError, match=f"{name} has a tangent"):
+        calls[call](*[forward_ad.make_dual(z.detach(), z.detach()) for z in (x, at)])
+
+
+def test_another_library_beside_a_tensor_that_requires_grad():
+    buckets, scopes = layout()
+    q, x = normal(buckets.num_slots, 2, 8), normal(20, 3)
+    with pytest.raises(
+        TypeError, match="k is of type ndarray beside q, a tensor that requires grad: pass k as a tensor"
+    ):
+        gpu3d.bucket_attention(q, native(q), q, buckets, scopes)
+    with pytest.raises(TypeError, match="x is of type ndarray beside y, a tensor that requires grad"):
+        gpu3d.chamfer(native(x), x)
+    with pytest.raises(TypeError, match=r"x requires grad, and chamfer with a NeighborIndex has no gradient for it"):
+        gpu3d.chamfer(x, gpu3d.neighbor_index(x.detach()))
+    for search in (lambda x, at: gpu3d.knn(x, at, 2), lambda x, at: gpu3d.radius_search(x, at, 0.5)):
+        with pytest.raises(TypeError, match=r"query requires grad, and \w+ with a NeighborIndex has no gradient"):
+            search(x, gpu3d.neighbor_index(x.detach()))
+        search(x.detach(), gpu3d.neighbor_index(x.detach()))
+    loss = gpu3d.chamfer(native(x), x.detach() + 1)
+    assert isinstance(loss, np.ndarray) and loss == gpu3d.chamfer(native(x), native(x.detach() + 1))
+    assert gpu3d.chamfer(x.detach(), gpu3d.neighbor_index(x.detach() + 1)) == torch.tensor(float(loss))
 
 
 def test_bad_input():
     buckets, scopes = layout()
-    q, x = normal(buckets.num_slots, 2, 8), normal(20, 3)
-    plain = gpu3d.bucketize(clouds.uniform(POINTS), 16, lengths=LENGTHS)
-    with pytest.raises(TypeError, match=r"q must be a torch tensor, got ndarray: convert it, or call the gpu3d func"):
-        g.bucket_attention(q.detach().numpy(), q, q, buckets, scopes)
-    with pytest.raises(TypeError, match="scopes must be a torch tensor, got ndarray"):
-        g.bucket_attention(q, q, q, plain, gpu3d.scopes(plain))
-    with pytest.raises(TypeError, match="buckets must be a torch tensor, got ndarray"):
-        g.scatter(normal(POINTS, 3), plain)
-    with pytest.raises(TypeError, match="x must be a torch tensor, got NeighborIndex"):
-        g.chamfer(gpu3d.neighbor_index(x), x)
+    q, x = normal(buckets.num_slots, 2, 8), normal(20, 3).detach()
     with pytest.raises(TypeError, match=r"buckets must be the Buckets that gpu3d\.bucketize returns, got int"):
         g.gather(x, 3)
     with pytest.raises(TypeError, match="pooled must be the Pooling"):
@@ -587,8 +783,7 @@ def test_bad_input():
     with pytest.raises(TypeError, match="k must have the dtype of q, got float16 for float32"):
         g.bucket_attention(q, q.half(), q, buckets, scopes)
     with pytest.raises(TypeError, match="skip must have the dtype of child_features"):
-        pooled = g.bucket_pool(q.flatten(1), g.scatter(points(), buckets), buckets)
-        g.bucket_unpool(pooled.features, pooled, q.flatten(1).half())
+        g.bucket_unpool(_pooled().features, _pooled(), q.flatten(1)[:, :3].half())
     with pytest.raises(ValueError, match="y must have one row for each of the"):
         g.gather(x, buckets)
     with pytest.raises(ValueError, match="lengths must sum to the number of points, got a sum of 19 for 20"):
@@ -599,22 +794,80 @@ def test_bad_input():
         g.bucketize(torch.where(torch.arange(60).reshape(20, 3) == 7, torch.nan, x))
     for bad, match in (
         ({"bucket_size": 17}, "multiple of 16"),
+        ({"bucket_size": True}, "bucket_size must be an integer, got True of type bool"),
         ({"hash": "h"}, "hash must be one of"),
         ({"voxel_size": "x"}, "voxel_size must be a number"),
     ):
         with pytest.raises((ValueError, TypeError), match=match):
             g.bucketize(x, **bad)
     with pytest.raises(ValueError, match="ratio must be 2, 4 or 8, got 0"):
-        g.bucket_pool(q.flatten(1), q.flatten(1)[:, :3], buckets, ratio=0)
+        g.bucket_pool(q.flatten(1), q.flatten(1)[:, :3].detach(), buckets, ratio=0)
     with pytest.raises(TypeError, match="scale must be a finite number"):
         g.bucket_attention(q, q, q, buckets, scopes, scale="x")
+    for _ in range(3):  # every call gives the same answer
+        with pytest.raises(TypeError, match=r"iterations must be an integer, got 20\.0 of type float"):
+            g.apml(x, x, iterations=20.0)
+        assert g.apml(x, x + 1, iterations=np.int64(20)) == g.apml(x, x + 1)
+    with pytest.raises(TypeError, match="fill must be a number, got 'a' of type str"):
+        g.scatter(points(), buckets, fill="a")
+    assert bool((g.scatter(points(), buckets, fill=np.float32(2)) == 2).any())
 
 
-def test_coordinates_take_no_gradient():
-    at = points().requires_grad_()
-    buckets = g.bucketize(at * 2, 16, lengths=LENGTHS)
-    pooled = g.bucket_pool(in_slots(3), g.scatter(at, buckets), buckets)
-    assert not pooled.points.requires_grad and pooled.features.requires_grad
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda x: x.to_sparse(), r"must be a dense tensor, got layout torch\.sparse_coo: call \w+\.to_dense\(\)"),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8), r"must not be quantized: call \w+\.dequantize"),
+        (lambda x: x.to("meta"), "is on device meta; gpu3d runs on CPU and CUDA"),
+        (lambda x: x.to(torch.complex64), "must be float32, float64, float16 or bfloat16, got complex64"),
+        (lambda x: x.to(torch.float8_e4m3fn), "must be float32, float64, float16 or bfloat16, got float8_e4m3fn"),
+    ],
+    ids=["sparse", "quantized", "meta", "complex", "float8"],
+)
+@pytest.mark.filterwarnings("ignore:.*quantiz")
+def test_tensors_that_are_refused(make, match):
+    x = points(20)
+    for call in (
+        lambda x: gpu3d.bucketize(x, 16),
+        lambda x: gpu3d.chamfer(x, x),
+        lambda x: gpu3d.apml(x, x),
+        lambda x: gpu3d.knn(x, x, 1),
+    ):
+        with pytest.raises(TypeError, match=match):
+            call(make(x))
+
+
+def test_operators_called_by_themselves():
+    """Operators that are called directly check their arguments as the functions do."""
+    buckets, scopes = layout()
+    q = torch.ones(buckets.num_slots, 1, 8)
+    ops = torch.ops.gpu3d
+    with pytest.raises(ValueError, match="q must have one row for each of the"):
+        ops.bucket_attention(q[1:], q[1:], q[1:], scopes.table, 16, LENGTHS, None)
+    with pytest.raises(ValueError, match="lengths must not be negative, got -1"):
+        ops.bucket_attention(q, q, q, scopes.table, 16, [POINTS + 1, -1], None)
+    with pytest.raises(ValueError, match="bucket_size must be a multiple of 16"):
+        ops.scopes(buckets.slot_to_point, 0, LENGTHS, 2, 0, 1)
+    with pytest.raises(RuntimeError, match="this overload of chamfer has no gradient: pass lengths as integers"):
+        n = torch.tensor([20])
+        ops.chamfer.eager(normal(20, 3), normal(20, 3), n, n, False, "mean")
+    with pytest.raises(TypeError, match=r"index must be int32 \[n\], got int64"):
+        ops.move_rows(points(), buckets.slot_to_point.long(), buckets.point_to_slot, 0, "x")
+
+
+def test_apml_with_too_small_a_capacity():
+    x, y = normal(60, 3), normal(50, 3, seed=1)
+    loss = g.apml(x, y, max_entries=10)
+    assert all(bool(torch.isnan(z).all()) for z in (loss, *torch.autograd.grad(loss, (x, y))))
+
+
+def test_losses_of_batches():
+    for d in (2, 3):
+        x, y = normal(4, 20, d), normal(4, 30, d, seed=1).detach()
+        for name in ("chamfer", "apml"):
+            loss = getattr(g, name)(x, y)
+            wanted, (dx, _) = getattr(gpu3d, f"{name}_value_and_grad")(x.detach(), y)
+            assert_same([loss, *torch.autograd.grad(loss, x)], [wanted, dx])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a torch without CUDA")
@@ -623,78 +876,8 @@ def test_torch_without_cuda():
         g.use_torch_allocator()
 
 
-def test_results_in_torchs_memory():
-    """`_arrays.leave` makes a tensor of the allocation that an array lies in, whatever part of it."""
-    memory = torch.arange(96, dtype=torch.uint8)
-
-    def array(offset, dtype, shape, strides):
-        mem = SimpleNamespace(_owner=memory.untyped_storage())
-        data = SimpleNamespace(mem=mem, ptr=memory.data_ptr() + offset)
-        dtype = np.dtype(dtype)
-        return SimpleNamespace(data=data, dtype=dtype, itemsize=dtype.itemsize, shape=shape, strides=strides)
-
-    for dtype, torch_dtype in (
-        (np.float32, torch.float32),
-        (_arrays.BFLOAT16, torch.bfloat16),
-        (np.int32, torch.int32),
-    ):
-        size = np.dtype(dtype).itemsize
-        whole = memory[16:64].view(torch_dtype).reshape(-1, 3)
-        got = _arrays.leave(array(16, dtype, (4, 2), (3 * size, size)), _arrays.Origin("torch", 0))
-        assert torch.equal(got.view(torch.uint8), whole[:4, :2].view(torch.uint8)) and got.dtype == torch_dtype
-        assert got.data_ptr() == memory.data_ptr() + 16 and got.untyped_storage().data_ptr() == memory.data_ptr()
-
-
-def an_operator(name="call"):
-    return g._Operator(name, lambda *args: "run", single=True, fixed=None, in_torch=True)
-
-
-def test_a_call_on_another_gpu_than_the_current_one_is_not_played(monkeypatch):
-    """Programs are launched on the current device. The GPUs are stood for by numbers."""
-    rehearsed = []
-    monkeypatch.setattr(g, "_kinds", {})
-    monkeypatch.setattr(g, "_rehearsed", lambda op, tensors, numbers, device: rehearsed.append(tensors))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    x = torch.zeros(3)  # of device -1
-    for current, expected in ((0, 0), (-1, 1)):
-        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda current=current: current, raising=False)
-        for _ in range(5):
-            assert g._play(an_operator(), (x,), ()) == "run"
-        assert len(rehearsed) == expected  # once
-
-
-def test_kinds_of_calls(monkeypatch):
-    """All that a launch depends on tells them apart; what lies elsewhere, or holds other values, is of one kind."""
-    monkeypatch.setattr(g, "_kinds", {})
-    x, y = torch.zeros(4, 6), torch.zeros(4, 6)
-    calls = {
-        "it": lambda: (an_operator(), (x, y), (1,), None),
-        "another operator": lambda: (an_operator("other"), (x, y), (1,), None),
-        "numbers": lambda: (an_operator(), (x, y), (2,), None),
-        "addresses": lambda: (an_operator(), (x, y), (1,), (4, 0)),
-        "a dtype": lambda: (an_operator(), (x, y.int()), (1,), None),
-        "a shape": lambda: (an_operator(), (x[1:], y), (1,), None),
-        "strides": lambda: (an_operator(), (x, torch.zeros(6, 4).t()), (1,), None),
-        "a negative": lambda: (an_operator(), (x, torch._neg_view(y)), (1,), None),
-        "a parameter": lambda: (an_operator(), (torch.nn.Parameter(x), y), (1,), None),
-    }
-    kinds = {}
-    for name, call in calls.items():
-        first, _, kinds[name] = [g._kind(*call()) for _ in range(3)]
-        assert first is None and kinds[name] is not None, name
-    found = list(map(id, kinds.values()))
-    assert len(set(found)) == len(calls)
-    assert g._kind(an_operator(), (torch.ones(4, 6), torch.rand(4, 6)), (1,), None) is kinds["it"]
-    for _ in range(4):
-        assert g._kind(an_operator(), (x, x), (1,), None) is None  # one that comes twice is not told
-    for number in range(2 * g.KINDS):
-        g._kind(an_operator(), (x,), ("number", number), None)
-        g._kind(an_operator(), (torch.zeros(number % 50, number),), (), None)
-    assert len(g._kinds) <= g.KINDS and all(len(kinds) <= g.KINDS for kinds in g._kinds.values())
-
-
 def test_import_errors(tmp_path):
-    """Without torch, and with an old one, the error names the extra; gpu3d alone imports neither."""
+    """Without torch, and with an old torch, the error names the extra. gpu3d alone imports no framework."""
     for text, match in (
         ("raise ImportError", "needs torch: pip install"),
         ("__version__ = '2.5.1'", "needs torch >= 2.6, got 2.5.1"),

@@ -11,7 +11,7 @@ import pytest
 import gpu3d.io
 from gpu3d.io import read_points
 
-# Unequal columns, signs and magnitudes, so that a swapped axis or a lost row shows; the non-finite rows stay.
+# Columns, signs and magnitudes differ, so that a swapped axis or a lost row shows. Non-finite rows stay.
 POINTS = np.array(
     [
         [1.5, -2.25, 3.125],
@@ -145,7 +145,7 @@ def test_npz_keys_in_order(tmp_path, save):
     assert_same(read_points(path), POINTS, np.float32)
     save(path, xyz_mm=millimetres.T)
     assert_same(read_points(path), (millimetres / 1000).astype(np.float32), np.float32)
-    save(path, xyz=POINTS[[0, 1, 4]])  # 3 x 3: points in rows
+    save(path, xyz=POINTS[[0, 1, 4]])  # 3 x 3 is read as points in rows
     assert_same(read_points(path), POINTS[[0, 1, 4]], np.float32)
 
 
@@ -260,14 +260,14 @@ def test_las(tmp_path, name):
     points = read_points(tmp_path / name)
     assert_same(points, points, np.float64)
     assert points.shape == MAP_POINTS.shape
-    # The hundredths are exact as integers; scale and offset round once each, near 5e6: two ulps.
+    # The file stores exact hundredths. Scale and offset round once each, near 5e6: an error of two ulps.
     np.testing.assert_allclose(points, MAP_POINTS, rtol=0, atol=2 * np.spacing(5e6))
 
 
 def test_las_that_ends_between_two_points(tmp_path):
     path = tmp_path / "scan.las"
     write_las(path, MAP_POINTS)
-    truncate(path, -28)  # a record of point format 1
+    truncate(path, -28)  # the size of a record of point format 1
     assert "truncated: the header promises 3 points, the file holds 2" in error_of(path)
 
 
@@ -352,7 +352,7 @@ def test_docstring_example():
 @pytest.mark.parametrize(
     ("name", "package", "dtype", "count", "finite_count", "low", "high"),
     [
-        # HDL-64 and VLP-32 sweeps in metres; the bounds are the files' own, to the printed digits.
+        # HDL-64 and VLP-32 sweeps in metres. The bounds are those of the files, rounded to the digits here.
         ("file_formats/kitti_training_000005.bin", None, np.float32, 125_086, 125_086,
          (-79.800, -40.111, -2.760), (79.275, 22.436, 2.887)),
         ("lidar_raw/nuscenes_n015_1532402927647951.pcd.bin", None, np.float32, 34_688, 34_688,
@@ -382,7 +382,7 @@ def test_real_file(data_dir, name, package, dtype, count, finite_count, low, hig
 
 
 def test_real_nuscenes_duplicates(data_dir):
-    # Returns from the car itself. With a wrong number of columns the rows would shear and no two be alike.
+    # Returns from the car itself, which are equal. With a wrong number of columns no two rows would be equal.
     points = read_points(data_dir / "lidar_raw/nuscenes_n015_1532402927647951.pcd.bin")
     spots, counts = np.unique(points, axis=0, return_counts=True)
     assert len(points) - len(spots) == 3_469

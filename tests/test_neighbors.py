@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""knn, radius_search and chamfer on the CPU: the definition, brute force to the bit, SciPy, laws, bad input."""
+"""knn and radius_search on the CPU: definition, brute force bit by bit, SciPy, laws, bad input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 
 import gpu3d
-from gpu3d import _arrays, neighbors
+from gpu3d import _arrays
+from gpu3d import neighbors as op
 from gpu3d.reference import neighbors as reference
 
 DTYPES = {
@@ -26,34 +27,33 @@ DTYPES = {
 }
 KS = (1, 2, 3, 8, 16, 17, 31, 32, 33, 63, 64)
 KINDS = ("near", "independent", "collapsed", "far")
-REDUCTIONS = ("mean", "sum", "none")
 RAGGED = (([0, 700, 65, 100, 0], [0, 900, 70, 64, 3]), ([30] * 20, [64 + i for i in range(20)]), ([5, 5], [2000, 64]))
 
 
-# ---- inputs, and what the results must be (test_neighbors_gpu.py too) ----------------------------------------------
+# ---- inputs, and what the results must be (other test files use them too) ------------------------------------------
 
 
 def pair(kind, n, m, seed=0, dtype="float32"):
-    """A query of n and a cloud of m points that lie to each other as `kind` says."""
+    """A query of n points and a cloud of m points, related as `kind` says."""
     rng = np.random.default_rng(seed)
     points = clouds.lidar_like(m, seed)
     if kind == "near":
         query = points[rng.integers(0, m, n)] + rng.normal(0, 0.01, (n, 3))
     elif kind == "independent":
         query = clouds.uniform(n, seed + 1)
-    else:  # what an untrained network makes of a unit cloud
+    else:  # like the output of an untrained network for a unit cloud
         points = rng.random((m, 3))
         query = 0.05 * rng.random((n, 3)) + 0.5 if kind == "collapsed" else rng.random((n, 3)) + 5
     return query.astype(DTYPES[dtype]), points.astype(DTYPES[dtype])
 
 
 def special(n=5000, seed=0):
-    """Named clouds of n points that break a careless search; all occur in real data."""
+    """Named clouds of n points that break a careless search. All occur in real data."""
     coincident = clouds.lidar_like(n, seed)
     coincident[np.random.default_rng(seed).permutation(n)[:3469]] = 0  # as many as one nuScenes sweep has
     far = clouds.uniform(n, seed)
     signed = coincident.copy()
-    signed[:3469] *= -1  # zeros of both signs are one place
+    signed[:3469] *= -1  # zeros of both signs are the same point
     with np.errstate(over="ignore"):
         return {
             **clouds.degenerate(n, seed),
@@ -72,7 +72,7 @@ def ragged(query_lengths, lengths, seed=0, dtype="float32"):
 
 
 def assert_same_bits(got, expected, note=""):
-    """The same dtypes, shapes and bits, but for which NaN a NaN is."""
+    """Assert the same dtypes, shapes and bits; all NaN count as equal."""
     assert len(got) == len(expected)
     for number, (a, b) in enumerate(zip(got, expected, strict=True)):
         a, b = np.asarray(a), np.asarray(b)
@@ -96,7 +96,7 @@ def check_knn(query, points, k, query_lengths=None, lengths=None, note=""):
 
 
 def check_radius(query, points, radius, query_lengths=None, lengths=None, note=""):
-    """Exact, with room for as many as there are, with some to spare, and flagged with one too few."""
+    """Check without max_entries, with the exact number, with more, and with one too few, which is flagged."""
     sides = lengths_of(query, points, query_lengths, lengths)
     options = {"query_lengths": sides[0], "lengths": sides[1]}
     expected = reference.brute_force_radius(query, sides[0], points, sides[1], radius)
@@ -131,7 +131,7 @@ def d2_by_definition(a, b):
 
 
 def located_by_definition(query, points):
-    """Both as rows of three np.float32, from the minimum of the finite coordinates of a float64 cloud."""
+    """Both arrays as rows of three np.float32; for float64 clouds relative to the minimum of finite coordinates."""
     low = [0.0] * points.shape[1]
     if points.dtype == np.float64:
         low = [min((float(x) for x in axis if math.isfinite(x)), default=0.0) for axis in points.T]
@@ -145,50 +145,10 @@ def located_by_definition(query, points):
 
 
 def neighbors_by_definition(query, points):
-    """For each query (d2, index) of all points in order."""
+    """For each query, (d2, index) of all points, sorted."""
     here, there = located_by_definition(query, points)
     usable = [j for j, p in enumerate(there) if all(map(math.isfinite, p))]
     return [sorted((d2_by_definition(q, there[j]), j) for j in usable) if np.isfinite(q).all() else [] for q in here]
-
-
-def sum_by_definition(values):
-    """float64, of each 1024 the upper half onto the lower."""
-    values = [float(v) for v in values]
-    while len(values) != 1:
-        sums = []
-        for first in range(0, max(len(values), 1), 1024):
-            tile = values[first : first + 1024]
-            tile += [0.0] * (1024 - len(tile))
-            while len(tile) > 1:
-                half = len(tile) // 2
-                tile = [a + b for a, b in zip(tile[:half], tile[half:], strict=True)]
-            sums += tile
-        values = sums
-    return values[0]
-
-
-def chamfer_by_definition(x, y, squared):
-    """float64 loss of one pair of finite clouds, and the gradients before they are rounded to float32."""
-    loss, own, given = 0.0, [], []
-    for sources, targets in ((x, y), (y, x)):
-        here, there = located_by_definition(sources, targets)
-        nearest = [near[0] for near in neighbors_by_definition(sources, targets)]
-        d = [np.sqrt(d2) for d2, _ in nearest]
-        loss += sum_by_definition([d2 for d2, _ in nearest] if squared else d) / len(sources)
-        bound = 1
-        if squared:
-            bound = 2 + math.frexp(max(map(float, d)))[1]
-        shift = 62 - len(sources).bit_length() - bound
-        terms, pulls = [], [[0, 0, 0] for _ in targets]
-        for i, (_, j) in enumerate(nearest):
-            v = [a - b for a, b in zip(here[i], there[j], strict=True)]
-            scaled = [np.float32(2) * c if squared else c / d[i] for c in v] if d[i] > 0 else [np.float32(0)] * 3
-            terms.append([float(c) for c in scaled])
-            for axis in range(3):
-                pulls[j][axis] -= round(math.ldexp(terms[-1][axis], shift))  # Python's integers: no order, no overflow
-        own.append(np.array(terms) / len(sources))
-        given.append(np.array([[math.ldexp(float(p), -shift) for p in row] for row in pulls]) / len(sources))
-    return loss, (own[0] + given[1], own[1] + given[0])
 
 
 # ---- the definition ------------------------------------------------------------------------------------------------
@@ -215,86 +175,6 @@ def test_is_the_definition(dtype, dimensions):
     assert sorted(zip(np.repeat(np.arange(40), np.diff(offsets)).tolist(), indices.tolist(), strict=True)) == found
     assert indices.tolist() == [j for row in kept for j, _ in row]
     assert_same_bits([distances], [np.sqrt(np.array([d2 for row in kept for _, d2 in row], np.float32))])
-
-
-@pytest.mark.parametrize("squared", [False, True])
-@pytest.mark.parametrize("dimensions", [2, 3])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_chamfer_is_the_definition(dtype, dimensions, squared):
-    x, y = (p[:, :dimensions] for p in pair("near", 90, 130, dtype=dtype))
-    x[4], x[5] = y[4], y[4]  # distance 0
-    expected, gradients = chamfer_by_definition(x, y, squared)
-    loss, got = gpu3d.chamfer_value_and_grad(x, y, squared=squared)
-    assert loss.shape == () and loss.dtype == np.float32 and loss == np.float32(expected) > 0
-    assert_same_bits([gpu3d.chamfer(x, y, squared=squared)], [loss])
-    for gradient, exact, of in zip(got, gradients, (x, y), strict=True):
-        rounded = exact[:, :dimensions].astype(np.float32).astype(of.dtype)
-        assert_same_bits([gradient], [rounded])
-        assert (gradient.astype(float) != 0).any(axis=1).mean() > 0.5
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_chamfer_backward(dtype, reduction):
-    """The gradients times what is asked of the loss: in float32, and then rounded."""
-    lengths = {"x_lengths": (50, 1, 30), "y_lengths": (20, 64, 1)}
-    x, y = ragged(*lengths.values(), dtype=dtype)
-    options = {**lengths, "squared": True, "reduction": reduction}
-    loss, found = neighbors.chamfer_found(x, y, **options)
-    assert_same_bits([loss], [gpu3d.chamfer(x, y, **options)])
-    dloss = np.random.default_rng(0).standard_normal(loss.shape).astype(np.float32)
-    got = neighbors.chamfer_backward(dloss, x, y, found, **options)
-    wide = (z if dtype == "float64" else z.astype(np.float32) for z in (x, y))  # whose gradients are float32
-    plain, expected = gpu3d.chamfer_value_and_grad(*wide, **options).gradients, []
-    for gradient, of_clouds in zip(plain, lengths.values(), strict=True):
-        factors = np.repeat(dloss, of_clouds) if reduction == "none" else np.full(sum(of_clouds), dloss)
-        expected.append((gradient.astype(np.float32) * factors[:, None]).astype(x.dtype))
-    assert_same_bits(got, expected)
-
-
-def test_bad_input_of_chamfer_backward():
-    """Memory is read by what was found, so that must fit."""
-    (x, y), lengths = pair("near", 40, 50), {"x_lengths": (30, 10), "y_lengths": (20, 30)}
-    options = {**lengths, "squared": False, "reduction": "none"}
-    loss, found = neighbors.chamfer_found(x, y, **options)
-    for changes, message in (
-        ({"found": found[:-1]}, r"found must be int32 \[184\], of the same clouds, got int32 \[183\]"),
-        ({"found": found.view(np.float32)}, r"found must be int32 \[184\], .* got float32 \[184\]"),
-        ({"x": x[1:]}, "x_lengths must sum to the number of x"),
-        ({"dloss": loss[:1]}, r"dloss must have the loss's shape, got \[1\] for reduction 'none'"),
-        ({"reduction": "sum"}, r"dloss must have the loss's shape, got \[2\] for reduction 'sum'"),
-    ):
-        good = {"dloss": loss, "x": x, "y": y, "found": found, **options}
-        neighbors.chamfer_backward(**good)
-        with pytest.raises(ValueError, match=message):
-            neighbors.chamfer_backward(**{**good, **changes})
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("squared", [False, True])
-def test_chamfer_of_a_batch_is_the_definition(squared, reduction):
-    x_lengths, y_lengths = [50, 1, 30], [20, 64, 1]
-    x, y = ragged(x_lengths, y_lengths)
-    options = {"x_lengths": x_lengths, "y_lengths": y_lengths, "squared": squared, "reduction": reduction}
-    loss, got = gpu3d.chamfer_value_and_grad(x, y, **options)
-    assert_same_bits([gpu3d.chamfer(x, y, **options)], [loss])
-    x_parts, y_parts = (np.split(p, np.cumsum(n)[:-1]) for p, n in ((x, x_lengths), (y, y_lengths)))
-    losses, gradients = zip(
-        *(chamfer_by_definition(a, b, squared) for a, b in zip(x_parts, y_parts, strict=True)), strict=True
-    )
-    total = {"mean": sum_by_definition(losses) / 3, "sum": sum_by_definition(losses), "none": losses}[reduction]
-    assert_same_bits([loss], [np.array(total, np.float32)])
-    for side in (0, 1):
-        exact = np.concatenate([g[side] for g in gradients]) / (3 if reduction == "mean" else 1)
-        assert_same_bits([got[side]], [exact.astype(np.float32)])
-        assert exact.any(axis=1).all()
-
-
-@pytest.mark.parametrize("n", [0, 1, 2, 1023, 1024, 1025, 5000, 1024 * 1024 + 1])
-def test_ordered_sum(n):
-    values = np.random.default_rng(n).standard_normal(n) * 2.0 ** np.random.default_rng(n).integers(-30, 30, n)
-    assert reference.ordered_sum(values) == sum_by_definition(values)
-    assert math.isclose(reference.ordered_sum(values), math.fsum(values), rel_tol=1e-9)
 
 
 # ---- brute force, to the bit ---------------------------------------------------------------------------------------
@@ -324,7 +204,7 @@ def test_special_clouds(name):
         check_knn(query, points, k, note=name)
     finite = points[np.isfinite(points).all(axis=1)].astype(float)
     extent = float(np.ptp(finite)) if len(finite) else 1.0
-    for radius in (0.0, extent / 500, extent / 20, 0.125):  # the last: the lattice's step
+    for radius in (0.0, extent / 500, extent / 20, 0.125):  # 0.125 is the step of the lattice
         check_radius(query[::4], points, radius, note=name)
     check_radius(query[:20], points, math.inf, note=name)
 
@@ -346,7 +226,7 @@ def test_dtypes_and_dimensions(dimensions, dtype):
     for k in (1, 16):
         check_knn(query, points, k)
     check_radius(query, points, 1.5)
-    for other in DTYPES.values():  # the cloud's dtype says where coordinates count from
+    for other in DTYPES.values():  # the dtype of the cloud decides what is subtracted
         check_knn(query.astype(other), points, 3)
     flat = np.concatenate([query, np.zeros((600, 1), query.dtype)], 1), np.concatenate([points, points[:, :1] * 0], 1)
     if dimensions == 2:
@@ -363,19 +243,19 @@ def test_radius(kind):
 
 
 def test_a_point_at_the_radius_is_kept():
-    """d2 and r*r round alike: a neighbour's own distance finds it wherever sqrt and square undo each other."""
+    """d2 and r*r round alike, so a search with a neighbour's distance finds it if the square undoes the square root."""
     points = np.array([[3, 4, 0], [3, 4, 2**-22], [0, 0, 0]], np.float32)
     assert gpu3d.radius_search(points[2:], points, 5.0).indices.tolist() == [0, 1, 2]
     assert gpu3d.radius_search(points[2:], points, np.nextafter(np.float32(5), np.float32(0))).indices.tolist() == [2]
     assert gpu3d.radius_search(points[2:], points, 5 * (1 + 2.0**-26)).indices.tolist() == [0, 1, 2]  # rounds to 5
     assert gpu3d.radius_search(points[2:], points, 5 * (1 - 2.0**-26)).indices.tolist() == [0, 1, 2]
-    third = np.float32(1) / np.float32(3)  # r*r is rounded to float32, up from its true value or down
+    third = np.float32(1) / np.float32(3)  # r*r rounds to float32, up or down
     line = np.array([[third, 0, 0], [np.nextafter(third, np.float32(1)), 0, 0]], np.float32)
     assert gpu3d.radius_search(np.zeros((1, 3), np.float32), line, 1 / 3).indices.tolist() == [0]
 
 
 def test_rounding_decides_at_the_radius():
-    """Points truly within the radius, but not by the float32 formula: neither listed nor counted."""
+    """Points that are within the radius, but not by the float32 formula, are neither listed nor counted."""
     points = clouds.uniform(20_000)
     d2 = reference.squared_distances(points, np.zeros(3, np.float32))
     radii = np.sqrt(np.nextafter(d2, np.float32(0)))
@@ -387,7 +267,7 @@ def test_rounding_decides_at_the_radius():
 
 
 def test_real_sweeps(data_dir):
-    """Every tenth point of each scan in the whole of it: SciPy's distances, and brute force for some."""
+    """Every tenth point of each scan searched in the whole scan, against SciPy, and some against brute force."""
     seen, rng = 0, np.random.default_rng(0)
     for name, points in clouds.real(data_dir):
         if seen >= 12:
@@ -407,7 +287,7 @@ def assert_within_two_ulp(distances, query, points):
     expected, _ = cKDTree(points.astype(np.float64)).query(query.astype(np.float64), distances.shape[1])
     error = np.abs(distances - expected.reshape(distances.shape))
     allowed = 2 * np.spacing(distances)
-    if points.dtype == np.float64:  # and both coordinates were rounded to float32 from the cloud's minimum
+    if points.dtype == np.float64:  # coordinates relative to the minimum were rounded to float32
         allowed = allowed + 4 * np.spacing(np.float32(np.ptp(points, axis=0).max()))
     assert (error <= allowed).all(), error.max()
 
@@ -418,24 +298,23 @@ def test_scipy_agrees(kind):
     distances, indices = gpu3d.knn(query, points, 16)
     assert_within_two_ulp(distances, query, points)
     _, theirs = cKDTree(points).query(query, 16)
-    assert (indices == theirs).mean() > 0.99  # ties apart
+    assert (indices == theirs).mean() > 0.99  # except for ties
     assert (np.diff(distances, axis=1) >= 0).all() and distances.max() > 0
 
 
 def test_map_coordinates_keep_their_millimetres():
-    """Float64 of 5e6 m: float32 would know half metres."""
+    """float64 coordinates near 5e6 m, where float32 has steps of half a metre."""
     rng = np.random.default_rng(0)
-    near = rng.integers(0, 2**16, (3000, 3)) / 1024.0  # exact, and exact when moved
+    near = rng.integers(0, 2**16, (3000, 3)) / 1024.0  # exact, also after the shift
     shift = [5e6, 4.5e6, 300]
     query, points = near[:900], near[500:]
     moved = gpu3d.knn(query + shift, points + shift, 8)
     here = gpu3d.knn(query.astype(np.float32), points.astype(np.float32), 8)
     assert_same_bits(moved, here)
     assert_same_bits(gpu3d.radius_search(query + shift, points + shift, 3.0), gpu3d.radius_search(query, points, 3.0))
-    assert_same_bits([gpu3d.chamfer(query + shift, points + shift)], [gpu3d.chamfer(query, points)])
     check_knn(query + shift, points + shift, 8)
     single = gpu3d.knn((query + shift).astype(np.float32), (points + shift).astype(np.float32), 8)
-    assert (single.indices != here.indices).any()  # float32 would lose them
+    assert (single.indices != here.indices).any()  # float32 loses them
 
 
 # ---- laws ----------------------------------------------------------------------------------------------------------
@@ -512,70 +391,6 @@ def test_any_batch_is_its_clouds_one_by_one(rng, sizes, k):
     assert len(distances) == row
 
 
-@pytest.mark.parametrize("squared", [False, True])
-def test_chamfer_laws(squared):
-    x, y = pair("near", 3000, 4000)
-    loss, (dx, dy) = gpu3d.chamfer_value_and_grad(x, y, squared=squared)
-    back, (ey, ex) = gpu3d.chamfer_value_and_grad(y, x, squared=squared)
-    assert_same_bits((loss, dx, dy), (back, ex, ey))
-    total = np.abs(dx).sum()
-    assert np.abs(dx.astype(float).sum(0) + dy.astype(float).sum(0)).max() < 1e-5 * total  # both moved: nothing changes
-    same, gradients = gpu3d.chamfer_value_and_grad(x, x.copy(), squared=squared)
-    assert same == 0 and not any(g.any() for g in gradients)
-    expected = [cKDTree(b).query(a.astype(float))[0] ** (2 if squared else 1) for a, b in ((x, y), (y, x))]
-    assert math.isclose(loss, expected[0].mean() + expected[1].mean(), rel_tol=1e-6)
-
-
-@pytest.mark.parametrize("squared", [False, True])
-def test_chamfer_gradients_are_finite_differences(squared):
-    """Of SciPy's loss in float64, along directions that change nobody's nearest."""
-    x, y = (p.astype(np.float64) for p in pair("independent", 300, 400))
-    x, y = x[:300] * 0.1, y * 0.1
-    _, gradients = gpu3d.chamfer_value_and_grad(x, y, squared=squared)
-
-    def loss(a, b):
-        one, two = cKDTree(b).query(a), cKDTree(a).query(b)
-        power = 2 if squared else 1
-        return (one[0] ** power).mean() + (two[0] ** power).mean(), np.concatenate([one[1], two[1]])
-
-    h = 1e-6
-    for side in (0, 1):
-        for seed in range(3):
-            direction = np.random.default_rng(seed).standard_normal((x, y)[side].shape)
-            moved = [[x, y], [x, y]]
-            moved[0][side], moved[1][side] = (x, y)[side] + h * direction, (x, y)[side] - h * direction
-            (up, near), (down, nearest) = (loss(*sides) for sides in moved)
-            np.testing.assert_array_equal(near, nearest)
-            slope, norm = (gradients[side] * direction).sum(), np.linalg.norm(gradients[side])
-            assert abs((up - down) / (2 * h) - slope) < 1e-5 * norm and norm > 1e-3
-
-
-def test_the_nearest_of_lowest_index_takes_the_gradient():
-    x, y = np.zeros((1, 3), np.float32), np.array([[0, 9, 0], [2, 0, 0], [-2, 0, 0], [2, 0, 0]], np.float32)
-    _, (dx, dy) = gpu3d.chamfer_value_and_grad(x, y)
-    np.testing.assert_array_equal(dx, np.array([[-1 - 0.25, -0.25, 0]], np.float32))
-    np.testing.assert_array_equal(dy, np.array([[0, 1, 0], [5, 0, 0], [-1, 0, 0], [1, 0, 0]], np.float32) / 4)
-
-
-def test_no_gradient_where_the_distance_rounds_to_0():
-    x, y = np.full((1, 3), 1e-30, np.float32), np.zeros((1, 3), np.float32)
-    for squared in (False, True):
-        loss, gradients = gpu3d.chamfer_value_and_grad(x, y, squared=squared)
-        assert loss == 0 and not any(g.any() for g in gradients)
-
-
-def test_many_pulls_on_one_point():
-    """All of y has the same nearest: the sum is rounded once, as if taken exactly."""
-    rng = np.random.default_rng(0)
-    x, y = np.zeros((1, 3), np.float32), (rng.random((50_000, 3)) + 1).astype(np.float32)
-    for squared in (False, True):
-        _, (dx, _) = gpu3d.chamfer_value_and_grad(x, y, squared=squared)
-        v = -y.astype(np.float64)
-        terms = 2 * v if squared else v / np.linalg.norm(v, axis=1, keepdims=True)
-        own = terms[np.linalg.norm(v, axis=1).argmin()]
-        np.testing.assert_allclose(dx[0], own + terms.mean(axis=0), rtol=3e-7)
-
-
 # ---- NaN, inf, and numbers at the ends -----------------------------------------------------------------------------
 
 
@@ -588,32 +403,13 @@ def test_no_neighbour_is_minus_one_and_nan():
     assert offsets.tolist() == [0, 2, 2, 4, 4] and indices.tolist() == [0, 2, 0, 2]
 
 
-@pytest.mark.parametrize("squared", [False, True])
-def test_nan_stays_with_its_point(squared):
-    x, y = pair("near", 300, 200)
-    x_lengths, y_lengths = [100, 200], [150, 50]
-    options = {"x_lengths": x_lengths, "y_lengths": y_lengths, "squared": squared, "reduction": "none"}
-    x[7, 1], y[3, 2] = np.nan, np.inf
-    loss, (dx, dy) = gpu3d.chamfer_value_and_grad(x, y, **options)
-    assert np.isnan(loss).tolist() == [True, False]
-    assert np.flatnonzero(np.isnan(dx).any(1)).tolist() == [7] and np.isnan(dx[7]).all()
-    assert np.flatnonzero(np.isnan(dy).any(1)).tolist() == [3] and np.isnan(dy[3]).all()
-    others = np.delete(x, 7, axis=0), np.delete(y, 3, axis=0)
-    fewer = {**options, "x_lengths": [99, 200], "y_lengths": [149, 50]}
-    _, (ex, _) = gpu3d.chamfer_value_and_grad(*others, **fewer)
-    np.testing.assert_allclose(np.delete(dx, 7, axis=0), ex, rtol=0.1, atol=0.01)  # means over one point fewer
-    assert np.isnan(gpu3d.chamfer(x, y, x_lengths=x_lengths, y_lengths=y_lengths))
-
-
 def test_distances_too_large_for_float32():
-    """They are inf, and in order of the index."""
+    """Distances are inf, and neighbours in order of index."""
     points = np.array([[3e38, 0, 0], [1e30, 0, 0], [0, 0, 0], [1e18, 0, 0]], np.float32)
     distances, indices = gpu3d.knn(points[2:3], points, 4)
     assert indices.tolist() == [[2, 3, 0, 1]] and distances[0, 2:].tolist() == [math.inf] * 2
     assert gpu3d.radius_search(points[2:3], points, 1e18).indices.tolist() == [2, 3]
-    assert gpu3d.radius_search(points[2:3], points, 1e25).indices.tolist() == [0, 1, 2, 3]  # r*r is inf too
-    loss, (dx, dy) = gpu3d.chamfer_value_and_grad(points[:1], points[2:3])
-    assert loss == math.inf and np.isnan(dx).all() and np.isnan(dy).all()
+    assert gpu3d.radius_search(points[2:3], points, 1e25).indices.tolist() == [0, 1, 2, 3]  # r*r is inf
 
 
 # ---- the index, views, libraries -----------------------------------------------------------------------------------
@@ -629,12 +425,6 @@ def test_an_index_stands_in_for_points():
     expected = gpu3d.radius_search(query, points, 1.0, lengths=lengths, **options)
     assert_same_bits(gpu3d.radius_search(query, index, 1.0, **options), expected)
     assert len(expected.indices) > 340
-    loss, gradients = gpu3d.chamfer_value_and_grad(query, points, x_lengths=query_lengths, y_lengths=lengths)
-    query_index = gpu3d.neighbor_index(query, lengths=query_lengths)
-    for x, y, more in ((query, index, {"x_lengths": query_lengths}), (query_index, index, {})):
-        got = gpu3d.chamfer_value_and_grad(x, y, **more)
-        assert_same_bits((got.loss, *got.gradients), (loss, *gradients))
-        assert_same_bits([gpu3d.chamfer(x, y, **more)], [loss])
     with pytest.raises(dataclasses.FrozenInstanceError):
         index.lengths = ()
 
@@ -660,95 +450,220 @@ def test_batched_arrays():
     packed = x.reshape(-1, 3), y.reshape(-1, 3)
     assert_same_bits(gpu3d.knn(x, y, 5), gpu3d.knn(*packed, 5, **flat))
     assert_same_bits(gpu3d.knn(x, packed[1], 5, lengths=[70] * 4), gpu3d.knn(*packed, 5, **flat))
-    loss, (dx, dy) = gpu3d.chamfer_value_and_grad(x, gpu3d.neighbor_index(y), reduction="none")
-    expected, gradients = gpu3d.chamfer_value_and_grad(
-        *packed, x_lengths=[50] * 4, y_lengths=[70] * 4, reduction="none"
-    )
-    assert dx.shape == x.shape and dy.shape == y.shape and loss.shape == (4,)
-    assert_same_bits((loss, dx.reshape(-1, 3), dy.reshape(-1, 3)), (expected, *gradients))
-
-
-def test_views_and_read_only_arrays():
-    query, points = pair("near", 300, 500)
-    expected = gpu3d.knn(query, points, 5), gpu3d.radius_search(query, points, 1.0)
-    loss, gradients = gpu3d.chamfer_value_and_grad(query, points)
-    before = query.tobytes(), points.tobytes()
-
-    def frozen(y):
-        y = y.view()
-        y.flags.writeable = False
-        return y
-
-    for view in (
-        frozen,
-        np.asfortranarray,
-        lambda y: np.repeat(y, 2, axis=1)[:, ::2],
-        lambda y: y[::-1].copy()[::-1],
-        lambda y: np.pad(y, ((0, 0), (1, 2)))[:, 1:-2],
-    ):
-        views = view(query), view(points)
-        assert_same_bits(gpu3d.knn(*views, 5), expected[0])
-        assert_same_bits(gpu3d.radius_search(*views, 1.0), expected[1])
-        got = gpu3d.chamfer_value_and_grad(*views)
-        assert_same_bits((got.loss, *got.gradients), (loss, *gradients))
-    assert (query.tobytes(), points.tobytes()) == before  # and none is written to
-
-
-def check_library(convert, back, is_kind, dtype):
-    query, points = pair("near", 60, 90, dtype=dtype)
-    here = convert(query), convert(points)
-    lengths = {"query_lengths": [20, 40], "lengths": [50, 40]}
-    got = gpu3d.knn(*here, 4, **lengths), gpu3d.radius_search(*here, 2.0, **lengths)
-    expected = gpu3d.knn(query, points, 4, **lengths), gpu3d.radius_search(query, points, 2.0, **lengths)
-    for a, b in zip(got, expected, strict=True):
-        assert type(a) is type(b) and all(map(is_kind, a))
-        assert_same_bits([back(y) for y in a], b)
-    indexed = gpu3d.knn(here[0], gpu3d.neighbor_index(here[1]), 4)
-    assert all(map(is_kind, indexed))
-    assert_same_bits([back(y) for y in indexed], gpu3d.knn(query, points, 4))
-    for reduction in ("mean", "none"):
-        loss, (dx, dy) = gpu3d.chamfer_value_and_grad(*here, reduction=reduction)
-        exact, (ex, ey) = gpu3d.chamfer_value_and_grad(query, points, reduction=reduction)
-        alone = gpu3d.chamfer(*here, reduction=reduction)
-        assert all(map(is_kind, (loss, dx, dy, alone))) and dx.dtype == here[0].dtype
-        assert_same_bits([back(y) for y in (loss, dx, dy, alone)], (exact, ex, ey, exact))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_torch(dtype):
-    torch = pytest.importorskip("torch")
-
-    def tensor(y):
-        return torch.from_numpy(y.astype(np.float64)).to(getattr(torch, y.dtype.name)).requires_grad_()
-
-    def array(y):
-        assert not y.requires_grad
-        return y.view(torch.int16).numpy().view(_arrays.BFLOAT16) if y.dtype == torch.bfloat16 else y.numpy()
-
-    check_library(tensor, array, lambda y: isinstance(y, torch.Tensor), dtype)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_jax(dtype):
-    jax = pytest.importorskip("jax")
-    cpu = jax.devices("cpu")[0]
-
-    def array(y):
-        offsets = y.dtype == np.int32 and y.ndim == 1 and len(y) == 61  # JAX knows no int64 unless it is told to
-        return np.asarray(y).astype(np.int64) if offsets else np.asarray(y)
-
-    check_library(lambda y: jax.device_put(y, cpu), array, lambda y: isinstance(y, jax.Array), dtype)
 
 
 def test_libraries_may_differ_on_the_cpu():
-    """Results are of the kind of the first argument; each gradient of its own array's."""
+    """Results are arrays of the first argument's library."""
     torch = pytest.importorskip("torch")
     query, points = pair("near", 60, 90)
     assert isinstance(gpu3d.knn(query, torch.from_numpy(points), 4).indices, np.ndarray)
     index = gpu3d.neighbor_index(points)
     assert isinstance(gpu3d.knn(torch.from_numpy(query), index, 4).indices, torch.Tensor)
-    loss, (dx, dy) = gpu3d.chamfer_value_and_grad(torch.from_numpy(query), index)
-    assert isinstance(loss, torch.Tensor) and isinstance(dx, torch.Tensor) and isinstance(dy, np.ndarray)
+
+
+# ---- gradients -----------------------------------------------------------------------------------------------------
+
+
+def read(*arrays):
+    return [_arrays.read(x, "an array") for x in arrays]
+
+
+def gradients(ddistances, query, points, found, query_lengths=None, lengths=None):
+    """The gradients of query and points from the results of a search, on arrays of any library."""
+    sides = [tuple(n or [len(x)]) for n, x in zip((query_lengths, lengths), (query, points), strict=True)]
+    radius = isinstance(found, gpu3d.RadiusNeighbors)
+    check, pull = (
+        (op.check_radius_backward, op.radius_backward_arrays)
+        if radius
+        else (op.check_knn_backward, op.knn_backward_arrays)
+    )
+    given = read(ddistances, query, points, *found)
+    return pull(*given, *check(*given, *sides))
+
+
+def upstream(found, seed=0):
+    """A gradient of the distances of a search."""
+    return np.random.default_rng(seed).normal(size=found.distances.shape).astype(np.float32)
+
+
+def pairs_of(found, n):
+    """For all entries with a gradient: rows of the queries, rows of the points, and positions among the entries."""
+    if isinstance(found, gpu3d.RadiusNeighbors):
+        rows = np.repeat(np.arange(n), np.diff(found.offsets))
+        rows = np.pad(rows, (0, len(found.indices) - len(rows)))
+    else:
+        rows = np.repeat(np.arange(n), found.indices.shape[1])
+    distances, indices = found.distances.reshape(-1), found.indices.reshape(-1)
+    at = np.flatnonzero((indices >= 0) & (distances > 0) & np.isfinite(distances))
+    return rows[at], indices[at], at
+
+
+def explicit(ddistances, query, points, found):
+    """The gradients in float64 from differences of coordinates, and the sums of the absolute terms."""
+    i, j, at = pairs_of(found, len(query))
+    a, b = (x.astype(np.float64) for x in (query, points))
+    v = a[i] - b[j]
+    terms = ddistances.reshape(-1)[at, None].astype(np.float64) * v / np.linalg.norm(v, axis=1)[:, None]
+    made = []
+    for sign, rows, of in ((1, i, a), (-1, j, b)):
+        total, size = np.zeros(of.shape), np.zeros((len(of), 1))
+        np.add.at(total, rows, sign * terms)
+        np.add.at(size, rows, abs(ddistances.reshape(-1)[at, None].astype(np.float64)))
+        made.append((total, size))
+    return made
+
+
+def searches(query, points, **lengths):
+    """Searches by number, by radius, and by radius with a larger max_entries."""
+    yield gpu3d.knn(query, points, min(8, *(lengths.get("lengths") or [len(points)])), **lengths)
+    pairs = len(query) * len(points)
+    if pairs <= 64 * (len(query) + len(points)):  # a collapsed cloud has more than are allocated unasked
+        yield gpu3d.radius_search(query, points, 2.0, **lengths)
+    yield gpu3d.radius_search(query, points, 2.0, max_entries=pairs + 7, **lengths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_gradients_are_those_of_the_differences(dimensions, dtype):
+    """Within the rounding of coordinates and of the results' dtype. The two dtypes may differ."""
+    lengths = {"query_lengths": [0, 70, 30], "lengths": [5, 64, 31]}
+    for other in DTYPES:
+        query, _ = ragged(*lengths.values(), dtype=dtype)
+        _, points = ragged(*lengths.values(), dtype=other)
+        query, points = query[:, :dimensions], points[:, :dimensions]
+        for found in searches(query, points, **lengths):
+            ddistances = upstream(found)
+            got = gradients(ddistances, query, points, found, **lengths)
+            near = float(np.nanmin(np.where(found.distances > 0, found.distances, np.nan)))
+            rounded = 16 * float(np.finfo(np.float32).eps) / near
+            expected = explicit(ddistances, query, points, found)
+            for x, of, (total, size) in zip(got, (query, points), expected, strict=True):
+                assert x.dtype == of.dtype and x.shape == of.shape
+                eps = {2: 2.0**-8 if of.dtype == _arrays.BFLOAT16 else 2.0**-11}.get(of.dtype.itemsize, 2.0**-23)
+                assert (abs(x.astype(np.float64) - total) <= (rounded + eps) * size + 1e-7).all()
+                assert (x != 0).mean() > 0.5
+
+
+def test_gradients_against_finite_differences():
+    """The gradient of a smooth function of the distances to all points; distances are float32."""
+    rng = np.random.default_rng(0)
+    x, y, *directions = rng.normal(size=(4, 12, 3))
+    y[:, 0] += 4  # no distance is near 0
+
+    def energy(t):
+        found = gpu3d.radius_search(x + t * directions[0], y + t * directions[1], math.inf)
+        return np.square(found.distances.astype(np.float64)).sum(), found
+
+    _, found = energy(0)
+    got = gradients(2 * found.distances, x, y, found)
+    slope = sum((z * d).sum() for z, d in zip(got, directions, strict=True))
+    difference = (energy(0.01)[0] - energy(-0.01)[0]) / 0.02  # exact for a square, except for rounding
+    np.testing.assert_allclose(slope, difference, rtol=1e-4)
+
+
+def test_gradients_far_from_the_origin():
+    """For float64 map coordinates they equal the gradients of the same clouds at the origin."""
+    x, y = (np.round(z.astype(np.float64) * 1024) / 1024 for z in pair("near", 300, 500))
+    far = np.array([500_000.0, 5_000_000.0, 64.0])
+    for here, there in zip(searches(x, y), searches(x + far, y + far), strict=True):
+        assert_same_bits(there, here)
+        ddistances = upstream(here)
+        assert_same_bits(gradients(ddistances, x + far, y + far, there), gradients(ddistances, x, y, here))
+
+
+def test_gradients_in_any_order():
+    """The order of the queries, in which terms of points are added, changes no bit."""
+    x, y = pair("near", 2000, 50)
+    order = np.random.default_rng(1).permutation(len(x))
+    for found, mixed in zip(searches(x, y), searches(x[order], y), strict=True):
+        if isinstance(found, gpu3d.Neighbors):
+            ddistances = upstream(found)
+            dx, dy = gradients(ddistances, x, y, found)
+            assert_same_bits(gradients(ddistances[order], x[order], y, mixed), (dx[order], dy))
+
+
+def test_a_point_of_many_queries():
+    """The gradient is the exact sum, rounded once, for terms and other gradients of any size."""
+    x = np.random.default_rng(0).normal(size=(5000, 3)).astype(np.float32)
+    y = np.array([[0.1, 0.2, 0.3], [1e6, 0, 0]], np.float32)
+    found = gpu3d.knn(x, y, 2)
+    for small, large in ((1.0, 1.0), (1e-30, 1.0), (1e-38, 1e30), (1e30, 1e-38)):
+        ddistances = upstream(found) * np.array([small, large], np.float32)
+        dx, dy = gradients(ddistances, x, y, found)
+        d = found.distances[:, :1]
+        terms = ddistances[:, :1].astype(np.float64) * ((x - y[0]) / d)
+        exact = [-math.fsum(terms[:, e]) for e in range(3)]
+        np.testing.assert_allclose(dy[0], exact, rtol=2**-22, atol=0)
+        far = ddistances[:, 1:].astype(np.float64) * ((x - y[1]) / found.distances[:, 1:])
+        np.testing.assert_allclose(dx, terms + far, rtol=2**-22, atol=max(small, large) * 2.0**-50)
+
+
+def test_what_has_no_gradient():
+    """Distances of 0 and inf and missing neighbours add nothing, whatever their gradient is. Others may be NaN."""
+    points = np.array([[0, 0, 0], [np.nan, 0, 0], [3, 4, 0], [3e38, 0, 0]], np.float32)
+    query = np.array([[0, 0, 0], [3, 0, 0], [np.nan, 0, 0]], np.float32)
+    found = gpu3d.knn(query, points, 4)
+    assert found.indices.tolist() == [[0, 2, 3, -1], [0, 2, 3, -1], [-1] * 4]
+    ddistances = np.array([[np.nan, 2, np.inf, np.nan], [1, 8, np.nan, 5], [1, np.nan, np.inf, -1]], np.float32)
+    dx, dy = gradients(ddistances, query, points, found)
+    ratio = np.float32(2) * np.array([0.6, 0.8, 0], np.float32)
+    np.testing.assert_array_equal(dx, [-ratio, [1, -8, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(dy, [[-1, 0, 0], [0, 0, 0], ratio + np.float32([0, 8, 0]), [0, 0, 0]])
+    for bad in (np.nan, np.inf, -np.inf):
+        ddistances[1, 1] = bad
+        dx, dy = gradients(ddistances, query, points, found)
+        np.testing.assert_array_equal(dx, [-ratio, [np.nan] * 3, [0, 0, 0]])
+        np.testing.assert_array_equal(dy, [[-1, 0, 0], [0, 0, 0], [np.nan] * 3, [0, 0, 0]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_a_search_with_too_little_room(dtype):
+    x, y = pair("near", 30, 40, dtype=dtype)
+    found = gpu3d.radius_search(x, y, 2.0, max_entries=3)
+    assert found.offsets[0] < 0
+    got = gradients(np.ones(3, np.float32), x, y, found)
+    assert_same_bits(got, (np.full_like(x, np.nan), np.full_like(y, np.nan)))
+
+
+def check_empty_gradients(asarray, back):
+    none, points = asarray(of(0, 3)), asarray(clouds.uniform(20))
+    for query, at in ((none, points), (points, none)):
+        found = [gpu3d.radius_search(query, at, 1.0), gpu3d.radius_search(query, at, 1.0, max_entries=4)]
+        if query is none:
+            found.append(gpu3d.knn(query, at, 3))
+        for one in found:
+            got = gradients(one.distances, query, at, one)
+            assert_same_bits(map_all(back, got), [np.zeros(x.shape, np.float32) for x in (query, at)])
+
+
+def test_empty_gradients():
+    check_empty_gradients(np.asarray, np.asarray)
+
+
+def test_bad_input_of_gradients():
+    query, points = clouds.uniform(40), clouds.uniform(30, seed=1)
+    lengths = {"query_lengths": [30, 10], "lengths": [10, 20]}
+    by_number = gpu3d.knn(query, points, 3, **lengths)
+    by_radius = gpu3d.radius_search(query, points, 30.0, **lengths)
+    for found in (by_number, by_radius):
+        d, i = found.distances, found.indices
+        for bad, error, message in (
+            ({"ddistances": d[1:]}, ValueError, "ddistances must have the shape of distances"),
+            ({"ddistances": d.astype(np.int32)}, TypeError, "ddistances must be float32, .* got int32"),
+            ({"found": found._replace(indices=i.astype(np.int64))}, ValueError, "indices must be those of the search"),
+            ({"found": found._replace(distances=d.astype(np.float64))}, ValueError, "distances must be those of the"),
+            ({"found": found._replace(indices=i[1:])}, ValueError, "indices must be those of the search, int32"),
+            ({"query": query[:, :2]}, ValueError, "query and points must have as many coordinates"),
+            ({"query_lengths": [30, 9]}, ValueError, "query_lengths must sum to the number of query"),
+        ):
+            good = {"ddistances": d, "query": query, "points": points, "found": found, **lengths}
+            with pytest.raises(error, match=message):
+                gradients(**{**good, **bad})
+    with pytest.raises(ValueError, match=r"distances must be those of knn, \[N, k\], got \[120\]"):
+        gradients(by_number.distances, query, points, by_number._replace(distances=np.zeros(120, np.float32)))
+    cut = by_radius._replace(offsets=by_radius.offsets[1:])
+    with pytest.raises(ValueError, match=r"offsets must be those of the search, int64 \[41\], got int64 \[40\]"):
+        gradients(by_radius.distances, query, points, cut, **lengths)
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------
@@ -758,9 +673,9 @@ def of(*shape, dtype=np.float32):
     return np.ones(shape, dtype)
 
 
-INDEX = object()  # stands for an index of the good points
+INDEX = object()  # replaced by an index of the good points
 
-# The call; what differs from a good one; what it raises.
+# Each row: the call, the changes to a good call, and the error.
 BAD = [
     ("knn", {"k": 0}, ValueError, "k must be from 1 to 64, got 0"),
     ("knn", {"k": 65}, ValueError, "k must be from 1 to 64, got 65"),
@@ -772,15 +687,15 @@ BAD = [
     ("knn", {"points": of(0, 3), "lengths": [0, 0]}, ValueError, "got k = 3 for the 0 points of cloud 0"),
     ("knn", {"query": of(40, 2)}, ValueError, "query and points must have as many coordinates, got 2 and 3"),
     ("knn", {"query": of(40, 4)}, ValueError, r"query must have 2 or 3 coordinates .*\[40, 4\]: take query\[..., :3\]"),
-    ("knn", {"query": of(40, 1)}, ValueError, "query must have 2 or 3 coordinates"),
+    ("knn", {"query": of(40, 1)}, ValueError, "query must have 2 or 3 coordinates .*: pad the missing ones with zeros"),
+    ("knn", {"k": [3] * 1000}, TypeError, "k must be an integer, got list of length 1000 of type list"),
+    ("knn", {"k": 10**40}, ValueError, "k must be from 1 to 64, got an int of many digits"),
     ("knn", {"query": of(40)}, ValueError, r"query must have shape \[N, 3\] \(or \[B, n, 3\]\), got \[40\]"),
     ("knn", {"query": of(1, 2, 20, 3)}, ValueError, "query must have shape"),
     ("knn", {"query": of(40, 3, dtype=np.int32)}, TypeError, "query must be float32, .* got int32: .*query.astype"),
-    ("knn", {"query": [[0, 0, 0]]}, TypeError, "query must be an array"),
     ("knn", {"query": INDEX}, TypeError, "query must be an array, got NeighborIndex: an index stands in for points"),
     ("knn", {"points": of(128, 5)}, ValueError, "points must have 2 or 3 coordinates"),
     ("knn", {"points": of(128, 3, dtype=np.int64)}, TypeError, "points must be float32, .* got int64"),
-    ("knn", {"points": None}, TypeError, "points must be an array"),
     ("knn", {"points": INDEX}, ValueError, "points is a NeighborIndex, which knows its lengths: leave lengths out"),
     ("knn", {"query_lengths": [40]}, ValueError, "query and points must have as many clouds, got 1 and 2"),
     ("knn", {"query_lengths": None}, ValueError, "query and points must have as many clouds, got 1 and 2"),
@@ -796,6 +711,11 @@ BAD = [
     ("radius", {"radius": "1"}, TypeError, "radius must be a number, got '1' of type str"),
     ("radius", {"radius": True}, TypeError, "radius must be a number, got True"),
     ("radius", {"radius": None}, TypeError, "radius must be a number, got None"),
+    ("radius", {"radius": 10**400}, ValueError, "radius must fit a float, got an int of many digits"),
+    ("radius", {"radius": [0.1] * 1000}, TypeError, "radius must be a number, got list of length 1000 of type list"),
+    ("radius", {"radius": of(1000)}, TypeError, r"radius must be a number, got ndarray of shape \[1000\]"),
+    ("radius", {"max_entries": [3] * 1000}, TypeError, "max_entries must be an integer, got list of length 1000"),
+    ("radius", {"max_entries": 2**63}, ValueError, r"max_entries must be at most 2\*\*40, got 9223372036854775808"),
     ("radius", {"max_entries": -1}, ValueError, "max_entries must not be negative, got -1"),
     ("radius", {"max_entries": 1e6}, TypeError, "max_entries must be an integer, got 1000000.0"),
     ("radius", {"max_entries": True}, TypeError, "max_entries must be an integer, got True"),
@@ -806,20 +726,6 @@ BAD = [
     ("index", {"points": of(128, 3, dtype=np.uint8)}, TypeError, "points must be float32, .* got uint8"),
     ("index", {"lengths": [128, 1]}, ValueError, "lengths must sum to the number of points"),
     ("index", {"points": INDEX}, ValueError, "points is a NeighborIndex"),
-    ("chamfer", {"x": of(40, 2)}, ValueError, "x and y must have as many coordinates, got 2 and 3"),
-    ("chamfer", {"x": of(40, 3, dtype=np.complex64)}, TypeError, "x must be float32, .* got complex64"),
-    ("chamfer", {"y": 3.0}, TypeError, "y must be an array"),
-    ("chamfer", {"x_lengths": [40]}, ValueError, "x and y must have as many clouds, got 1 and 2"),
-    ("chamfer", {"x_lengths": [39, 2]}, ValueError, "x_lengths must sum to the number of x, got a sum of 41 for 40 x"),
-    ("chamfer", {"y_lengths": (1, 1)}, ValueError, "y_lengths must sum to the number of y"),
-    ("chamfer", {"x": INDEX}, ValueError, "x is a NeighborIndex, which knows its lengths: leave x_lengths out"),
-    ("chamfer", {"y": INDEX}, ValueError, "y is a NeighborIndex, which knows its lengths: leave y_lengths out"),
-    ("chamfer", {"x_lengths": [40, 0]}, ValueError, "must not be empty, .* got cloud 1 of x with no point"),
-    ("chamfer", {"y_lengths": [0, 128]}, ValueError, "must not be empty, .* got cloud 0 of y with no point"),
-    ("chamfer", {"squared": 1}, TypeError, "squared must be True or False, got 1"),
-    ("chamfer", {"squared": "no"}, TypeError, "squared must be True or False, got 'no'"),
-    ("chamfer", {"reduction": "max"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'max'"),
-    ("chamfer", {"reduction": None}, ValueError, "reduction must be one of .*, got None"),
 ]  # fmt: skip
 
 
@@ -848,9 +754,22 @@ def test_bad_input(call, arguments, error, message):
 
 
 def test_too_many_points():
-    many = np.broadcast_to(np.zeros((1, 3), np.float32), (2**31, 3))  # one row of memory
-    with pytest.raises(ValueError, match=r"points must be at most 2\*\*31 - 1, for indices are int32, got 2147483648"):
+    many = np.broadcast_to(np.zeros((1, 3), np.float32), (2**31, 3))  # all rows share one row of memory
+    with pytest.raises(ValueError, match=r"points must be at most 2\*\*31 - 1, because indices are int32, got 21474"):
         gpu3d.neighbor_index(many)
+
+
+def test_a_matrix_is_an_array():
+    points = clouds.uniform(20).astype(np.float64)
+    assert_same_bits(gpu3d.knn(points.view(np.matrix), points.view(np.matrix), 2), gpu3d.knn(points, points, 2))
+
+
+def test_a_tensor_that_requires_grad_is_refused_by_the_index():
+    torch = pytest.importorskip("torch")
+    points = torch.from_numpy(clouds.uniform(20)).requires_grad_()
+    with pytest.raises(TypeError, match=r"points requires grad, and neighbor_index has no .*points\.detach\(\)"):
+        gpu3d.neighbor_index(points)
+    assert gpu3d.neighbor_index(points.detach()).lengths == (20,)
 
 
 def test_options_are_keywords():
@@ -858,8 +777,6 @@ def test_options_are_keywords():
     for function, arguments in (
         (gpu3d.knn, (3, [20])),
         (gpu3d.radius_search, (1.0, [20])),
-        (gpu3d.chamfer, ([20],)),
-        (gpu3d.chamfer_value_and_grad, ([20],)),
     ):
         with pytest.raises(TypeError, match="positional"):
             function(points, points, *arguments)
@@ -878,11 +795,6 @@ def check_empty(asarray, back):
             assert_same_bits(map_all(back, got), (np.zeros(1, np.int64), *rest))
     got = gpu3d.radius_search(points, none, 1.0)
     assert_same_bits(map_all(back, got), (np.zeros(21, np.int64), np.empty(0, np.int32), np.empty(0, np.float32)))
-    batch = {"x_lengths": [], "y_lengths": []}
-    for reduction, expected in (("none", []), ("sum", 0.0), ("mean", np.nan)):
-        loss, gradients = gpu3d.chamfer_value_and_grad(none, none, reduction=reduction, **batch)
-        assert_same_bits([back(loss)], [np.array(expected, np.float32)])
-        assert all(tuple(g.shape) == (0, 3) for g in gradients)
 
 
 def map_all(back, results):
@@ -897,7 +809,6 @@ def test_one_point():
     point = np.array([[1, 2, 3]], np.float32)
     assert_same_bits(gpu3d.knn(point, point, 1), (np.zeros((1, 1), np.float32), np.zeros((1, 1), np.int32)))
     assert gpu3d.radius_search(point, point, 0).offsets.tolist() == [0, 1]
-    assert gpu3d.chamfer(point, point + 2) == np.float32(2 * math.sqrt(12))
 
 
 def test_a_huge_radius_is_refused_before_memory_is_taken():
@@ -915,7 +826,7 @@ def test_a_huge_radius_is_refused_before_memory_is_taken():
 
 
 def test_crowded_places_take_no_longer():
-    """40 % of the points at the origin: a tree that keeps them all looks at each of them for each of them."""
+    """40 % of the points are at the origin. A tree that kept all of them would visit each one for each query there."""
     points = clouds.degenerate(60_000)["40 % at the origin"]
     start = time.perf_counter()
     distances, indices = gpu3d.knn(points, points, 16)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture: a real PNG, coloured by bucket, for clouds of every awkward kind."""
+"""The picture is a PNG, coloured by bucket, also for degenerate clouds."""
 
 import matplotlib.image
 import numpy as np
@@ -16,7 +16,7 @@ def draw(points, path, bucket_size=16, **options):
 
 
 def hues(image):
-    """How many clearly coloured hues, of 36, the picture holds."""
+    """How many of 36 hues occur clearly in the picture."""
     red, green, blue = image[np.ptp(image, axis=-1) > 0.25].astype(np.float64).T
     angle = np.arctan2(np.sqrt(3) * (green - blue), 2 * red - green - blue)
     return len(np.unique(np.floor(angle * 18 / np.pi)))
@@ -52,7 +52,7 @@ def test_title_is_drawn(points, tmp_path):
 
 
 def test_far_from_the_origin_looks_the_same(tmp_path):
-    points = np.random.default_rng(0).integers(-4096, 4096, size=(2000, 3)) / 64  # exact also when moved
+    points = np.random.default_rng(0).integers(-4096, 4096, size=(2000, 3)) / 64  # exact, also after the shift
     here = draw(points, tmp_path / "here.png")
     there = draw(points + np.array([5e6, 5e6, 0.0]), tmp_path / "there.png")
     assert (here != there).any(axis=-1).mean() < 1e-3

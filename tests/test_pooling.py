@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bucket_pool, bucket_unpool and their backwards on the CPU: the definition, its laws, rounding, bad input."""
+"""bucket_pool, bucket_unpool and their backwards on the CPU: definition, laws, rounding, bad input."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DTYPES = {
 UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}  # half an ulp of 1
 RATIOS = (2, 4, 8)
 REDUCTIONS = ("sum", "mean", "min", "max")
-BUCKET_SIZES = (16, 48, 512, 1040, 2048)  # below a tile and above it, dividing it and not
+BUCKET_SIZES = (16, 48, 512, 1040, 2048)  # smaller and larger than a tile, divisors of it and not
 EDGES = (1, 2, 3, 7, 8, 9, 1022, 1023, 1024, 1025, 1026, 2047, 2048, 2049, 3000)
 RAGGED = ([0, 700, 1, 16, 0, 2100, 3, 0], list(range(70)), [1024, 1025, 1023, 5])
 
@@ -38,7 +38,7 @@ RAGGED = ([0, 700, 1, 16, 0, 2100, 3, 0], list(range(70)), [1024, 1025, 1023, 5]
 
 
 class Inputs(NamedTuple):
-    """What the four calls take, in slot order."""
+    """The inputs of the four calls, in slot order."""
 
     features: np.ndarray  # [num_slots, C]
     points: np.ndarray  # [num_slots, 3]
@@ -57,7 +57,7 @@ def child_layout(buckets, ratio):
 
 
 def inputs(buckets, ratio, channels=3, dtype="float32", points=None, seed=0):
-    """Normal numbers and a slab of points, or `points` [N, 3] of the caller; NaN in padding."""
+    """Normal random numbers and a slab of points, or the given `points` [N, 3], with NaN in padding."""
     rng, child = np.random.default_rng(seed), child_layout(buckets, ratio)
     if points is None:
         points = clouds.uniform(sum(buckets.lengths), seed)
@@ -72,7 +72,7 @@ def inputs(buckets, ratio, channels=3, dtype="float32", points=None, seed=0):
 
 
 def degenerate(n, dtype):
-    """Named clouds that break a careless voxel: those of `clouds`, and with non-finite coordinates."""
+    """Named clouds that break careless voxels: those of `clouds`, and clouds with non-finite coordinates."""
     equal = np.full((n, 3), 1.5, np.float32)
     equal[::7, 1] = np.nan
     named = {**clouds.degenerate(n), "slab": clouds.uniform(n), "spoiled": clouds.spoiled(n)[0], "equal or NaN": equal}
@@ -81,7 +81,7 @@ def degenerate(n, dtype):
 
 
 def run(x, buckets, ratio, reduce):
-    """Every result of the public calls by name."""
+    """All results of the public calls, by name."""
     pooled = gpu3d.bucket_pool(x.features, x.points, buckets, ratio=ratio, reduce=reduce)
     assert (pooled.ratio, pooled.reduce, pooled.parent) == (ratio, reduce, buckets)
     assert (pooled.argmember is not None) == (reduce in ("min", "max"))
@@ -97,7 +97,7 @@ def run(x, buckets, ratio, reduce):
 
 
 def assert_same_bits(got, expected, note=""):
-    """The same names, dtypes, shapes and bits, but for which NaN a NaN is."""
+    """Assert the same names, dtypes, shapes and bits; all NaN count as equal."""
     assert got.keys() == expected.keys()
     for name in got:
         a, b = got[name].copy(), expected[name].copy()
@@ -109,7 +109,7 @@ def assert_same_bits(got, expected, note=""):
 
 
 def assert_padding(results, buckets, child):
-    """-1 or 0, whatever was in the padding that came in."""
+    """Assert that padding holds -1 or 0, whatever the padding of the inputs held."""
     for name, x in results.items():
         if name in ("point_to_slot", "moved"):
             continue
@@ -122,7 +122,7 @@ def assert_padding(results, buckets, child):
 
 
 def voxels_by_definition(tile):
-    """Voxels [n][3] of one tile, a number at a time."""
+    """Voxels [n][3] of one tile, computed one number at a time."""
     exact = np.float64 if tile.dtype == np.float64 else np.float32
     rows = [[exact(x) for x in row] for row in tile]
     low, extent = [], []
@@ -145,7 +145,7 @@ def voxels_by_definition(tile):
 
 
 def order_by_definition(points, buckets):
-    """For each cloud the slots of its points: tile by tile, inside a tile by the bits of the voxels, then by slot."""
+    """For each cloud the slots of its points, ordered by tile, by the Morton code of the voxel, and by slot."""
     clouds_of_slots = []
     for n, bucket in zip(buckets.lengths, buckets.bucket_offsets[:-1], strict=True):
         order, first = [], bucket * buckets.bucket_size
@@ -161,7 +161,7 @@ def order_by_definition(points, buckets):
 
 
 def members_by_definition(order, bucket_size, ratio):
-    """The slots of each child, by child slot; no slots in padding."""
+    """The member slots of each child slot; none for padding."""
     members = []
     for slots in order:
         groups = [slots[i : i + ratio] for i in range(0, len(slots), ratio)]
@@ -170,7 +170,7 @@ def members_by_definition(order, bucket_size, ratio):
 
 
 def reduced_by_definition(values, reduce):
-    """float64 of one group's values, and which of them the minimum or maximum is."""
+    """The reduction of one group's values in float64, and which value is the minimum or maximum."""
     values = [float(v) for v in values]
     if reduce == "sum":
         return math.fsum(values), None
@@ -181,14 +181,14 @@ def reduced_by_definition(values, reduce):
 
 
 def assert_is_the_definition(buckets, x, ratio, reduce, dtype):
-    """Against float64: at most the roundings of the sum, of the division and of the result's dtype."""
+    """Assert that results are within the roundings of sum, division and dtype of the float64 definition."""
     results = run(x, buckets, ratio, reduce)
     members = members_by_definition(order_by_definition(x.points, buckets), buckets.bucket_size, ratio)
     assert results["members"].tolist() == [group + [-1] * (ratio - len(group)) for group in members]
     child, channels = child_layout(buckets, ratio), x.features.shape[1]
     assert_padding(results, buckets, child)
     exact = {name: np.zeros(y.shape) for name, y in results.items() if name not in ("moved", "point_to_slot")}
-    size = {name: np.zeros(y.shape) for name, y in exact.items()}  # of what is added up
+    size = {name: np.zeros(y.shape) for name, y in exact.items()}  # sums of absolute terms
     for c, group in enumerate(members):
         for d in range(3 if group else 0):
             exact["points"][c, d], _ = reduced_by_definition(x.points[group, d], "mean")
@@ -210,8 +210,8 @@ def assert_is_the_definition(buckets, x, ratio, reduce, dtype):
         of = x.points.dtype.name if name == "points" else dtype
         assert results[name].dtype == DTYPES[of], name
         copied = name in ("out", "dskip") or (reduce in ("min", "max") and name in ("features", "dfeatures"))
-        adding = ratio * (2.0**-53 if of == "float64" else 2.0**-24)  # ratio - 1 sums and a division
-        tiny = 2.0**-25 if of == "float16" else 2.0**-140  # half a unit of the smallest numbers
+        adding = ratio * (2.0**-53 if of == "float64" else 2.0**-24)  # ratio - 1 additions and a division
+        tiny = 2.0**-25 if of == "float16" else 2.0**-140  # half of the smallest subnormal number, or more
         bound = 0 if copied else UNIT[of] * np.abs(exact[name]) * (1 + adding) + adding * size[name] + tiny
         error = np.abs(results[name].astype(float) - exact[name])
         assert (error <= bound).all(), f"{name}: error {error.max():.3g}"
@@ -282,14 +282,14 @@ def test_any_batch(lengths, bucket_size, ratio, reduce, seed):
 
 
 def line(n, bucket_size=16):
-    """A layout whose slots lie in a row: members are consecutive slots."""
+    """A layout of points in a line, so that members are consecutive slots."""
     points = np.zeros((-(-n // bucket_size) * bucket_size, 3), np.float32)
     points[:, 0] = np.arange(len(points))
     return layout([n], bucket_size), points
 
 
 def pool_row(values, reduce, ratio=4, dtype="float32"):
-    """The first child of `values`, one feature of consecutive members; and the pooling."""
+    """Pool `values`, one feature of consecutive members; returns the first child and the pooling."""
     buckets, points = line(len(values))
     features = np.full((buckets.num_slots, 1), np.nan, DTYPES[dtype])
     features[: len(values), 0] = np.array(values, DTYPES[dtype])
@@ -305,13 +305,13 @@ def test_sums_are_float32_in_the_order_of_members_and_rounded_once():
     assert pool_row([one, half_ulp, half_ulp], "sum", dtype="float64")[0] == 1 + 2 * half_ulp
     assert pool_row([65504, 65504, 65504, 65504], "mean", dtype="float16")[0] == 65504  # a float16 sum would be inf
     assert np.isposinf(pool_row([65504, 65504], "sum", dtype="float16")[0])
-    assert pool_row([2048, 1, 1, 1], "sum", dtype="float16")[0] == 2052  # 2051 to even; in float16 each 1 is lost
-    assert pool_row([256, 1, 1, 1], "sum", dtype="bfloat16")[0] == 260  # 259 to even
-    assert np.signbit(pool_row([-0.0, -0.0], "sum")[0]) and np.signbit(pool_row([-0.0], "mean")[0])  # not from +0
+    assert pool_row([2048, 1, 1, 1], "sum", dtype="float16")[0] == 2052  # 2051 to even; float16 would lose each 1
+    assert pool_row([256, 1, 1, 1], "sum", dtype="bfloat16")[0] == 260  # 259 rounds to even
+    assert np.signbit(pool_row([-0.0, -0.0], "sum")[0]) and np.signbit(pool_row([-0.0], "mean")[0])  # no +0 is added
 
 
 def test_the_mean_is_divided_and_not_multiplied():
-    """There are numbers whose third is not their product with the rounded third."""
+    """For some numbers x / 3 differs from x times the rounded third."""
     values = np.random.default_rng(0).standard_normal(200).astype(np.float32)
     thirds = values / np.float32(3)
     assert (thirds != values * (np.float32(1) / np.float32(3))).any()
@@ -337,7 +337,7 @@ def test_skip_is_added_in_float32_and_rounded_once(dtype):
 
 def test_map_coordinates_keep_their_millimetres():
     rng = np.random.default_rng(0)
-    points = rng.integers(0, 2**16, (3000, 3)) / 1024.0  # exact, and exact when moved
+    points = rng.integers(0, 2**16, (3000, 3)) / 1024.0  # exact, also after the shift
     moved = points + [5e6, 4.5e6, 300]
     buckets = gpu3d.bucketize(points, 64)
     features = np.zeros((buckets.num_slots, 1), np.float32)
@@ -347,7 +347,7 @@ def test_map_coordinates_keep_their_millimetres():
     assert means.dtype == np.float64
     np.testing.assert_allclose(means - [5e6, 4.5e6, 300], near.points[valid(near.buckets)], rtol=0, atol=1e-8)
     single = gpu3d.bucket_pool(features, buckets.scatter(moved.astype(np.float32)), buckets, ratio=8)
-    assert (single.members != near.members).any()  # float32 would lose them
+    assert (single.members != near.members).any()  # float32 loses them
 
 
 def test_all_points_equal_are_grouped_by_slot():
@@ -359,7 +359,7 @@ def test_all_points_equal_are_grouped_by_slot():
 
 
 def test_groups_are_tight():
-    """Buckets of a hash that scatters: the pairs are close all the same, for a tile is ordered anew."""
+    """Pairs are close even with a hash that scatters points, because each tile is sorted again."""
     points = clouds.lidar_like(20_000)
     buckets = gpu3d.bucketize(points, 512, hash="xor_mod")
     in_slots = buckets.scatter(points)
@@ -371,7 +371,7 @@ def test_groups_are_tight():
 
 
 def test_real_sweeps(data_dir):
-    """Every point in exactly one group; the mean pair is nearer than a tenth of the mean tile is wide."""
+    """Every point is in exactly one group. The mean distance of a pair is below a tenth of the mean width of a tile."""
     seen = 0
     for name, points in clouds.real(data_dir):
         buckets = gpu3d.bucketize(points)
@@ -398,7 +398,7 @@ def test_every_point_is_in_exactly_one_group(bucket_size, ratio):
         members = gpu3d.bucket_pool(x.features, x.points, buckets, ratio=ratio).members
         np.testing.assert_array_equal(np.sort(members[members >= 0]), np.flatnonzero(valid(buckets)))
         count = (members >= 0).sum(1)
-        assert ((members >= 0) == (np.arange(ratio) < count[:, None])).all()  # -1 at the end of a row
+        assert ((members >= 0) == (np.arange(ratio) < count[:, None])).all()  # -1 only at the end of a row
         child = child_layout(buckets, ratio)
         short = (count < ratio) & valid(child)
         last = np.array(child.bucket_offsets[:-1]) * bucket_size + np.array(child.lengths) - 1
@@ -419,25 +419,6 @@ def test_padding_may_hold_anything(dtype, reduce):
         for y in x:
             y[padding if len(y) == buckets.num_slots else child_padding] = filler
         assert_same_bits(run(x, buckets, 4, reduce), got, filler)
-
-
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-def test_clouds_do_not_see_each_other(reduce):
-    lengths = [0, 1100, 1, 77, 0]
-    buckets = layout(lengths, 16)
-    x = inputs(buckets, 4)
-    together = run(x, buckets, 4, reduce)
-    child = child_layout(buckets, 4)
-    for b, n in enumerate(lengths):
-        alone = layout([n], 16)
-        slots, children = (slice(o[b] * 16, o[b + 1] * 16) for o in (buckets.bucket_offsets, child.bucket_offsets))
-        parts = (y[slots if len(y) == buckets.num_slots else children] for y in x)
-        got = run(Inputs(*parts), alone, 4, reduce)
-        members = together["members"][children]
-        np.testing.assert_array_equal(got["members"], np.where(members >= 0, members - slots.start, -1))
-        for name in ("features", "points", "dfeatures", "out", "out with skip", "dchild", "dskip"):
-            part = together[name][children if len(together[name]) == child.num_slots else slots]
-            np.testing.assert_array_equal(got[name], part, err_msg=name)
 
 
 @settings(max_examples=30, deadline=None)
@@ -464,7 +445,7 @@ def test_the_features_and_their_width_change_no_group():
 
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_unpooling_is_the_adjoint_of_the_sum(ratio):
-    """The same moves, so the same bits: one's forward is the other's backward."""
+    """Both move the same rows, so the forward of one has the bits of the backward of the other."""
     buckets = layout([1100, 5], 16)
     x = inputs(buckets, ratio, 4)
     pooled = gpu3d.bucket_pool(x.dout, x.points, buckets, ratio=ratio, reduce="sum")
@@ -488,7 +469,7 @@ def test_pooling_undoes_unpooling(ratio, reduce):
         np.testing.assert_allclose(back.features, np.where(children[:, None], x.child, 0), rtol=1e-6)
     else:
         np.testing.assert_array_equal(back.features, np.where(children[:, None], x.child, 0))
-        assert (back.argmember == 0).all()  # all members attain it: the first
+        assert (back.argmember == 0).all()  # all members have the extreme, so the first one
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
@@ -519,7 +500,7 @@ def test_reductions_agree_with_each_other(ratio):
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_pool_backward_is_finite_differences(ratio, reduce):
-    """Linear inside a step that changes no order of members, so central differences are exact but for rounding."""
+    """Pooling is linear if a step changes no order of members, so central differences are exact except for rounding."""
     buckets = layout([1100, 0, 5], 16)
     x = Inputs(*map(np.nan_to_num, inputs(buckets, ratio, 3, "float64")))
     pooled = gpu3d.bucket_pool(x.features, x.points, buckets, ratio=ratio, reduce=reduce)
@@ -540,7 +521,7 @@ def test_pool_backward_is_finite_differences(ratio, reduce):
     if reduce in ("sum", "mean"):
         assert (rows != 0).all()
     else:
-        assert (rows != 0).sum() == 3 * sum(pooled.buckets.lengths)  # one member of each child and feature
+        assert (rows != 0).sum() == 3 * sum(pooled.buckets.lengths)  # one member for each child and feature
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
@@ -566,7 +547,7 @@ def test_unpool_backward_is_finite_differences(ratio):
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_adjoint(ratio, reduce):
-    """<pool(x), y> = <x, pool_backward(y)>, and the same of unpooling: each pass is linear in what it is given."""
+    """<pool(x), y> = <x, pool_backward(y)>, and the same for unpooling: each pass is linear in its input."""
     buckets = layout([1100, 0, 5, 1], 48)
     x = Inputs(*map(np.nan_to_num, inputs(buckets, ratio, 3, "float64")))
     got = run(x, buckets, ratio, reduce)
@@ -603,7 +584,7 @@ def test_nan_reaches_its_own_child_and_feature(ratio, dtype, reduce):
     expected["dchild"][child_of[11], 2] = expected["dskip"][11, 2] = True
     for name, reached in expected.items():
         np.testing.assert_array_equal(np.isnan(got[name]), reached, err_msg=name)
-        if name not in ("argmember", "dfeatures"):  # where the NaN is, another member may have been the extreme
+        if name not in ("argmember", "dfeatures"):  # without the NaN, another member may be the extreme
             np.testing.assert_array_equal(got[name][~reached], clean[name][~reached], err_msg=name)
 
 
@@ -614,12 +595,12 @@ def test_nan_reaches_its_own_child_and_feature(ratio, dtype, reduce):
         ([np.nan, 1, 2, 3], 0, 0),
         ([1, np.nan, 2, 3], 1, 1),
         ([3, 1, 2, np.nan], 3, 3),
-        ([1, np.nan, np.inf, np.nan], 1, 1),  # the first of two
+        ([1, np.nan, np.inf, np.nan], 1, 1),  # the first of two NaN
         ([-np.inf, np.nan, np.nan, 7], 1, 1),
         ([np.nan] * 4, 0, 0),
         ([np.inf, -np.inf, 0, 1], 1, 0),
-        ([2, 5, 5, 2], 0, 1),  # the first of equals
-        ([0.0, -0.0, 0.0, -0.0], 0, 0),  # which are equal
+        ([2, 5, 5, 2], 0, 1),  # the first of equal values
+        ([0.0, -0.0, 0.0, -0.0], 0, 0),  # 0.0 and -0.0 are equal
         ([-0.0, 0.0, -0.0], 0, 0),
         ([1], 0, 0),
     ],
@@ -645,7 +626,7 @@ def test_inf_in_sums(dtype):
 
 
 def test_non_finite_points():
-    """They stand last on their axis, and only the means of their groups show it; the other points keep their order."""
+    """Non-finite points are last on their axis and change only the means of their groups. Others keep their order."""
     n = 900
     points = clouds.lidar_like(n)
     bad = np.random.default_rng(0).permutation(n)[:90]
@@ -661,7 +642,7 @@ def test_non_finite_points():
     alone[: n - 90] = points[good]
     members = gpu3d.bucket_pool(alone, alone, alone_layout).members
     last = (np.array(voxels_by_definition(points[good])) == 1023).all(1)
-    assert not last.any()  # else a good point could tie with the bad ones
+    assert not last.any()  # otherwise a finite point could tie with the others
     np.testing.assert_array_equal(order[: n - 90], good[members[members >= 0]])
     finite = np.isfinite(pooled.points[valid(pooled.buckets)]).all(1)
     assert finite[: (n - 90) // 2].all() and not finite[(n - 90) // 2 :].any()
@@ -672,7 +653,7 @@ def test_non_finite_points():
 
 @pytest.mark.parametrize("bucket_size", [16, 48, 1040])
 def test_pooling_twice(bucket_size):
-    """The child with its bookkeeping thrown away, as a fresh cloud, pools to the same bits."""
+    """The points of a child, taken as a new cloud, pool to the same bits."""
     buckets = layout([0, 5000, 9, 700], bucket_size)
     x = inputs(buckets, 2, 4)
     once = gpu3d.bucket_pool(x.features, x.points, buckets, reduce="max")
@@ -681,7 +662,7 @@ def test_pooling_twice(bucket_size):
     expected = members_by_definition(order_by_definition(once.points, once.buckets), bucket_size, 4)
     assert twice.members.tolist() == [group + [-1] * (4 - len(group)) for group in expected]
     gradient = gpu3d.bucket_pool_backward(gpu3d.bucket_pool_backward(np.ones_like(twice.features), twice), once)
-    assert (gradient.sum(0) == sum(once.buckets.lengths)).all()  # each grandchild's one reaches each child, once
+    assert (gradient.sum(0) == sum(once.buckets.lengths)).all()  # the 1 of a grandchild reaches each child once
     back = gpu3d.bucket_unpool(gpu3d.bucket_unpool(twice.features, twice), once)
     assert (back[valid(buckets)] != 0).all() and back.shape == x.features.shape
 
@@ -721,75 +702,16 @@ def test_a_pooling_is_frozen():
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
-def test_views_and_read_only_arrays(reduce):
+def test_the_gradient_of_a_sum(reduce):
+    """The gradient of a sum is one broadcast row."""
     buckets = layout([1100, 30], 16)
     x = inputs(buckets, 4, 6)
-    expected = run(x, buckets, 4, reduce)
-    before = [y.tobytes() for y in x]
-
-    def frozen(y):
-        y = y.view()
-        y.flags.writeable = False
-        return y
-
-    for view in (
-        frozen,
-        np.asfortranarray,
-        lambda y: np.repeat(y, 2, axis=1)[:, ::2],
-        lambda y: y[::-1].copy()[::-1],
-        lambda y: y[:, ::-1].copy()[:, ::-1],
-        lambda y: np.pad(y, ((0, 0), (1, 2)))[:, 1:-2],
-    ):
-        assert_same_bits(run(Inputs(*map(view, x)), buckets, 4, reduce), expected)
-    assert [y.tobytes() for y in x] == before  # and none is written to
-    same = run(x._replace(dout=np.broadcast_to(x.dout[0], x.dout.shape)), buckets, 4, reduce)
-    assert (same["dskip"][valid(buckets)] == x.dout[0]).all()
-
-
-def test_results_share_no_memory_with_inputs():
-    buckets = layout([64], 16)
-    x = inputs(buckets, 2)
-    for name, y in run(x, buckets, 2, "sum").items():
-        assert not any(np.shares_memory(y, z) for z in x), name
-
-
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_torch(dtype, reduce):
-    torch = pytest.importorskip("torch")
-    points = clouds.uniform(200)
-    host = gpu3d.bucketize(points, 16)
-    x = inputs(host, 4, 3, dtype, points)
-    expected = run(x, host, 4, reduce)
-
-    def tensor(y):
-        return torch.from_numpy(y.astype(np.float64)).to(getattr(torch, y.dtype.name)).requires_grad_()
-
-    buckets = gpu3d.bucketize(torch.from_numpy(points), 16)
-    got = run(Inputs(*map(tensor, x)), buckets, 4, reduce)
-    for name, y in got.items():
-        assert isinstance(y, torch.Tensor) and not y.requires_grad, name
-        assert str(y.dtype) == f"torch.{expected[name].dtype.name}", name
-        np.testing.assert_array_equal(y.double().numpy(), expected[name].astype(np.float64), err_msg=name)
-
-
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_jax(dtype, reduce):
-    jax = pytest.importorskip("jax")
-    cpu = jax.devices("cpu")[0]
-    points = clouds.uniform(200)
-    host = gpu3d.bucketize(points, 16)
-    x = inputs(host, 4, 3, dtype, points)
-    expected = run(x, host, 4, reduce)
-    buckets = gpu3d.bucketize(jax.device_put(points, cpu), 16)
-    got = run(Inputs(*(jax.device_put(y, cpu) for y in x)), buckets, 4, reduce)
-    assert all(isinstance(y, jax.Array) for y in got.values())
-    assert_same_bits({name: np.asarray(y) for name, y in got.items()}, expected)
+    got = run(x._replace(dout=np.broadcast_to(x.dout[0], x.dout.shape)), buckets, 4, reduce)
+    assert (got["dskip"][valid(buckets)] == x.dout[0]).all()
 
 
 def test_libraries_may_differ_on_the_cpu():
-    """Results are of the kind of the first argument."""
+    """Results are arrays of the first argument's library."""
     torch = pytest.importorskip("torch")
     buckets = layout([200], 16)
     x = inputs(buckets, 2)
@@ -799,6 +721,34 @@ def test_libraries_may_differ_on_the_cpu():
     assert isinstance(gpu3d.bucket_pool_backward(x.dpooled, pooled), np.ndarray)
     assert isinstance(gpu3d.bucket_unpool(x.child, pooled, skip=torch.from_numpy(x.skip)), np.ndarray)
     assert all(isinstance(y, np.ndarray) for y in gpu3d.bucket_unpool_backward(x.dout, pooled))
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_on_another_device(reduce):
+    """A pooling is moved to a device and used there. NumPy's only device is the CPU."""
+    buckets = layout([200, 30], 16)
+    x = inputs(buckets, 4, 6)
+    pooled = gpu3d.bucket_pool(x.features, x.points, buckets, ratio=4, reduce=reduce)
+    moved = pooled.to("cpu")
+    assert type(moved) is gpu3d.Pooling and (moved.argmember is None) == (reduce == "mean")
+    for name in ("features", "points", "members", "argmember"):
+        np.testing.assert_array_equal(getattr(moved, name), getattr(pooled, name))
+    assert (moved.buckets.lengths, moved.parent.lengths) == (pooled.buckets.lengths, buckets.lengths)
+    np.testing.assert_array_equal(gpu3d.bucket_unpool(x.child, moved), gpu3d.bucket_unpool(x.child, pooled))
+
+
+def test_a_backward_does_not_cut_gradients_in_silence():
+    torch = pytest.importorskip("torch")
+    buckets = layout([200], 16)
+    x = inputs(buckets, 2)
+    pooled = gpu3d.bucket_pool(x.features, x.points, buckets)
+    for function, array in ((gpu3d.bucket_pool_backward, x.dpooled), (gpu3d.bucket_unpool_backward, x.dout)):
+        tensor = torch.from_numpy(array).requires_grad_()
+        with pytest.raises(TypeError, match=r"requires grad.*\.detach\(\)"):
+            function(tensor, pooled)
+        got, expected = function(tensor.detach(), pooled), function(array, pooled)
+        for y, z in zip(*((y,) if not isinstance(y, tuple) else y for y in (got, expected)), strict=True):
+            np.testing.assert_array_equal(y.numpy(), z)
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------
@@ -815,7 +765,7 @@ def of(*shape, dtype=np.float32):
 NARROW = of(SLOTS, 8, dtype=np.float16)
 DTYPE = r"must be float16, bfloat16(, float32 or float64| or float32 on a GPU), got"
 
-# The call; what differs from a good one; what it raises.
+# Each row: the call, the changes to a good call, and the error.
 BAD = [
     ("pool", {"ratio": 3}, ValueError, "ratio must be 2, 4 or 8, got 3"),
     ("pool", {"ratio": 16}, ValueError, "ratio must be 2, 4 or 8, got 16: pool several times"),
@@ -825,7 +775,10 @@ BAD = [
     ("pool", {"ratio": True}, TypeError, "ratio must be an integer, got True"),
     ("pool", {"ratio": None}, TypeError, "ratio must be an integer, got None"),
     ("pool", {"reduce": "prod"}, ValueError, "reduce must be one of 'sum', 'mean', 'min', 'max', got 'prod'"),
-    ("pool", {"reduce": None}, ValueError, "reduce must be one of .*, got None"),
+    ("pool", {"reduce": None}, TypeError, "reduce must be one of .*, got None"),
+    ("pool", {"reduce": np.array(["sum", "mean"])}, TypeError, r"reduce must be one of .*, got ndarray of shape \[2\]"),
+    ("pool", {"ratio": 10**400}, ValueError, "ratio must be 2, 4 or 8, got an int of many digits"),
+    ("pool", {"ratio": [2] * 100_000}, TypeError, "ratio must be an integer, got list of length 100000 of type list"),
     ("pool", {"features": of(SLOTS - 16, 8)}, ValueError,
      rf"features must have one row for each of the {SLOTS} slots of buckets, got shape \[128, 8\]: .*buckets.scatter"),
     ("pool", {"features": of(SLOTS)}, ValueError, rf"features must have shape \[num_slots, C\], got \[{SLOTS}\]"),
@@ -833,15 +786,12 @@ BAD = [
     ("pool", {"features": of(SLOTS, 8, dtype=np.int32)}, TypeError, f"features {DTYPE} int32.*astype"),
     ("pool", {"features": of(SLOTS, 8, dtype=np.uint8)}, TypeError, f"features {DTYPE} uint8"),
     ("pool", {"features": of(SLOTS, 8, dtype=np.bool_)}, TypeError, f"features {DTYPE} bool"),
-    ("pool", {"features": of(SLOTS, 8, dtype=np.complex64)}, TypeError, f"features {DTYPE} complex64"),
-    ("pool", {"features": [[1.0]]}, TypeError, "features must be an array"),
     ("pool", {"points": of(128, 3)}, ValueError,
      rf"points must have one row for each of the {SLOTS} slots of buckets, got shape \[128, 3\]: .*buckets.scatter"),
     ("pool", {"points": of(SLOTS, 4)}, ValueError, rf"points must have shape \[num_slots, 3\], got \[{SLOTS}, 4\]"),
     ("pool", {"points": of(3, SLOTS, 3)}, ValueError, r"points must have shape \[num_slots, 3\]"),
     ("pool", {"points": of(SLOTS)}, ValueError, r"points must have shape \[num_slots, 3\]"),
     ("pool", {"points": of(SLOTS, 3, dtype=np.int32)}, TypeError, "points must be float32, .*, got int32.*astype"),
-    ("pool", {"points": None}, TypeError, "points must be an array"),
     ("pool", {"buckets": [0, 1]}, TypeError, "buckets must be the Buckets that gpu3d.bucketize returns, got list"),
     ("pool_backward", {"pooled": None}, TypeError, "pooled must be the Pooling that .*bucket_pool returns, got None"),
     ("pool_backward", {"dchild_features": of(CHILD_SLOTS, 7)}, ValueError,
@@ -852,13 +802,11 @@ BAD = [
     ("pool_backward", {"dchild_features": of(CHILD_SLOTS, 8, dtype=np.float16)}, TypeError,
      r"dchild_features must have the dtype of pooled.features, got float16 for float32: .*astype\('float32'\)"),
     ("pool_backward", {"dchild_features": of(CHILD_SLOTS, 8, dtype=np.int64)}, TypeError, f"{DTYPE} int64"),
-    ("pool_backward", {"dchild_features": 1.0}, TypeError, "dchild_features must be an array"),
     ("unpool", {"pooled": of(2)}, TypeError, "pooled must be the Pooling"),
     ("unpool", {"child_features": of(SLOTS, 8)}, ValueError,
      rf"child_features must have one row for each of the {CHILD_SLOTS} slots of pooled.buckets"),
     ("unpool", {"child_features": of(CHILD_SLOTS)}, ValueError, "child_features must have shape"),
     ("unpool", {"child_features": of(CHILD_SLOTS, 8, dtype=np.int8)}, TypeError, f"child_features {DTYPE} int8"),
-    ("unpool", {"child_features": None}, TypeError, "child_features must be an array"),
     ("unpool", {"skip": of(CHILD_SLOTS, 8)}, ValueError,
      rf"skip must have one row for each of the {SLOTS} slots of pooled.parent, got shape \[{CHILD_SLOTS}, 8\]"),
     ("unpool", {"skip": of(SLOTS, 7)}, ValueError,
@@ -866,13 +814,11 @@ BAD = [
     ("unpool", {"skip": of(SLOTS)}, ValueError, "skip must have shape"),
     ("unpool", {"skip": NARROW}, TypeError, "skip must have the dtype of child_features, got float16 for float32"),
     ("unpool", {"skip": of(SLOTS, 8, dtype=np.int32)}, TypeError, f"skip {DTYPE} int32"),
-    ("unpool", {"skip": 0.0}, TypeError, "skip must be an array"),
     ("unpool_backward", {"pooled": "x"}, TypeError, "pooled must be the Pooling .*, got str"),
     ("unpool_backward", {"dout": of(CHILD_SLOTS, 8)}, ValueError,
      rf"dout must have one row for each of the {SLOTS} slots of pooled.parent, got shape \[{CHILD_SLOTS}, 8\]"),
     ("unpool_backward", {"dout": of(SLOTS)}, ValueError, "dout must have shape"),
     ("unpool_backward", {"dout": of(SLOTS, 8, dtype=np.int32)}, TypeError, f"dout {DTYPE} int32"),
-    ("unpool_backward", {"dout": []}, TypeError, "dout must be an array"),
 ]  # fmt: skip
 
 
@@ -895,7 +841,8 @@ def assert_refused(call, arguments, error, message, asarray):
     good = good_calls(asarray)[call]
     function = getattr(gpu3d, f"bucket_{call}")
     function(**good)
-    bad = {name: asarray(y) if isinstance(y, np.ndarray) else y for name, y in arguments.items()}
+    numbers = {name: y for name, y in arguments.items() if isinstance(y, np.ndarray) and y.dtype.kind != "U"}
+    bad = arguments | {name: asarray(y) for name, y in numbers.items()}
     with pytest.raises(error, match=message):
         function(**{**good, **bad})
 
@@ -919,16 +866,6 @@ def test_ratio_and_reduce_are_keywords():
     with pytest.raises(TypeError, match="positional"):
         gpu3d.bucket_pool(points, points, buckets, 4)
     assert gpu3d.bucket_pool(points, points, buckets, ratio=np.int64(4)).members.shape == (16, 4)
-
-
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_empty(dtype, lengths, reduce):
-    buckets = layout(lengths, 16)
-    for name, y in run(inputs(buckets, 4, 5, dtype), buckets, 4, reduce).items():
-        columns = {"points": (3,), "members": (4,), "slot_to_point": (), "point_to_slot": ()}.get(name, (5,))
-        assert y.shape == ((0, *columns) if name != "moved" else ()), name
 
 
 def test_no_features():

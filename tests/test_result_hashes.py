@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op gives the bits that tests/result_hashes.json holds, in every library, on the CPU and on a GPU."""
+"""Results have the hashes in tests/result_hashes.json, for every op and library, on the CPU and on a GPU."""
 
 from __future__ import annotations
 

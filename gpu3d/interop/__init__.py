@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gpu3d in frameworks: `gpu3d.interop.torch`, `gpu3d.interop.jax`, and converters between ways to hold a batch.
+"""gpu3d in frameworks: `gpu3d.interop.torch`, `gpu3d.interop.jax`, and converters between batch formats.
 
 Importing this package imports no framework.
 """
 
 from gpu3d.interop.batches import (
     batch_from_lengths,
+    collate,
     cu_seqlens_from_lengths,
     lengths_from_batch,
     lengths_from_cu_seqlens,
@@ -17,6 +18,7 @@ from gpu3d.interop.batches import (
 
 __all__ = [
     "batch_from_lengths",
+    "collate",
     "cu_seqlens_from_lengths",
     "lengths_from_batch",
     "lengths_from_cu_seqlens",

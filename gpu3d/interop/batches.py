@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How other libraries hold a batch of clouds, and back: Pointcept, PyG, FlashAttention, PyTorch3D.
+"""Convert a batch of clouds from and to the formats of Pointcept, PyG, FlashAttention and PyTorch3D.
 
-gpu3d packs the points of all clouds behind each other and keeps the lengths as host integers, so that every shape is
-known without asking the GPU. Lengths that are read from a GPU array are read once, here: that synchronizes.
+gpu3d packs the points of all clouds one behind the other and keeps the lengths as host integers. So every shape is
+known without asking the GPU. If another library has the lengths on a GPU, these functions copy them to the host once,
+which synchronizes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from gpu3d import _arrays
-from gpu3d.buckets import _download
 
 
 def lengths_from_offset(offset: Any) -> tuple[int, ...]:
@@ -23,7 +23,7 @@ def lengths_from_offset(offset: Any) -> tuple[int, ...]:
     Parameters
     ----------
     offset : array int [B] or sequence of int
-        Where each cloud ends. Of any library; synchronizes on a GPU.
+        Where each cloud ends. An array of any library; one on a GPU synchronizes.
 
     Returns
     -------
@@ -45,7 +45,7 @@ def offset_from_lengths(lengths: Sequence[int], like: Any = None) -> Any:
     lengths : sequence of int
         Points of each cloud.
     like : array, optional
-        The result is of its library and on its device. Default: NumPy.
+        The result is an array of the same library, on the same device. Default: a NumPy array.
 
     Returns
     -------
@@ -60,14 +60,14 @@ def offset_from_lengths(lengths: Sequence[int], like: Any = None) -> Any:
 
 
 def lengths_from_batch(batch: Any, clouds: int | None = None) -> tuple[int, ...]:
-    """Lengths from PyG's `batch`: the number of the cloud of each point, in order.
+    """Lengths from PyG's `batch`: for each point the number of its cloud, sorted.
 
     Parameters
     ----------
     batch : array int [N] or sequence of int
-        Of any library; synchronizes on a GPU.
+        An array of any library; one on a GPU synchronizes.
     clouds : int, optional
-        How many clouds there are (PyG's batch_size). Default: one more than the last number, so no empty clouds behind.
+        The number of clouds (PyG's batch_size). Default: the last number plus one, so the last cloud is not empty.
 
     Returns
     -------
@@ -83,7 +83,7 @@ def lengths_from_batch(batch: Any, clouds: int | None = None) -> tuple[int, ...]
     if len(drops):
         first = int(drops[0])
         raise ValueError(
-            f"batch must be sorted, for the points of a cloud lie together, got {numbers[first]} before "
+            f"batch must be sorted, because the points of a cloud lie together, got {numbers[first]} before "
             f"{numbers[first + 1]} at index {first}. Sort points and batch by the order of batch."
         )
     least = int(numbers[-1]) + 1 if len(numbers) else 0
@@ -103,7 +103,7 @@ def batch_from_lengths(lengths: Sequence[int], like: Any = None) -> Any:
     lengths : sequence of int
         Points of each cloud.
     like : array, optional
-        The result is of its library and on its device. Default: NumPy.
+        The result is an array of the same library, on the same device. Default: a NumPy array.
 
     Returns
     -------
@@ -119,12 +119,12 @@ def batch_from_lengths(lengths: Sequence[int], like: Any = None) -> Any:
 
 
 def lengths_from_cu_seqlens(cu_seqlens: Any) -> tuple[int, ...]:
-    """Lengths from FlashAttention's `cu_seqlens`: the running sum of the lengths, from 0 on.
+    """Lengths from FlashAttention's `cu_seqlens`: the running sum of the lengths, with a leading 0.
 
     Parameters
     ----------
     cu_seqlens : array int [B + 1] or sequence of int
-        Where each cloud begins, and where the last ends. Of any library; synchronizes on a GPU.
+        Where each cloud begins, and where the last one ends. An array of any library; one on a GPU synchronizes.
 
     Returns
     -------
@@ -150,9 +150,9 @@ def cu_seqlens_from_lengths(lengths: Sequence[int], like: Any = None) -> Any:
     Parameters
     ----------
     lengths : sequence of int
-        Points of each cloud; fewer than 2**31 together.
+        Points of each cloud. Their sum must be below 2**31.
     like : array, optional
-        The result is of its library and on its device. Default: NumPy.
+        The result is an array of the same library, on the same device. Default: a NumPy array.
 
     Returns
     -------
@@ -170,19 +170,20 @@ def cu_seqlens_from_lengths(lengths: Sequence[int], like: Any = None) -> Any:
 
 
 def pack(padded: Any, lengths: Any) -> tuple[Any, tuple[int, ...]]:
-    """Points packed behind each other, from PyTorch3D's padded points and lengths.
+    """Pack PyTorch3D's padded points: the clouds one behind the other, without padding.
 
     Parameters
     ----------
     padded : array [B, n, ...]
-        Of any library; with gradients in torch and JAX. Rows from each cloud's length on are left out.
+        An array of any library; in torch and JAX it is differentiable. Of each cloud only the first rows are kept, as
+        many as its length says.
     lengths : array int [B] or sequence of int
-        Points of each cloud, at most n. Of any library; an array on a GPU synchronizes.
+        Points of each cloud, at most n. An array of any library; one on a GPU synchronizes.
 
     Returns
     -------
     packed : array [N, ...]
-        Of the kind of `padded`.
+        The same kind of array as `padded`.
     lengths : tuple of int
 
     Examples
@@ -210,21 +211,21 @@ def pack(padded: Any, lengths: Any) -> tuple[Any, tuple[int, ...]]:
 
 
 def pad(packed: Any, lengths: Sequence[int], fill: float = 0) -> Any:
-    """PyTorch3D's padded points from packed ones; the inverse of `pack`.
+    """Pad packed points as PyTorch3D does; the inverse of `pack`.
 
     Parameters
     ----------
     packed : array [N, ...]
-        Of any library; with gradients in torch and JAX.
+        An array of any library; in torch and JAX it is differentiable.
     lengths : sequence of int
         Points of each cloud.
     fill : scalar
-        What rows from each cloud's length on hold.
+        The value of padding rows.
 
     Returns
     -------
     array [B, n, ...]
-        n is the largest length. Of the kind of `packed`.
+        The same kind of array as `packed`. n is the largest length.
     """
     xp, packed = _library(packed, "packed")
     if packed.ndim == 0:
@@ -237,19 +238,106 @@ def pad(packed: Any, lengths: Sequence[int], fill: float = 0) -> Any:
     for n in counts:
         end += n
         cloud = packed[end - n : end]
-        if xp.__name__ == "torch":  # whose pad takes the last dimension first
+        if xp.__name__ == "torch":  # torch's pad takes the last dimension first
             clouds.append(xp.nn.functional.pad(cloud, (0, 0) * others + (0, most - n), value=fill))
         else:
             clouds.append(xp.pad(cloud, [(0, most - n)] + [(0, 0)] * others, constant_values=fill))
     return xp.stack(clouds)
 
 
+def collate(samples: Sequence[Any]) -> Any:
+    """Pack clouds of different sizes into one batch of tensors and their lengths; a DataLoader's ``collate_fn``.
+
+    Parameters
+    ----------
+    samples : sequence
+        One sample for each cloud, all of one kind: an array [n, ...]; a tuple of arrays (points and attributes) with
+        one row for each of the n points; or a dict of such arrays. Arrays are torch tensors or NumPy arrays. Tuples and
+        dicts may also hold other values, such as a file's name. These come back as a list with one entry per cloud.
+
+    Returns
+    -------
+    tuple or dict
+        ``(packed, lengths)`` for arrays, ``(*packed, lengths)`` for tuples, and for dicts a dict with the same keys and
+        ``lengths``. Packed arrays are tensors [N, ...]; lengths are a tuple of int.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The samples differ in kind or keys, or an array does not have one row for each point.
+
+    Notes
+    -----
+    With ``pin_memory=True`` torch copies the tensors into page-locked memory and turns the tuple of lengths into a
+    list. gpu3d accepts both.
+
+    Examples
+    --------
+    >>> import torch
+    >>> clouds = [(torch.rand(n, 3), torch.arange(n)) for n in (5, 3)]
+    >>> loader = torch.utils.data.DataLoader(clouds, batch_size=2, collate_fn=gpu3d.interop.collate)
+    >>> points, labels, lengths = next(iter(loader))
+    >>> points.shape, labels.tolist(), lengths
+    (torch.Size([8, 3]), [0, 1, 2, 3, 4, 0, 1, 2], (5, 3))
+    """
+    if not samples:
+        raise ValueError("samples must hold at least one cloud, got none.")
+    kinds = {dict if isinstance(x, dict) else tuple if isinstance(x, (tuple, list)) else object for x in samples}
+    if len(kinds) > 1:
+        names = " and ".join(sorted({type(x).__name__ for x in samples}))
+        raise TypeError(f"samples must all be arrays, all tuples or all dicts, got {names}.")
+    if kinds == {dict}:
+        keys = list(samples[0])
+        if "lengths" in keys or any(set(sample) != set(keys) for sample in samples):
+            raise ValueError(f"samples must have the same keys, and none named 'lengths', got {keys} in the first.")
+        columns = {key: [sample[key] for sample in samples] for key in keys}
+    elif kinds == {tuple}:
+        if len({len(sample) for sample in samples}) > 1:
+            raise ValueError(f"samples must be tuples of one size, got {sorted({len(sample) for sample in samples})}.")
+        columns = {f"part {i}": list(parts) for i, parts in enumerate(zip(*samples, strict=True))}
+    else:
+        columns = {"cloud": list(samples)}
+    packed, lengths = _packed(columns)
+    if kinds == {dict}:
+        return {**packed, "lengths": lengths}
+    return *packed.values(), lengths
+
+
+def _packed(columns: dict[str, list[Any]]) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Each column of arrays as one tensor, and the lengths: all columns must have the same number of rows per cloud."""
+    import torch
+
+    lengths: tuple[int, ...] | None = None
+    first, packed = "", dict[str, Any]()
+    for name, values in columns.items():
+        if not all(isinstance(x, (torch.Tensor, np.ndarray)) and x.ndim for x in values):
+            packed[name] = values
+            continue
+        rows = tuple([len(x) for x in values])
+        if lengths is None:
+            first, lengths = name, rows
+        elif rows != lengths:
+            b = next(b for b, (n, m) in enumerate(zip(rows, lengths, strict=True)) if n != m)
+            raise ValueError(
+                f"every array of a sample must have a row for each point, got {rows[b]} rows in {name!r} of sample "
+                f"{b} and {lengths[b]} in {first!r}. What belongs to the cloud as a whole may be a number or a list."
+            )
+        packed[name] = torch.cat([torch.as_tensor(x) for x in values])
+    if lengths is None:
+        kinds = ", ".join(f"{name!r}: {type(values[0]).__name__}" for name, values in columns.items())
+        raise TypeError(f"samples must hold tensors or NumPy arrays [n, ...], got {kinds}.")
+    return packed, lengths
+
+
 # ---- shared --------------------------------------------------------------------------------------------------------
 
 
 def _integers(x: Any, name: str) -> np.ndarray:
-    """Host integers int64 [n] of a sequence or of any library's array."""
-    native = np.array(x, None if len(x) else np.int64) if isinstance(x, (list, tuple)) else _download(x, name)
+    """A sequence, or an array of any library, as host integers int64 [n]."""
+    if isinstance(x, (list, tuple)):
+        native = np.array(x, None if len(x) else np.int64)
+    else:
+        native = _arrays.download(_arrays.read(x, name))
     if native.ndim != 1 or native.dtype.kind not in "iu":
         raise ValueError(f"{name} must be integers of one dimension, got {native.dtype} {list(native.shape)}.")
     return native.astype(np.int64)
@@ -274,22 +362,18 @@ def _differences(ends: np.ndarray, name: str) -> tuple[int, ...]:
 
 
 def _as(array: np.ndarray, like: Any) -> Any:
-    """The host array as one of like's library on like's device."""
+    """The host array as an array of the library and on the device of `like`."""
     if like is None:
         return array
-    _, origin = _arrays.enter(like, "like")
-    if origin.device is None:
-        return _arrays.leave(array, origin)
-    with _arrays.on(origin):
-        return _arrays.leave(_arrays.require_cupy("like").asarray(array), origin)
+    return _arrays.upload(array, _arrays.read(like, "like").origin)
 
 
 def _library(x: Any, name: str) -> tuple[Any, Any]:
-    """The module whose functions take x, and x: itself where it is an array of a library that has gradients."""
+    """The array module for x, and x: unchanged if it is a tensor or a JAX array, so that gradients pass."""
     torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
     if torch is not None and isinstance(x, torch.Tensor):
         return torch, x
     if jax is not None and isinstance(x, jax.Array):
         return jax.numpy, x
-    native, origin = _arrays.enter(x, name)
-    return (np if origin.device is None else sys.modules["cupy"]), native
+    given = _arrays.read(x, name)
+    return (np if given.device is None else sys.modules["cupy"]), given.array

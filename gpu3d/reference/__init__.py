@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same ops in NumPy and SciPy: what runs on the CPU, and the oracle of every test."""
+"""The same ops in NumPy and SciPy. They run for CPU arrays, and every test compares the GPU with them."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bucket attention in NumPy: one scope at a time, all its heads at once, a block of query rows at a time.
 
-Flash3D, section 4.2 (Bucket-and-Swin attention). Computed in float64 where q is float64, else in float32; given
-float64 arrays it is the oracle. Only slots that hold a point are ever read.
+Flash3D, section 4.2 (Bucket-and-Swin attention). The functions compute in float64 if q is float64, and in float32
+otherwise; with float64 arrays they are the oracle of the tests. They read only slots that hold a point.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-SCORES = 2**24  # most scores held at once: a scope may be a whole cloud
+SCORES = 2**24  # scores in memory at once; a scope may be a whole cloud
 
 
 def filled_slots(bucket_size: int, bucket_offsets: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
-    """How many slots of each bucket hold a point, int64 [num_buckets]: all of them but in a cloud's last bucket."""
+    """Number of slots of each bucket that hold a point, int64 [num_buckets]; only a cloud's last bucket has padding."""
     filled = np.full(bucket_offsets[-1], bucket_size, np.int64)
     for n, begin, end in zip(lengths, bucket_offsets[:-1], bucket_offsets[1:], strict=True):
         if n:
@@ -26,7 +26,7 @@ def filled_slots(bucket_size: int, bucket_offsets: Sequence[int], lengths: Seque
 def scope_slots(
     table: np.ndarray, bucket_size: int, bucket_offsets: Sequence[int], lengths: Sequence[int]
 ) -> Iterator[np.ndarray]:
-    """The slots int64 [n] of each scope that hold a point, in the order of its buckets."""
+    """Yield, for each scope, the slots int64 [n] that hold a point, in the order of the scope's buckets."""
     filled = filled_slots(bucket_size, bucket_offsets, lengths)
     slot = np.arange(bucket_size)
     for row in table:
@@ -35,13 +35,13 @@ def scope_slots(
 
 
 def _blocks(heads: int, n: int) -> Iterator[slice]:
-    """The query rows of a scope of n points, so many at a time that their scores are at most SCORES."""
+    """Split the query rows of a scope of n points into slices of at most SCORES scores each."""
     step = max(1, SCORES // max(1, heads * n))
     return (slice(row, row + step) for row in range(0, n, step))
 
 
 def _by_head(x: np.ndarray, slots: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Rows [H, n, ...] of a scope, in the computing dtype."""
+    """The rows of a scope as [H, n, ...], in `dtype`."""
     return x[slots].astype(dtype, order="C").swapaxes(0, 1)
 
 
@@ -59,11 +59,11 @@ def bucket_attention(
     lengths: Sequence[int],
     scale: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Attention inside each scope: `out` [num_slots, H, D] in q's dtype, and `lse` [num_slots, H] of the scores."""
+    """Attention inside each scope: `out` [num_slots, H, D] in q's dtype, and `lse` [num_slots, H]."""
     dtype = _computing_dtype(q)
     out = np.zeros(q.shape, q.dtype)
     lse = np.full(q.shape[:2], -np.inf, dtype)
-    with np.errstate(over="ignore", invalid="ignore"):  # NaN and inf of the caller's rows
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller's rows may hold NaN and inf
         for slots in scope_slots(table, bucket_size, bucket_offsets, lengths):
             queries, keys, values = (_by_head(x, slots, dtype) for x in (q, k, v))
             for rows in _blocks(q.shape[1], len(slots)):
@@ -90,7 +90,7 @@ def bucket_attention_backward(
     lengths: Sequence[int],
     scale: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gradients `dq`, `dk`, `dv` [num_slots, H, D] in q's dtype, from what the forward pass returned."""
+    """Gradients `dq`, `dk`, `dv` [num_slots, H, D] in q's dtype. `out` and `lse` come from the forward pass."""
     dtype = _computing_dtype(q)
     dq, dk, dv = (np.zeros(q.shape, q.dtype) for _ in range(3))
     with np.errstate(over="ignore", invalid="ignore"):
@@ -105,7 +105,7 @@ def bucket_attention_backward(
                 weights = np.exp(scores - log_total[:, rows])
                 dvalues += weights.swapaxes(1, 2) @ douts[:, rows]
                 dscores = weights * (douts[:, rows] @ values.swapaxes(1, 2) - delta[:, rows])
-                dscores *= scale  # of the unscaled products
+                dscores *= scale  # now the gradient of the products q k, before `scale`
                 dkeys += dscores.swapaxes(1, 2) @ queries[:, rows]
                 dq[slots[rows]] = (dscores @ keys).swapaxes(0, 1)
             dk[slots], dv[slots] = dkeys.swapaxes(0, 1), dvalues.swapaxes(0, 1)

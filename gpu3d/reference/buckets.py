@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Buckets in NumPy: the definitions written out, one cloud at a time.
+"""Buckets in NumPy, one cloud at a time: the code follows the definitions word for word.
 
-Flash3D, section 4.1 (Perfect Spatial Hashing). Every float operation is one correctly rounded float32 (or float64)
-operation, so that the CUDA kernels give the same bits.
+Flash3D, section 4.1 (Perfect Spatial Hashing). Every floating-point operation is rounded once, to float32 or
+float64, so that the CUDA kernels can give the same bits.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ BALANCES = ("spill", "probe")
 
 
 def voxelize(points: np.ndarray, voxel_size: float | str | None = None, count: int = 65536) -> np.ndarray:
-    """Voxels int64 [n, 3] of one cloud, each 0..count - 1; a non-finite coordinate is in the last."""
+    """Voxels int64 [n, 3] of one cloud, each in 0..count - 1. A non-finite coordinate gets the last voxel."""
     if points.dtype in (np.float16, BFLOAT16):
         points = points.astype(np.float32)
-    points = np.ascontiguousarray(points.T)  # an axis a row: NumPy runs along it
+    points = np.ascontiguousarray(points.T)  # one row per axis: NumPy is fastest along rows
     finite = np.isfinite(points)
     bounded = True if finite.all() else finite
     low = points.min(axis=1, initial=np.inf, where=bounded)
     high = points.max(axis=1, initial=-np.inf, where=bounded)
-    low, high = np.where(low <= high, (low, high), 0).astype(points.dtype)  # an axis with no finite coordinate: 0
+    low, high = np.where(low <= high, (low, high), 0).astype(points.dtype)  # 0 for an axis without a finite coordinate
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         extent = (high - low).astype(np.float32)
         if voxel_size is None:
@@ -38,7 +38,7 @@ def voxelize(points: np.ndarray, voxel_size: float | str | None = None, count: i
             cell = np.repeat(np.float32(voxel_size), 3)
         cell = np.where(cell < np.float32(2.0**-126), np.float32(0), cell)
         steps = np.floor((points - low[:, None]).astype(np.float32, copy=False) / cell[:, None])
-        voxels = np.where(steps < count - 1, steps, count - 1)  # inf / inf too
+        voxels = np.where(steps < count - 1, steps, count - 1)  # NaN, from inf / inf, too
     voxels[cell == 0] = 0
     voxels[~finite] = count - 1
     return voxels.astype(np.int64).T
@@ -59,7 +59,7 @@ def morton(voxels: np.ndarray) -> np.ndarray:
 
 
 def hash_bucket(voxels: np.ndarray, hash: str, num_buckets: int) -> np.ndarray:
-    """The bucket int64 that the hash function names, 0..num_buckets - 1."""
+    """The bucket int64 [n] that the hash function gives each voxel, in 0..num_buckets - 1."""
     if hash.startswith("xor"):
         h = voxels[:, 0] ^ voxels[:, 1] ^ voxels[:, 2]
     else:
@@ -68,14 +68,15 @@ def hash_bucket(voxels: np.ndarray, hash: str, num_buckets: int) -> np.ndarray:
 
 
 def order(points: np.ndarray, num_buckets: int, hash: str, voxel_size: float | str | None) -> np.ndarray:
-    """balance="spill": points by (hash bucket, full-resolution code, index)."""
+    """The order of the points for balance="spill": by (hash bucket, full-resolution code, index)."""
     voxels = voxelize(points, voxel_size)
     codes = [morton(voxels)]
     if hash.startswith("xor"):
         codes.append((voxels[:, 0] ^ voxels[:, 1] ^ voxels[:, 2]).astype(np.uint64))
-    if hash != "zorder_div":  # there the bucket is the top of the code itself
+    if hash != "zorder_div":  # for zorder_div the bucket is the top of the code itself
         codes.append(hash_bucket(voxels, hash, num_buckets).astype(np.uint64))
-    # Sixteen bits at a time, least significant first: NumPy sorts uint16 by radix, stably and five times faster.
+    # Sort by sixteen bits at a time, least significant first: NumPy sorts uint16 by radix, which is stable and makes
+    # this five times as fast as sorting the codes.
     digits = [
         (code >> np.uint64(16 * k)).astype(np.uint16)
         for code in codes
@@ -89,7 +90,7 @@ def order(points: np.ndarray, num_buckets: int, hash: str, voxel_size: float | s
 
 
 def candidates(seed: int) -> np.ndarray:
-    """The 128 offsets int64 [128, 3] that balance="probe" tries, in the order of `seed`."""
+    """The 128 offsets int64 [128, 3] that balance="probe" tries, in the order that `seed` gives."""
     near = [(x, y, z) for x in range(-2, 3) for y in range(-2, 3) for z in range(-2, 3) if (x, y, z) != (0, 0, 0)]
     far = [(3, 3, 3), (3, -3, 3), (-3, 3, -3), (-3, -3, -3)]
     return np.array(near + far)[np.random.Generator(np.random.PCG64(seed)).permutation(128)]
@@ -98,13 +99,13 @@ def candidates(seed: int) -> np.ndarray:
 def probe(
     points: np.ndarray, num_buckets: int, bucket_size: int, hash: str, voxel_size: float | str | None, seed: int
 ) -> tuple[np.ndarray, int]:
-    """balance="probe": the bucket int64 [n] of each point, and how many are not in the one their hash names."""
+    """For balance="probe": the bucket int64 [n] of each point, and how many points are not in their hash bucket."""
     voxels = voxelize(points, voxel_size)
     named = hash_bucket(voxels, hash, num_buckets)
     room = np.full(num_buckets, bucket_size)
     room[-1] = len(points) - (num_buckets - 1) * bucket_size
     home = np.full(len(points), -1)
-    homeless = np.arange(len(points))  # ascending throughout: a bucket takes its lowest point indices
+    homeless = np.arange(len(points))  # always ascending, because a bucket accepts the lowest point indices
     for offset in [np.zeros(3, np.int64), *candidates(seed)]:
         moved = np.clip(voxels[homeless] + 4 * num_buckets * offset, 0, 65535)
         proposal = hash_bucket(moved, hash, num_buckets)
@@ -131,7 +132,7 @@ def bucketize(
     voxel_size: float | str | None,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """slot_to_point int32 [slots], point_to_slot int32 [N], and int32 [] how many points "probe" moved from home."""
+    """slot_to_point int32 [slots], point_to_slot int32 [N], and int32 [] the points that "probe" moved elsewhere."""
     counts = [-(-n // bucket_size) for n in lengths]
     slot_to_point = np.full(sum(counts) * bucket_size, -1, np.int32)
     point_to_slot = np.empty(len(points), np.int32)
@@ -152,7 +153,7 @@ def bucketize(
 
 
 def take_rows(rows: np.ndarray, index: np.ndarray, fill: object) -> np.ndarray:
-    """rows[index], and `fill` where the index is -1."""
+    """rows[index], with `fill` where the index is -1."""
     out = np.full((len(index), *rows.shape[1:]), fill, rows.dtype)
     valid = index >= 0
     out[valid] = rows[index[valid]]
@@ -160,7 +161,7 @@ def take_rows(rows: np.ndarray, index: np.ndarray, fill: object) -> np.ndarray:
 
 
 def scope_table(bucket_offsets: Sequence[int], size: int, shift: int, stride: int) -> np.ndarray:
-    """Buckets int32 [num_scopes, size] of each attention scope, -1 at the end of a short row."""
+    """The buckets of each attention scope, int32 [num_scopes, size]; a shorter scope is filled up with -1."""
     table = []
     for begin, end in itertools.pairwise(bucket_offsets):
         count = end - begin
@@ -173,7 +174,7 @@ def scope_table(bucket_offsets: Sequence[int], size: int, shift: int, stride: in
 
 
 def bucket_radii(points: np.ndarray, slot_to_point: np.ndarray, bucket_size: int) -> np.ndarray:
-    """Largest distance from the mean, float64 [full buckets], of each bucket without padding."""
+    """For each bucket without padding the largest distance from its mean, float64 [full buckets]."""
     buckets = slot_to_point.reshape(-1, bucket_size)
     members = points[buckets[(buckets >= 0).all(axis=1)]].astype(np.float64)
     return np.linalg.norm(members - members.mean(axis=1, keepdims=True), axis=2).max(axis=1, initial=0)

@@ -1,37 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact neighbours in NumPy and SciPy: the definition by brute force, and a k-d tree that gives the same bits.
 
-d2 = (dx*dx + dy*dy) + dz*dz of float32 differences, each operation rounded once; order by (d2, index). The tree works
-in float64, so its order of near ties may be another: it proposes candidates, with a few to spare, and the float32
-formula decides.
+The squared distance is d2 = (dx*dx + dy*dy) + dz*dz of float32 differences, each operation rounded once. Neighbours are
+ordered by (d2, index). The tree computes in float64, so it may order near ties differently. Therefore it only proposes
+candidates, a few more than needed, and the float32 formula decides.
 
-A point with a coordinate that is not finite is nobody's neighbour and has none. Where there is no neighbour the index
-is -1 and the distance NaN.
+A point with a coordinate that is not finite has no neighbours and is no other point's neighbour. A missing neighbour
+has index -1 and distance NaN.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 MAX_K = 64
-ENTRIES_A_POINT = 64  # radius_search finds more than this many for each point of query and cloud: an error
-REDUCTIONS = ("mean", "sum", "none")
-SUM_TILE = 1024
+# radius_search without max_entries raises an error above this many neighbours per point of query and cloud together.
+ENTRIES_A_POINT = 64
 
-MISSING = np.uint64(2**64 - 1)  # behind every key
-PAIRS = 1 << 22  # that are worked on at a time: memory stays bounded
-ROWS = 2048  # of queries, likewise
-SCAN_FROM = 1024  # candidates a row: from here on a scan of all points is as fast as the tree
+MISSING = np.uint64(2**64 - 1)  # no neighbour; larger than every key
+PAIRS = 1 << 22  # pairs in memory at a time
+ROWS = 2048  # queries of one job of a thread
+SCAN_FROM = 1024  # candidates per query above which all points are scanned: the tree is no faster there
 
-# Five roundings and, where a square is too small to be normal, three halves of the smallest number are between d2 and
-# its true value: with these margins, room to spare, one decides about the other.
+# Bounds on the error of d2: five roundings, and three halves of the smallest subnormal number where a square is
+# subnormal. Both are generous. If two values differ by more than this, float32 and float64 order them alike.
 RELATIVE, ABSOLUTE = 2.0**-21, 2.0**-147
 
 
@@ -39,9 +37,10 @@ RELATIVE, ABSOLUTE = 2.0**-21, 2.0**-147
 
 
 def origin(points: np.ndarray) -> np.ndarray | None:
-    """What is subtracted from the coordinates of a search in this cloud: of float64 the minimum of each axis.
+    """The point that a search in this cloud subtracts from all coordinates; None if it subtracts nothing.
 
-    Over its finite values; 0 where there are none. None: nothing is subtracted.
+    For float64 points it is the minimum of the finite values of each axis, or 0 where no value is finite. Other dtypes
+    need none.
     """
     if points.dtype != np.float64:
         return None
@@ -50,7 +49,7 @@ def origin(points: np.ndarray) -> np.ndarray | None:
 
 
 def local(points: np.ndarray, origin: np.ndarray | None) -> np.ndarray:
-    """Coordinates float32 [n, 3] from the origin of the target cloud; z = 0 where points are 2-D."""
+    """Coordinates float32 [n, 3] relative to the origin of the target cloud; z = 0 for 2-D points."""
     coordinates = np.zeros((len(points), 3), np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         moved = points if origin is None else points.astype(np.float64) - origin
@@ -59,26 +58,26 @@ def local(points: np.ndarray, origin: np.ndarray | None) -> np.ndarray:
 
 
 def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """d2 float32 [...] between rows of float32 [..., 3]."""
+    """d2 [...] between rows of a and b [..., 3], in their dtype."""
     with np.errstate(all="ignore"):
         dx, dy, dz = (a[..., d] - b[..., d] for d in range(3))
         return (dx * dx + dy * dy) + dz * dz
 
 
 def keys(d2: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Numbers uint64 whose order is that of (d2, index): d2 is not negative, so its bits are in its order."""
+    """Numbers uint64 that sort like (d2, index): floats that are not negative sort like their bits."""
     return d2.view(np.uint32).astype(np.uint64) << np.uint64(32) | indices.astype(np.uint64)
 
 
 def unpacked(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """d2 float32 and indices int32 of keys; NaN and -1 where one is MISSING."""
+    """d2 float32 and indices int32 of `keys`; NaN and -1 where a key is MISSING."""
     d2 = (keys >> np.uint64(32)).astype(np.uint32).view(np.float32)
     indices = keys.astype(np.uint32).view(np.int32)
     return np.where(keys == MISSING, np.float32(np.nan), d2), indices  # the low half of MISSING is -1
 
 
 def scan(query: np.ndarray, points: np.ndarray, indices: np.ndarray, k: int) -> np.ndarray:
-    """The k smallest keys uint64 [n, k] of each query, by brute force: float32 [n, 3] against all float32 [m, 3]."""
+    """The k smallest keys of each query, uint64 [n, k], by brute force: query float32 [n, 3], points float32 [m, 3]."""
     nearest = np.full((len(query), k), MISSING)
     usable = np.isfinite(points).all(axis=1)
     points, indices = points[usable], indices[usable]
@@ -115,7 +114,7 @@ def squared_radius(radius: float) -> np.float32:
 def brute_force_radius(
     query: np.ndarray, query_lengths: Sequence[int], points: np.ndarray, lengths: Sequence[int], radius: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What `radius_search` must return: offsets, indices and distances, a query at a time."""
+    """What `radius_search` must return: offsets, indices and distances, computed one query at a time."""
     counts, found, row, first = [0], [np.empty(0, np.uint64)], 0, 0
     for rows, n in zip(query_lengths, lengths, strict=True):
         cloud = points[first : first + n]
@@ -135,14 +134,14 @@ def brute_force_radius(
 
 
 class Cloud:
-    """One cloud to be searched: its finite points from its origin, in trees."""
+    """One cloud, ready to be searched: its finite points relative to its origin, and k-d trees over them."""
 
     def __init__(self, points: np.ndarray, first: int) -> None:
-        """Of `points` [n, 2 or 3], which stand from row `first` on in the packed array."""
+        """Prepare `points` [n, 2 or 3], which begin at row `first` of the packed array."""
         self.first, self.length = first, len(points)
         self.origin = origin(points)
         coordinates = local(points, self.origin)
-        self.rows, self.points = np.arange(len(points)), coordinates  # int64 [m], in the cloud, and float32 [m, 3]
+        self.rows, self.points = np.arange(len(points)), coordinates  # int64 [m] in the cloud; float32 [m, 3]
         finite = np.isfinite(coordinates)
         if not finite.all():
             self.rows = np.flatnonzero(finite.all(axis=1))
@@ -152,32 +151,32 @@ class Cloud:
         if not kept.all():
             self.thin_rows, self.thin_points = self.rows[kept], self.points[kept]
         self.thin_tree = _tree(self.thin_points)
-        self.packed_rows = (self.thin_rows + first).astype(np.int32)  # of thin_points
+        self.packed_rows = (self.thin_rows + first).astype(np.int32)  # the rows of thin_points
         self.thin_axes = np.ascontiguousarray(self.thin_points.T)
 
     @functools.cached_property
     def tree(self) -> Any:
-        """Of all finite points."""
+        """The tree of all finite points; `thin_tree` leaves out copies of a point beyond the first MAX_K."""
         return self.thin_tree if len(self.thin_points) == len(self.points) else _tree(self.points)
 
 
 def _tree(points: np.ndarray, tight: bool = False) -> Any:
-    """Built on one core, so fast to build: not balanced, and boxes are tight only where two trees search each other."""
-    from scipy.spatial import cKDTree  # here, so that gpu3d imports fast
+    """A k-d tree that is fast to build: not balanced, and with tight boxes only for a search of one tree in another."""
+    from scipy.spatial import cKDTree  # imported here, so that `import gpu3d` is fast
 
     return cKDTree(points, leafsize=16 if tight else 32, compact_nodes=tight, balanced_tree=False)
 
 
 def _first_of_a_place(points: np.ndarray) -> np.ndarray:
-    """Which points bool [m] to keep so that no place has more than MAX_K: those of the lowest indices.
+    """Which points to keep, bool [m], so that at most MAX_K points are equal: those with the lowest indices.
 
-    No search for k <= MAX_K can find the others, and a place of thousands (the origin, in many scans) would cost a tree
-    all of them at every visit.
+    No search with k <= MAX_K can return the others. Many scans have thousands of points at the origin, and each query
+    near it would visit all of them.
     """
     kept = np.ones(len(points), bool)
     bits = points.view(np.uint32).astype(np.uint64)
     mixed = np.sort(bits @ np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64))
-    if (mixed[MAX_K:] == mixed[:-MAX_K]).any():  # else no place has so many: the usual case, seen at little cost
+    if (mixed[MAX_K:] == mixed[:-MAX_K]).any():  # equal points have equal hashes; usually no hash is so frequent
         order = np.lexsort(points.T)
         new = np.append(True, (points[order[1:]] != points[order[:-1]]).any(axis=1))
         start = np.flatnonzero(new)[np.cumsum(new) - 1]
@@ -186,18 +185,18 @@ def _first_of_a_place(points: np.ndarray) -> np.ndarray:
 
 
 def _gathered(axes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Points [..., 3] of axes [3, m]: an axis at a time is several times as fast as three numbers at a time."""
+    """The points [..., 3] at `rows` of `axes` [3, m]; taking one axis at a time is several times as fast as rows."""
     return np.moveaxis(axes.take(rows, axis=1), 0, -1)
 
 
 def index(points: np.ndarray, lengths: Sequence[int]) -> tuple[Cloud, ...]:
-    """Every cloud of a packed array [N, 2 or 3], to be searched any number of times."""
+    """The clouds of a packed array [N, 2 or 3]; each can be searched any number of times."""
     starts = np.cumsum([0, *lengths]).tolist()
     return tuple(Cloud(points[first : first + n], first) for first, n in zip(starts, lengths, strict=False))
 
 
 def _parallel(work: Callable[..., None], jobs: Sequence[tuple]) -> None:
-    """Each job's work, on all cores: NumPy and the tree let go of the interpreter."""
+    """Do `work` for each job, in threads on all cores: NumPy and the tree release the GIL."""
     workers = min(len(jobs), os.cpu_count() or 1)
     if workers <= 1:
         for job in jobs:
@@ -250,14 +249,14 @@ def _nearest(cloud: Cloud, query: np.ndarray, d2: np.ndarray, indices: np.ndarra
         ranked = _ranked(cloud, query[rows], candidates)
         d2[rows], indices[rows] = (of[:, :k] for of in ranked)
         kth = d2[rows, -1].astype(np.float64)
-        sure = kth < far[:, -1] ** 2 * (1 - RELATIVE) - ABSOLUTE  # no point beyond the candidates comes as near
+        sure = kth < far[:, -1] ** 2 * (1 - RELATIVE) - ABSOLUTE  # no point beyond the candidates is as near
         rows, wanted = rows[~sure], 4 * wanted + MAX_K
 
 
 def _ranked(cloud: Cloud, query: np.ndarray, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """d2 float32 [n, c] and packed indices int32 [n, c] of the candidates int64 [n, c], in order.
+    """d2 float32 [n, c] and packed indices int32 [n, c] of the candidates int64 [n, c], sorted by (d2, index).
 
-    They come in the order of the tree, so only the few rows where d2 does not rise throughout are sorted.
+    The tree returns them almost sorted. So only the few rows in which d2 does not strictly increase are sorted again.
     """
     d2 = squared_distances(query[:, None], _gathered(cloud.thin_axes, candidates))
     indices = cloud.packed_rows.take(candidates)
@@ -283,7 +282,7 @@ def radius_search(
     ]
     r2 = squared_radius(radius)
     candidates = [_within(cloud, coordinates, _outer_radius(r2)) for cloud, coordinates, _ in parts]
-    if sum(int(upper.sum()) for upper in candidates) > limit:  # then count before any are written down
+    if sum(int(upper.sum()) for upper in candidates) > limit:  # then count exactly, before any pair is stored
         counts = np.zeros(len(query), np.int64)
         for (cloud, coordinates, row), upper in zip(parts, candidates, strict=True):
             counts[row : row + len(upper)] = _exact_counts(cloud, coordinates, r2, upper)
@@ -312,7 +311,7 @@ def radius_search(
 
 
 def too_many_entries(radius: float, total: int, limit: int, row: int, count: int) -> ValueError:
-    """The error of a search without max_entries; `row` is that of the query with most neighbours, `count` of them."""
+    """The error of a search without max_entries; query `row` has the most neighbours, `count` of them."""
     return ValueError(
         f"radius = {radius} finds {total} neighbours, more than {ENTRIES_A_POINT} * (N + M) = {limit}; query row {row} "
         f"alone has {count}. Take a smaller radius, or pass max_entries={total} if there is memory for them."
@@ -320,17 +319,17 @@ def too_many_entries(radius: float, total: int, limit: int, row: int, count: int
 
 
 def _outer_radius(r2: np.float32) -> float:
-    """No point truly farther than this has a d2 <= r2."""
+    """Every point with d2 <= r2 in float32 lies within this radius in exact arithmetic."""
     return float(np.sqrt((float(r2) + ABSOLUTE) * (1 + RELATIVE)))
 
 
 def _inner_radius(r2: np.float32) -> float:
-    """Every point truly this near has a d2 <= r2: at least the points of the query's own place."""
+    """Every point within this radius in exact arithmetic has d2 <= r2 in float32, at least those equal to the query."""
     return float(np.sqrt(max(float(r2) - ABSOLUTE, 0.0) * (1 - RELATIVE)))
 
 
 def _within(cloud: Cloud, query: np.ndarray, radius: float) -> np.ndarray:
-    """How many points int64 [n] of the cloud the tree finds within the radius."""
+    """How many points of the cloud the tree finds within the radius of each query, int64 [n]."""
     counts = np.zeros(len(query), np.int64)
     usable = np.isfinite(query).all(axis=1)
     if usable.any():
@@ -339,7 +338,7 @@ def _within(cloud: Cloud, query: np.ndarray, radius: float) -> np.ndarray:
 
 
 def _exact_counts(cloud: Cloud, query: np.ndarray, r2: np.float32, upper: np.ndarray) -> np.ndarray:
-    """How many points int64 [n] have d2 <= r2; pairs are listed only of queries with a point close to the radius."""
+    """How many points have d2 <= r2, int64 [n]. Pairs are listed only for queries with a point close to the radius."""
     counts = _within(cloud, query, _inner_radius(r2))
     unsure = np.flatnonzero(counts != upper)
     counts[unsure] = 0
@@ -351,9 +350,9 @@ def _exact_counts(cloud: Cloud, query: np.ndarray, r2: np.float32, upper: np.nda
 def _pairs(
     cloud: Cloud, query: np.ndarray, r2: np.float32, upper: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Rows of the query, rows of the packed points and d2 of the pairs with d2 <= r2, in order, some queries at a time.
+    """The pairs with d2 <= r2, in order: rows of the query, rows of the packed points, and d2.
 
-    `upper` is how many points the tree finds for each query.
+    Works on some queries at a time. `upper` is the number of points that the tree finds for each query.
     """
     radius = _outer_radius(r2)
     query_axes, axes = np.ascontiguousarray(query.T), np.ascontiguousarray(cloud.points.T)
@@ -370,137 +369,121 @@ def _pairs(
         yield i[kept], cloud.rows[j[kept]] + cloud.first, d2[kept]
 
 
-# ---- chamfer -------------------------------------------------------------------------------------------------------
+# ---- gradients -----------------------------------------------------------------------------------------------------
 
 
-def ordered_sum(values: Iterable[float]) -> np.float64:
-    """The float64 sum in an order that suits a GPU.
-
-    Of each SUM_TILE consecutive values (zeros behind the last) the second half is added to the first until one is
-    left; then the same with these sums, until one is left.
-    """
-    sums = np.asarray(values, np.float64)
-    while len(sums) != 1:
-        tiles = np.zeros((max(-(-len(sums) // SUM_TILE), 1), SUM_TILE))
-        tiles.reshape(-1)[: len(sums)] = sums
-        while tiles.shape[1] > 1:
-            half = tiles.shape[1] // 2
-            tiles = tiles[:, :half] + tiles[:, half:]
-        sums = tiles[:, 0]
-    return sums[0]
-
-
-def chamfer(
-    x: np.ndarray,
-    x_clouds: Sequence[Cloud],
-    y: np.ndarray,
-    y_clouds: Sequence[Cloud],
-    squared: bool,
-    reduction: str,
+def knn_backward(
+    ddistances: np.ndarray,
+    query: np.ndarray,
+    points: np.ndarray,
+    distances: np.ndarray,
+    indices: np.ndarray,
+    query_lengths: Sequence[int],
+    lengths: Sequence[int],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The loss float32 [] or [B], and what was found on the way to it, which is all that the gradient takes.
+    """The gradients of query and points in their dtypes; ddistances float32 [N, k] is the gradient of the distances.
 
-    A cloud's loss is ordered_sum(d of x) / n + ordered_sum(d of y) / m in float64. "sum" is the ordered_sum over the
-    clouds, "mean" that divided by their number; rounded to float32 at the end.
+    The gradient of a distance d > 0 with respect to its query is v / d in float32, where v is the float32 difference
+    query - point that d is of; with respect to its point it is minus that. It is 0 where d is 0 or not finite, and
+    where there is no neighbour, whatever ddistances hold there. Elsewhere a ddistance that is not finite makes the
+    gradients of its query and its point NaN.
 
-    What was found is int32 [2 * (N + M + B)], see `found_parts`.
+    The gradient of a row is the sum of its terms, ddistance * (v / d) or minus that, which are exact in float64. Terms
+    are added as integers, so in any order: each times 2**shift, rounded to nearest even, where shift = 61 -
+    bit_length(count) - E, the row's largest |ddistance| is f * 2**E, 1/2 <= f < 1, and count is the entries of a query,
+    or for a point the number of queries. The sum is rounded to float32, and then to the dtype.
     """
-    parts: list[np.ndarray] = []
-    losses = np.zeros(len(x_clouds))
-    for points, clouds, others in ((x, x_clouds, y_clouds), (y, y_clouds, x_clouds)):
-        d2, indices = nearest(points, [cloud.length for cloud in clouds], others, 1)
-        d = np.sqrt(d2[:, 0])
-        largest = np.zeros(len(clouds), np.float32)
-        for b, cloud in enumerate(clouds):
-            of_cloud = d[cloud.first : cloud.first + cloud.length]
-            largest[b] = of_cloud.max(initial=0, where=np.isfinite(of_cloud))
-            of_cloud = d2[cloud.first : cloud.first + cloud.length, 0] if squared else of_cloud
-            losses[b] += ordered_sum(of_cloud) / cloud.length
-        parts += [indices[:, 0], d2[:, 0].view(np.int32), largest.view(np.int32)]
-    with np.errstate(over="ignore", invalid="ignore"):
-        if reduction != "none":
-            losses = np.array(ordered_sum(losses))
-        if reduction == "mean":
-            losses = losses / np.float64(len(x_clouds))  # of no clouds: NaN
-        return np.asarray(losses, np.float32), np.concatenate(parts)
+    n, k = distances.shape
+    entries = [x.reshape(-1) for x in (ddistances, distances, indices)]
+    rows, counts = np.repeat(np.arange(n), k), np.full(n, k, np.int64)
+    return _gradients(entries, rows, counts, query, points, query_lengths, lengths)
 
 
-def found_parts(x_lengths: Sequence[int], y_lengths: Sequence[int]) -> list[int]:
-    """Where the parts of what a Chamfer distance found begin, and where the last ends, in words.
-
-    Of each side, x and then y: for each point the index of its nearest in the other, int32, or -1; their d2, float32;
-    and for each cloud the largest finite distance, float32.
-    """
-    n, m, clouds = sum(x_lengths), sum(y_lengths), len(x_lengths)
-    return list(itertools.accumulate((n, n, clouds, m, m, clouds), initial=0))
-
-
-def chamfer_backward(
-    dloss: np.ndarray | None,
-    x: np.ndarray,
-    y: np.ndarray,
-    found: np.ndarray,
-    x_lengths: Sequence[int],
-    y_lengths: Sequence[int],
-    squared: bool,
-    reduction: str,
+def radius_backward(
+    ddistances: np.ndarray,
+    query: np.ndarray,
+    points: np.ndarray,
+    offsets: np.ndarray,
+    indices: np.ndarray,
+    distances: np.ndarray,
+    query_lengths: Sequence[int],
+    lengths: Sequence[int],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The gradients of x and y in their dtypes; dloss float32 [] or [B] is that of the loss, None: 1.
-
-    The term of point i with its nearest j at d > 0 is v / d, or 2 * v if squared, in float32, where v = x_i - y_j is
-    the float32 difference that d is of. At d = 0 the term is 0; where d is not finite it is NaN. The gradient of x_i is
-    its own term / n plus (minus the terms of all y that have x_i as nearest) / m, in float64; with "mean" divided by
-    the number of clouds; rounded to float32; times dloss, in float32; and rounded to x's dtype. Terms are added as
-    integers, so in any order: each times 2**shift, rounded to nearest even, where shift = 62 - bit_length(number of
-    points that the terms are of) - e, all terms being below 2**e: e = 1, or if squared e = 2 + E where the largest
-    finite d of the cloud's direction is f * 2**E, 1/2 <= f < 1 (no d above 0: all terms are 0). NaN terms are not
-    added.
-    """
-    parts = np.split(found, found_parts(x_lengths, y_lengths)[1:-1])
-    of_x, of_y = (
-        (indices, d2.view(np.float32), largest.view(np.float32)) for indices, d2, largest in (parts[:3], parts[3:])
-    )
-    dx, dy, row, column = np.zeros((len(x), 3)), np.zeros((len(y), 3)), 0, 0
-    for b, (n, m) in enumerate(zip(x_lengths, y_lengths, strict=True)):
-        rows, columns = slice(row, row + n), slice(column, column + m)
-        own_x, given_y = _terms(x[rows], y[columns], of_x[0][rows] - column, of_x[1][rows], of_x[2][b], squared)
-        own_y, given_x = _terms(y[columns], x[rows], of_y[0][columns] - row, of_y[1][columns], of_y[2][b], squared)
-        dx[rows] = own_x / n + given_x / m
-        dy[columns] = own_y / m + given_y / n
-        row, column = row + n, column + m
-    made = []
-    with np.errstate(over="ignore", invalid="ignore"):
-        for gradient, points, lengths in ((dx, x, x_lengths), (dy, y, y_lengths)):
-            if reduction == "mean":
-                gradient /= np.float64(len(lengths))
-            gradient = gradient[:, : points.shape[1]].astype(np.float32)
-            if dloss is not None:
-                gradient *= (np.repeat(dloss, lengths) if dloss.ndim else dloss.reshape(1))[:, None]
-            made.append(gradient.astype(points.dtype, copy=False))
-    return made[0], made[1]
+    """The same of `radius_search`: ddistances are float32 [entries]. All is NaN where there was too little room."""
+    if offsets[0] < 0:
+        return np.full_like(query, np.nan), np.full_like(points, np.nan)
+    counts, total = np.diff(offsets), int(offsets[-1])
+    entries = [x[:total] for x in (ddistances, distances, indices)]
+    rows = np.repeat(np.arange(len(query)), counts)
+    return _gradients(entries, rows, counts, query, points, query_lengths, lengths)
 
 
-def _terms(
-    sources: np.ndarray,
-    targets: np.ndarray,
-    nearest: np.ndarray,
-    d2: np.ndarray,
-    largest: np.float32,
-    squared: bool,
+def _gradients(
+    entries: Sequence[np.ndarray],
+    rows: np.ndarray,
+    counts: np.ndarray,
+    query: np.ndarray,
+    points: np.ndarray,
+    query_lengths: Sequence[int],
+    lengths: Sequence[int],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The sources' own terms float64 [n, 3], and what they give to the targets float64 [m, 3]."""
-    here = origin(targets)
-    finite = np.isfinite(d2)
-    d = np.sqrt(d2[finite])
-    chosen = nearest[finite]
-    v = local(sources[finite], here) - local(targets[chosen], here)
-    with np.errstate(under="ignore"):
-        term = 2 * v if squared else v / np.where(d > 0, d, np.float32(1))[:, None]
-    term[d == 0] = 0
-    own = np.full((len(sources), 3), np.nan)
-    own[finite] = term
-    bound = 2 + int(np.frexp(largest)[1]) if squared else 1
-    shift = 62 - len(sources).bit_length() - bound
-    given = np.zeros((len(targets), 3), np.int64)
-    np.add.at(given, chosen, -np.rint(np.ldexp(own[finite], shift)).astype(np.int64))
-    return own, np.ldexp(given.astype(np.float64), -shift)
+    """Of entries [e], which are ddistances, distances and indices. `rows` are their queries, of `counts` entries."""
+    ddistances, distances, indices = entries
+    found = np.flatnonzero((indices >= 0) & (distances > 0) & np.isfinite(distances))
+    i, j, d, g = rows[found], indices[found], distances[found], ddistances[found]
+    (a, b), n, m = _local_of_both(query, query_lengths, points, lengths), len(query), len(points)
+    sums = _Sums(g, i, counts), _Sums(g, j, np.full(m, n, np.int64))
+    for first in range(0, len(found), PAIRS):
+        part = slice(first, first + PAIRS)
+        with np.errstate(invalid="ignore"):
+            terms = g[part, None].astype(np.float64) * ((a[i[part]] - b[j[part]]) / d[part, None])
+        sums[0].add(terms, i[part])
+        sums[1].add(-terms, j[part])
+    with np.errstate(over="ignore"):
+        dquery, dpoints = (
+            of.total()[:, : x.shape[1]].astype(x.dtype) for of, x in zip(sums, (query, points), strict=True)
+        )
+    return dquery, dpoints
+
+
+def _local_of_both(
+    query: np.ndarray, query_lengths: Sequence[int], points: np.ndarray, lengths: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates float32 of all queries and points, from the origins of the clouds of points."""
+    if points.dtype != np.float64:
+        return local(query, None), local(points, None)
+    sides: tuple[list[np.ndarray], list[np.ndarray]] = ([np.empty((0, 3), np.float32)], [np.empty((0, 3), np.float32)])
+    row = first = 0
+    for rows, n in zip(query_lengths, lengths, strict=True):
+        here = origin(points[first : first + n])
+        sides[0].append(local(query[row : row + rows], here))
+        sides[1].append(local(points[first : first + n], here))
+        row, first = row + rows, first + n
+    return np.concatenate(sides[0]), np.concatenate(sides[1])
+
+
+class _Sums:
+    """Sums of terms by row, in integers."""
+
+    def __init__(self, factors: np.ndarray, rows: np.ndarray, counts: np.ndarray) -> None:
+        """The largest of a row's |factors| and the number of its terms say how small its integers' unit is."""
+        largest = np.zeros(len(counts), np.float32)
+        with np.errstate(invalid="ignore"):
+            np.maximum.at(largest, rows, np.abs(factors))
+        self.finite = np.isfinite(largest)
+        exponents = np.frexp(np.where(self.finite, largest, 0))[1]
+        self.shifts = 61 - np.frexp(counts.astype(np.float64))[1] - exponents  # frexp's exponent is the bit length
+        self.sums = np.zeros((len(counts), 3), np.int64)
+
+    def add(self, terms: np.ndarray, rows: np.ndarray) -> None:
+        """Adds terms float64 [t, 3]; those of rows with a factor that is not finite are left out."""
+        kept = self.finite[rows]
+        terms, rows = terms[kept], rows[kept]
+        np.add.at(self.sums, rows, np.rint(np.ldexp(terms, self.shifts[rows, None])).astype(np.int64))
+
+    def total(self) -> np.ndarray:
+        """float32 [rows, 3]; NaN where a factor is not finite."""
+        with np.errstate(over="ignore"):
+            sums = np.ldexp(self.sums.astype(np.float64), -self.shifts[:, None]).astype(np.float32)
+        sums[~self.finite] = np.nan
+        return sums

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In-bucket pooling in NumPy: the groups a tile at a time, the reductions a member at a time for all groups at once.
+"""In-bucket pooling in NumPy. Groups are made one tile at a time; reductions add one member to all groups at a time.
 
-Flash3D, sections 4.2 and 9.4 (In-bucket Pooling). Sums are taken in the order of the members, in float64 where the
-array is float64, else in float32, and every operation is rounded once. Only slots that hold a point count.
+Flash3D, sections 4.2 and 9.4 (In-bucket Pooling). Sums are taken in the order of the members, in float64 if the array
+is float64 and in float32 otherwise. Every operation is rounded once. Padding slots are left out.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import numpy as np
 
 from gpu3d.reference.buckets import morton, voxelize
 
-TILE = 1024  # slots that are pooled together, counted from a cloud's first slot
-VOXELS = 1024  # an axis of a tile
-RATIOS = (2, 4, 8)  # each divides TILE: only a cloud's last group may be short
+TILE = 1024  # slots; tiles are counted from a cloud's first slot, and no group crosses from one to the next
+VOXELS = 1024  # along each axis of a tile
+RATIOS = (2, 4, 8)  # each divides TILE, so only a cloud's last group may be short
 REDUCTIONS = ("sum", "mean", "min", "max")
+EXTREMES = ("min", "max")
 
 
 def group(points: np.ndarray, bucket_size: int, lengths: Sequence[int], ratio: int) -> np.ndarray:
-    """The parent slots int32 [child slots, ratio] that become each child, -1 where there is none."""
+    """The members of each child, int32 [child slots, ratio]: slots of the parent, -1 where there is none."""
 
     def slots(n: int) -> int:
         return -(-n // bucket_size) * bucket_size
@@ -46,9 +47,9 @@ def bucket_pool(
     groups = members[filled]
     child_features, child_points = (np.zeros((len(members), x.shape[1]), x.dtype) for x in (features, points))
     argmember = None
-    with np.errstate(over="ignore", invalid="ignore"):  # NaN and inf of the caller's rows
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller's rows may hold NaN and inf
         child_points[filled] = _sums(points, groups) / _counts(groups, points.dtype)
-        if reduce in ("min", "max"):
+        if reduce in EXTREMES:
             argmember = np.zeros(child_features.shape, np.uint8)
             child_features[filled], argmember[filled] = _extremes(features, groups, reduce)
         elif reduce == "mean":
@@ -78,7 +79,7 @@ def bucket_pool_backward(
 
 
 def bucket_unpool(child: np.ndarray, members: np.ndarray, skip: np.ndarray | None, num_slots: int) -> np.ndarray:
-    """Each child's row in the slots [num_slots, C] of its members, and `skip` added."""
+    """Copy each child's row to the slots of its members, [num_slots, C], and add `skip`."""
     out = np.zeros((num_slots, child.shape[1]), child.dtype)
     valid = members >= 0
     slots, rows = members[valid], child[np.nonzero(valid)[0]]
@@ -110,12 +111,12 @@ def _computing_dtype(dtype: np.dtype) -> np.dtype:
 
 
 def _counts(groups: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Members of each group [n, 1], as the number that a sum of this dtype is divided by."""
+    """Number of members of each group [n, 1], in the dtype in which means are computed."""
     return (groups >= 0).sum(axis=1, keepdims=True).astype(_computing_dtype(dtype))
 
 
 def _sums(x: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Sums [n, C] of the members' rows, from the first member's on."""
+    """Sums [n, C] of the members' rows, added from the first member to the last."""
     dtype = _computing_dtype(x.dtype)
     total = x[groups[:, 0]].astype(dtype)
     for slots in groups.T[1:]:
@@ -124,7 +125,7 @@ def _sums(x: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 
 def _extremes(x: np.ndarray, groups: np.ndarray, reduce: str) -> tuple[np.ndarray, np.ndarray]:
-    """Smallest or largest members [n, C], and the first that attains each uint8 [n, C]; a NaN beats every number."""
+    """Minimum or maximum [n, C], and uint8 [n, C] the first member that has it. A NaN wins over every number."""
     dtype = _computing_dtype(x.dtype)
     holds = np.less_equal if reduce == "min" else np.greater_equal
     best = x[groups[:, 0]].astype(dtype)

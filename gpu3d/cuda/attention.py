@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plans of bucket attention and its backward: kernels_cu/attention_*.cu.
+
+A plan depends on the shapes of q and of the scopes' table, on the bucket size, and on the longest cloud in buckets. The
+lengths reach the kernels in the table of clouds, and the scale is a number.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpu3d._arrays import FLOAT32, FLOAT64, FLOATS, Given, Spec
+from gpu3d.cuda import arrays, clouds
+from gpu3d.cuda.compiler import Configuration
+from gpu3d.cuda.plan import Call, Device, Input, Kernel, Macros, Number, Packed, Plan, Pointer, Result, Steps
+
+HEAD_DIMS = (16, 32, 64, 128)  # the head dimensions that kernels are compiled for; others are padded on load
+STAGES = 3  # stages of streamed rows in shared memory; float32 has one
+
+# ---- tilings -------------------------------------------------------------------------------------------------------
+
+
+class _Tiling(NamedTuple):
+    """How a kernel cuts its work, for head dimensions up to `dim`: the macros of attention.cuh."""
+
+    dim: int
+    wgmma: int  # 1: Hopper's warpgroup products, 0: mma.sync
+    warps: int  # warps in a block
+    own_tiles: int  # tiles of 16 stationary rows in a warp
+    visit: int  # streamed rows in a stage
+    chunk: int  # streamed rows that are processed at a time
+    blocks: int  # blocks on a multiprocessor that the compiler leaves registers for
+    own_shared: int = 0  # 1: stationary rows are in shared memory, 0: in registers
+    lazy: int = 0  # 1: products with the P of one chunk overlap with computing the P of the next
+    paired: int = 0  # dkdv, 1: two warps share stationary rows; one computes dv and the other dk
+
+
+# The tilings for Hopper. Each line has its own time and the times of other tilings, in ms on an H100: bfloat16, 122,880
+# slots in scopes of 4096, with 16, 8, 8 and 4 heads of D = 16, 32, 64 and 128. (Blocks start faster since then: all
+# take 3 to 14 % less now, and the forward 2.57, 1.58, 2.10 and 1.80 ms.) Registers decide. The scores of a chunk, the
+# stationary operands and the sums must fit. The more warps fit at the same time, the better products and exponentials
+# overlap. At D = 16 a product is too small for warpgroups. Run the GPU suite after any change: for dq of D = 64 in
+# chunks of 64 rows, ptxas 13.0 silently reused the registers of a stationary operand that the loop still needed.
+HOPPER = {
+    "forward": (
+        _Tiling(16, 0, 8, 2, 256, 32, 2),  # 2.65; tiles of 128 2.71, four blocks of 4 warps 2.79, wgmma 3.0
+        _Tiling(32, 1, 16, 1, 256, 64, 1, lazy=1),  # 1.65; not lazy 1.69, tiles of 128 1.74, mma.sync 1.82
+        _Tiling(64, 1, 16, 1, 128, 64, 1),  # 2.15; lazy 2.39, tiles of 256 2.25, chunks of 32 2.32
+        _Tiling(128, 1, 12, 1, 96, 48, 1, own_shared=1, lazy=1),  # 1.85; not lazy 2.04, chunks of 32 1.95, 8 warps 2.6
+    ),
+    "dq": (
+        _Tiling(16, 0, 8, 2, 128, 16, 2),  # 3.10; tiles of 256 3.14, four blocks of 4 warps 3.18
+        _Tiling(32, 1, 16, 1, 256, 32, 1, lazy=1),  # 2.09; not lazy 2.13, tiles of 128 2.15
+        _Tiling(64, 1, 16, 1, 128, 32, 1, own_shared=1),  # 3.29; lazy 3.40, 12 warps 3.5
+        _Tiling(128, 1, 8, 1, 64, 32, 1, lazy=1),  # 3.3; not lazy 3.45, 12 warps 3.5
+    ),
+    "dkdv": (
+        _Tiling(16, 0, 8, 2, 256, 16, 2),  # 3.62; tiles of 128 3.70, chunks of 32 3.9
+        _Tiling(32, 1, 16, 1, 256, 32, 1),  # 2.45; two blocks of 8 warps 2.55
+        _Tiling(64, 1, 8, 1, 128, 64, 1, lazy=1),  # 4.56; not lazy 4.75, 12 warps 4.7
+        _Tiling(128, 1, 8, 1, 64, 32, 1, own_shared=1),  # 4.22; lazy 4.36, owned rows in registers 4.6
+    ),
+}
+# The tilings for all other GPUs from sm_80 on. They fit the 99 KB of shared memory per block of the smallest GPUs.
+MMA = {
+    "forward": (
+        _Tiling(16, 0, 4, 2, 128, 32, 4),
+        _Tiling(32, 0, 8, 2, 128, 16, 2),
+        _Tiling(64, 0, 8, 2, 64, 32, 1),
+        _Tiling(128, 0, 8, 1, 32, 16, 1),
+    ),
+    "dq": (
+        _Tiling(16, 0, 4, 2, 128, 16, 4),
+        _Tiling(32, 0, 4, 2, 64, 16, 2),
+        _Tiling(64, 0, 4, 2, 64, 16, 2),
+        _Tiling(128, 0, 4, 1, 32, 16, 1),
+    ),
+    "dkdv": (
+        _Tiling(16, 0, 8, 2, 256, 16, 2),
+        _Tiling(32, 0, 4, 2, 64, 16, 2),
+        _Tiling(64, 0, 4, 1, 64, 16, 2),
+        _Tiling(128, 0, 8, 1, 32, 16, 1),
+    ),
+}
+# The tilings for float32, which is split into three planes of bfloat16, so there are three times as many operands. On
+# an H100, forward and backward of 61,440 slots in scopes of 4096 take 5.1 and 17, 10.9 and 37, 11.8 and 41 ms, with 8,
+# 8 and 4 heads of D = 32, 64 and 128. D = 128 takes up to 159 KB of shared memory; on Hopper 216 KB, for twice as many
+# warps in dq. With one warp for both dk and dv of D = 128, the backward took 38 ms, but kept operands in local memory.
+# With one launch for each of them it took 47 ms.
+SINGLE = {
+    "forward": (
+        _Tiling(16, 0, 8, 1, 128, 16, 2),
+        _Tiling(32, 0, 8, 1, 64, 16, 2),
+        _Tiling(64, 0, 8, 1, 32, 16, 1),
+        _Tiling(128, 0, 8, 1, 16, 16, 1, own_shared=1),
+    ),
+    "dq": (
+        _Tiling(16, 0, 8, 1, 128, 16, 1),
+        _Tiling(32, 0, 8, 1, 64, 16, 1),
+        _Tiling(64, 0, 4, 1, 32, 16, 2, own_shared=1),
+        _Tiling(128, 0, 4, 1, 32, 16, 1, own_shared=1),
+    ),
+}
+SINGLE["dkdv"] = (*SINGLE["dq"][:3], _Tiling(128, 0, 8, 1, 32, 16, 1, own_shared=1, paired=1))
+HOPPER_SINGLE = {
+    "forward": SINGLE["forward"],
+    "dq": (
+        *SINGLE["dq"][:2],
+        _Tiling(64, 0, 8, 2, 32, 16, 1, own_shared=1),
+        _Tiling(128, 0, 8, 1, 32, 16, 1, own_shared=1),
+    ),
+    "dkdv": SINGLE["dkdv"],
+}
+
+
+def _tiling(hopper: bool, which: str, dtype: np.dtype, dim: int) -> _Tiling:
+    half, single = (HOPPER, HOPPER_SINGLE) if hopper else (MMA, SINGLE)
+    return next(tiling for tiling in (single if dtype == FLOAT32 else half)[which] if tiling.dim >= dim)
+
+
+def _padded(dim: int) -> int:
+    """The head dimension of the kernel that is used for `dim`."""
+    return next(d for d in HEAD_DIMS if d >= dim)
+
+
+def _macros(tiling: _Tiling, dtype: np.dtype, dim: int) -> Macros:
+    return (
+        ("D", _padded(dim)),
+        ("ELEMENT", FLOATS.index(dtype)),
+        *((name.upper(), value) for name, value in zip(tiling._fields[1:], tiling[1:], strict=True)),
+    )
+
+
+def configurations() -> list[Configuration]:
+    """Every module that this file uses."""
+    found: dict[Configuration, None] = {}
+    for hopper in (False, True):
+        for which in MMA:
+            for dtype in (dtype for dtype in FLOATS if dtype != FLOAT64):
+                for dim in HEAD_DIMS:
+                    tiling = _tiling(hopper, which, dtype, dim)
+                    only = "sm_90a" if tiling.wgmma else None
+                    found[Configuration(f"attention_{which}", _macros(tiling, dtype, dim), only)] = None
+    return list(found)
+
+
+def _own(tiling: _Tiling) -> int:
+    """Stationary rows in a block."""
+    return 16 * tiling.warps * tiling.own_tiles // (1 + tiling.paired)
+
+
+def _shared_mem(which: str, tiling: _Tiling, dtype: np.dtype, dim: int) -> int:
+    """Bytes of shared memory per block: the stages of streamed rows, and the stationary rows kept there."""
+    visit, own = 2 * tiling.visit, _own(tiling) * (1 if which == "forward" else 2)  # rows
+    if dtype == FLOAT32:  # one stage of three planes, and the float32 rows of the next
+        return visit * (3 * 2 * (dim + 8) + 4 * dim) + own * tiling.own_shared * 4 * dim
+    return (STAGES * visit + own * tiling.own_shared) * 2 * (dim if tiling.wgmma else dim + 8)
+
+
+# ---- arguments -----------------------------------------------------------------------------------------------------
+
+VIEW_FORMAT = "<Qqii"  # struct View: address, elements from one head to the next and from one row to the next, D
+_DIVISORS = struct.Struct("<" + 3 * "iIi")
+# The parameters of each kernel as formats of the module struct; v, c and d stand for struct View, Clouds and Divisors.
+_SIGNATURES = {"forward": "vvvcQidfQQ", "dq": "vvvvvQcQidffQQ", "dkdv": "vvvvQQcQidffQQ"}
+_STRUCTS = {"v": f"{struct.calcsize(VIEW_FORMAT)}s", "c": clouds.FORMAT, "d": f"{_DIVISORS.size}s"}
+LOG2E = math.log2(math.e)
+
+
+def _divisor(by: int) -> tuple[int, int, int]:
+    """The fields of a struct Divisor: x // by is x * factor >> shift, for 0 <= x < 2**31."""
+    shift = 31 + (by - 1).bit_length()
+    return by, -(-(1 << shift) // by), shift
+
+
+def _scale_log2(scale: float, dtype: np.dtype) -> float:
+    """The scale as the kernels take it. It is never 0, because a masked key would give 0 * -inf."""
+    unit = 1.0 if dtype == FLOAT32 else LOG2E  # as in attention.cuh
+    return math.copysign(max(abs(scale) * unit, 1e-30), scale)
+
+
+def _reading(x: Given | Spec) -> tuple[int, int] | arrays.Strided | None:
+    """How the kernels read q, k, v, ..., 16 bytes at a time.
+
+    None: x is contiguous. Two numbers: the strides of heads and of rows, in elements. Strided: from a copy.
+    """
+    if x.strides is None:
+        return arrays.copied(x, 16) if x.misalignment else None
+    (row, head, last), size = x.strides, x.dtype.itemsize
+    if last != size or (row | head | x.misalignment) % 16 or abs(row // size) >= 2**31:
+        return arrays.copied(x)
+    return head // size, row // size
+
+
+def _view(steps: Steps, source: Pointer, reading: Any, heads: int, dim: int) -> Packed:
+    """The struct View of an array."""
+    if isinstance(reading, arrays.Strided):
+        source, reading = arrays.add_copy(steps, source, reading), None
+    head, row = reading or (dim, heads * dim)
+    return Packed(VIEW_FORMAT, (source, head, row, dim))
+
+
+class _Shape(NamedTuple):
+    """The properties of q, scopes, layout and device that a plan depends on."""
+
+    dtype: np.dtype
+    heads: int
+    dim: int
+    bucket_size: int
+    scopes: int
+    width: int  # columns of the scopes' table
+    longest: int  # an upper bound on the buckets of a scope
+    clouds: int  # clouds, if their table is in device memory; otherwise 0
+    hopper: bool
+
+
+def _shape(
+    lengths: tuple[int, ...],
+    bucket_size: int,
+    q: tuple[int, ...],
+    dtype: np.dtype,
+    table: tuple[int, ...],
+    device: Device,
+) -> tuple[_Shape, clouds.Table]:
+    """The _Shape for q and the scopes' table of these shapes, and the table of the clouds."""
+    if dtype == FLOAT64:
+        raise TypeError("attention on a GPU takes float16, bfloat16 and float32, got float64.")
+    batch, largest = _layout(lengths, bucket_size)
+    _, heads, dim = q
+    scopes, width = table
+    many = len(lengths) if len(lengths) > clouds.INLINE_CLOUDS else 0
+    hopper = device.arch == "sm_90a"
+    return _Shape(dtype, heads, dim, bucket_size, scopes, width, min(width, largest), many, hopper), batch
+
+
+@clouds.remembered
+def _layout(lengths: tuple[int, ...], bucket_size: int) -> tuple[clouds.Table, int]:
+    """The table of the clouds, whose tiles are buckets, and the number of buckets of the largest cloud."""
+    if len(lengths) <= clouds.INLINE_CLOUDS:
+        buckets: Sequence[int] = [-(-n // bucket_size) for n in lengths]
+        return clouds.table(lengths, bucket_size, buckets, None), max(buckets, default=0)
+    n = clouds.array(lengths)
+    counts: Any = -(-n // bucket_size)
+    return clouds.table(n, bucket_size, counts, None), int(counts.max())  # type: ignore[arg-type]
+
+
+@functools.cache
+def _kernel(which: str, dtype: np.dtype, dim: int, hopper: bool) -> tuple[Kernel, _Tiling]:
+    """The kernel for these options, and its tiling."""
+    tiling = _tiling(hopper, which, dtype, dim)
+    formats = "".join(_STRUCTS.get(letter, letter) for letter in _SIGNATURES[which])
+    shared_mem = _shared_mem(which, tiling, dtype, _padded(dim))
+    name = f"attention_{which}"
+    return Kernel(name, name, formats, _macros(tiling, dtype, dim), shared_mem), tiling
+
+
+def _launch(
+    steps: Steps, which: str, shape: _Shape, before: tuple[Any, ...], table: Pointer, batch: Any, after: tuple[Any, ...]
+) -> None:
+    """Add a launch with a block for each scope, head and tile of stationary rows. Blocks beyond a scope return."""
+    kernel, tiling = _kernel(which, shape.dtype, shape.dim, shape.hopper)
+    tiles = -(-shape.longest * shape.bucket_size // _own(tiling))
+    divisors = _DIVISORS.pack(*[x for by in (shape.bucket_size, shape.heads, tiles) for x in _divisor(by)])
+    args = *before, batch, table, shape.width, divisors, Number("scale_log2"), *after
+    steps.launch(kernel, grid=shape.scopes * shape.heads * tiles, block=32 * tiling.warps, args=args)
+
+
+# ---- plans ---------------------------------------------------------------------------------------------------------
+
+
+def attention(
+    q: Given | Spec,
+    k: Given | Spec,
+    v: Given | Spec,
+    table: Given | Spec,
+    lengths: tuple[int, ...],
+    bucket_size: int,
+    scale: float,
+    return_lse: bool,
+    device: Device,
+) -> Call:
+    """Inputs: q, k, v, the scopes' table. Results: out, and lse if `return_lse`."""
+    readings, copied = (_reading(q), _reading(k), _reading(v)), arrays.copied(table)
+    look = q.shape, q.dtype, table.shape, device, readings, copied, return_lse
+    return _attention(lengths, bucket_size, _scale_log2(scale, q.dtype), *look)
+
+
+@clouds.remembered
+def _attention(
+    lengths: tuple[int, ...],
+    bucket_size: int,
+    scale_log2: float,  # never 0, so equal scales have equal bits
+    q: tuple[int, ...],
+    dtype: np.dtype,
+    table: tuple[int, ...],
+    device: Device,
+    readings: tuple[Any, ...],
+    copied: arrays.Strided | None,
+    return_lse: bool,
+) -> Call:
+    shape, batch = _shape(lengths, bucket_size, q, dtype, table, device)
+    return Call(_forward_plan(shape, readings, copied, return_lse), {"clouds": batch, "scale_log2": scale_log2})
+
+
+@functools.lru_cache(maxsize=512)
+def _forward_plan(shape: _Shape, readings: tuple[Any, ...], table: arrays.Strided | None, return_lse: bool) -> Plan:
+    steps = Steps(inputs=4, results=1 + return_lse)
+    if shape.scopes:
+        views = [_view(steps, Input(i), reading, shape.heads, shape.dim) for i, reading in enumerate(readings)]
+        scopes = arrays.add_copy(steps, Input(3), table)
+        batch = clouds.argument(steps, "clouds", shape.clouds, shape.bucket_size)
+        results = Result(0), Result(1) if return_lse else None
+        _launch(steps, "forward", shape, tuple(views), scopes, batch, results)
+    return steps.plan()
+
+
+def attention_backward(
+    dout: Given | Spec,
+    q: Given | Spec,
+    k: Given | Spec,
+    v: Given | Spec,
+    out: Given | Spec,
+    lse: Given | Spec,
+    table: Given | Spec,
+    lengths: tuple[int, ...],
+    bucket_size: int,
+    scale: float,
+    device: Device,
+) -> Call:
+    """Inputs: dout, q, k, v, out, lse, the scopes' table. Results: dq, dk, dv."""
+    shape, batch = _shape(lengths, bucket_size, q.shape, q.dtype, table.shape, device)
+    readings = _reading(dout), _reading(q), _reading(k), _reading(v), _reading(out)
+    plan = _backward_plan(shape, readings, q.shape[0], arrays.copied(lse), arrays.copied(table))
+    return Call(plan, {"clouds": batch, "scale_log2": _scale_log2(scale, q.dtype), "scale": scale})
+
+
+@functools.lru_cache(maxsize=512)
+def _backward_plan(
+    shape: _Shape, readings: tuple[Any, ...], slots: int, lse: arrays.Strided | None, table: arrays.Strided | None
+) -> Plan:
+    """First dq, whose kernel also writes delta = sum(dout * out) of each row; then dk and dv."""
+    steps = Steps(inputs=7, results=3)
+    if shape.scopes:
+        *views, out = [_view(steps, Input(i), reading, shape.heads, shape.dim) for i, reading in enumerate(readings)]
+        saved, scopes = arrays.add_copy(steps, Input(5), lse), arrays.add_copy(steps, Input(6), table)
+        batch = clouds.argument(steps, "clouds", shape.clouds, shape.bucket_size)
+        delta = steps.workspace("delta", 4 * slots * shape.heads)
+        scale = Number("scale")
+        _launch(steps, "dq", shape, (*views, out, saved), scopes, batch, (scale, Result(0), delta))
+        _launch(steps, "dkdv", shape, (*views, saved, delta), scopes, batch, (scale, Result(1), Result(2)))
+    return steps.plan()

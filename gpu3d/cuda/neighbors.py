@@ -1,0 +1,751 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plans of knn, radius_search, their gradients and neighbor_index: kernels_cu/neighbors_*.cu.
+
+`layout` cuts a batch of clouds into tiles, nodes and branches. A plan depends on lengths only through this layout.
+`add_index` and `add_pair` add the steps that prepare clouds for searches; Chamfer and APML use them too.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpu3d._arrays import FLOAT32, FLOAT64, FLOATS, UINT8, Spec
+from gpu3d.cuda import arrays, buckets, clouds
+from gpu3d.cuda.compiler import Configuration
+from gpu3d.cuda.plan import Call, Device, Input, Kernel, Macros, Number, Packed, Plan, Pointer, Result, Steps
+from gpu3d.reference.buckets import HASHES
+from gpu3d.reference.chamfer import SUM_TILE
+from gpu3d.reference.neighbors import squared_radius
+
+TILE = 32  # points in a tile, tiles in a node, and nodes in a branch
+NODE = SUM_TILE  # points in a node, for which an index keeps a box and a Chamfer distance a sum
+INDEX_THREADS = NODE // 4
+BRANCH_THREADS = KNN_THREADS = RADIUS_THREADS = 128
+QUERIES, QUERIES_OF_FEW = 8, 2  # queries of a warp; fewer if k <= 2, because the search ends with its slowest warp
+FEWEST_WARPS = 8192  # a warp takes several queries only if there is work for this many warps
+BACKWARD_THREADS = 256
+RADIUS_LANES = 8  # lanes that share a query in the gradient of radius_search
+MAX_POINTS = 2**31 - 1  # points of two batches that are prepared together
+
+INDEX_FORMAT = "32s"  # struct Index of neighbors.cuh
+ROW_BYTES, BOX_BYTES = 16, 48
+_ENTRIES = "<QQQQqii"  # struct Entries of neighbors_backward.cu
+_RADIUS_WARPS = RADIUS_THREADS // 32
+_ZORDER_DIV = ("KEY", HASHES.index("zorder_div"))
+
+# The parameters of each kernel as formats of the module struct; c, x and e stand for struct Clouds, Index and
+# Entries.
+_SIGNATURES = {
+    "index_nodes": "QQQciQQQQ",
+    "index_branches": "QciQ",
+    "index_join": "QqQqQ",
+    "knn": "QciixciiQQ",
+    "knn_both": "QciixQQQciixQQQ",
+    "radius_count": "QcixcfQ",
+    "radius_fill": "QcixcfQiqQ",
+    "radius_sort": "QiqQQQQ",
+    "backward_largest": "eQ",
+    "backward_queries": "eQQQciQQQ",
+    "backward_points": "eiQQQ",
+}
+
+
+def configurations() -> list[Configuration]:
+    """Every module that this file uses."""
+    found = [Configuration("neighbors_index", (("POINT", p),)) for p in range(len(FLOATS))]
+    found += [Configuration("neighbors_knn", (("LISTS", lists),)) for lists in range(3)]
+    found += [Configuration("neighbors_backward", (_of(dtype),)) for dtype in (FLOAT32, FLOAT64)]
+    return [*found, Configuration("neighbors_radius")]
+
+
+@functools.cache
+def _kernel(function: str, macros: Macros = ()) -> Kernel:
+    """A kernel of neighbors_<prefix of its name>.cu."""
+    formats = _SIGNATURES[function].replace("c", clouds.FORMAT).replace("x", INDEX_FORMAT)
+    formats = formats.replace("e", f"{struct.calcsize(_ENTRIES)}s")
+    return Kernel("neighbors_" + function.split("_")[0], function, formats, macros)
+
+
+def _of(dtype: np.dtype) -> tuple[str, int]:
+    return "POINT", FLOATS.index(dtype)
+
+
+# ---- layouts -------------------------------------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """How a batch of clouds is cut into tiles, nodes and branches. A plan depends on lengths only through this.
+
+    Numbers are rounded up, so that there are few different ones and a plan serves many lengths. Kernels read the exact
+    numbers in the table of clouds. Blocks beyond them return, and memory beyond them stays unused.
+    """
+
+    clouds: int
+    points: int
+    slots: int  # TILE for each tile
+    nodes: int
+    branches: int
+    single: bool  # whether every cloud is a single node
+    deep: bool  # whether a cloud has several branches, so that an index keeps boxes of branches
+    sort: buckets.Sort | None  # how points are put in bucket order; None if they are not
+
+
+def _rounded(n: int) -> int:
+    """Round up to three significant binary digits, so by at most a quarter. Large numbers stay as they are."""
+    if n > 1 << 29:  # because indices have 31 bits
+        return n
+    zeros = max(0, (n - 1).bit_length() - 3)
+    return -(-n >> zeros) << zeros
+
+
+class Tables(NamedTuple):
+    """The numbers of a call that describe a batch of clouds."""
+
+    clouds: clouds.Table  # its tiles are nodes, and its groups are branches
+    sort: clouds.Table | None
+    points: int
+    slots: int
+
+    def numbers(self, name: str) -> dict[str, Any]:
+        """The numbers that steps for the batch `name` refer to."""
+        nodes, branches = self.clouds.tiles, self.clouds.groups
+        found = {
+            name: self.clouds,
+            f"{name} points": self.points,
+            f"{name} coordinates": 3 * self.points,
+            f"{name} slots": self.slots,
+            f"{name} branches": branches,
+            # The bytes of this batch's part of an index.
+            f"{name} rows": ROW_BYTES * self.slots,
+            f"{name} boxes of tiles": BOX_BYTES * (self.slots // TILE),
+            f"{name} boxes of nodes": BOX_BYTES * nodes,
+            f"{name} boxes of branches": BOX_BYTES * branches,
+        }
+        if self.sort is not None:
+            found[f"{name} sort"] = self.sort
+        return found
+
+
+@clouds.remembered
+def layout(lengths: tuple[int, ...], device: Device | None) -> tuple[Layout, Tables]:
+    """The layout of clouds of these lengths, and their tables. Without a device it does not say how to sort them."""
+    n: Any = clouds.array(lengths) if len(lengths) > clouds.INLINE_CLOUDS else lengths
+    tiles, nodes, branches = _pieces(n, TILE), _pieces(n, TILE**2), _pieces(n, TILE**3)
+    largest = max(lengths, default=0)
+    table = clouds.table(n, TILE, nodes, branches)
+    points, slots = sum(lengths), buckets.total(tiles) * TILE
+    most = _rounded(slots)
+    sort, sort_table = None, None
+    if device and largest > NODE:
+        sort, sort_table = buckets.sorting(n, TILE, device)
+        sort = sort._replace(slots=most, tiles=_rounded(sort.tiles), groups=_rounded(sort.groups))
+    size = len(lengths), most, most, _rounded(table.tiles), _rounded(table.groups)
+    return Layout(*size, largest <= NODE, largest > TILE**3, sort), Tables(table, sort_table, points, slots)
+
+
+def pair_layout(x_lengths: tuple[int, ...], y_lengths: tuple[int, ...], device: Device) -> tuple[Layout, Tables]:
+    """The layout of two batches that are prepared together: the clouds of the one, and then those of the other."""
+    n, m = sum(x_lengths), sum(y_lengths)
+    if n + m > MAX_POINTS:
+        raise ValueError(
+            f"two batches on a GPU must be at most 2**31 - 1 points together, got {n} and {m}: pass fewer clouds at a "
+            "time."
+        )
+    return layout(x_lengths + y_lengths, device)
+
+
+def _pieces(lengths: Sequence[int] | np.ndarray, size: int) -> Any:
+    """How many pieces of `size` points each cloud has."""
+    return -(-lengths // size) if isinstance(lengths, np.ndarray) else [-(-n // size) for n in lengths]
+
+
+# ---- the index -----------------------------------------------------------------------------------------------------
+
+
+class Index(NamedTuple):
+    """An index as kernels read it: clouds that can be searched, and whose points can search others."""
+
+    rows: Pointer  # struct Row [slots]
+    tiles: Pointer  # struct Box; the next two are the same
+    nodes: Pointer
+    branches: Pointer | None
+    clouds: Number | Packed  # struct Clouds
+    origins: Pointer | None = None  # float64 [clouds, 3], subtracted from coordinates; None: nothing is
+
+    @property
+    def packed(self) -> Packed:
+        """The struct Index as a kernel's argument."""
+        return Packed("<QQQQ", self[:4])
+
+
+def index_bytes(layout: Layout, dtype: np.dtype) -> int:
+    """The bytes of an index of points of this dtype."""
+    return _offsets(layout)[-1] + (24 * layout.clouds if dtype == FLOAT64 else 0)
+
+
+def index_at(memory: Pointer, layout: Layout, dtype: np.dtype, batch: Number | Packed) -> Index:
+    """The index in this memory: rows, then boxes, then origins. `batch` is from `argument`."""
+    rows, tiles, nodes, branches, origins = (memory + offset for offset in _offsets(layout))
+    return Index(rows, tiles, nodes, branches if layout.deep else None, batch, origins if dtype == FLOAT64 else None)
+
+
+def _offsets(layout: Layout) -> tuple[int, int, int, int, int]:
+    """Where the rows, the boxes of tiles, nodes and branches, and the origins of an index begin."""
+    tiles = ROW_BYTES * layout.slots
+    nodes = tiles + BOX_BYTES * (layout.slots // TILE)
+    branches = nodes + BOX_BYTES * layout.nodes
+    return 0, tiles, nodes, branches, branches + (BOX_BYTES * layout.branches if layout.deep else 0)
+
+
+def argument(steps: Steps, name: str, layout: Layout) -> Number | Packed:
+    """The struct Clouds of the batch `name`. Call it once per plan."""
+    return clouds.argument(steps, name, layout.clouds, TILE)
+
+
+def add_order(steps: Steps, points: Pointer, dtype: np.dtype, name: str, layout: Layout) -> Pointer | None:
+    """Add the sort of contiguous points [N, 3] into bucket order, int32 [slots]; None if every cloud is one node."""
+    if layout.sort is None:
+        return None
+    order, inverse = steps.workspace("order", 4 * layout.slots), steps.workspace("inverse", 4 * layout.points)
+    buckets.add_sort(steps, layout.sort, points, (_of(dtype), _ZORDER_DIV), 0.0, order, inverse, None, f"{name} sort")
+    return order
+
+
+def add_queries(
+    steps: Steps,
+    points: Pointer,
+    dtype: np.dtype,
+    order: Pointer | None,
+    layout: Layout,
+    batch: Number | Packed,
+    origins: Pointer | None,
+    rows: Pointer | None = None,
+) -> Pointer:
+    """Add the rows of contiguous points [N, 3], in this order, that search clouds with these origins.
+
+    The rows are written to `rows`, or to workspace.
+    """
+    if rows is None:
+        rows = steps.workspace("queries", ROW_BYTES * layout.slots)
+    args = points, points, order, batch, layout.clouds, origins, rows, None, None
+    steps.launch(_kernel("index_nodes", (_of(dtype),)), grid=layout.nodes, block=INDEX_THREADS, args=args)
+    return rows
+
+
+def add_index(
+    steps: Steps,
+    points: Pointer,
+    dtype: np.dtype,
+    order: Pointer | None,
+    name: str,
+    layout: Layout,
+    batch: Number | Packed,
+    memory: Pointer | None = None,
+) -> Index:
+    """Add the index of contiguous points [N, 3] in this order, to `memory` of `index_bytes` or to workspace."""
+    if memory is None:
+        memory = steps.workspace("index", index_bytes(layout, dtype))
+    index = index_at(memory, layout, dtype, batch)
+    if index.origins is not None:
+        arrays.add_origins(steps, points, batch, layout.clouds, layout.nodes, index.origins)
+    _add_boxes(steps, (points, points), layout.clouds, dtype, order, name, layout, index)
+    return index
+
+
+def pair_bytes(both: Layout) -> int:
+    """The bytes of two indices that `add_pair` makes together."""
+    return _offsets(both)[-1]
+
+
+def add_pair(
+    steps: Steps,
+    points: tuple[Pointer, Pointer],
+    dtype: np.dtype,
+    layouts: tuple[Layout, Layout],
+    both: Layout,
+    names: tuple[str, str, str],
+    origins: Pointer | None = None,
+    memory: Pointer | None = None,
+) -> tuple[Index, Index]:
+    """Add the indices of two batches with equally many clouds and the same origins, together in half the launches.
+
+    The points are contiguous [N, 3] and [M, 3] of one dtype. `both` is the layout from `pair_layout`. `names` are the
+    names of the two batches and of both together. The indices are written to `memory` of `pair_bytes`, or to workspace:
+    the rows of the first, then those of the second, then boxes.
+    """
+    first, second = layouts
+    joined = points[0]
+    if both.sort is not None:
+        most = 3 * both.points
+        joined = steps.workspace("joined", most * dtype.itemsize)
+        ends = Number(f"{names[0]} coordinates"), Number(f"{names[2]} coordinates")
+        args = points[0], ends[0], points[1], ends[1], joined
+        kernel = _kernel("index_join", (_of(dtype),))
+        steps.launch(kernel, grid=-(-most // INDEX_THREADS), block=INDEX_THREADS, args=args)
+    order = add_order(steps, joined, dtype, names[2], both)
+    batch = argument(steps, names[2], both)
+    if memory is None:
+        memory = steps.workspace("index", pair_bytes(both))
+    index = index_at(memory, both, FLOATS[0], batch)._replace(origins=origins)
+    _add_boxes(steps, points, first.clouds, dtype, order, names[2], both, index)
+    x = index._replace(clouds=argument(steps, names[0], first))
+    parts = [Number(f"{names[0]} {part}") for part in ("rows", "boxes of tiles", "boxes of nodes", "boxes of branches")]
+    rows, tiles, nodes = (start + part for start, part in zip(index[:3], parts[:3], strict=True))
+    branches = None if index.branches is None else index.branches + parts[3]
+    y = Index(rows, tiles, nodes, branches, argument(steps, names[1], second), origins)
+    return x, y
+
+
+def _add_boxes(
+    steps: Steps,
+    points: tuple[Pointer, Pointer],
+    second: int,
+    dtype: np.dtype,
+    order: Pointer | None,
+    name: str,
+    layout: Layout,
+    index: Index,
+) -> None:
+    """Add rows and boxes of an index. `second` is the first cloud of the second batch of points."""
+    args: tuple[Any, ...] = *points, order, index.clouds, second, index.origins, index.rows, index.tiles, index.nodes
+    steps.launch(_kernel("index_nodes", (_of(dtype),)), grid=layout.nodes, block=INDEX_THREADS, args=args)
+    if index.branches is not None:
+        kernel = _kernel("index_branches", (_of(dtype),))
+        grid = -(-layout.branches // (BRANCH_THREADS // 32))
+        args = index.nodes, index.clouds, Number(f"{name} branches"), index.branches
+        steps.launch(kernel, grid=grid, block=BRANCH_THREADS, args=args)
+
+
+# ---- searches ------------------------------------------------------------------------------------------------------
+
+
+class Side(NamedTuple):
+    """A batch of clouds of a call, as far as a plan depends on it."""
+
+    spec: Spec  # from `arrays.canonical`
+    layout: Layout
+    indexed: bool  # whether it is an index, whose memory is an input
+
+
+def side(spec: Spec, lengths: tuple[int, ...], index: bool, device: Device | None) -> tuple[Side, Tables]:
+    """The side of a call for these points, or for an index of them. They are sorted if there is a device."""
+    found, tables = layout(lengths, device)
+    return Side(arrays.canonical(spec, found.points), found, index), tables
+
+
+def index_memory(points: Spec, lengths: tuple[int, ...]) -> Spec:
+    """The spec of the memory of an index of these points."""
+    return Spec((index_bytes(layout(lengths, None)[0], points.dtype),), UINT8)
+
+
+def neighbor_index(points: Spec, lengths: tuple[int, ...], device: Device) -> Call:
+    """Input: points. Result: `index_memory`."""
+    of_points, tables = side(points, lengths, False, device)
+    return Call(_index_plan(of_points), tables.numbers("points"))
+
+
+@functools.lru_cache(maxsize=256)
+def _index_plan(points: Side) -> Plan:
+    steps = Steps(inputs=1, results=1)
+    _add_points(steps, Input(0), points, Result(0))
+    return steps.plan()
+
+
+def _add_points(steps: Steps, source: Pointer, points: Side, memory: Pointer | None = None) -> Index:
+    """The index at `source`, or the steps that make the index of the points there."""
+    dtype, batch = points.spec.dtype, argument(steps, "points", points.layout)
+    if points.indexed:
+        return index_at(source, points.layout, dtype, batch)
+    contiguous = arrays.add_rows(steps, source, arrays.rows(points.spec, dtype, 3), None, Number("points points"))
+    order = add_order(steps, contiguous, dtype, "points", points.layout)
+    return add_index(steps, contiguous, dtype, order, "points", points.layout, batch, memory)
+
+
+class _Queries(NamedTuple):
+    """Queries that are ready for a search."""
+
+    rows: Pointer  # struct Row [slots]
+    clouds: Number | Packed
+    slots: Number
+
+
+def _add_search(
+    steps: Steps, query: Side | None, points: Side, rows: Pointer | None = None, memory: Pointer | None = None
+) -> tuple[_Queries, Index]:
+    """Add the steps that prepare the first input to search the second. `query` is None if they are the same points.
+
+    The results are written to `rows` and `memory`, or to workspace.
+    """
+    index = _add_points(steps, Input(1), points, memory)
+    if query is None:
+        return _Queries(index.rows, index.clouds, Number("points slots")), index
+    # If a float64 origin is subtracted, coordinates are float64 until then.
+    dtype = FLOAT64 if points.spec.dtype == FLOAT64 else query.spec.dtype
+    contiguous = arrays.add_rows(steps, Input(0), arrays.rows(query.spec, dtype, 3), None, Number("query points"))
+    order, batch = add_order(steps, contiguous, dtype, "query", query.layout), argument(steps, "query", query.layout)
+    rows = add_queries(steps, contiguous, dtype, order, query.layout, batch, index.origins, rows)
+    return _Queries(rows, batch, Number("query slots")), index
+
+
+def _sides(
+    query: Spec,
+    query_lengths: tuple[int, ...],
+    points: Spec,
+    lengths: tuple[int, ...],
+    index: bool,
+    same: bool,
+    device: Device,
+) -> tuple[Side | None, Side, dict[str, Any]]:
+    """Both sides of a search, and the numbers of their tables."""
+    of_points, tables = side(points, lengths, index, None if index else device)
+    if same:
+        return None, of_points, tables.numbers("points")
+    of_query, query_tables = side(query, query_lengths, False, device)
+    return of_query, of_points, {**query_tables.numbers("query"), **tables.numbers("points")}
+
+
+def _grouped(slots: int, few: bool) -> tuple[int, int]:
+    """The number of queries that a warp takes one after another, and the number of blocks."""
+    most = QUERIES_OF_FEW if few else QUERIES
+    group = min(most, 1 << max(0, (slots // FEWEST_WARPS).bit_length() - 1))
+    return group, -(-slots // (KNN_THREADS // 32 * group))
+
+
+def knn(
+    query: Spec,
+    query_lengths: tuple[int, ...],
+    points: Spec,
+    lengths: tuple[int, ...],
+    k: int,
+    device: Device,
+    *,
+    index: bool = False,
+    same: bool = False,
+) -> Call:
+    """Inputs: query, points. Results: distances, indices.
+
+    With `index` the second input is the memory of an index of such points. `same` means that the queries are the
+    points, with the same memory, shape and lengths.
+    """
+    return _knn(lengths, query_lengths, query, points, k, index, same, device)
+
+
+@clouds.remembered
+def _knn(
+    lengths: tuple[int, ...],
+    query_lengths: tuple[int, ...],
+    query: Spec,
+    points: Spec,
+    k: int,
+    index: bool,
+    same: bool,
+    device: Device,
+) -> Call:
+    of_query, of_points, numbers = _sides(query, query_lengths, points, lengths, index, same, device)
+    lists = 0 if k == 1 else -(-k // 32)
+    return Call(_knn_plan(of_query, of_points, lists, k <= 2), {**numbers, "k": k})
+
+
+@functools.lru_cache(maxsize=256)
+def _knn_plan(query: Side | None, points: Side, lists: int, few: bool) -> Plan:
+    steps = Steps(inputs=2, results=2)
+    queries, index = _add_search(steps, query, points)
+    group, blocks = _grouped(_of_queries(query, points).slots, few)
+    args = *queries, group, index.packed, index.clouds, Number("k"), 0, Result(0), Result(1)
+    steps.launch(_kernel("knn", (("LISTS", lists),)), grid=blocks, block=KNN_THREADS, args=args)
+    return steps.plan()
+
+
+def add_knn_both(
+    steps: Steps,
+    names: tuple[str, str],
+    queries: tuple[Pointer, Pointer],
+    layouts: tuple[Layout, Layout],
+    indices: tuple[Index, Index],
+    d2: tuple[Pointer, Pointer],
+    nearest: tuple[Pointer, Pointer],
+    known: Pointer,
+) -> None:
+    """Add the search for each point's nearest in the other batch: squared distances and indices.
+
+    `queries` are the rows of each batch that search the other's index. The word at `known` is set to 0.
+    """
+    args: list[Any] = []
+    blocks = 0
+    for i in range(2):
+        group, of_side = _grouped(layouts[i].slots, few=True)
+        slots = Number(f"{names[i]} slots")
+        args += [queries[i], indices[i].clouds, slots, group, indices[i].packed, d2[i], nearest[i]]
+        blocks += of_side
+    kernel = _kernel("knn_both", (("LISTS", 0),))
+    steps.launch(kernel, grid=max(1, blocks), block=KNN_THREADS, args=(*args, known))
+
+
+# ---- radius_search -------------------------------------------------------------------------------------------------
+
+
+def radius(
+    query: Spec,
+    query_lengths: tuple[int, ...],
+    points: Spec,
+    lengths: tuple[int, ...],
+    radius: float,
+    max_entries: int,
+    device: Device,
+    *,
+    index: bool = False,
+    same: bool = False,
+) -> Call:
+    """Inputs as in `knn`. Results: offsets, and `max_entries` indices and distances."""
+    of_query, of_points, numbers = _sides(query, query_lengths, points, lengths, index, same, device)
+    numbers |= {"radius2": float(squared_radius(radius)), "room": max_entries}
+    return Call(_radius_plan(of_query, of_points, _capacity(max_entries)), numbers)
+
+
+def radius_count(
+    query: Spec,
+    query_lengths: tuple[int, ...],
+    points: Spec,
+    lengths: tuple[int, ...],
+    radius: float,
+    device: Device,
+    *,
+    index: bool = False,
+    same: bool = False,
+) -> tuple[Call, list[Spec]]:
+    """The first of two calls. Inputs as in `knn`. Results: offsets, the last offset, further inputs of `radius_fill`.
+
+    Those are the rows of the queries, unless they are the `same` points, and the memory of the index, unless it is an
+    input. Their specs are returned too.
+    """
+    of_query, of_points, numbers = _sides(query, query_lengths, points, lengths, index, same, device)
+    numbers["radius2"] = float(squared_radius(radius))
+    kept = [] if of_query is None else [Spec((ROW_BYTES * of_query.layout.slots,), UINT8)]
+    if not index:
+        kept.append(index_memory(points, lengths))
+    return Call(_radius_count_plan(of_query, of_points), numbers), kept
+
+
+def radius_fill(
+    query_lengths: tuple[int, ...], points: Spec, lengths: tuple[int, ...], radius: float, entries: int
+) -> Call:
+    """The second of two calls. Inputs: offsets, the queries' rows, the index. Results: indices, distances [entries].
+
+    If the queries are the points of the index, their rows are at the beginning of the index.
+    """
+    (queries, query_tables), (searched, tables) = layout(query_lengths, None), layout(lengths, None)
+    numbers = {**query_tables.numbers("query"), **tables.numbers("points")}
+    numbers |= {"radius2": float(squared_radius(radius)), "room": entries}
+    return Call(_radius_fill_plan(queries, searched, points.dtype, _capacity(entries)), numbers)
+
+
+def _capacity(entries: int) -> int:
+    """The next power of two, so that there are few plans. The exact number is a number of the call."""
+    return 1 << (entries - 1).bit_length() if entries else 0
+
+
+@functools.lru_cache(maxsize=256)
+def _radius_plan(query: Side | None, points: Side, capacity: int) -> Plan:
+    steps = Steps(inputs=2, results=3)
+    queries, index = _add_search(steps, query, points)
+    layout, n, total = _of_queries(query, points), _number_of_queries(query), steps.workspace("total", 8)
+    _add_count(steps, queries, index, n, layout, Result(0), total)
+    _add_fill(steps, queries, index, n, layout, capacity, Result(0), (Result(1), Result(2)))
+    arrays.add_overflow(steps, total, Number("room"), n, layout.points, Result(0))
+    return steps.plan()
+
+
+@functools.lru_cache(maxsize=256)
+def _radius_count_plan(query: Side | None, points: Side) -> Plan:
+    steps = Steps(inputs=2, results=2 + (query is not None) + (not points.indexed))
+    rows = None if query is None else Result(2)
+    memory = None if points.indexed else Result(3 if query else 2)
+    queries, index = _add_search(steps, query, points, rows, memory)
+    n = _number_of_queries(query)
+    _add_count(steps, queries, index, n, _of_queries(query, points), Result(0), Result(1))
+    return steps.plan()
+
+
+@functools.lru_cache(maxsize=256)
+def _radius_fill_plan(query: Layout, points: Layout, dtype: np.dtype, capacity: int) -> Plan:
+    steps = Steps(inputs=3, results=2)
+    queries = _Queries(Input(1), argument(steps, "query", query), Number("query slots"))
+    index = index_at(Input(2), points, dtype, argument(steps, "points", points))
+    n = Number("query points")
+    _add_fill(steps, queries, index, n, query, capacity, Input(0), (Result(0), Result(1)))
+    return steps.plan()
+
+
+def _of_queries(query: Side | None, points: Side) -> Layout:
+    """The layout of the queries, which are the points if there is no `query`."""
+    return (query or points).layout
+
+
+def _number_of_queries(query: Side | None) -> Number:
+    return Number("points points" if query is None else "query points")
+
+
+def _add_count(
+    steps: Steps, queries: _Queries, index: Index, n: Number, layout: Layout, offsets: Pointer, total: Pointer
+) -> None:
+    """Add the count: where the neighbours of each of n queries begin, and their total. `layout` is of the queries."""
+    counts = steps.workspace("counts", 8 * layout.points)
+    args = *queries, index.packed, index.clouds, Number("radius2"), counts
+    steps.launch(_kernel("radius_count"), grid=-(-layout.slots // _RADIUS_WARPS), block=RADIUS_THREADS, args=args)
+    arrays.add_offsets(steps, counts, n, layout.points, offsets, total)
+
+
+def _add_fill(
+    steps: Steps,
+    queries: _Queries,
+    index: Index,
+    n: Number,
+    layout: Layout,
+    capacity: int,
+    offsets: Pointer,
+    results: tuple[Pointer, Pointer],
+) -> None:
+    """Add the step that writes indices and distances in order, or only -1 and NaN if they exceed the capacity."""
+    if not capacity:
+        return
+    room, launch = Number("room"), functools.partial(steps.launch, block=RADIUS_THREADS)
+    entries, spare = steps.workspace("entries", 8 * capacity), steps.workspace("spare entries", 8 * capacity)
+    walk = *queries, index.packed, index.clouds, Number("radius2"), offsets, n, room, entries
+    launch(_kernel("radius_fill"), grid=-(-layout.slots // _RADIUS_WARPS), args=walk)
+    sort = offsets, n, room, entries, spare, *results
+    launch(_kernel("radius_sort"), grid=max(1, -(-layout.points // _RADIUS_WARPS)), args=sort)
+
+
+# ---- gradients -----------------------------------------------------------------------------------------------------
+
+
+def knn_backward(
+    ddistances: Spec,
+    query: Spec,
+    points: Spec,
+    distances: Spec,
+    indices: Spec,
+    query_lengths: tuple[int, ...],
+    lengths: tuple[int, ...],
+) -> Call:
+    """Inputs: ddistances, query, points, distances, indices. Results: the gradients of query and points."""
+    n, k = distances.shape
+    given = arrays.canonical(ddistances, _rounded(n))
+    copies = arrays.copied(distances, 4), arrays.copied(indices, 4)
+    sides, tables, numbers = _sides_of_gradient(query, points, query_lengths, lengths)
+    numbers |= {"rows": n, "entries": n * k, "k": k}
+    return Call(_knn_backward_plan(given, _rounded(n), k, copies, *sides, tables), numbers)
+
+
+def radius_backward(
+    ddistances: Spec,
+    query: Spec,
+    points: Spec,
+    offsets: Spec,
+    indices: Spec,
+    distances: Spec,
+    query_lengths: tuple[int, ...],
+    lengths: tuple[int, ...],
+) -> Call:
+    """Inputs: ddistances, query, points, offsets, indices, distances. Results: the gradients of query and points."""
+    room = math.prod(distances.shape)
+    shape, dtype, strides, misalignment = ddistances
+    column = Spec((*shape, 1), dtype, None if strides is None else (*strides, dtype.itemsize), misalignment)
+    given = arrays.canonical(column, _rounded(room))
+    copies = arrays.copied(offsets, 8), arrays.copied(indices, 4), arrays.copied(distances, 4)
+    sides, tables, numbers = _sides_of_gradient(query, points, query_lengths, lengths)
+    numbers |= {"rows": room, "entries": room}
+    return Call(_radius_backward_plan(given, _rounded(room), copies, *sides, tables), numbers)
+
+
+class _Tables(NamedTuple):
+    """The clouds of a search with origins, as far as a plan depends on them."""
+
+    query: Layout
+    points: Layout
+
+
+def _sides_of_gradient(
+    query: Spec, points: Spec, query_lengths: tuple[int, ...], lengths: tuple[int, ...]
+) -> tuple[tuple[Spec, int, Spec, int], _Tables | None, dict[str, Any]]:
+    """Both arrays with their capacity in rows, the tables of clouds if there are origins, and the numbers."""
+    n, m = math.prod(query.shape[:-1]), math.prod(points.shape[:-1])
+    rooms = _rounded(n), _rounded(m)
+    sides = arrays.canonical(query, rooms[0]), rooms[0], arrays.canonical(points, rooms[1]), rooms[1]
+    numbers: dict[str, Any] = {"query points": n, "points points": m}
+    if points.dtype != FLOAT64:
+        return sides, None, numbers
+    (of_query, query_tables), (of_points, tables) = layout(query_lengths, None), layout(lengths, None)
+    numbers |= {"query": query_tables.clouds, "points": tables.clouds}
+    return sides, _Tables(of_query, of_points), numbers
+
+
+@functools.lru_cache(maxsize=256)
+def _knn_backward_plan(
+    ddistances: Spec, rows: int, k: int, copies: tuple[arrays.Strided | None, ...], *rest: Any
+) -> Plan:
+    steps = Steps(inputs=5, results=2)
+    given = arrays.add_rows(steps, Input(0), arrays.rows(ddistances, FLOAT32, k), None, Number("rows"))
+    distances, indices = (arrays.add_copy(steps, Input(3 + i), copied) for i, copied in enumerate(copies))
+    entries = given, distances, indices, None, Number("entries"), Number("query points"), Number("k")
+    lanes = min(32, 1 << (k - 1).bit_length()) if k else 1
+    _add_gradients(steps, Packed(_ENTRIES, entries), rows * k, lanes, *rest)
+    return steps.plan()
+
+
+@functools.lru_cache(maxsize=256)
+def _radius_backward_plan(ddistances: Spec, room: int, copies: tuple[arrays.Strided | None, ...], *rest: Any) -> Plan:
+    steps = Steps(inputs=6, results=2)
+    given = arrays.add_rows(steps, Input(0), arrays.rows(ddistances, FLOAT32, 1), None, Number("rows"))
+    offsets, indices, distances = (arrays.add_copy(steps, Input(3 + i), copied) for i, copied in enumerate(copies))
+    entries = given, distances, indices, offsets, Number("entries"), Number("query points"), 0
+    _add_gradients(steps, Packed(_ENTRIES, entries), room, RADIUS_LANES, *rest)
+    return steps.plan()
+
+
+def _add_gradients(
+    steps: Steps,
+    entries: Packed,
+    most: int,
+    lanes: int,
+    query: Spec,
+    queries: int,
+    points: Spec,
+    count: int,
+    tables: _Tables | None,
+) -> None:
+    """Add the gradients of inputs 1 and 2, with up to `queries` and `count` rows, from up to `most` entries."""
+    dtype = FLOAT32 if tables is None else FLOAT64
+    numbers = Number("query points"), Number("points points")
+    contiguous = [
+        arrays.add_rows(steps, Input(1 + i), arrays.rows(spec, dtype, 3), None, numbers[i])
+        for i, spec in enumerate((query, points))
+    ]
+    origins: Pointer | None = None
+    batch: Number | Packed = clouds.NONE
+    if tables is not None:
+        origins, batch = steps.workspace("origins", 24 * tables.points.clouds), argument(steps, "query", tables.query)
+        searched = argument(steps, "points", tables.points)
+        arrays.add_origins(steps, contiguous[1], searched, tables.points.clouds, tables.points.nodes, origins)
+    largest, sums = steps.workspace("largest", 4 * count), steps.workspace("sums", 24 * count)
+    steps.clear(largest, 4 * count)
+    steps.clear(sums, 24 * count)
+    sides = []
+    for i, (spec, room) in enumerate(((query, queries), (points, count))):
+        made = Spec((room, 3), FLOAT32)
+        rows = arrays.rows(made, spec.dtype, spec.shape[-1])
+        sides.append((Result(i) if rows is None else steps.workspace("gradient", made.nbytes), rows))
+    launch, macros = functools.partial(steps.launch, block=BACKWARD_THREADS), (_of(dtype),)
+    launch(_kernel("backward_largest", macros), grid=-(-most // BACKWARD_THREADS), args=(entries, largest))
+    args = entries, *contiguous, origins, batch, lanes, largest, sums, sides[0][0]
+    launch(_kernel("backward_queries", macros), grid=-(-queries * lanes // BACKWARD_THREADS), args=args)
+    of_points = entries, numbers[1], largest, sums, sides[1][0]
+    launch(_kernel("backward_points", macros), grid=-(-count // BACKWARD_THREADS), args=of_points)
+    for i, (out, rows) in enumerate(sides):
+        arrays.add_rows(steps, out, rows, Result(i), numbers[i])

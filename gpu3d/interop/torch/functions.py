@@ -1,0 +1,484 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The functions of gpu3d for tensors: signatures and results of the plain calls, with gradients.
+
+Each function takes Buckets, Scopes and Pooling apart into tensors and lengths, calls an operator, and puts the results
+together again. torch.compile traces through this. The operator checks the arguments. Only options of another type than
+the operator's are checked here, because torch would convert them, or refuse them in its own words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from gpu3d import _arrays, attention, neighbors, pooling, transport
+from gpu3d import buckets as layouts
+from gpu3d._arrays import Spec
+from gpu3d.buckets import Buckets, Scopes
+from gpu3d.chamfer import chamfer_arrays, check_chamfer
+from gpu3d.interop.torch import operators
+from gpu3d.interop.torch.operators import run
+from gpu3d.neighbors import NeighborIndex, Neighbors, RadiusNeighbors
+from gpu3d.pooling import Pooling
+
+# ---- arguments -----------------------------------------------------------------------------------------------------
+
+
+def _spec(x: torch.Tensor) -> Spec:
+    """The spec of a tensor, for checks."""
+    return Spec(tuple(x.shape), _arrays.numpy_dtype(x.dtype))
+
+
+def _check_kind(x: torch.Tensor, name: str) -> None:
+    """Raise a TypeError for tensors without an operator of gpu3d: sparse, quantized, or on other devices."""
+    if x.layout is not torch.strided or x.is_quantized or not (x.is_cuda or x.is_cpu):
+        _arrays.read(x, name)  # raises
+
+
+def _tensor(x: Any, name: str) -> torch.Tensor:
+    """The array, of any library, as a tensor of the same memory."""
+    if isinstance(x, torch.Tensor):
+        return x
+    given = _arrays.read(x, name)
+    if given.device is None and not given.array.flags.writeable:  # torch would warn about read-only memory
+        return _arrays.leave(given.array.copy(), _arrays.Origin("torch", None))
+    return _arrays.leave(given.array, _arrays.Origin("torch", given.device))
+
+
+def _tensors(**named: Any) -> tuple[Any, ...]:
+    """All arguments as tensors. An array of another library next to a tensor that requires grad is an error."""
+    if all([x is None or isinstance(x, torch.Tensor) for x in named.values()]):
+        for name, x in named.items():
+            if x is not None:
+                _check_kind(x, name)
+        return tuple(named.values())
+    differentiated = [name for name, x in named.items() if isinstance(x, torch.Tensor) and x.requires_grad]
+    for name, x in named.items():
+        if x is not None and not isinstance(x, torch.Tensor) and differentiated and torch.is_grad_enabled():
+            first = differentiated[0]
+            raise TypeError(
+                f"{name} is of type {type(x).__name__} beside {first}, a tensor that requires grad: pass {name} as a "
+                f"tensor too (torch.as_tensor), or {first}.detach()."
+            )
+    return _tensors(**{name: None if x is None else _tensor(x, name) for name, x in named.items()})
+
+
+def _refuse_gradients(function: str, **named: Any) -> None:
+    """Raise a TypeError for tensors that need a gradient, because `function` has none."""
+    for name, x in named.items():
+        if isinstance(x, torch.Tensor):
+            _arrays.refuse_torch_gradient(function, name, x)
+
+
+def _as(like: Any, x: torch.Tensor) -> Any:
+    """The result in the library of the first argument, which is another one than torch if arrays were mixed."""
+    if isinstance(like, torch.Tensor):
+        return x
+    origin, given = _arrays.read(like, "the argument").origin, _arrays.read(x, "the result")
+    return _arrays.leave(given.array if given.device is None else _arrays.as_cupy(given), origin)
+
+
+def _packed(
+    x: torch.Tensor, lengths: Any, name: str, lengths_name: str, dimensions: Any = (2, 3)
+) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Points [N, d] or [B, n, d] as [N, d], and the lengths of their clouds."""
+    lengths = _arrays.cloud_lengths(tuple(x.shape), lengths, name, lengths_name, dimensions)
+    return (x.flatten(0, 1) if x.ndim == 3 else x), lengths
+
+
+def _exact(*options: tuple[Any, ...]) -> bool:
+    """Whether each option has one of the types that follow it. Under torch.compile the operator checks at run time."""
+    return torch.compiler.is_compiling() or all([type(value) in types for value, *types in options])
+
+
+# ---- buckets -------------------------------------------------------------------------------------------------------
+
+
+def bucketize(
+    points: Any,
+    bucket_size: int = 512,
+    *,
+    lengths: Sequence[int] | None = None,
+    hash: str = "zorder_div",
+    balance: str = "spill",
+    voxel_size: float | str | None = None,
+    seed: int = 0,
+    check_finite: bool | None = None,
+) -> Buckets:
+    """`gpu3d.bucketize` of a tensor, under torch.compile too. Points that require grad are an error.
+
+    Parameters
+    ----------
+    points : Tensor [N, 3] or [B, n, 3]
+        As in `gpu3d.bucketize`. If they require grad, pass ``points.detach()``.
+    bucket_size, lengths, hash, balance, voxel_size, seed, check_finite
+        As in `gpu3d.bucketize`.
+
+    Returns
+    -------
+    Buckets
+        Its arrays are tensors.
+    """
+    _refuse_gradients("bucketize", points=points)
+    _check_kind(points, "points")
+    per_axis = isinstance(voxel_size, str) and voxel_size == "per_axis"
+    cell = None if per_axis else voxel_size
+    if not _exact((bucket_size, int), (hash, str), (balance, str), (cell, float, type(None)), (seed, int)):
+        checked = layouts.check_bucketize(_spec(points), bucket_size, lengths, hash, balance, voxel_size, seed)
+        _, bucket_size, hash, balance, voxel_size, seed, _ = checked
+        cell = None if per_axis else voxel_size
+    packed, lengths = _packed(points, lengths, "points", "lengths", (3,))
+    if check_finite is not None:
+        check_finite = bool(check_finite)
+    numbers = bucket_size, lengths, hash, balance, cell, per_axis, seed, check_finite
+    return layouts.buckets_of(run(operators.BUCKETIZE, (packed,), numbers), lengths, bucket_size)
+
+
+def scopes(buckets: Buckets, size: int = 8, *, shift: int = 0, stride: int = 1) -> Scopes:
+    """`gpu3d.scopes` of a layout of tensors, under torch.compile too.
+
+    A hand-made table is checked on the host: pass it to `gpu3d.scopes`.
+
+    Parameters
+    ----------
+    buckets : Buckets
+        With tensors.
+    size, shift, stride : int
+        As in `gpu3d.scopes`.
+
+    Returns
+    -------
+    Scopes
+        Its table is a tensor.
+    """
+    layouts.check_buckets(buckets)
+    size, shift, stride = layouts.check_scopes(size, shift, stride)
+    slot_to_point = _tensor(buckets.slot_to_point, "buckets")
+    numbers = buckets.bucket_size, buckets.lengths, size, shift, stride
+    table = run(operators.SCOPES, (slot_to_point,), numbers)
+    return Scopes(table, size, shift, stride, buckets.bucket_size, buckets.bucket_offsets)
+
+
+def scatter(x: Any, buckets: Buckets, fill: float = 0) -> torch.Tensor:
+    """`Buckets.scatter` of a tensor: rows of points to slots. Its gradient is `gather` of the result's gradient.
+
+    Parameters
+    ----------
+    x : Tensor [N, ...]
+        One row per point, of any dtype and trailing shape.
+    buckets : Buckets
+        On x's device. Its arrays may be of another library.
+    fill : scalar
+        The value of padding slots.
+
+    Returns
+    -------
+    Tensor [num_slots, ...]
+    """
+    layouts.check_buckets(buckets)
+    return _move(x, "x", buckets.slot_to_point, buckets.point_to_slot, fill)
+
+
+def gather(y: Any, buckets: Buckets) -> torch.Tensor:
+    """`Buckets.gather` of a tensor: rows of slots to points. Its gradient is `scatter` of the result's gradient.
+
+    Parameters
+    ----------
+    y : Tensor [num_slots, ...]
+        One row per slot, of any dtype and trailing shape.
+    buckets : Buckets
+        On y's device. Its arrays may be of another library.
+
+    Returns
+    -------
+    Tensor [N, ...]
+    """
+    layouts.check_buckets(buckets)
+    return _move(y, "y", buckets.point_to_slot, buckets.slot_to_point, 0)
+
+
+def _move(x: Any, name: str, index: Any, inverse: Any, fill: Any) -> torch.Tensor:
+    x, index, inverse = _tensor(x, name), _tensor(index, "buckets"), _tensor(inverse, "buckets")
+    _check_kind(x, name)
+    if not _exact((fill, int, float)):
+        fill = layouts.checked_fill(fill, _arrays.numpy_dtype(x.dtype)).item()
+    return run(operators.MOVE_ROWS, (x, index, inverse), (fill, name))
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------
+
+
+def bucket_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    buckets: Buckets,
+    scopes: Scopes,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """`gpu3d.bucket_attention` with gradients. Under autocast q, k and v are cast to its dtype.
+
+    Parameters
+    ----------
+    q, k, v : Tensor [num_slots, H, D]
+        As in `gpu3d.bucket_attention`. The parts of a packed projection are not copied.
+    buckets : Buckets
+        The layout of the slots.
+    scopes : Scopes
+        Which buckets attend to each other.
+    scale, return_lse
+        As in `gpu3d.bucket_attention`.
+
+    Returns
+    -------
+    out : Tensor [num_slots, H, D]
+    lse : Tensor float32 [num_slots, H]
+        Only with return_lse. It has no gradient.
+    """
+    attention.check_layout(buckets, scopes)
+    tensors = *_tensors(q=q, k=k, v=v), _tensor(scopes.table, "scopes")
+    if not _exact((scale, float, type(None))):
+        scale = attention.check_scale(scale, 1)
+    numbers = buckets.bucket_size, buckets.lengths, scale
+    out, lse = run(operators.ATTENTION, tensors, numbers)
+    return (_as(q, out), _as(q, lse)) if return_lse else _as(q, out)
+
+
+# ---- pooling -------------------------------------------------------------------------------------------------------
+
+
+def bucket_pool(features: Any, points: Any, buckets: Buckets, *, ratio: int = 2, reduce: str = "mean") -> Pooling:
+    """`gpu3d.bucket_pool` with the gradient of `features`. Points that require grad are an error.
+
+    Parameters
+    ----------
+    features : Tensor [num_slots, C]
+        As in `gpu3d.bucket_pool`. Autocast does not change their dtype.
+    points : Tensor [num_slots, 3]
+        As in `gpu3d.bucket_pool`. If they require grad, pass ``points.detach()``.
+    buckets : Buckets
+        The layout of the slots.
+    ratio, reduce
+        As in `gpu3d.bucket_pool`.
+
+    Returns
+    -------
+    Pooling
+        Its arrays are tensors.
+    """
+    layouts.check_buckets(buckets)
+    _refuse_gradients("bucket_pool", points=points)
+    features, points = _tensors(features=features, points=points)
+    bucket_size, lengths = buckets.bucket_size, buckets.lengths
+    if not _exact((ratio, int), (reduce, str)):
+        ratio = pooling.check_pool(_spec(features), _spec(points), lengths, bucket_size, ratio, reduce)
+    numbers = bucket_size, lengths, ratio, reduce
+    return pooling.pooling_of(run(operators.POOL, (features, points), numbers), buckets, ratio, reduce)
+
+
+def bucket_unpool(child_features: Any, pooled: Pooling, skip: Any = None) -> Any:
+    """`gpu3d.bucket_unpool` with the gradients of child_features and skip. Autocast does not change their dtype.
+
+    Parameters
+    ----------
+    child_features : Tensor [child slots, C]
+        As in `gpu3d.bucket_unpool`.
+    pooled : Pooling
+        The pooling to invert.
+    skip : Tensor [num_slots, C], optional
+        Rows in the parent's slots, in child_features' dtype. They are added to the result.
+
+    Returns
+    -------
+    Tensor [num_slots, C]
+    """
+    pooling.check_pooling(pooled)
+    child, added = _tensors(child_features=child_features, skip=skip)
+    layout = pooled.parent
+    numbers = layout.bucket_size, layout.lengths, pooled.ratio
+    return _as(child_features, run(operators.UNPOOL, (child, _tensor(pooled.members, "pooled"), added), numbers))
+
+
+# ---- neighbours ----------------------------------------------------------------------------------------------------
+
+
+def knn(
+    query: Any,
+    points: Any,
+    k: int,
+    *,
+    query_lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
+) -> Neighbors:
+    """`gpu3d.knn` with the gradients of the distances. Under autocast query and points are cast to float32.
+
+    Parameters
+    ----------
+    query, points : Tensor [N, 3], [N, 2], [B, n, 3] or [B, n, 2]
+        As in `gpu3d.knn`. points may be a NeighborIndex, if query does not require grad.
+    k, query_lengths, lengths
+        As in `gpu3d.knn`.
+
+    Returns
+    -------
+    Neighbors
+        Tensors ``distances`` and ``indices``. Distances have gradients with respect to query and points. A distance of
+        0 and a missing neighbour add nothing to them.
+    """
+    if isinstance(points, NeighborIndex):
+        _refuse_gradients("knn with a NeighborIndex", query=query)
+        given = neighbors.read_query(query)
+        checked = neighbors.check_knn(given, points, k, query_lengths, lengths)
+        return Neighbors(*neighbors.knn_arrays(given, points, *checked))
+    of_query, of_points = _tensors(query=query, points=points)
+    if not _exact((k, int)):
+        k = neighbors.check_knn(_spec(of_query), _spec(of_points), k, query_lengths, lengths).k
+    of_query, query_lengths = _packed(of_query, query_lengths, "query", "query_lengths")
+    of_points, lengths = _packed(of_points, lengths, "points", "lengths")
+    numbers = query_lengths, lengths, k
+    return Neighbors(*[_as(query, x) for x in run(operators.KNN, (of_query, of_points), numbers)])
+
+
+def radius_search(
+    query: Any,
+    points: Any,
+    radius: float,
+    *,
+    query_lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
+    max_entries: int | None = None,
+) -> RadiusNeighbors:
+    """`gpu3d.radius_search` with the gradients of the distances. Autocast casts query and points to float32.
+
+    Parameters
+    ----------
+    query, points : Tensor [N, 3], [N, 2], [B, n, 3] or [B, n, 2]
+        As in `gpu3d.radius_search`. points may be a NeighborIndex, if query does not require grad.
+    radius, query_lengths, lengths
+        As in `gpu3d.radius_search`.
+    max_entries : int, optional
+        As in `gpu3d.radius_search`. Under torch.compile, and while a CUDA graph is captured, the host cannot read the
+        number of neighbours. The default is then the number of all pairs or max(16 * (N + M), 2**18), whichever is
+        smaller.
+
+    Returns
+    -------
+    RadiusNeighbors
+        Tensors ``offsets``, ``indices`` and ``distances``. Distances have gradients with respect to query and points. A
+        distance of 0 adds nothing to them. If there are more neighbours than max_entries, both gradients are NaN.
+    """
+    if isinstance(points, NeighborIndex):
+        _refuse_gradients("radius_search with a NeighborIndex", query=query)
+        given = neighbors.read_query(query)
+        checked = neighbors.check_radius(given, points, radius, query_lengths, lengths, max_entries)
+        return RadiusNeighbors(*neighbors.radius_arrays(given, points, *checked))
+    of_query, of_points = _tensors(query=query, points=points)
+    if not _exact((radius, float), (max_entries, int, type(None))):
+        checked = neighbors.check_radius(_spec(of_query), _spec(of_points), radius, query_lengths, lengths, max_entries)
+        radius, max_entries = checked.radius, checked.max_entries
+    of_query, query_lengths = _packed(of_query, query_lengths, "query", "query_lengths")
+    of_points, lengths = _packed(of_points, lengths, "points", "lengths")
+    max_entries = _capacity(max_entries, of_query, query_lengths, lengths)
+    numbers = query_lengths, lengths, radius, max_entries
+    return RadiusNeighbors(*[_as(query, x) for x in run(operators.RADIUS_SEARCH, (of_query, of_points), numbers)])
+
+
+def _capacity(max_entries: int | None, x: torch.Tensor, x_lengths: Any, y_lengths: Any) -> int | None:
+    """max_entries, or its default if the host cannot read the number of entries."""
+    if max_entries is not None or not (torch.compiler.is_compiling() or _capturing(x)):
+        return max_entries
+    pairs = sum([n * m for n, m in zip(x_lengths, y_lengths, strict=True)])
+    return min(pairs, max(16 * (sum(x_lengths) + sum(y_lengths)), 2**18))
+
+
+def _capturing(x: torch.Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+# ---- losses --------------------------------------------------------------------------------------------------------
+
+
+def chamfer(
+    x: Any,
+    y: Any,
+    *,
+    x_lengths: Sequence[int] | None = None,
+    y_lengths: Sequence[int] | None = None,
+    squared: bool = False,
+    reduction: str = "mean",
+) -> Any:
+    """`gpu3d.chamfer` with the gradients of x and y. Under autocast both are cast to float32.
+
+    Parameters
+    ----------
+    x, y : Tensor [N, 3], [N, 2], [B, n, 3] or [B, n, 2]
+        As in `gpu3d.chamfer`. One of them may be a NeighborIndex, if the other does not require grad.
+    x_lengths, y_lengths, squared, reduction
+        As in `gpu3d.chamfer`.
+
+    Returns
+    -------
+    Tensor float32 [], or [B] for reduction "none"
+    """
+    if isinstance(x, NeighborIndex) or isinstance(y, NeighborIndex):
+        _refuse_gradients("chamfer with a NeighborIndex", x=x, y=y)
+        given_x, given_y = neighbors.read_points(x, "x"), neighbors.read_points(y, "y")
+        checked = check_chamfer(given_x, given_y, x_lengths, y_lengths, squared, reduction)
+        return chamfer_arrays(given_x, given_y, *checked)[0]
+    of_x, of_y = _tensors(x=x, y=y)
+    if not _exact((squared, bool), (reduction, str)):
+        squared = check_chamfer(_spec(of_x), _spec(of_y), x_lengths, y_lengths, squared, reduction).squared
+    of_x, x_lengths = _packed(of_x, x_lengths, "x", "x_lengths")
+    of_y, y_lengths = _packed(of_y, y_lengths, "y", "y_lengths")
+    loss, _ = run(operators.CHAMFER, (of_x, of_y), (x_lengths, y_lengths, squared, reduction))
+    return _as(x, loss)
+
+
+def apml(
+    pred: Any,
+    target: Any,
+    *,
+    pred_lengths: Sequence[int] | None = None,
+    target_lengths: Sequence[int] | None = None,
+    p_min: float = 0.8,
+    threshold: float = 1e-8,
+    iterations: int = 20,
+    symmetrize: str = "mean",
+    reduction: str = "mean",
+    max_entries: int | None = None,
+) -> Any:
+    """`gpu3d.apml` with the gradients of pred and target, the plan held constant. Under autocast both are float32.
+
+    Parameters
+    ----------
+    pred, target : Tensor [N, 3], [N, 2], [B, n, 3] or [B, n, 2]
+        As in `gpu3d.apml`.
+    pred_lengths, target_lengths, p_min, threshold, iterations, symmetrize, reduction
+        As in `gpu3d.apml`.
+    max_entries : int, optional
+        As in `gpu3d.apml`. Under torch.compile, and while a CUDA graph is captured, the host cannot read the number of
+        entries. The default is then the number of all pairs or max(16 * (N + M), 2**18), whichever is smaller.
+
+    Returns
+    -------
+    Tensor float32 [], or [B] for reduction "none"
+    """
+    of_pred, of_target = _tensors(pred=pred, target=target)
+    shares, names = ((p_min, float), (threshold, float)), ((symmetrize, str), (reduction, str))
+    if not _exact(*shares, *names, (iterations, int), (max_entries, int, type(None))):
+        options = p_min, threshold, iterations, symmetrize, reduction, max_entries
+        checked = transport.check_apml(_spec(of_pred), _spec(of_target), pred_lengths, target_lengths, *options)
+        p_min, threshold, iterations, symmetrize = checked.options
+        max_entries = checked.max_entries
+    of_pred, pred_lengths = _packed(of_pred, pred_lengths, "pred", "pred_lengths")
+    of_target, target_lengths = _packed(of_target, target_lengths, "target", "target_lengths")
+    max_entries = _capacity(max_entries, of_pred, pred_lengths, target_lengths)
+    asked = torch.jit.is_tracing() or any([operators.may_need_gradient(x) for x in (of_pred, of_target)])
+    with_grad = asked and torch.is_grad_enabled()
+    options = p_min, threshold, iterations, symmetrize, reduction, max_entries
+    numbers = pred_lengths, target_lengths, *options, with_grad
+    return _as(pred, run(operators.APML, (of_pred, of_target), numbers)[0])

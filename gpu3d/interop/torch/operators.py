@@ -1,0 +1,640 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registered operators `torch.ops.gpu3d.*`, their gradients, and `run`, with which the functions call them.
+
+An operator takes tensors first, then numbers. Its kernel reads the tensors, checks all arguments, and calls the op
+module's `*_arrays`. So it launches the plan of a plain call, on torch's current stream, with results and workspace in
+torch's memory. It is registered in three ways, which differ in how lengths and gradients go in:
+
+- `gpu3d::chamfer`: lengths are `SymInt[]`, and torch.library knows the gradient. It is for torch.compile, torch.export,
+  and programs that call the operator itself.
+- `gpu3d::chamfer.eager`: lengths are int64 tensors on the CPU, because torch spends 0.2 us on every integer of a list.
+  It has no gradient; the torch.autograd.Function around it has one. A gradient of torch.library would cost 5 us per
+  call, and does not work with the transforms of torch.func.
+- `gpu3d::chamfer_traced`: lengths are `int[]`. It is for torch.jit.trace, which cannot record `SymInt[]`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd import forward_ad
+
+from gpu3d import _arrays, attention, neighbors, pooling, transport
+from gpu3d import buckets as layouts
+from gpu3d._arrays import Spec
+from gpu3d.buckets import Buckets, Scopes
+from gpu3d.chamfer import (  # a from-import, because gpu3d.chamfer is the function
+    chamfer_arrays,
+    chamfer_backward_arrays,
+    chamfer_backward_results,
+    chamfer_results,
+    check_chamfer,
+    check_chamfer_backward,
+)
+
+NO_FORWARD_MODE = (
+    "gpu3d has no forward-mode derivatives, and an argument of {} has a tangent (torch.func.jvp, jacfwd, or a dual "
+    "tensor). Use reverse mode: torch.func.vjp, jacrev, or backward."
+)
+
+_LIBRARY = torch.library.Library("gpu3d", "DEF")
+
+
+class Operator:
+    """An operator, and the torch.autograd.Function around it.
+
+    Parameters
+    ----------
+    schema : str
+        A schema for torch.library, with tensors first.
+    kernel : callable
+        A function of the tensors, as `Given`, and of the numbers. It returns the results as a list of tensors.
+    results : callable
+        A function of the tensors, as `Spec`, and of the numbers. It returns the specs of the results. Sizes and lengths
+        may be symbols.
+    """
+
+    def __init__(self, schema: str, kernel: Callable[..., Any], results: Callable[..., Any]) -> None:
+        self.name = schema.partition("(")[0]
+        self.tensors = re.findall(r"Tensor\?? (\w+)", schema.partition("->")[0])
+        self.single = schema.endswith("-> Tensor")
+        self.kernel, self.results = kernel, results
+        self.apply: Callable[..., Any] | None = None  # that of the torch.autograd.Function
+        self.cast: tuple[int, Callable[[str], torch.dtype]] | None = None  # see `autocast`
+        numbers = schema[: schema.index(")")].split(", ")[len(self.tensors) :]
+        self.lengths = [i for i, text in enumerate(numbers) if "[]" in text]  # which numbers are lengths
+        self.default = self._register(schema)
+        self.eager = self._register(schema.replace("SymInt[]", "Tensor").replace("(", ".eager(", 1))
+        self.traced = self.default
+        if self.lengths and "_backward" not in self.name:  # in traced programs, gradients call the default overload
+            self.traced = self._register(schema.replace("SymInt[]", "int[]").replace("(", "_traced(", 1))
+
+    def _register(self, schema: str) -> Any:
+        name = schema.partition("(")[0]
+        _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        for key in ("CPU", "CUDA"):
+            _LIBRARY.impl(name, self._run, key)
+        torch.library.register_fake(f"gpu3d::{name}", self._fake, lib=_LIBRARY)
+        torch.library.register_vmap(f"gpu3d::{name}", self._vmap, lib=_LIBRARY)
+        packet, _, overload = name.partition(".")
+        return getattr(getattr(torch.ops.gpu3d, packet), overload or "default")
+
+    def _numbers(self, args: Sequence[Any]) -> list[Any]:
+        """The arguments after the tensors, with lengths as tuples."""
+        numbers = list(args[len(self.tensors) :])
+        for i in self.lengths:
+            numbers[i] = tuple(numbers[i].tolist() if isinstance(numbers[i], torch.Tensor) else numbers[i])
+        return numbers
+
+    def _run(self, *args: Any) -> Any:
+        """Run the kernel: the reference on the CPU, a plan on a GPU."""
+        tensors = args[: len(self.tensors)]
+        if torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors]):
+            raise RuntimeError(f"this overload of {self.name} has no gradient: pass lengths as integers.")
+        given = [None if x is None else _arrays.read(x, name) for x, name in zip(tensors, self.tensors, strict=True)]
+        results = self.kernel(*given, *self._numbers(args))
+        return results[0] if self.single else tuple(results)
+
+    def _fake(self, *args: Any) -> Any:
+        """The results without values, for fake tensors."""
+        tensors = args[: len(self.tensors)]
+        specs = [None if x is None else Spec(tuple(x.shape), _arrays.numpy_dtype(x.dtype)) for x in tensors]
+        made = [
+            tensors[0].new_empty(spec.shape, dtype=_arrays.torch_dtype(spec.dtype))
+            for spec in self.results(*specs, *self._numbers(args))
+        ]
+        return made[0] if self.single else tuple(made)
+
+    def _vmap(self, info: Any, in_dims: Any, *args: Any) -> Any:
+        """Under vmap, make one call for each element of the batch."""
+        count = len(self.tensors)
+        rows = []
+        for i in range(info.batch_size):
+            tensors = [
+                x if dim is None else x.select(dim, i) for x, dim in zip(args[:count], in_dims[:count], strict=True)
+            ]
+            rows.append(self.call(tensors, args[count:]))
+        if self.single:
+            return torch.stack(rows), 0
+        results = [torch.stack(parts) for parts in zip(*rows, strict=True)]
+        return tuple(results), (0,) * len(results)
+
+    def autocast(self, count: int, dtype: Callable[[str], torch.dtype]) -> None:
+        """Register that autocast casts the first `count` tensors to the dtype for a device type. float64 stays."""
+        self.cast = count, dtype
+
+    def differentiate(self, save: Callable[..., Any], backward: Callable[..., Any], result: int = 0) -> None:
+        """Register the gradient of one result. The other results are not differentiable.
+
+        Parameters
+        ----------
+        save : callable
+            A function of the operator's tensors and of its results. It returns the tensors that the gradient needs.
+        backward : callable
+            A function of the result's gradient, of the saved tensors and of the numbers. It returns the gradients of
+            the first tensors, or None for a tensor that has no gradient.
+        result : int
+            The differentiable result.
+        """
+        count = len(self.tensors)
+
+        def remember(ctx: Any, tensors: Sequence[Any], numbers: Sequence[Any], output: Any) -> None:
+            # Otherwise torch fills zeros for every other result. But torch 2.6 needs them under vmap.
+            ctx.set_materialize_grads(_is_of_torch_func(tensors[0]))
+            if not self.single:
+                ctx.mark_non_differentiable(*output[:result], *output[result + 1 :])
+            ctx.save_for_backward(*save(tensors, (output,) if self.single else output))
+            ctx.numbers = numbers
+
+        def gradients(ctx: Any, given: Sequence[Any], needed: Sequence[bool]) -> list[Any]:
+            if given[result] is None:
+                return [None] * count
+            found = backward(given[result], ctx.saved_tensors, ctx.numbers)
+            found = [x if asked else None for x, asked in zip(found, needed, strict=False)]
+            return [*found, *[None] * (count - len(found))]
+
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            remember(ctx, inputs[:count], tuple(inputs[count:]), output)
+
+        def backward_of_arguments(ctx: Any, *given: Any) -> Any:
+            return *gradients(ctx, given, ctx.needs_input_grad), *[None] * len(ctx.numbers)
+
+        def setup_context_of_function(ctx: Any, inputs: Any, output: Any) -> None:
+            remember(ctx, inputs[1:], inputs[0], output)
+
+        def backward_of_function(ctx: Any, *given: Any) -> Any:
+            return None, *gradients(ctx, given, ctx.needs_input_grad[1:])
+
+        self._autograd(setup_context, backward_of_arguments, setup_context_of_function, backward_of_function)
+
+    def refuse_second_derivative(self) -> None:
+        """For an operator that is a gradient: raise an error for its own gradient, which torch would take for zero."""
+
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+        def backward(ctx: Any, *given: Any) -> None:
+            raise RuntimeError(
+                f"gpu3d has no second derivatives: torch asked for the gradient of {self.name}, which is one already. "
+                "Call backward or torch.autograd.grad without create_graph."
+            )
+
+        self._autograd(setup_context, backward, setup_context, backward)
+
+    def _autograd(self, setup_context: Any, backward: Any, setup_function: Any, backward_function: Any) -> None:
+        for overload in {self.default, self.traced}:
+            name = overload.name().removesuffix(".default")
+            torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_LIBRARY)
+
+        def forward(numbers: tuple[Any, ...], *tensors: Any) -> Any:
+            return self.call(tensors, numbers)
+
+        def jvp(ctx: Any, *tangents: Any) -> None:
+            raise NotImplementedError(NO_FORWARD_MODE.format(self.name))
+
+        forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # or computed at every call
+        methods = {
+            "generate_vmap_rule": True,
+            "forward": staticmethod(forward),
+            "setup_context": staticmethod(setup_function),
+            "backward": staticmethod(backward_function),
+            "jvp": staticmethod(jvp),
+        }
+        self.apply = type(self.name, (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
+
+    def call(self, tensors: Sequence[Any], numbers: Sequence[Any]) -> Any:
+        """Call the operator outside of torch.compile, with the overload that takes lengths of this type."""
+        if self.lengths and not isinstance(numbers[self.lengths[0]], torch.Tensor):
+            return self.default(*tensors, *numbers)
+        return self.eager(*tensors, *numbers)
+
+    def with_tensors(self, numbers: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The numbers with lengths as the `eager` overload takes them."""
+        for i in self.lengths:
+            if isinstance(numbers[i], tuple):  # a list comes from a gradient of the default overload
+                lengths = torch.from_numpy(np.array(numbers[i], np.int64))
+                if type(lengths) is not torch.Tensor:  # under a mode without values, such as FakeTensorMode
+                    return numbers
+                numbers = (*numbers[:i], lengths, *numbers[i + 1 :])
+        return numbers
+
+
+def run(op: Operator, tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Any:
+    """Call an operator so that torch's transforms work or raise an error: gradients, autocast, forward mode."""
+    if op.cast is not None and torch.is_autocast_enabled(device := tensors[0].device.type):
+        count, dtype = op.cast[0], op.cast[1](device)
+        cast = [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors[:count]]
+        tensors = (*cast, *tensors[count:])
+    if torch.compiler.is_compiling():
+        _refuse_tangents(op, tensors)
+        return op.default(*tensors, *numbers)
+    if torch.jit.is_tracing():
+        _refuse_tangents(op, tensors)
+        return op.traced(*tensors, *[[int(n) for n in x] if isinstance(x, tuple) else x for x in numbers])
+    numbers = op.with_tensors(numbers)
+    if op.apply is not None and torch.is_grad_enabled() and any([may_need_gradient(x) for x in tensors]):
+        return op.apply(numbers, *tensors)
+    _refuse_tangents(op, tensors)
+    return op.call(tensors, numbers)
+
+
+def _refuse_tangents(op: Operator, tensors: Sequence[Any]) -> None:
+    for x in tensors:
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(NO_FORWARD_MODE.format(op.name))
+
+
+def may_need_gradient(x: Any) -> bool:
+    """Whether x requires grad, or is a wrapper of torch.func, around which another tensor may require it."""
+    if x is None:
+        return False
+    return x.requires_grad or (not torch.compiler.is_compiling() and _is_of_torch_func(x))
+
+
+def _is_of_torch_func(x: torch.Tensor) -> bool:
+    """Whether x is a wrapper that the transforms of torch.func pass to a function. Wrappers have no memory."""
+    try:
+        x.untyped_storage()
+    except NotImplementedError:
+        return True
+    return False
+
+
+# ---- buckets -------------------------------------------------------------------------------------------------------
+
+
+def _layout(bucket_size: int, lengths: tuple[int, ...]) -> Buckets:
+    """A layout without its arrays. It is checked, because a direct call of an operator may pass any numbers."""
+    layouts.check_bucket_size(bucket_size)
+    if min(lengths, default=0) < 0:
+        raise ValueError(f"lengths must not be negative, got {min(lengths)}.")
+    return Buckets(None, None, None, bucket_size, lengths, layouts.bucket_offsets(lengths, bucket_size))
+
+
+def _bucketize(
+    points: Any,
+    bucket_size: int,
+    lengths: tuple[int, ...],
+    hash: str,
+    balance: str,
+    voxel_size: float | None,
+    per_axis: bool,
+    seed: int,
+    check_finite: bool | None,
+) -> list[Any]:
+    voxel = "per_axis" if per_axis else voxel_size
+    checked = layouts.check_bucketize(points, bucket_size, lengths, hash, balance, voxel, seed)
+    return layouts.bucketize_arrays(points, checked, check_finite)
+
+
+BUCKETIZE = Operator(
+    "bucketize(Tensor points, int bucket_size, SymInt[] lengths, str hash, str balance, float? voxel_size, "
+    "bool per_axis, int seed, bool? check_finite) -> (Tensor, Tensor, Tensor)",
+    _bucketize,
+    lambda points, bucket_size, lengths, *options: layouts.bucketize_results(lengths, bucket_size, points.shape[0]),
+)
+
+
+def _scopes(slot_to_point: Any, bucket_size: int, lengths: tuple[int, ...], *options: int) -> list[Any]:
+    return [layouts.scope_table(slot_to_point.origin, _layout(bucket_size, lengths), *layouts.check_scopes(*options))]
+
+
+def _scopes_results(
+    slot_to_point: Spec, bucket_size: int, lengths: tuple[Any, ...], size: int, shift: int, stride: int
+) -> list[Spec]:
+    counts = [(n + bucket_size - 1) // bucket_size for n in lengths]
+    return [Spec((layouts.num_scopes(counts, size, stride), size), _arrays.INT32)]
+
+
+SCOPES = Operator(
+    "scopes(Tensor slot_to_point, int bucket_size, SymInt[] lengths, int size, int shift, int stride) -> Tensor",
+    _scopes,
+    _scopes_results,
+)
+
+
+def _move_rows(x: Any, index: Any, inverse: Any, fill: Any, name: str) -> list[Any]:
+    """Rows x[index], with `fill` where the index is -1. `inverse` is the place that each row of x moves to, or -1."""
+    if index.dtype != _arrays.INT32 or index.ndim != 1:
+        raise TypeError(f"index must be int32 [n], got {index.dtype} {list(index.shape)}: pass arrays of Buckets.")
+    return [layouts.move(x, name, index, inverse.shape[0], fill)]
+
+
+def _move_backward(dout: torch.Tensor, saved: Any, numbers: Any) -> Any:
+    index, inverse = saved  # every row moves to one place, so the gradient is a move too
+    return (run(MOVE_ROWS, (dout, inverse, index), (0, f"d{numbers[-1]}")),)
+
+
+MOVE_ROWS = Operator(
+    "move_rows(Tensor x, Tensor index, Tensor inverse, Scalar fill, str name) -> Tensor",
+    _move_rows,
+    lambda x, index, *rest: [Spec((index.shape[0], *x.shape[1:]), x.dtype)],
+)
+MOVE_ROWS.differentiate(lambda tensors, outputs: tensors[1:], _move_backward)
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------
+
+
+def _windows(table: Any, bucket_size: int, lengths: tuple[int, ...]) -> tuple[Buckets, Scopes]:
+    layout = _layout(bucket_size, lengths)
+    return layout, Scopes(table, table.shape[-1], 0, 1, bucket_size, layout.bucket_offsets)
+
+
+def _attention(q: Any, k: Any, v: Any, table: Any, bucket_size: int, lengths: tuple[int, ...], scale: Any) -> list[Any]:
+    """The results out and lse; the gradient needs both."""
+    scale = attention.check_attention(q, k, v, table, *_windows(table, bucket_size, lengths), scale)
+    return attention.attention_arrays(q, k, v, table, lengths, bucket_size, scale, True)
+
+
+def _attention_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    table: Any,
+    bucket_size: int,
+    lengths: tuple[int, ...],
+    scale: Any,
+) -> list[Any]:
+    given = dout, q, k, v, out, lse, table
+    scale = attention.check_attention_backward(*given, *_windows(table, bucket_size, lengths), scale)
+    return attention.attention_backward_arrays(*given, lengths, bucket_size, scale)
+
+
+ATTENTION = Operator(
+    "bucket_attention(Tensor q, Tensor k, Tensor v, Tensor table, int bucket_size, SymInt[] lengths, float? scale) "
+    "-> (Tensor, Tensor)",
+    _attention,
+    lambda q, *rest: attention.attention_results(q),
+)
+ATTENTION_BACKWARD = Operator(
+    "bucket_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor table, "
+    "int bucket_size, SymInt[] lengths, float? scale) -> (Tensor, Tensor, Tensor)",
+    _attention_backward,
+    lambda dout, q, *rest: attention.attention_backward_results(q),
+)
+ATTENTION_BACKWARD.refuse_second_derivative()
+
+
+def _save_attention(tensors: Any, results: Any) -> Any:
+    q, k, v, table = tensors
+    return q, k, v, *results, table
+
+
+ATTENTION.differentiate(_save_attention, lambda dout, saved, numbers: run(ATTENTION_BACKWARD, (dout, *saved), numbers))
+ATTENTION.autocast(3, torch.get_autocast_dtype)
+
+
+# ---- pooling -------------------------------------------------------------------------------------------------------
+
+
+def _pool(features: Any, points: Any, bucket_size: int, lengths: tuple[int, ...], ratio: int, reduce: str) -> list[Any]:
+    pooling.check_pool(features, points, lengths, _layout(bucket_size, lengths).bucket_size, ratio, reduce)
+    return pooling.pool_arrays(features, points, lengths, bucket_size, ratio, reduce)
+
+
+def _pool_backward(
+    dchild: Any, members: Any, argmember: Any, bucket_size: int, lengths: tuple[int, ...], ratio: int, reduce: str
+) -> list[Any]:
+    pooling.check_pool_backward(dchild, dchild, lengths, _layout(bucket_size, lengths).bucket_size, ratio)
+    return pooling.pool_backward_arrays(dchild, members, argmember, lengths, bucket_size, ratio, reduce)
+
+
+POOL = Operator(
+    "bucket_pool(Tensor features, Tensor points, int bucket_size, SymInt[] lengths, int ratio, str reduce) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _pool,
+    lambda features, points, bucket_size, lengths, *options: pooling.pool_results(
+        features, points, lengths, bucket_size, *options
+    ),
+)
+POOL_BACKWARD = Operator(
+    "bucket_pool_backward(Tensor dchild, Tensor members, Tensor argmember, int bucket_size, SymInt[] lengths, "
+    "int ratio, str reduce) -> Tensor",
+    _pool_backward,
+    lambda dchild, members, argmember, bucket_size, lengths, *options: pooling.pool_backward_results(
+        dchild, lengths, bucket_size
+    ),
+)
+POOL_BACKWARD.refuse_second_derivative()
+POOL.differentiate(
+    lambda tensors, results: results[2:4],  # members and argmember
+    lambda dchild, saved, numbers: (run(POOL_BACKWARD, (dchild, *saved), numbers),),
+)
+
+
+def _unpool(child: Any, members: Any, skip: Any, bucket_size: int, lengths: tuple[int, ...], ratio: int) -> list[Any]:
+    pooling.check_unpool(child, skip, lengths, _layout(bucket_size, lengths).bucket_size, ratio)
+    return pooling.unpool_arrays(child, members, skip, lengths, bucket_size, ratio)
+
+
+def _unpool_backward(dout: Any, members: Any, bucket_size: int, lengths: tuple[int, ...], ratio: int) -> list[Any]:
+    pooling.check_unpool_backward(dout, lengths, _layout(bucket_size, lengths).bucket_size)
+    return pooling.unpool_backward_arrays(dout, members, lengths, bucket_size, ratio)
+
+
+UNPOOL = Operator(
+    "bucket_unpool(Tensor child, Tensor members, Tensor? skip, int bucket_size, SymInt[] lengths, int ratio) -> Tensor",
+    _unpool,
+    lambda child, members, skip, bucket_size, lengths, ratio: pooling.unpool_results(child, lengths, bucket_size),
+)
+UNPOOL_BACKWARD = Operator(
+    "bucket_unpool_backward(Tensor dout, Tensor members, int bucket_size, SymInt[] lengths, int ratio) "
+    "-> (Tensor, Tensor)",
+    _unpool_backward,
+    lambda dout, members, bucket_size, lengths, ratio: pooling.unpool_backward_results(
+        dout, lengths, bucket_size, ratio
+    ),
+)
+UNPOOL_BACKWARD.refuse_second_derivative()
+
+
+def _backward_of_unpool(dout: torch.Tensor, saved: Any, numbers: Any) -> Any:
+    dchild, dskip = run(UNPOOL_BACKWARD, (dout, *saved), numbers)
+    return dchild, None, dskip
+
+
+UNPOOL.differentiate(lambda tensors, results: tensors[1:2], _backward_of_unpool)
+
+
+# ---- neighbours ----------------------------------------------------------------------------------------------------
+
+
+def _knn(query: Any, points: Any, query_lengths: tuple[int, ...], lengths: tuple[int, ...], k: int) -> list[Any]:
+    return neighbors.knn_arrays(query, points, *neighbors.check_knn(query, points, k, query_lengths, lengths))
+
+
+KNN = Operator(
+    "knn(Tensor query, Tensor points, SymInt[] query_lengths, SymInt[] lengths, int k) -> (Tensor, Tensor)",
+    _knn,
+    lambda query, points, query_lengths, lengths, k: neighbors.knn_results(query.shape[0], k),
+)
+
+
+def _knn_backward(ddistances: Any, query: Any, points: Any, distances: Any, indices: Any, *lengths: Any) -> list[Any]:
+    given = ddistances, query, points, distances, indices
+    return neighbors.knn_backward_arrays(*given, *neighbors.check_knn_backward(*given, *lengths))
+
+
+KNN_BACKWARD = Operator(
+    "knn_backward(Tensor ddistances, Tensor query, Tensor points, Tensor distances, Tensor indices, "
+    "SymInt[] query_lengths, SymInt[] lengths) -> (Tensor, Tensor)",
+    _knn_backward,
+    lambda ddistances, query, points, *rest: neighbors.backward_results(query, points),
+)
+KNN_BACKWARD.refuse_second_derivative()
+KNN.differentiate(
+    lambda tensors, results: (*tensors, *results),
+    lambda ddistances, saved, numbers: run(KNN_BACKWARD, (ddistances, *saved), numbers[:2]),
+)
+KNN.autocast(2, lambda device: torch.float32)
+
+
+def _radius_search(
+    query: Any,
+    points: Any,
+    query_lengths: tuple[int, ...],
+    lengths: tuple[int, ...],
+    radius: float,
+    max_entries: int | None,
+) -> list[Any]:
+    checked = neighbors.check_radius(query, points, radius, query_lengths, lengths, max_entries)
+    return neighbors.radius_arrays(query, points, *checked)
+
+
+def _radius_results(query: Spec, points: Spec, *rest: Any) -> Any:
+    max_entries = rest[-1]
+    entries = torch.library.get_ctx().new_dynamic_size() if max_entries is None else max_entries
+    return neighbors.radius_results(query.shape[0], entries)
+
+
+RADIUS_SEARCH = Operator(
+    "radius_search(Tensor query, Tensor points, SymInt[] query_lengths, SymInt[] lengths, float radius, "
+    "SymInt? max_entries) -> (Tensor, Tensor, Tensor)",
+    _radius_search,
+    _radius_results,
+)
+
+
+def _radius_backward(
+    ddistances: Any, query: Any, points: Any, offsets: Any, indices: Any, distances: Any, *lengths: Any
+) -> list[Any]:
+    given = ddistances, query, points, offsets, indices, distances
+    return neighbors.radius_backward_arrays(*given, *neighbors.check_radius_backward(*given, *lengths))
+
+
+RADIUS_SEARCH_BACKWARD = Operator(
+    "radius_search_backward(Tensor ddistances, Tensor query, Tensor points, Tensor offsets, Tensor indices, "
+    "Tensor distances, SymInt[] query_lengths, SymInt[] lengths) -> (Tensor, Tensor)",
+    _radius_backward,
+    lambda ddistances, query, points, *rest: neighbors.backward_results(query, points),
+)
+RADIUS_SEARCH_BACKWARD.refuse_second_derivative()
+RADIUS_SEARCH.differentiate(
+    lambda tensors, results: (*tensors, *results),
+    lambda ddistances, saved, numbers: run(RADIUS_SEARCH_BACKWARD, (ddistances, *saved), numbers[:2]),
+    result=2,
+)
+RADIUS_SEARCH.autocast(2, lambda device: torch.float32)
+
+
+# ---- losses --------------------------------------------------------------------------------------------------------
+
+
+def _chamfer(
+    x: Any, y: Any, x_lengths: tuple[int, ...], y_lengths: tuple[int, ...], squared: bool, reduction: str
+) -> list[Any]:
+    """The loss and the residuals, which its gradient needs."""
+    return chamfer_arrays(x, y, *check_chamfer(x, y, x_lengths, y_lengths, squared, reduction))
+
+
+def _chamfer_backward(dloss: Any, x: Any, y: Any, residuals: Any, *numbers: Any) -> list[Any]:
+    checked = check_chamfer_backward(dloss, x, y, residuals, *numbers)
+    return chamfer_backward_arrays(dloss, x, y, residuals, *checked)
+
+
+CHAMFER = Operator(
+    "chamfer(Tensor x, Tensor y, SymInt[] x_lengths, SymInt[] y_lengths, bool squared, str reduction) "
+    "-> (Tensor, Tensor)",
+    _chamfer,
+    lambda x, y, x_lengths, y_lengths, squared, reduction: chamfer_results(
+        x.shape[0], y.shape[0], len(x_lengths), reduction
+    ),
+)
+CHAMFER_BACKWARD = Operator(
+    "chamfer_backward(Tensor dloss, Tensor x, Tensor y, Tensor residuals, SymInt[] x_lengths, SymInt[] y_lengths, "
+    "bool squared, str reduction) -> (Tensor, Tensor)",
+    _chamfer_backward,
+    lambda dloss, x, y, *rest: chamfer_backward_results(x, y),
+)
+CHAMFER_BACKWARD.refuse_second_derivative()
+CHAMFER.differentiate(
+    lambda tensors, results: (*tensors, results[1]),
+    lambda dloss, saved, numbers: run(CHAMFER_BACKWARD, (dloss, *saved), numbers),
+)
+CHAMFER.autocast(2, lambda device: torch.float32)
+
+
+def _apml(
+    pred: Any,
+    target: Any,
+    pred_lengths: tuple[int, ...],
+    target_lengths: tuple[int, ...],
+    p_min: float,
+    threshold: float,
+    iterations: int,
+    symmetrize: str,
+    reduction: str,
+    max_entries: int | None,
+    with_grad: bool,
+) -> list[Any]:
+    """The loss and, if with_grad, the gradients of pred and target. One plan computes both."""
+    options = p_min, threshold, iterations, symmetrize, reduction, max_entries
+    checked = transport.check_apml(pred, target, pred_lengths, target_lengths, *options)
+    return transport.apml_arrays(pred, pred_lengths, target, target_lengths, *checked[2:], with_grad)
+
+
+def _apml_results(
+    pred: Spec, target: Spec, pred_lengths: Any, target_lengths: Any, p: Any, t: Any, i: Any, s: Any, *options: Any
+) -> Any:
+    reduction, _, with_grad = options
+    return transport.apml_results(pred, target, len(pred_lengths), reduction, with_grad)
+
+
+def _apml_backward(dloss: Any, dpred: Any, dtarget: Any, pred: Any, target: Any, *lengths: Any) -> list[Any]:
+    return transport.apml_backward_arrays(dloss, dpred, dtarget, *lengths)
+
+
+APML = Operator(
+    "apml(Tensor pred, Tensor target, SymInt[] pred_lengths, SymInt[] target_lengths, float p_min, float threshold, "
+    "int iterations, str symmetrize, str reduction, SymInt? max_entries, bool with_grad) -> (Tensor, Tensor, Tensor)",
+    _apml,
+    _apml_results,
+)
+# pred and target are arguments so that torch knows that the result depends on them. Then a second derivative is refused
+# and not taken for 0.
+APML_BACKWARD = Operator(
+    "apml_backward(Tensor dloss, Tensor dpred, Tensor dtarget, Tensor pred, Tensor target, SymInt[] pred_lengths, "
+    "SymInt[] target_lengths) -> (Tensor, Tensor)",
+    _apml_backward,
+    lambda dloss, dpred, dtarget, *rest: transport.apml_backward_results(dpred, dtarget),
+)
+APML_BACKWARD.refuse_second_derivative()
+
+
+def _backward_of_apml(dloss: torch.Tensor, saved: Any, numbers: Any) -> Any:
+    if not numbers[-1]:
+        raise RuntimeError("apml was called with with_grad=False, and so there is no gradient: pass True.")
+    return run(APML_BACKWARD, (dloss, *saved), numbers[:2])
+
+
+APML.differentiate(lambda tensors, results: (*results[1:], *tensors), _backward_of_apml)
+APML.autocast(2, lambda device: torch.float32)

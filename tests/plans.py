@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks that every plan must pass, for any op. Plans are data, so no GPU is needed."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+
+from gpu3d import _arrays
+from gpu3d.cuda import clouds
+from gpu3d.cuda.plan import Clear, Launch, Number, Packed, Pointer, Table, fields, parameters
+
+MAX_PARAMETERS = 4096  # bytes of a kernel's arguments that CUDA allows
+
+
+def check(call, inputs, results, device):
+    """Assert that a plan addresses only memory that it has, and that its arguments fit the kernels' signatures.
+
+    `inputs` and `results` are specs; an input that is left out is None. Returns the names of numbers that are not used.
+    """
+    plan, numbers = call
+    assert plan.inputs == len(inputs) and plan.results == len(results)
+    sizes = {("input", i): 0 if spec is None else _arrays.span(spec) for i, spec in enumerate(inputs)}
+    sizes |= {("result", i): spec.nbytes for i, spec in enumerate(results)}
+    sizes |= {("workspace", name): piece.size for name, piece in plan.pieces.items()}
+    used = set()
+
+    ends = sorted((piece.offset, piece.offset + piece.size) for piece in plan.pieces.values() if piece.size)
+    for (_, end), (begin, _) in itertools.pairwise(ends):
+        assert end <= begin, "pieces of the workspace overlap"
+    assert plan.workspace >= (ends[-1][1] if ends else 0)
+    assert all(piece.offset % 512 == 0 for piece in plan.pieces.values())
+
+    def point(pointer, size=0):
+        known, offset = sizes[pointer.memory, pointer.index], pointer.offset
+        if pointer.number is not None:
+            offset += numbers[pointer.number]
+            used.add(("number", pointer.number))
+        assert offset >= 0 and offset + size <= known, (pointer, size, known)
+        assert known == 0 or size or offset < known, (pointer, known)  # not one past the end
+        used.add((pointer.memory, pointer.index))
+
+    def fit(value, packer, at):
+        """Assert that `value` fits a parameter or field of this format, `at` bytes from the start of the arguments."""
+        text = packer.format.lstrip("<")
+        if isinstance(value, Pointer):
+            assert text == "Q" and at % 8 == 0
+            point(value)
+        elif isinstance(value, Packed):
+            assert text.endswith("s") and struct.calcsize(value.format) == packer.size
+            for field, place in zip(value.fields, fields(value.format), strict=True):
+                fit(field, place.format, at + place.offset)
+        elif isinstance(value, Number):
+            number = numbers[value.name]
+            used.add(("number", value.name))
+            if packer.format == clouds.STRUCT:
+                assert isinstance(number, clouds.Table) and 0 < len(number.inlined) <= packer.size
+            else:
+                packer.pack(number)
+        else:
+            packer.pack(0 if value is None else value)
+
+    for step in plan.steps:
+        if isinstance(step, Launch):
+            places, size = parameters(step.kernel.signature)
+            assert size <= MAX_PARAMETERS and len(step.args) == len(places), step.kernel
+            for value, place in zip(step.args, places, strict=True):
+                fit(value, place.format, place.offset)
+            assert 0 < step.grid < 2**31 and 0 < step.block <= 1024 and step.block % 32 == 0
+            assert step.kernel.shared_mem <= device.shared_mem and step.grid % step.cluster == 0
+            if step.kernel.cooperative:
+                assert step.grid <= 2 * device.multiprocessors
+        elif isinstance(step, Clear):
+            point(step.pointer, step.size)
+        else:
+            assert isinstance(step, Table)
+            table = numbers[step.name]
+            used.add(("number", step.name))
+            point(step.pointer, 16 * step.rows)
+            assert [first for _, first, _ in table.parts] == list(range(0, step.rows, clouds.CLOUDS_A_LAUNCH))
+            assert sum(rows for *_, rows in table.parts) == step.rows
+    for i, spec in enumerate(results):
+        assert ("result", i) in used or spec.nbytes == 0, f"nothing writes result {i}"
+    unused = {name for name in numbers if ("number", name) not in used}
+    return unused

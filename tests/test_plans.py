@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans as data, without a GPU: arguments fit their signatures, and pointers stay in their memories."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import struct
+import tracemalloc
+
+import numpy as np
+import plans
+import pytest
+
+from gpu3d import _arrays, buckets, transport
+from gpu3d import neighbors as op_neighbors
+from gpu3d._arrays import FLOATS, INT32, INT64, Spec
+from gpu3d.chamfer import chamfer_backward_results, chamfer_results
+from gpu3d.cuda import attention, chamfer, neighbors, pooling
+from gpu3d.cuda import buckets as cuda_buckets
+from gpu3d.cuda import transport as cuda_transport
+from gpu3d.cuda.plan import DEVICES, Input, Kernel, Result, Steps, parameters
+from gpu3d.reference.buckets import BALANCES, HASHES
+
+LENGTHS = {
+    "empty": (0,),
+    "one point": (1,),
+    "a tile": (3000,),
+    "merged": (120_000, 0, 7),
+    "radix": (600_000, 5),
+    "wide": (2**24 + 1,),
+    "many": tuple(range(100)),
+    "many, merged": (*range(100), 9000),
+}
+
+
+def strided(shape, dtype):
+    """A view of every other row of a wider array."""
+    size = np.dtype(dtype).itemsize
+    strides = tuple(size * int(np.prod(shape[d + 1 :])) * (2 if d == 0 else 1) for d in range(len(shape)))
+    return Spec(shape, np.dtype(dtype), strides, 4)
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_bucketize(lengths, arch):
+    device, n = DEVICES[arch], sum(lengths)
+    for dtype, hash, balance in itertools.product(FLOATS, HASHES, BALANCES):
+        for points in (Spec((n, 3), dtype), strided((n, 3), dtype)):
+            for voxel_size in (None, 0.5, "per_axis"):
+                call = cuda_buckets.bucketize(points, lengths, 64, hash, balance, voxel_size, 3, device)
+                unused = plans.check(call, [points], buckets.bucketize_results(lengths, 64, n), device)
+                assert unused <= {"cell"}
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_grids_cover_the_work(arch):
+    """One plan serves all lengths with the same number of buckets. Its grids and workspace fit the longest of them."""
+    device, size = DEVICES[arch], 512
+    for n in (2000, 60_001, 524_200, 700_000, 3_000_000):
+        most = -(-n // size) * size
+        calls = [
+            cuda_buckets.bucketize(Spec((m, 3), FLOATS[0]), (m,), size, "zorder_div", balance, None, 0, device)
+            for m in (n, most)
+            for balance in BALANCES
+        ]
+        for call in calls:
+            table = call.numbers["clouds"]
+            grids = {step.kernel.function: step.grid for step in call.plan.steps if hasattr(step, "kernel")}
+            for name, grid in grids.items():
+                if name in ("merge_bounds", "merge_tiles", "merge_splitters", "radix_pass", "radix_last"):
+                    assert grid >= table.tiles
+                if name in ("merge_partitions", "radix_keys"):
+                    assert grid >= table.groups
+        assert calls[0].plan is calls[2].plan and calls[1].plan is calls[3].plan
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float16", "float32", "complex128", "float8_e5m2"])
+@pytest.mark.parametrize("trailing", [(), (3,), (4, 16), (0,), (257,)], ids=str)
+def test_moves(dtype, trailing):
+    dtype = _arrays.numpy_dtype(dtype) if dtype.startswith("float8") else np.dtype(dtype)
+    device = DEVICES["sm_90a"]
+    for rows, index in ((1000, 1024), (1024, 1000), (0, 0)):
+        for misalignment in (0, 4, 1):
+            for x in (Spec((rows, *trailing), dtype, None, misalignment), strided((rows, *trailing), dtype)):
+                pattern = cuda_buckets.fill_pattern(np.zeros((), dtype))
+                call = cuda_buckets.move_rows(x, Spec((index,), INT32), pattern)
+                out = Spec((index, *trailing), dtype)
+                plans.check(call, [x, Spec((index,), INT32)], [out], device)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_scopes(lengths):
+    offsets = buckets.bucket_offsets(lengths, 64)
+    for size, shift, stride in ((8, 0, 1), (1, -3, 1), (4, 2, 3), (1000, 0, 2**31 - 1)):
+        counts = np.diff(offsets).tolist()
+        rows = buckets.num_scopes(counts, size, stride)
+        call = cuda_buckets.scopes(offsets, 64, size, shift, stride)
+        assert call.numbers["clouds"].groups == rows
+        plans.check(call, [], [Spec((rows, size), INT32)], DEVICES["sm_90a"])
+
+
+def test_an_argument_that_does_not_fit_is_seen():
+    def call_of(*args, signature="Qi"):
+        steps = Steps(inputs=1, results=1)
+        steps.launch(Kernel("clouds", "f", signature), grid=1, block=32, args=args)
+        return steps.plan(), {}
+
+    spec, device = Spec((4,), INT32), DEVICES["sm_90a"]
+    plans.check(call_of(Result(0) + 12, 3), [spec], [spec], device)
+    for wrong in ((Result(0) + 16, 3), (Result(0), 2**31), (Result(0),), (Input(0), 3), (Result(0), Input(0))):
+        with pytest.raises((AssertionError, KeyError, ValueError, struct.error)):
+            plans.check(call_of(*wrong), [spec], [spec], device)
+
+
+def test_signatures():
+    places, size = parameters("Qif16s")
+    assert [(place.offset, place.size) for place in places] == [(0, 8), (8, 4), (16, 4), (24, 16)] and size == 40
+    with pytest.raises(ValueError, match="signature must hold"):
+        parameters("Qz")
+
+
+def test_a_launch_of_nothing_and_of_too_much():
+    steps = Steps(inputs=0, results=0)
+    steps.launch(Kernel("clouds", "f", "i"), grid=0, block=32, args=(1,))
+    assert steps.plan().steps == ()
+    with pytest.raises(ValueError, match=r"at most 2\*\*31 - 1 blocks, got 2147483648"):
+        steps.launch(Kernel("clouds", "f", "i"), grid=2**31, block=32, args=(1,))
+
+
+# ---- neighbours and Chamfer ----------------------------------------------------------------------------------------
+
+CLOUDS = {
+    "a point": ((1,), (1,)),
+    "nodes": ((1000,), (1024,)),
+    "sorted": ((3000,), (5000,)),
+    "branches": ((40_000, 10), (7, 70_000)),
+    "radix": ((600_000,), (5,)),
+    "ragged": ((5, 7, 100), (3, 2000, 50)),
+    "a full table": ((30,) * 64, (40,) * 64),
+    "many": (tuple(range(1, 101)), tuple(range(101, 1, -1))),
+    "many, sorted": ((*range(1, 101), 9000), (*range(101, 1, -1), 1)),
+    "no cloud": ((), ()),
+}
+
+
+GPUS = DEVICES["sm_80"], DEVICES["sm_90a"]
+
+
+def arrays_of(n, dtype):
+    """Forms of points: packed, misaligned, 2-D, strided, three-dimensional."""
+    size = dtype.itemsize
+    yield Spec((n, 3), dtype)
+    yield Spec((n, 3), dtype, None, 12 if size == 4 else size)
+    yield Spec((n, 3), dtype, None, 1)
+    yield Spec((n, 2), dtype)
+    yield Spec((n, 2), dtype, (8 * size, 2 * size), 0)
+    yield Spec((1, n, 3), dtype, (7, 4 * size, size), 0)
+    yield Spec((n, 3), dtype, (size + 1, size), 1)
+
+
+def pairs_of(lengths):
+    """Pairs of arrays of every dtype, the second contiguous."""
+    n, m = map(sum, lengths)
+    for a, b in itertools.product(FLOATS, FLOATS):
+        for x in arrays_of(n, a) if a == b or b == FLOATS[0] else [Spec((n, 3), a)]:
+            yield x, Spec((m, x.shape[-1]), b)
+
+
+@pytest.mark.parametrize("lengths", CLOUDS.values(), ids=CLOUDS)
+def test_searches(lengths):
+    for device, (x, y) in zip(itertools.cycle(GPUS), pairs_of(lengths), strict=False):
+        memory = neighbors.index_memory(y, lengths[1])
+        plans.check(neighbors.neighbor_index(y, lengths[1], device), [y], [memory], device)
+        for index, same in ((False, False), (True, False), (False, True), (True, True)):
+            if same and x.dtype != y.dtype:
+                continue
+            queries, query_lengths = (y, lengths[1]) if same else (x, lengths[0])
+            n, inputs = sum(query_lengths), [queries, memory if index else y]
+            how = {"index": index, "same": same}
+            arguments = queries, query_lengths, y, lengths[1]
+            for k in (1, 2, 32, 33):
+                call = neighbors.knn(*arguments, k, device, **how)
+                plans.check(call, inputs, op_neighbors.knn_results(n, k), device)
+            for most in (0, 1, 1000):
+                call = neighbors.radius(*arguments, 0.5, most, device, **how)
+                plans.check(call, inputs, op_neighbors.radius_results(n, most), device)
+            call, kept = neighbors.radius_count(*arguments, 1e30, device, **how)
+            offsets, total = Spec((n + 1,), INT64), Spec((1,), INT64)
+            plans.check(call, inputs, [offsets, total, *kept], device)
+            call = neighbors.radius_fill(query_lengths, y, lengths[1], 1e30, 77)
+            ready = [offsets, memory if same else kept[0], memory]
+            plans.check(call, ready, op_neighbors.radius_results(n, 77)[1:], device)
+
+
+@pytest.mark.parametrize("lengths", CLOUDS.values(), ids=CLOUDS)
+def test_gradients_of_searches(lengths):
+    n, device = sum(lengths[0]), DEVICES["sm_90a"]
+    for x, y in pairs_of(lengths):
+        for k, room in ((1, 0), (3, 1), (64, 1000)):
+            distances, indices = op_neighbors.knn_results(n, k)
+            views = strided((n, k), "f4"), Spec((n, k), FLOATS[2]), Spec((n, k), FLOATS[0], (0, 0)), distances
+            for given, saved in itertools.product(views, (distances, distances._replace(strides=(8 * k, 8)))):
+                inputs = [given, x, y, saved, indices]
+                call = neighbors.knn_backward(*inputs, *lengths)
+                plans.check(call, inputs, op_neighbors.backward_results(x, y), device)
+            offsets, indices, distances = op_neighbors.radius_results(n, room)
+            views = strided((room,), "f4"), Spec((room,), FLOATS[1]), Spec((room,), FLOATS[0], (0,)), distances
+            for given, saved in itertools.product(views, (offsets, offsets._replace(misalignment=4))):
+                inputs = [given, x, y, saved, indices, distances]
+                call = neighbors.radius_backward(*inputs, *lengths)
+                plans.check(call, inputs, op_neighbors.backward_results(x, y), device)
+
+
+def test_grids_of_gradients():
+    """One plan serves all smaller lengths. Its grids cover all their entries, queries and points."""
+    for n, m, k in ((1, 1, 1), (1000, 3000, 5), (1023, 3071, 5), (70_000, 9, 64)):
+        for dtype in (FLOATS[0], FLOATS[1]):
+            x, y, (distances, indices) = Spec((n, 3), dtype), Spec((m, 3), dtype), op_neighbors.knn_results(n, k)
+            call = neighbors.knn_backward(distances, x, y, distances, indices, (n,), (m,))
+            launches = {step.kernel.function: step for step in call.plan.steps if hasattr(step, "kernel")}
+            threads = {name: step.grid * step.block for name, step in launches.items()}
+            lanes = launches["backward_queries"].args[5]
+            assert lanes & (lanes - 1) == 0 and min(k, 32) <= lanes <= 32
+            assert threads["backward_largest"] >= n * k and threads["backward_points"] >= m
+            assert threads["backward_queries"] >= n * lanes
+    calls = [
+        neighbors.knn_backward(distances, Spec((n, 3), dtype), y, distances, indices, (n,), (m,)).plan
+        for n in range(1000, 5000)
+        for distances, indices in [op_neighbors.knn_results(n, 4)]
+    ]
+    assert len(set(calls)) < 15
+
+
+@pytest.mark.parametrize("lengths", CLOUDS.values(), ids=CLOUDS)
+def test_chamfer(lengths):
+    (n, m), count = map(sum, lengths), len(lengths[0])
+    for device, (x, y) in zip(itertools.cycle(GPUS), pairs_of(lengths), strict=False):
+        for reduction, squared in (("mean", False), ("none", True)):
+            loss, residuals = chamfer_results(n, m, count, reduction)
+            gradients = chamfer_backward_results(x, y)
+            arguments = x, lengths[0], y, lengths[1], squared, reduction
+            for indexed in itertools.product((False, True), repeat=2):
+                sides = zip((x, y), lengths, indexed, strict=True)
+                memories = [neighbors.index_memory(z, of_side) for z, of_side, given in sides if given]
+                options = dict(zip(("x_index", "y_index"), indexed, strict=True))
+                call = chamfer.chamfer(*arguments, device, **options)
+                plans.check(call, [x, y, *memories], [loss, residuals], device)
+                call = chamfer.chamfer(*arguments, device, gradients=True, **options)
+                plans.check(call, [x, y, *memories], [loss, *gradients], device)
+            views = [strided(loss.shape, "f4"), strided(loss.shape, "f8")] if loss.shape else []
+            for dloss in (None, loss, Spec(loss.shape, FLOATS[2]), Spec(loss.shape, FLOATS[0], None, 2), *views):
+                for saved in (residuals, residuals._replace(strides=(8,))):
+                    call = chamfer.chamfer_backward(dloss, x, y, saved, *lengths, squared, reduction)
+                    plans.check(call, [dloss, x, y, saved], gradients, device)
+
+
+def test_one_plan_serves_many_lengths():
+    device, dtype = DEVICES["sm_90a"], FLOATS[0]
+    seen = set()
+    for n in range(1000, 5000):
+        spec = Spec((n, 3), dtype)
+        call = chamfer.chamfer(spec, (n,), spec, (n,), False, "mean", device)
+        seen.add(call.plan)
+    assert len(seen) < 15
+    assert chamfer.chamfer(spec, (n,), spec, (n,), False, "mean", device) is call
+    rooms = [neighbors.radius(spec, (n,), spec, (n,), 0.5, most, device).plan for most in (65, 100, 128, 129)]
+    assert rooms[0] is rooms[1] is rooms[2] is not rooms[3]
+
+
+# ---- what is kept --------------------------------------------------------------------------------------------------
+
+SIZE = 16  # bucket_size
+
+
+def rows(n, *columns, dtype=FLOATS[0]):
+    return Spec((n, *columns), dtype)
+
+
+def points_and_slots(lengths):
+    """Arrays over points, over slots, and over the slots of children."""
+    children = tuple(-(-n // 2) for n in lengths)
+    return sum(lengths), buckets.num_slots(lengths, SIZE), buckets.num_slots(children, SIZE)
+
+
+def _attention(lengths, device):
+    slots = points_and_slots(lengths)[1]
+    q, table = rows(slots, 2, 16), Spec((slots // SIZE, 4), INT32)
+    attention.attention(q, q, q, table, lengths, SIZE, 0.1, True, device)
+    attention.attention_backward(q, q, q, q, q, rows(slots, 2), table, lengths, SIZE, 0.1, device)
+
+
+def _pooling(lengths, device):
+    _, slots, children = points_and_slots(lengths)
+    x, child, members = rows(slots, 8), rows(children, 8), Spec((children, 2), INT32)
+    pooling.pool(x, rows(slots, 3), lengths, SIZE, 2, "mean")
+    pooling.pool_backward(child, members, None, lengths, SIZE, 2, "mean")
+    pooling.unpool(child, members, x, lengths, SIZE, 2)
+    pooling.unpool_backward(x, members, lengths, SIZE, 2)
+
+
+def _buckets(lengths, device):
+    points = rows(sum(lengths), 3)
+    for balance in BALANCES:
+        cuda_buckets.bucketize(points, lengths, SIZE, "zorder_div", balance, None, 0, device)
+    cuda_buckets.scopes(buckets.bucket_offsets(lengths, SIZE), SIZE, 4, 1, 1)
+
+
+def _searches(lengths, device):
+    points = rows(sum(lengths), 3)
+    neighbors.knn(points, lengths, points, lengths, 8, device)
+    neighbors.radius(points, lengths, points, lengths, 0.5, 1000, device)
+
+
+def _losses(lengths, device):
+    points, options = rows(sum(lengths), 3), transport.Options(0.8, 1e-8, 20, "mean")
+    chamfer.chamfer(points, lengths, points, lengths, False, "mean", device, gradients=True)
+    cuda_transport.apml(points, lengths, points, lengths, options, "mean", 1000, True, device)
+
+
+BUILDERS = {f.__name__: f for f in (_buckets, _attention, _pooling, _searches, _losses)}
+
+
+def kept_by(build, batches):
+    """Bytes that stay allocated after plans were built."""
+    device = DEVICES["sm_90a"]
+    gc.collect()
+    tracemalloc.start()
+    for lengths in batches:
+        build(lengths, device)
+    gc.collect()
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return kept
+
+
+@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+def test_the_lengths_of_wide_batches_are_not_kept(build):
+    """Otherwise caches grow: 1,100 batches of 20,000 clouds once kept 943 MB."""
+    rng = np.random.default_rng(0)
+    batches = [tuple(rng.multinomial(10_000, np.full(3000, 1 / 3000)).tolist()) for _ in range(30)]
+    build(batches[0], DEVICES["sm_90a"])
+    kept = kept_by(build, batches)
+    assert kept < 30 * 8 * 3000 / 2, f"{kept / 1e6:.1f} MB"  # half of the tuples of lengths alone
+
+
+@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+def test_what_is_kept_of_many_batches_is_bounded(build):
+    """Caches are full after some hundred different lengths. All together hold less than 32 MB."""
+    rng = np.random.default_rng(0)
+    kept = kept_by(build, (tuple(rng.integers(1, 5000, 1 + i % 3).tolist()) for i in range(1500)))
+    assert kept < 32e6 / len(BUILDERS), f"{kept / 1e6:.1f} MB"
