@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m benchmarks [SUITE ...]``: runs the suites, prints one table, writes benchmarks/results/<gpu>.json.
 
-Where several GPUs are visible, their number stands before the name: the suite `interop` has rows that take two.
+If several GPUs are visible, the name of the results file begins with their number. Some rows of the suite `interop` use
+two GPUs.
 """
 
 from __future__ import annotations
@@ -20,24 +21,24 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import apml, attention, buckets, data, host, interop, neighbors, pooling, table, timing
+from benchmarks import attention, buckets, data, host, interop, neighbors, pooling, table, timing, transport
 
 SUITES: dict[str, Callable[[table.Setting], Iterator[table.Row]]] = {
     "buckets": buckets.run,
     "attention": attention.run,
     "pooling": pooling.run,
     "neighbors": neighbors.run,
-    "apml": apml.run,
+    "transport": transport.run,
     "interop": interop.run,
     "host": host.run,
 }
 RESULTS = Path(__file__).resolve().parent / "results"
 
 LEGEND = """\
-medians of 30 (CPU 20, attention 10, the least of rounds where it takes turns). graph: 20 calls in one CUDA graph,
-divided; L2-warm: inputs under 50 MB.
-eager: device events around calls. stream: of many that wait for the device. host: the Python call alone, the least of
-300 or more (suite host: the median of 1000). /must: ours / must. floor: see the suite's module."""
+Times are medians of 30 (CPU: 20; attention: 10; where two calls take turns: the least of several rounds).
+graph: 20 calls in one CUDA graph, the time divided by 20. L2-warm: inputs under 50 MB. eager: device events around
+calls. host: the Python call alone, the least of 300 or more (suites host and interop: the median of 1000).
+ratio: ours / target. stretch: stretch target. floor: a lower bound, see the module of the suite."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [row for suite in suites.values() for row in suite["rows"]]
     print(f"\n{sum(row['verdict'] == 'MISSED' for row in rows)} of {len(rows)} rows MISSED")
     if arguments.quick:
-        print("--quick leaves rows out: nothing is written")
+        print("--quick leaves rows out, so no results file is written")
     else:
         print(f"written: {_write(environment, suites)}")
     return int(any(not all(row["checks"].values()) for row in rows))
@@ -62,23 +63,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)} (default: all)")
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)} (default: all)")
     parser.add_argument(
         "--data", type=Path, metavar="FOLDER", help="real scans (default: $GPU3D_DATA, else ../shared/data)"
     )
-    parser.add_argument("--quick", action="store_true", help="leave out what takes long; write no results")
+    parser.add_argument("--quick", action="store_true", help="leave out slow rows; write no results")
     arguments = parser.parse_args(argv)
     unknown = [name for name in arguments.suites if name not in SUITES]
     if unknown:
-        parser.error(f"no suite {', '.join(unknown)}; there is {', '.join(SUITES)}")
+        parser.error(f"no suite {', '.join(unknown)}; the suites are {', '.join(SUITES)}")
     if arguments.data and not arguments.data.is_dir():
-        parser.error(f"--data: no folder {arguments.data}")
+        parser.error(f"--data: there is no folder {arguments.data}")
     arguments.suites = list(dict.fromkeys(arguments.suites)) or list(SUITES)
     return arguments
 
 
 def _run(name: str, setting: table.Setting, environment: dict[str, Any]) -> dict[str, Any]:
-    """One suite, printed as it goes; what the results file holds of it."""
+    """Run one suite and print its rows; returns its entry of the results file."""
     begin = time.perf_counter()
     rows = []
     for row in SUITES[name](setting):
@@ -136,7 +137,7 @@ def _cpu() -> str:
 
 
 def _write(environment: dict[str, Any], suites: dict[str, Any]) -> Path:
-    """Into the machine's file: these suites anew, the others as they were."""
+    """Write these suites to the file of this machine, and keep its other suites."""
     RESULTS.mkdir(exist_ok=True)
     count, name = environment["GPUs"], environment["gpu"]
     machine = f"{count}x-{name}" if count > 1 else name

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bucket_attention and its backward: time beside every torch SDPA backend, memory, error and determinism.
+"""bucket_attention and its backward: time compared with every torch SDPA backend, memory, error and determinism.
 
-bfloat16 rows (float32 where a row says so) of normal random numbers over the buckets of a real sweep: L = 122,880
-points, buckets of 512. The peers attend inside ready-made contiguous windows [L / scope, H, scope, D] that hold the
-same rows. forward+backward is one call of each, for the peers one autograd forward and backward. A time is the median
-of 10: of 4 calls in a row, or of one where it takes over 30 ms.
+Inputs are bfloat16 (float32 where a row says so), normal random numbers, over the buckets of a real sweep: L = 122,880
+points in buckets of 512. The peers attend inside ready-made contiguous windows [L / scope, H, scope, D] that hold the
+same rows. forward+backward is one call of each; for the peers it is one autograd forward and backward. A time is the
+median of 10 measurements of 4 calls in a row, or of one call if it takes more than 30 ms.
 
-TFLOP/s count 4 * L * scope * C forward and 3.5 times that for both: two products, and five more. The `must` of a row
-is the time of its fastest peer in this run, divided by how many times as fast we must be. Such a peer and we are timed
-once more: in turns, on a GPU that has worked for a second, and the least of some rounds is either's. So are scopes of
-another table beside plain ones, and the ragged batch beside the dense one.
+TFLOP/s count 4 * L * scope * C in the forward, which has two matrix products, and 3.5 times that for both, because the
+backward has five more. The target of a row is the time of its fastest peer in this run, divided by how many times as
+fast gpu3d should be. For this comparison both are timed once more: they take turns on a GPU that has been busy for a
+second, and the least of several rounds counts. Shifted and strided scopes are compared with plain ones in the same way,
+and the ragged batch with the dense one.
 
-Floors, of the forward and of the backward, and their sum for both: the largest of
-- FLOPs (two products; five) at the rate of cuBLAS on 8192^3, measured in the same run;
-- exps (one a score, and one more) at the rate of ex2.approx.ftz.f32, a constant of the H100;
+The floor of the forward or of the backward is the largest of these times; the floor of both is their sum:
+- FLOPs (two products, or five) at the rate of cuBLAS on 8192^3, measured in the same run;
+- exponentials (one per score in each direction) at the rate of ex2.approx.ftz.f32, a constant of the H100;
 - bytes (each input read once, each output written once) at the copy bandwidth measured in the same run.
 """
 
@@ -35,10 +36,10 @@ from benchmarks.table import Peer, Row, Setting, absent_peer, measured_peer, num
 SIZE = 122_880  # 240 full buckets
 BUCKET_SIZE = 512
 SCOPES = (1024, 4096, 8192)
-DIRECTIONS = ("forward", "forward+backward")  # by `both`
-REPEATS, CALLS, SLOW_MS = 10, 4, 30.0  # calls in a row: the device does not wait for the host
-ROUNDS, SECONDS, REPEATS_IN_TURN = 8, 1.0, 3  # at least, of the comparisons within a few percent
-WARM_SECONDS = 1.0  # before them: a GPU that has rested runs faster than its power lets it later, whoever is first
+DIRECTIONS = ("forward", "forward+backward")  # indexed by `both`
+REPEATS, CALLS, SLOW_MS = 10, 4, 30.0  # several calls in a row, so that the device does not wait for the host
+ROUNDS, SECONDS, REPEATS_IN_TURN = 8, 1.0, 3  # calls that take turns: the least rounds and seconds, and repeats a turn
+WARM_SECONDS = 1.0  # before them: a GPU that was idle first runs faster than its power limit allows later
 RUNS = 30
 
 
@@ -63,7 +64,8 @@ SHAPES = (
 )
 SMALL, WIDE = SHAPES[0], SHAPES[4]
 
-# How many times as fast as the fastest peer, by (D, scope): (must, aim) forward, (must, aim) forward+backward.
+# How many times as fast as the fastest peer we should be, by (D, scope): (target, stretch target) of the forward, then
+# of forward+backward.
 MUST_AND_AIM = {
     (16, 4096): ((1.5, 2.0), (1.4, 1.6)),
     (16, 1024): ((1.5, 2.0), (1.4, 1.6)),
@@ -71,23 +73,26 @@ MUST_AND_AIM = {
     (64, 4096): ((0.85, 1.1), (0.7, 1.0)),
     (128, 4096): ((0.8, 1.0), (0.65, 0.95)),
 }
-BUFFERED_MUST = {64: 0.85, 128: 0.8}  # forward+backward, where the backward holds a float32 dq
-TABLE_MUST = 1.02  # a shifted or strided scope: times the unshifted one
-RAGGED_MUST = 1.10  # a ragged batch: times the dense one, a token
+BUFFERED_MUST = {64: 0.85, 128: 0.8}  # forward+backward of head dimensions whose backward has a float32 buffer for dq
+TABLE_MUST = 1.02  # times the plain scope, for a shifted or strided scope
+RAGGED_MUST = 1.10  # times the dense batch, per token, for a ragged batch
 FORWARD_HOST_MUST, BACKWARD_HOST_MUST = 40, 60  # us
-ERROR_MUST = 2.0  # times the error of the same maths done naively in bfloat16
+ERROR_MUST = 2.0  # times the error of naive attention in bfloat16
 
-# ex2.approx.ftz.f32 on an H100, measured: 16 a clock and multiprocessor. The packed half forms are no faster an exp.
+# ex2.approx.ftz.f32 on an H100, measured: 16 per clock and multiprocessor. The packed 16-bit forms are not faster per
+# exponential.
 EXPS_A_SECOND = 4.14e12
 
-# Determinism: torch says that the backwards of FLASH and EFFICIENT add in no fixed order (with atomics) unless
-# torch.use_deterministic_algorithms is on, and cuDNN may choose an algorithm that does. The suite's last rows count it.
+# Determinism: torch documents that the backwards of FLASH and EFFICIENT add in no fixed order (with atomics) unless
+# torch.use_deterministic_algorithms is on, and that cuDNN may choose such an algorithm. The last rows of the suite
+# count the runs that differ.
 BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-MATH_BYTES = 4e9  # of float32 scores, which MATH keeps several of: larger ones are left out
+MATH_BYTES = 4e9  # of float32 scores; MATH keeps several such matrices, so larger cases are left out
 
-# Figures, in ms (forward, forward+backward), of an earlier run on an H100 80GB (driver 580, CUDA 13.0, torch 2.11,
-# 2026-11-22), marked as such wherever they stand. By (C, D, scope): Flash3D's public kernels, which no registry has,
-# then the first three backends. Flash3D's backward gave wrong gradients (dq and dk off by 5 times), so has no time.
+# Times in ms (forward, forward+backward) by (C, D, scope), from an earlier run on an H100 80GB (driver 580, CUDA 13.0,
+# torch 2.11, 2026-11-22). Tables mark them as earlier. The first are Flash3D's public kernels, which no registry has;
+# then the first three backends. Flash3D's backward gave wrong gradients (dq and dk wrong by a factor of 5), so it has
+# no time.
 EARLIER = {
     (64, 16, 4096): ((2.79,), (1.35, 4.91), (1.05, 3.77), (3.53, 13.9)),
     (256, 16, 1024): ((2.63,), (1.50, 5.48), (1.10, 4.14), (3.56, 13.9)),
@@ -113,7 +118,7 @@ def run(setting: Setting) -> Iterator[Row]:
 
 
 class Case(NamedTuple):
-    """One layout, its scopes, and q, k, v and dout [num_slots, H, D] bfloat16 in CuPy."""
+    """A layout, its scopes, and CuPy arrays q, k, v and dout [num_slots, H, D] in bfloat16."""
 
     shape: Shape
     buckets: gpu3d.Buckets
@@ -139,7 +144,7 @@ class Case(NamedTuple):
 
 
 def _case(setting: Setting, shape: Shape, scope: int) -> Case:
-    """A case of the timed sweep."""
+    """A case over the timed sweep."""
     return _case_of(_layout(setting.folder), shape, scope)
 
 
@@ -156,7 +161,7 @@ def _layout(folder: Path | None) -> gpu3d.Buckets:
 
 
 def _rows(which: int, slots: int, shape: Shape) -> Any:
-    """q, k, v or dout: normal numbers, repeated beyond the first 2**24."""
+    """q, k, v or dout: normal random numbers, repeated after the first 2**24."""
     import cupy
 
     base = _base_rows()[which]
@@ -166,7 +171,7 @@ def _rows(which: int, slots: int, shape: Shape) -> Any:
 
 @functools.cache
 def _base_rows() -> Any:
-    """The bits of 2**24 numbers each."""
+    """The bits of 2**24 numbers for each of q, k, v and dout."""
     import cupy
 
     rng = np.random.default_rng(0)
@@ -205,7 +210,7 @@ def _dense_row(case: Case, scope: int, both: bool, rates: Rates) -> Row:
     if fastest:
         remarks.append(f"{ran[fastest] / ours:.2f} x as fast as the fastest peer ({_peer_name(fastest)})")
     if must:
-        remarks.append(f"must: {must_ratio} x, aim: {aim_ratio} x")
+        remarks.append(f"target: {must_ratio} x, stretch target: {aim_ratio} x")
     floor, binding = _floor(case.shape, scope, both, rates)
     remarks.append(f"floor: {binding}")
     if not both:
@@ -229,7 +234,7 @@ def _name(shape: Shape, scope: int, both: bool) -> str:
 
 
 def _must_and_aim(case: Case, scope: int, both: bool) -> tuple[float, float]:
-    """How many times as fast as the fastest peer; (0, 0) where nothing is asked for."""
+    """How many times as fast as the fastest peer we should be; (0, 0) if there is no target."""
     must, aim = MUST_AND_AIM.get((case.shape.d, scope), ((0, 0), (0, 0)))[both]
     if both and case.shape.d in BUFFERED_MUST and must:
         out, lse = case.forward(return_lse=True)
@@ -239,12 +244,12 @@ def _must_and_aim(case: Case, scope: int, both: bool) -> tuple[float, float]:
 
 
 def _time(call: timing.Call, repeats: int = REPEATS) -> float:
-    """Eager. Events of CuPy's current stream time torch too: both run on the default stream."""
+    """Eager time. Events of CuPy's current stream time torch too, because both run on the default stream."""
     return timing.eager_time(call, repeats, CALLS if timing.eager_time(call, 1) < SLOW_MS else 1)
 
 
 def _in_turns(calls: Sequence[timing.Call]) -> list[float]:
-    """The least of some rounds each, of a GPU at work: as its power goes, clocks drift by over a percent a second."""
+    """The least time of each call. They take turns on a busy GPU, because clocks drift by more than 1 % a second."""
     begin = time.perf_counter()
     while time.perf_counter() - begin < WARM_SECONDS:
         for call in calls:
@@ -258,7 +263,7 @@ def _in_turns(calls: Sequence[timing.Call]) -> list[float]:
 
 
 class Rates(NamedTuple):
-    """What the device can do in a second."""
+    """What the device can do per second."""
 
     flops: float
     exps: float
@@ -266,7 +271,7 @@ class Rates(NamedTuple):
 
 
 def _tensor_rate() -> float:
-    """FLOP/s of cuBLAS on bfloat16."""
+    """FLOP/s of cuBLAS in bfloat16."""
     import cupy
 
     n = 8192
@@ -275,7 +280,7 @@ def _tensor_rate() -> float:
 
 
 def _floor(shape: Shape, scope: int, both: bool, rates: Rates) -> tuple[float, str]:
-    """Milliseconds, and what binds."""
+    """The floor in milliseconds, and which of the three bounds it is."""
     scores, row_bytes, lse_bytes = SIZE * scope * shape.h, 2 * SIZE * shape.c, 4 * SIZE * shape.h
     passes = [{"FLOPs": 4 * scores * shape.d, "exps": scores, "bytes": 4 * row_bytes + both * lse_bytes}]
     if both:
@@ -298,7 +303,7 @@ def _torch_peers(case: Case, scope: int, both: bool) -> tuple[Peer, ...]:
         name = _peer_name(backend)
         scores = 4 * SIZE * scope * case.shape.h
         if backend == "MATH" and scores > MATH_BYTES:
-            peers.append(Peer(name, "eager", None, f"its scores alone take {scores / 1e9:.0f} GB"))
+            peers.append(Peer(name, "eager", None, f"its scores alone need {scores / 1e9:.0f} GB"))
             continue
         figure = earlier[place][both] if earlier and place < len(earlier) else None
         peers.append(measured_peer(name, "eager", _torch_measure(case, scope, both, backend), figure))
@@ -315,7 +320,7 @@ def _torch_measure(case: Case, scope: int, both: bool, backend: str) -> Callable
 
 
 def _torch_call_of(case: Case, scope: int, both: bool, backend: str) -> timing.Call:
-    """What a backend does, on windows that are ready."""
+    """A call of a torch backend, on ready-made windows."""
     call = _torch_call([_windows(x, scope) for x in (case.q, case.k, case.v, case.dout)], both)
 
     def alone() -> Any:
@@ -326,14 +331,14 @@ def _torch_call_of(case: Case, scope: int, both: bool, backend: str) -> timing.C
 
 
 def _only(backend: str) -> Any:
-    """A context in which torch attends with this backend or raises."""
+    """A context in which torch uses this backend or raises."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     return sdpa_kernel(getattr(SDPBackend, backend))
 
 
 def _torch_call(windows: Sequence[Any], both: bool, scale: float | None = None) -> timing.Call:
-    """Attention in torch: out, or the gradients of q, k and v."""
+    """A call of torch's attention that returns out, or the gradients of q, k and v."""
     import torch
 
     attend = torch.nn.functional.scaled_dot_product_attention
@@ -355,7 +360,7 @@ def _windows(x: Any, scope: int, chosen: Sequence[int] | None = None) -> Any:
 
 
 def _single(setting: Setting) -> Iterator[Row]:
-    """The same numbers as float32, beside the only one of torch's fused backends that takes them."""
+    """The same numbers in float32, compared with the only fused backend of torch that takes float32."""
     for shape in (SMALL, *SHAPES[3:]):
         case = _case(setting, shape, 4096)
         case = case._replace(q=_as_float(case.q), k=_as_float(case.k), v=_as_float(case.v), dout=_as_float(case.dout))
@@ -363,12 +368,12 @@ def _single(setting: Setting) -> Iterator[Row]:
             measure = _torch_measure(case, 4096, both, "EFFICIENT_ATTENTION")
             ours = _time(case.both if both else case.forward)
             peer = measured_peer(_peer_name("EFFICIENT_ATTENTION"), "eager", measure)
-            note = f"{peer.value / ours:.2f} x as fast as it" if peer.value else ""
+            note = f"{peer.value / ours:.2f} x as fast as the peer" if peer.value else ""
             yield Row(f"float32, {_name(shape, 4096, both)}", "eager", "ms", ours, peers=(peer,), note=note)
 
 
 def _as_float(x: Any) -> Any:
-    """bfloat16 as float32, whose upper half it is."""
+    """bfloat16 as float32: the upper 16 bits are the same, the lower ones 0."""
     return (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
@@ -376,7 +381,7 @@ def _as_float(x: Any) -> Any:
 
 
 def _tables(setting: Setting) -> Iterator[Row]:
-    """On the same arrays, taken in turns."""
+    """Shifted and strided scopes compared with plain ones, on the same arrays, in turns."""
     options: dict[str, dict[str, int]] = {"plain": {}, "shift=3": {"shift": 3}, "stride=2": {"stride": 2}}
     for shape in (SMALL, WIDE):
         case = _case(setting, shape, 4096)
@@ -396,12 +401,12 @@ def _tables(setting: Setting) -> Iterator[Row]:
                     ours,
                     TABLE_MUST * plain,
                     plain,
-                    note=f"{ours / plain:.3f} x the plain scope ({number(plain)} ms); must: {TABLE_MUST} x",
+                    note=f"{ours / plain:.3f} x the plain scope ({number(plain)} ms); target: {TABLE_MUST} x",
                 )
 
 
 def _ragged(setting: Setting) -> Iterator[Row]:
-    """Time a token of four real sweeps, beside that of the timed sweep, whose scopes are all full."""
+    """Time per token of four real sweeps, compared with the timed sweep, whose scopes are all full."""
     import cupy
 
     sweeps = data.four_sweeps(setting.folder)
@@ -424,9 +429,9 @@ def _ragged(setting: Setting) -> Iterator[Row]:
                 "ns",
                 1e6 * ours / tokens,
                 RAGGED_MUST * 1e6 * full / SIZE,
-                note=f"a token, of {tokens:,} in {len(lengths)} clouds ({', '.join(f'{n:,}' for n in lengths)}: "
-                f"{', '.join(sweeps)}); dense: {number(1e6 * full / SIZE)} ns, must: {RAGGED_MUST} x; "
-                f"a score {pair[0]:.4f} ps, dense {pair[1]:.4f} ps: {pair[0] / pair[1]:.3f} x",
+                note=f"per token; {tokens:,} tokens in {len(lengths)} clouds ({', '.join(f'{n:,}' for n in lengths)}: "
+                f"{', '.join(sweeps)}); dense: {number(1e6 * full / SIZE)} ns, target: {RAGGED_MUST} x; "
+                f"per score {pair[0]:.4f} ps, dense {pair[1]:.4f} ps: {pair[0] / pair[1]:.3f} x",
             )
 
 
@@ -444,7 +449,7 @@ def _host(setting: Setting) -> Iterator[Row]:
 
 
 def _memory(setting: Setting) -> Iterator[Row]:
-    """Beyond inputs and results: delta, float32 [num_slots, H], and from D = 64 on one float32 dq, in the backward."""
+    """Memory besides inputs and results: the backward's delta, float32 [num_slots, H], and from D = 64 a float32 dq."""
     for shape in (SMALL, WIDE, SHAPES[5]):
         case = _case(setting, shape, 4096)
         out, lse = case.forward(return_lse=True)
@@ -464,10 +469,10 @@ def _delta_bytes(case: Case) -> int:
 
 
 def _extra_bytes(call: timing.Call) -> int:
-    """The most bytes of CuPy's pool that a call holds at a time, its results left out."""
+    """Peak bytes of CuPy's pool during a call, without its results."""
     results = call()
     results = results if isinstance(results, tuple) else (results,)
-    return timing.peak_bytes(call) - sum(-(-x.nbytes // 512) * 512 for x in results)  # the pool's unit
+    return timing.peak_bytes(call) - sum(-(-x.nbytes // 512) * 512 for x in results)  # the pool's granularity
 
 
 # ---- error and determinism -----------------------------------------------------------------------------------------
@@ -476,7 +481,7 @@ RESULTS = ("out", "lse", "dq", "dk", "dv")
 
 
 def _errors(setting: Setting) -> Iterator[Row]:
-    """Of the first and the last window against float64; must: ERROR_MUST times the error of the naive maths."""
+    """Errors of the first and the last window against float64; target: ERROR_MUST times that of naive attention."""
     cases = [(shape, 1) for shape in (SMALL, SHAPES[3], WIDE, SHAPES[5])] + [(SMALL, 8), (WIDE, 8)]
     why_not = _why_no_torch()
     if why_not:
@@ -506,7 +511,7 @@ def _errors_of(case: Case, std: int, what: str) -> Iterator[Row]:
     naive = _attention(*windows, scale)
     cudnn, why_not = _cudnn_results(windows, scale)
     for name in RESULTS:
-        unit, factor = ("1e-6", 1e6) if name == "lse" else ("1e-3", 1e3)  # float32, and rounded to bfloat16
+        unit, factor = ("1e-6", 1e6) if name == "lse" else ("1e-3", 1e3)  # lse is float32, the others bfloat16
         naive_error = factor * _error(naive[name], exact[name])
         theirs = factor * _error(cudnn[name], exact[name]) if name in cudnn else None
         yield Row(
@@ -516,29 +521,29 @@ def _errors_of(case: Case, std: int, what: str) -> Iterator[Row]:
             factor * _error(_windows(ours[name], 4096, chosen), exact[name]),
             ERROR_MUST * naive_error,
             peers=(
-                Peer("the same maths, naively in bfloat16", "check", naive_error),
+                Peer("naive attention in bfloat16", "check", naive_error),
                 Peer("torch SDPA CUDNN", "check", theirs, why_not),
             ),
         )
 
 
 def _cudnn_results(windows: Sequence[Any], scale: float) -> tuple[dict[str, Any], str]:
-    """All but lse, and why one is missing."""
+    """The results of cuDNN without lse, and the reason if one is missing."""
     try:
         with _only("CUDNN_ATTENTION"):
             results = _torch_call(windows, False, scale)(), *_torch_call(windows, True, scale)()
-    except Exception as error:  # whatever a peer raises must not end our run
+    except Exception as error:  # no error of a peer may end the run
         return {}, (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return dict(zip(("out", "dq", "dk", "dv"), results, strict=True)), "gives no lse"
 
 
 def _error(values: Any, exact: Any) -> float:
-    """Root mean square of the error over that of the exact values."""
+    """Root mean square of the error, divided by the root mean square of the exact values."""
     return float((values.double() - exact).norm() / exact.norm())
 
 
 def _attention(q: Any, k: Any, v: Any, dout: Any, scale: float) -> dict[str, Any]:
-    """The definition, in the dtype of its arguments [windows, H, scope, D]."""
+    """Attention by its definition, in the dtype of the arguments [windows, H, scope, D]."""
     scores = scale * (q @ k.mT)
     weights = scores.softmax(-1)
     lse = scores.logsumexp(-1)
@@ -576,7 +581,7 @@ def _determinism(setting: Setting) -> Iterator[Row]:
             _differing(ours, same),
             0,
             peers=tuple(peers),
-            note="out, lse, dq, dk and dv; of the peers dq, dk and dv",
+            note="ours: out, lse, dq, dk and dv; peers: dq, dk and dv",
         )
 
 

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// All pairs of queries and points: the K nearest of each query, and how many points its ball holds.
+// Brute force over all pairs of queries and points: the K nearest points of each query, and the number of points within
+// a radius of it.
 //
-// What the bucketed search must equal bit for bit, and what it is timed against. A thread owns a query; a block's
-// threads read the points from shared memory, a tile at a time, by index. Only a strictly smaller d2 gets in, so of
-// equal ones the lowest index stays: the order is (d2, index).
+// The benchmarks check the bucketed search against it bit by bit, and time it as a peer. Each thread has one query. The
+// threads of a block go through the points in order of index, one tile in shared memory at a time. A point replaces
+// another only if its d2 is strictly smaller, so of equal distances the lowest index stays: the order is (d2, index).
 //
 // d2 = (dx*dx + dy*dy) + dz*dz of float32 differences, each operation rounded once.
 
 #ifndef K
 #define K 1
 #endif
-#define THREADS 256     // mirrored by benchmarks/neighbors.py
+#define THREADS 256     // the same constant as in benchmarks/neighbors.py
 
 __device__ __forceinline__ float squared_distance(float3 a, float4 b) {
     const float dx = __fsub_rn(a.x, b.x), dy = __fsub_rn(a.y, b.y), dz = __fsub_rn(a.z, b.z);
@@ -21,7 +22,7 @@ __device__ __forceinline__ float3 row_of(const float *rows, long long row) {
     return make_float3(rows[3 * row], rows[3 * row + 1], rows[3 * row + 2]);
 }
 
-// The next tile of points; every thread of the block must come here.
+// Loads the next tile of points and returns its size. Every thread of the block must call this.
 __device__ __forceinline__ int load_tile(float4 *tile, const float *points, int begin, int count) {
     __syncthreads();
     const int size = min(THREADS, count - begin);
@@ -38,12 +39,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) nearest(
     const float *__restrict__ points,   // [point_count, 3]
     int query_count,
     int point_count,
-    int first_point,                    // added to the indices
+    int first_point,                    // first row of the cloud, added to the indices
     float *__restrict__ distances,      // [query_count, K]
     int *__restrict__ indices           // [query_count, K]
 ) {
     __shared__ float4 tile[THREADS];
-    const int query = blockIdx.x * THREADS + threadIdx.x;                       // [0, query_count) and beyond
+    const int query = blockIdx.x * THREADS + threadIdx.x;                       // may exceed query_count
     const float3 at = row_of(queries, min(query, query_count - 1));
     float best[K];                                                              // ascending
     int index[K];
@@ -90,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) ball_counts(
     long long *__restrict__ counts      // [query_count]
 ) {
     __shared__ float4 tile[THREADS];
-    const int query = blockIdx.x * THREADS + threadIdx.x;                       // [0, query_count) and beyond
+    const int query = blockIdx.x * THREADS + threadIdx.x;                       // may exceed query_count
     const float3 at = row_of(queries, min(query, query_count - 1));
     const float limit = __fmul_rn(radius, radius);
     long long inside = 0;

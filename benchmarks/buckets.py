@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bucketize, scatter and gather: time beside peers and floors, and whether the layouts are what they must be.
+"""bucketize, scatter and gather: time compared with peers and floors, and checks of the layouts.
 
-Floors, from the copy bandwidth measured in the same run:
-- bucketize: the points read twice (their bounds must be known before the first voxel), 24 bytes, and two int32
-  permutations written, 8 bytes: 32 bytes a point. Sorting in between costs more; nothing can cost less.
-- scatter and gather: each row read and written once; the index, 4 bytes a row, is not counted. Their floor is a rate,
-  that of a copy through device memory: a result that stays in L2 may beat it.
+Floors are computed from the copy bandwidth measured in the same run:
+- bucketize moves 32 bytes per point. It reads the points twice (24 bytes), because their bounds must be known before
+  the first voxel, and writes two int32 permutations (8 bytes). The sort in between comes on top.
+- scatter and gather read and write each row once. The index, 4 bytes per row, is not counted. Their floor is a rate,
+  that of a copy in device memory. A call whose result stays in L2 may be faster.
 
-Where `must` is a multiple of another time, that time was measured just before, at the same number of points.
+If a target is a multiple of another time, that time was measured just before, for the same number of points.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gpu3d.reference.buckets import HASHES
 SIZE = 122_880  # "120k": 240 buckets of 512
 MILLION = 1_000_000
 MUST_AND_AIM = {SIZE: (0.040, 0.020), MILLION: (0.12, 0.08), 4_000_000: (0.40, 0.27), 16_000_000: (1.6, 0.9)}  # ms
-HASH_MUST = 1.4  # the other hashes, and ragged batches: times zorder_div's time at equal N
+HASH_MUST = 1.4  # times zorder_div at equal N, for the other hashes and for ragged batches
 DEGENERATE_MUST = 1.5
 OTHER_HASHES = [hash for hash in HASHES if hash != "zorder_div"]
 BATCH = 4
@@ -36,8 +36,8 @@ L2_BYTES = 50e6
 BYTES_A_POINT = 32  # see the floors above
 CHANNELS = 64
 
-# Peers that no registry has cannot run here. Their figures, in ms, are of an earlier run on an H100 80GB (driver 580,
-# CUDA 13.0, torch 2.11, 2026-11-22; a nuScenes sweep repeated), and are marked as such wherever they stand.
+# Peers that no package registry has cannot run here. Their times in ms are from an earlier run on an H100 80GB (driver
+# 580, CUDA 13.0, torch 2.11, 2026-11-22; a repeated nuScenes sweep). Tables mark them as earlier.
 FLASH3D_EARLIER = {
     ("zorder_div", SIZE): 0.382,
     ("xor_div", SIZE): 0.204,
@@ -54,9 +54,9 @@ FLASH3D_HOST_EARLIER = 900.0  # us
 PTV3_EARLIER = {SIZE: 0.647, MILLION: 0.995, 4_000_000: 1.50}
 TORCH_SORT_EARLIER = {SIZE: 0.085, MILLION: 0.171, 4_000_000: 0.544}
 
-# What is checked, by name.
-FULL = "every bucket full"  # but the last of each cloud; and a bijection
-REFERENCE = "= CPU reference"  # bit for bit
+# The names of the checks.
+FULL = "every bucket full"  # except the last one of each cloud; and the layout is a bijection
+REFERENCE = "= CPU reference"  # bit by bit
 SORT = "= stable sort of the 48-bit codes"
 
 
@@ -93,7 +93,7 @@ def _sizes(setting: Setting) -> Iterator[Row]:
 
 
 def _sort_peers(codes: np.ndarray, n: int) -> tuple[Peer, ...]:
-    """Peers of zorder_div + spill: the codes are computed beforehand, and only our time holds their cost."""
+    """Peers of zorder_div + spill. They sort ready-made codes; only our time includes computing the codes."""
     codes = codes.astype(np.int64)
     ready = _upload(codes)
     return (
@@ -139,7 +139,7 @@ def _other_hashes(setting: Setting) -> Iterator[Row]:
                 floor=_floor(n, setting),
                 peers=(_flash3d(hash, n),),
                 checks=_check(host, gpu3d.bucketize(points, hash=hash), hash=hash),
-                note=f"must: {HASH_MUST} x zorder_div ({plain:.4f} ms)",
+                note=f"target: {HASH_MUST} x zorder_div ({plain:.4f} ms)",
             )
 
 
@@ -163,7 +163,7 @@ def _ragged(setting: Setting) -> Iterator[Row]:
         HASH_MUST * one,
         floor=_floor(BATCH * SIZE, setting),
         checks=_check(host, gpu3d.bucketize(points, lengths=lengths), lengths=lengths),
-        note=f"must: {HASH_MUST} x one cloud",
+        note=f"target: {HASH_MUST} x one cloud",
     )
 
 
@@ -180,7 +180,7 @@ def _probe(setting: Setting) -> Iterator[Row]:
         floor=_floor(SIZE, setting),
         peers=(_flash3d("zorder_div", SIZE),),
         checks=_check(host, buckets, balance="probe"),
-        note=f"{int(buckets.moved):,} points moved out of the bucket that their hash names",
+        note=f"{int(buckets.moved):,} points are not in the bucket of their hash",
     )
 
 
@@ -198,12 +198,12 @@ def _degenerate(setting: Setting) -> Iterator[Row]:
             DEGENERATE_MUST * plain,
             floor=_floor(SIZE, setting),
             checks=_check(host, gpu3d.bucketize(cloud), codes=data.codes(host)),
-            note=f"{ours / plain:.2f} x a plain sweep ({plain:.4f} ms); must: {DEGENERATE_MUST} x",
+            note=f"{ours / plain:.2f} x a plain sweep ({plain:.4f} ms); target: {DEGENERATE_MUST} x",
         )
 
 
 def _moves(setting: Setting) -> Iterator[Row]:
-    """scatter and gather of [SIZE, CHANNELS] bfloat16, in bytes read and written a second."""
+    """scatter and gather of [SIZE, CHANNELS] bfloat16, in bytes read and written per second."""
     host = data.sweep_cloud(SIZE, setting.folder)
     on_host, buckets = gpu3d.bucketize(host), gpu3d.bucketize(_upload(host))
     rows = np.random.default_rng(0).standard_normal((SIZE, CHANNELS), np.float32).astype(bfloat16)
@@ -235,7 +235,7 @@ def _moves(setting: Setting) -> Iterator[Row]:
 
 
 def _rate(nbytes: int) -> Callable[[float], float]:
-    """TB/s from ms."""
+    """A function from milliseconds to TB/s."""
     return lambda milliseconds: 2 * nbytes / milliseconds / 1e9
 
 
@@ -285,7 +285,7 @@ def _host(setting: Setting) -> Iterator[Row]:
 
 
 def _sweeps(setting: Setting) -> Iterator[Row]:
-    """How tight the buckets are: the mean, over full buckets, of the largest distance from the bucket's mean."""
+    """How tight the buckets are: the largest distance from the mean of a bucket, averaged over full buckets."""
     cloud = data.sweep_cloud(SIZE, setting.folder)
     yield _radius(f"radius, {SIZE:,} points of the timed cloud", cloud)
     yield Row(
@@ -297,7 +297,7 @@ def _sweeps(setting: Setting) -> Iterator[Row]:
             absent_peer("public Flash3D kernels, zorder_div", "check", 6.86),
             absent_peer("a full z-order sort", "check", 2.61),
         ),
-        note="Earlier figures, of a nuScenes sweep repeated: 2.61, there called mean radius, is this mean distance.",
+        note="Earlier figures: a repeated nuScenes sweep. The 2.61 was called mean radius, and is this mean distance.",
     )
     group, found = [], False
     for name, points in data.real_sweeps(setting.folder) if setting.folder else ():
@@ -329,14 +329,14 @@ def _radius(what: str, host: np.ndarray) -> Row:
 
 
 def _mean_distance(host: np.ndarray, buckets: gpu3d.Buckets) -> float:
-    """Of the points of full buckets."""
+    """The mean distance of the points of full buckets from the mean of their bucket."""
     slots = _download(buckets.slot_to_point).reshape(-1, buckets.bucket_size)
     members = host[slots[(slots >= 0).all(axis=1)]].astype(np.float64)
     return float(np.linalg.norm(members - members.mean(axis=1, keepdims=True), axis=2).mean())
 
 
 def _together(what: str, rows: Sequence[Row]) -> Row:
-    """The mean of several rows; a check holds where it holds for all."""
+    """The mean of several rows. A check holds if it holds in every row."""
     checks = {name: all(row.checks[name] for row in rows) for name in rows[0].checks}
     failing = [row.what for row in rows if not all(row.checks.values())]
     note = f"failing: {', '.join(failing)}" if failing else ""
@@ -352,13 +352,13 @@ def _determinism(setting: Setting) -> Iterator[Row]:
 
 
 def _same_layout(a: gpu3d.Buckets, b: gpu3d.Buckets) -> bool:
-    """Compared where they are."""
+    """Whether two layouts are equal, compared on their device."""
     pairs = ((getattr(a, name), getattr(b, name)) for name in ("slot_to_point", "point_to_slot", "moved"))
     return all(bool((x == y).all()) for x, y in pairs)
 
 
 def _summary(rows: Sequence[Row]) -> Iterator[Row]:
-    """One row a check: how many of the rows above fail it."""
+    """One row per check: how many of the rows above fail it."""
     results = defaultdict(list)
     for row in rows:
         for name, good in row.checks.items():
@@ -381,7 +381,7 @@ def _summary(rows: Sequence[Row]) -> Iterator[Row]:
 def _check(
     host: np.ndarray, buckets: gpu3d.Buckets, *, codes: np.ndarray | None = None, reference: bool = True, **options: Any
 ) -> dict[str, bool]:
-    """Layout, equality with the CPU, and with the stable sort where the codes of a zorder_div cloud are given."""
+    """Check the layout, that it equals the CPU's, and, if codes of a zorder_div cloud are given, their stable sort."""
     checks = {FULL: _full(buckets)}
     if reference:
         expected = gpu3d.bucketize(host, check_finite=False, **options)
@@ -396,7 +396,7 @@ def _check(
 
 
 def _full(buckets: gpu3d.Buckets) -> bool:
-    """Each cloud's own points, each once, fill its slots from the first; padding only behind them; and the inverse."""
+    """Whether each cloud fills its slots with its own points, each once, padding last, and both arrays are inverse."""
     slot_to_point, point_to_slot = _download(buckets.slot_to_point), _download(buckets.point_to_slot)
     point = 0
     good = len(slot_to_point) == buckets.num_slots and len(point_to_slot) == sum(buckets.lengths)
@@ -440,7 +440,7 @@ def _graph(source: np.ndarray) -> str:
 
 
 def _floor(n: int, setting: Setting) -> float:
-    """Milliseconds."""
+    """The floor in milliseconds."""
     return BYTES_A_POINT * n / setting.ceilings.copy_tb_s / 1e9
 
 

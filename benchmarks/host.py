@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a call costs the host: the time from a Python call until it returns, and the memory that caches keep.
 
-- Times are medians of single calls, on inputs so small that the GPU is not the bound. The host waits for the GPU before
-  every 20th call, outside of what is timed, so the queue of launches never fills. A result is dropped after the clock
-  has stopped.
-- "again" is the same call over and over. "new lengths" is a call whose lengths this process has never seen, though its
-  kernels are compiled: two clouds of 1025 to 2048 points, or of 513 to 1024 in each batch of a Chamfer distance.
-- Memory is by how much the resident memory of a new process grows. Results are dropped at once, so only caches stay.
+- Times are medians of single calls. The inputs are small, so that the GPU is faster than the host. The host waits for
+  the GPU before every 20th call, while the clock is stopped, so the queue of launches never fills. A result is dropped
+  after the clock has stopped.
+- "again" repeats the same call. "new lengths" is a call with lengths that this process has never seen, although its
+  kernels are compiled. It has two clouds of 1025 to 2048 points, or of 513 to 1024 in each batch of a Chamfer distance.
+- Memory is the growth of the resident memory of a new process. Results are dropped at once, so only caches stay.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ LOSS_SIZE = 1024
 MAX_ENTRIES = 16 * 2 * LOSS_SIZE
 CLOUDS, SMALL_BUCKET = 20_000, 16  # a batch of many clouds of 1 to 20 points
 
-WARM, CALLS, BETWEEN_WAITS = 60, 1000, 20
-FEW_CALLS = 60  # of calls that take about a millisecond
+WARM, CALLS = 60, 1000
+FEW_CALLS = 60  # for calls that take about a millisecond
 MANY_LENGTHS, MANY_BATCHES = 10_000, 1_100
-SECONDS = 25  # after which no further batch is started
+SECONDS = 25  # no further call is made after this time
 
 # Targets and stretch targets, microseconds.
 AGAIN = {
@@ -81,19 +81,8 @@ def run(setting: Setting) -> Iterator[Row]:
 
 
 def _median(calls: Iterable[timing.Call], warm: int = WARM) -> float:
-    """Microseconds of a call; the first `warm` do not count."""
-    import cupy
-
-    device, times = cupy.cuda.Device(), []
-    for i, call in enumerate(calls):
-        if i % BETWEEN_WAITS == 0:
-            device.synchronize()
-        begin = time.perf_counter()
-        result = call()
-        times.append(time.perf_counter() - begin)
-        del result
-    device.synchronize()
-    return 1e6 * statistics.median(times[warm:])
+    """Median time of a call in microseconds, without the first `warm` calls."""
+    return 1e3 * statistics.median(timing.host_times(calls)[warm:])
 
 
 # ---- the calls -----------------------------------------------------------------------------------------------------
@@ -101,7 +90,7 @@ def _median(calls: Iterable[timing.Call], warm: int = WARM) -> float:
 
 @functools.cache
 def _inputs(folder: Path | None) -> dict[str, Any]:
-    """CuPy arrays, of which calls take the first rows."""
+    """CuPy arrays. Calls use their first rows."""
     import cupy
 
     rng = np.random.default_rng(0)
@@ -137,11 +126,11 @@ def _again(inputs: dict[str, Any]) -> dict[str, timing.Call]:
     return dict(zip(AGAIN, calls, strict=True))
 
 
-# ---- calls with new lengths: what they take is cut to size before the clock starts ----------------------------------
+# ---- calls with new lengths: arrays are sliced before the clock starts ---------------------------------------------
 
 
 def _never_seen(least: int, most: int) -> Iterator[list[int]]:
-    """Lengths of two clouds; no two pairs are equal."""
+    """Yield lengths of two clouds. No pair comes twice."""
     span = most - least + 1
     for i in range(span * span):
         yield [least + i % span, least + (7 * i + i // span) % span]
@@ -201,9 +190,9 @@ def _torch_new_lengths(inputs: dict[str, Any], pairs: Iterator[list[int]]) -> It
 
 
 def _batches(count: int) -> Iterator[list[int]]:
-    """Lengths of CLOUDS clouds, no two batches equal; all have as many points."""
+    """Yield lengths of CLOUDS clouds. No batch comes twice, and all have the same number of points."""
     lengths = np.random.default_rng(0).integers(1, 20, CLOUDS)
-    lengths[0] = 20  # no other cloud has as many: a batch that is rolled differs
+    lengths[0] = 20  # no other cloud has 20, so every rotation of the lengths is different
     for start in range(count):
         yield np.roll(lengths, start).tolist()
 
@@ -226,7 +215,7 @@ def _batches_of_many_clouds() -> Iterator[Row]:
 
 
 def _memory() -> Iterator[Row]:
-    """Each in a process of its own: here caches are full already."""
+    """Each row runs in a process of its own, because the caches of this process are full already."""
     lengths = f"memory after {MANY_LENGTHS:,} lengths"
     batches = f"memory after {MANY_BATCHES:,} batches of {CLOUDS:,} clouds"
     for what, name, planned, ops in (
@@ -240,14 +229,14 @@ def _memory() -> Iterator[Row]:
             yield Row(name, "host", "MB", None, MEMORY_MUST[what], note=f"skipped: {why}"[:200])
             continue
         measured = json.loads(done.stdout.splitlines()[-1])
-        note = f"by {ops}; arrays that stay on the GPU: {measured['device']:.1f} MB"
+        note = f"calls of {ops}; arrays that stay on the GPU: {measured['device']:.1f} MB"
         if measured["calls"] < planned:
-            note += f"; ONLY {measured['calls']:,} of them, which took {SECONDS} s, and not scaled up"
+            note += f"; ONLY {measured['calls']:,} were made in {SECONDS} s, and the figure is not scaled up"
         yield Row(name, "host", "MB", measured["host"], MEMORY_MUST[what], note=note)
 
 
 def _growth(calls: Iterator[Callable[[], Any]], warm: int) -> dict[str, float]:
-    """Megabytes of the host's and the GPU's memory that all calls but the first `warm` leave behind."""
+    """Megabytes of host and GPU memory that the calls leave behind, without the first `warm` calls."""
     import cupy
 
     def settled() -> tuple[int, int]:
@@ -262,7 +251,7 @@ def _growth(calls: Iterator[Callable[[], Any]], warm: int) -> dict[str, float]:
     while time.perf_counter() < end and (call := next(calls, None)) is not None:
         call()
         count += 1
-        if count % BETWEEN_WAITS == 0:
+        if count % timing.BETWEEN_WAITS == 0:
             cupy.cuda.Device().synchronize()
     host, device = (1e-6 * (after - then) for after, then in zip(settled(), before, strict=True))
     return {"calls": count + warm, "host": host, "device": device}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What others take between two batches of clouds: the Chamfer distance, APML as published, entropic transport.
+"""Peers of the losses between two batches of clouds: Chamfer distances, APML as published, entropic transport.
 
-Each `Prepare` imports what it needs and returns a function of torch tensors [B, n, 3] whose result is a number.
+Each `Prepare` imports what it needs and returns a function of two torch tensors [B, n, 3] that returns a scalar.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from benchmarks import data, timing
 Loss = Callable[[Any, Any], Any]
 Prepare = Callable[[], Loss]
 
-# Figures, in ms (forward, forward+backward) by clouds and points a cloud, of an earlier run on an H100 80GB (driver
-# 580, CUDA 13.0, torch 2.11, 2026-11-22), marked as such wherever they stand. Of y on a surface and x = y + noise 0.02.
+# Times in ms (forward, forward+backward) by (clouds, points per cloud), from an earlier run on an H100 80GB (driver
+# 580, CUDA 13.0, torch 2.11, 2026-11-22). Tables mark them as earlier. y is on a surface, x is y with noise of 0.02.
 CDIST_EARLIER = {(32, 2048): (1.44, 4.37), (8, 8192): (5.45, 16.8), (1, 65_536): (41.6, 152.0)}
 DENSE_EARLIER = {
     (8, 2048): (13.3, 14.0),
@@ -28,7 +28,7 @@ FLASH_SINKHORN_EARLIER = {(8, 8192): (26.6, 29.9), (1, 131_072): (185.0, 251.0)}
 
 
 def call(loss: Loss, x: Any, y: Any, clouds: int, both: bool) -> timing.Call:
-    """The value, or the gradients by autograd, of packed CuPy arrays [B * n, 3]."""
+    """A call of `loss` on packed CuPy arrays [B * n, 3]: its value, or if `both` its gradients by autograd."""
     import torch
 
     inputs = [data.to_torch(rows).view(clouds, -1, 3).requires_grad_(both) for rows in (x, y)]
@@ -58,7 +58,7 @@ def pytorch3d_chamfer() -> Loss:
 
 
 def dense_apml(p_min: float, threshold: float, iterations: int) -> Prepare:
-    """As published (arXiv:2512.19743), over all pairs: the plan is a constant, the cost carries the gradient."""
+    """APML as published (arXiv:2512.19743), over all pairs. The gradient flows through the cost and not the plan."""
 
     def prepare() -> Loss:
         import torch
@@ -84,7 +84,7 @@ def dense_apml(p_min: float, threshold: float, iterations: int) -> Prepare:
     return prepare
 
 
-# ---- entropic transport: another loss, a scale only ----------------------------------------------------------------
+# ---- entropic transport: another loss, here for scale only ---------------------------------------------------------
 
 BLUR = 0.05
 
@@ -97,7 +97,7 @@ def flash_sinkhorn() -> Loss:
 
 
 def geomloss_keops() -> Loss:
-    import pykeops  # noqa: F401 - without it "online" fails in ways of its own
+    import pykeops  # noqa: F401 - says clearly when it is missing, which backend="online" does not
     from geomloss import SamplesLoss
 
     loss = SamplesLoss("sinkhorn", p=2, blur=BLUR, debias=False, backend="online")

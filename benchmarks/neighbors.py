@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""knn, radius_search and chamfer: time beside peers and floors, growth with size, and every bit beside brute force.
+"""knn, radius_search and chamfer: time compared with peers and floors, growth with size, and equality with brute force.
 
-Times are eager, of 10 calls in a row between two device events (a call of over 10 ms: one), and hold everything: each
-call puts its points into buckets anew, but where a row says that an index is reused. What is asked of chamfer is device
-time, which of its short calls only a graph shows; eager, where the host may take longer, stands beside it.
+Times are eager: 10 calls in a row between two device events, or one call if it takes more than 10 ms. They include
+everything: each call puts its points into buckets again, unless a row says that an index is reused. The targets of
+chamfer are for device time, which only a graph shows for such short calls. The eager time stands below it; there the
+host may take longer.
 
-Clouds: a real sweep as it is (KITTI; without the data folder the packaged scan), the sweep that all suites repeat to
-any size, and the pairs of x and y of `data.pair`.
+Clouds: a real sweep as it is (KITTI, or the packaged scan without the data folder), the sweep that all suites repeat to
+any size, and the pairs x and y of `data.pair`.
 
-Checked against all pairs by the same float32 formula on the GPU (brute_force.cu): every query, but where the pairs are
-more than 2**40, of which a check takes every so many queries. The same kernel is timed as a peer.
+Results are checked against a search of all pairs with the same float32 formula on the GPU (brute_force.cu). It checks
+every query, or every s-th query if there are more than 2**40 pairs. The same kernel is timed as a peer.
 
 Floors: the bytes that a call must move (coordinates read once, results written once) at the copy bandwidth, and one
-near-empty kernel of a graph, both measured in the same run. How many pairs a search must look at depends on the cloud,
-so the floor has no arithmetic and no sort in it: a search comes near it only where it is trivial. The bound from above
-is the brute force beside it.
+near-empty kernel in a graph, both measured in the same run. How many pairs a search must look at depends on the cloud,
+so the floor includes neither arithmetic nor a sort, and only trivial searches come near it. The brute force bounds the
+time from above.
 """
 
 from __future__ import annotations
@@ -35,32 +36,32 @@ from benchmarks.table import Peer, Row, Setting, graph_peer, measured_peer, numb
 
 SWEEP, MILLION, HARD = 122_880, 2**20, 2**17
 SIZES = (2**11, 2**13, 2**15, 2**17, 2**19, 2**20, 2**21, 2**22)
-QUICK_SIZE = 2**17  # with --quick no size above it
+QUICK_SIZE = 2**17  # the largest size with --quick
 RADIUS = 0.5  # m
 RUNS = 100
 
-# (must, aim) in ms.
-SWEEP_MUST, SWEEP_AIM = 1.2, 0.7  # k = 16 of a real sweep on itself
+# Targets and stretch targets in ms.
+SWEEP_MUST, SWEEP_AIM = 1.2, 0.7  # k = 16, a real sweep searched in itself
 MILLION_MUST = 6.0  # k = 1
-CHAMFER_MUST = {(1, 65_536): 0.5, (32, 2048): 0.15, (8, 8192): 0.25}  # by clouds and points a cloud
+CHAMFER_MUST = {(1, 65_536): 0.5, (32, 2048): 0.15, (8, 8192): 0.25}  # by (clouds, points per cloud)
 GRADIENT_MUST = 1.5  # times the forward
 GROWTH_MUST = 1.2  # the exponent of N
-HARD_MUST = 5.0  # k = 2, of far and collapsed
+HARD_MUST = 5.0  # k = 2, for far and collapsed
 RADIUS_MUST = 1.5
 CPU_MUST = 1.5  # times SciPy with all cores
 ULPS = 2  # between our distances and SciPy's
 
-# What limits the peers that look at all pairs.
-CHECKED_PAIRS = 2**40  # also of our brute force, as a peer
+# Limits for peers that look at all pairs.
+CHECKED_PAIRS = 2**40  # also for our brute force as a peer
 PEER_PAIRS = 2**35
-CDIST_BYTES = 4e9  # of distances at a time, in knn
-TREE_POINTS = 2**20  # of SciPy's tree, which takes seconds beyond
+CDIST_BYTES = 4e9  # bytes of distances in memory at a time, in knn
+TREE_POINTS = 2**20  # for SciPy's tree, which takes seconds for more
 TREE_ONCE_MS = 500.0
 TREE_COLLAPSED_MS = 37_919.0  # k = 2 of 131,072, 16 cores beside an H100, 2026-11-22
 
 LANE_OPS_A_SECOND = 2.96e13  # float32 operations of an H100, measured; a pair takes eight
 
-# What is checked, by name.
+# The names of the checks.
 CPU_BITS = "every bit = CPU"
 EXACT_MEAN = "= float64 from brute-force neighbours"  # to 1e-6
 ROWS = "rows sorted by index, d2 <= r * r, as many as by brute force"
@@ -91,7 +92,7 @@ def run(setting: Setting) -> Iterator[Row]:
 
 
 class Case(NamedTuple):
-    """Queries and points on the GPU; cloud b has as many of both."""
+    """Queries and points on the GPU; cloud b has equally many of both."""
 
     query: Any  # float32 [N, 3]
     points: Any  # float32 [N, 3]
@@ -118,7 +119,7 @@ class Case(NamedTuple):
 
 
 def _self_case(*clouds: np.ndarray) -> Case:
-    """Clouds of which each is searched for its own points."""
+    """Clouds whose points are the queries and the points."""
     import cupy
 
     points = cupy.asarray(np.concatenate(clouds), np.float32, order="C")  # brute_force.cu reads rows
@@ -126,14 +127,14 @@ def _self_case(*clouds: np.ndarray) -> Case:
 
 
 def _pair(kind: str, n: int, clouds: int = 1) -> Case:
-    """x and y, see `data.pair`."""
+    """The clouds x and y of `data.pair`."""
     import cupy
 
     return Case(*(cupy.asarray(cloud) for cloud in data.pair(kind, n, clouds)), clouds * (n,))
 
 
 def _real_sweep(folder: Path | None) -> tuple[str, np.ndarray]:
-    """One sweep as a sensor gave it: of about 120,000 points where there is the folder."""
+    """One sweep as the sensor recorded it; about 120,000 points if the data folder is there."""
     for path in sorted(folder.glob("lidar_raw/kitti_object_*.npz")) if folder else ():
         with np.load(path, allow_pickle=False) as scan:
             return f"KITTI {path.stem}", (scan["xyz_mm"].T / 1000).astype(np.float32)
@@ -145,7 +146,7 @@ def _real_sweep(folder: Path | None) -> tuple[str, np.ndarray]:
 
 
 def _floor(setting: Setting, case: Case, result_bytes: int) -> float:
-    """Milliseconds."""
+    """The floor in milliseconds."""
     nbytes = case.query.nbytes + (0 if case.points is case.query else case.points.nbytes) + result_bytes
     return nbytes / setting.ceilings.copy_tb_s / 1e9 + setting.ceilings.graph_node_us / 1e3
 
@@ -157,7 +158,7 @@ def _knn_floor(setting: Setting, case: Case, k: int) -> float:
 # ---- brute force, and what is checked against it -------------------------------------------------------------------
 
 SOURCE = Path(__file__).resolve().parent / "brute_force.cu"
-THREADS = 256  # mirrored by the source
+THREADS = 256  # the same constant as in brute_force.cu
 
 
 @cache
@@ -168,7 +169,7 @@ def _kernel(name: str, k: int = 1) -> Any:
 
 
 def brute_force(case: Case, k: int, step: int = 1) -> tuple[Any, Any]:
-    """Distances and indices [queries, k] from all pairs; of a single cloud also of every `step`th query alone."""
+    """Distances and indices [queries, k] from all pairs. For a single cloud `step` selects every step-th query."""
     import cupy
 
     query = cupy.ascontiguousarray(case.query[::step])
@@ -184,7 +185,7 @@ def brute_force(case: Case, k: int, step: int = 1) -> tuple[Any, Any]:
 
 
 def _exact(case: Case, k: int, found: Sequence[Any]) -> dict[str, bool]:
-    """Every bit, of every query or, of more pairs than can be checked, of every so many."""
+    """Compare every bit with brute force: all queries, or every s-th if there are too many pairs."""
     step = -(-case.pairs // CHECKED_PAIRS)
     expected = brute_force(case, k, step)
     name = "every bit = brute force on the GPU" + (f", every {step}th query" if step > 1 else "")
@@ -192,12 +193,12 @@ def _exact(case: Case, k: int, found: Sequence[Any]) -> dict[str, bool]:
 
 
 def _same(x: Any, y: Any) -> bool:
-    """The same bits."""
+    """Whether two arrays have the same bits."""
     return x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
 
 
 def _near_scipy(case: Case, k: int, distances: Any) -> dict[str, bool]:
-    """Our distances beside SciPy's, which are float64."""
+    """Compare our distances with SciPy's, which are float64."""
     host = case.on_host()
     expected = KDTree(host.points).query(host.query, [*range(1, k + 1)], workers=-1)[0]
     apart = np.abs(distances.get() - expected) / np.spacing(expected.astype(np.float32))
@@ -217,7 +218,7 @@ def _knn_row(
     note: str = "",
     tree_ms: float | None = None,
 ) -> Row:
-    """With all peers where something is asked for; SciPy's tree is not run where what it took earlier is given."""
+    """A row, with all peers if it has a target. If `tree_ms` is given, it stands for SciPy's tree, which is not run."""
     return Row(
         what,
         "eager",
@@ -251,7 +252,7 @@ def _knn_peers(case: Case, k: int, every: bool, tree_ms: float | None) -> Iterat
 
 
 def _tree_time(case: Case, k: int) -> float:
-    """SciPy, the building of the tree included; once where that takes long."""
+    """Time of SciPy, with building the tree. A slow call is timed once."""
 
     def call() -> Any:
         return KDTree(case.points).query(case.query, k, workers=-1)
@@ -263,7 +264,7 @@ def _tree_time(case: Case, k: int) -> float:
 
 
 def _torch_cdist(case: Case, k: int) -> timing.Call:
-    """In parts whose distances fit. By the expansion a^2 + b^2 - 2ab, so not the same neighbours throughout."""
+    """torch.cdist and topk, in parts that fit. It expands a^2 + b^2 - 2ab, so some neighbours differ."""
     import torch
 
     query, points = data.to_torch(case.query), data.to_torch(case.points)
@@ -359,7 +360,7 @@ def _growth(setting: Setting) -> Iterator[Row]:
 
 
 def _hard(setting: Setting) -> Iterator[Row]:
-    """Where boxes prune little; at worst all pairs at the full arithmetic rate."""
+    """Clouds for which boxes prune little. The worst case is all pairs at the full arithmetic rate."""
     scan = 8 * HARD**2 / LANE_OPS_A_SECOND * 1e3
     for kind in ("near", "shell", "independent", "far", "collapsed"):
         case = _pair(kind, HARD)
@@ -382,7 +383,7 @@ def _sizes(setting: Setting) -> Iterator[Row]:
 
 
 def _degenerate(setting: Setting) -> Iterator[Row]:
-    """What breaks a careless search. Nothing is asked for but the bits."""
+    """Clouds that break a careless search. They have no target, only checks."""
     names = "all equal", "40 % at the origin", "coincident", "collinear", "one axis flat", "lattice"
     for name, points in data.degenerate(2**15, *names):
         yield _knn_row(setting, f"knn, k 16: {name}, {len(points):,}", _self_case(points), 16)
@@ -420,7 +421,7 @@ def _chamfer(setting: Setting) -> Iterator[Row]:
                 floor=_floor(setting, case, both * (case.query.nbytes + case.points.nbytes)),
                 peers=(eager, *_chamfer_peers(case, both)),
                 checks=checks,
-                note=f"must: {GRADIENT_MUST} x the value ({number(forward)} ms)" if both else "",
+                note=f"target: {GRADIENT_MUST} x the value ({number(forward)} ms)" if both else "",
             )
 
 
@@ -436,7 +437,7 @@ def _check_chamfer(case: Case) -> dict[str, bool]:
 
 
 def _exact_chamfer(case: Case) -> tuple[Any, Any, Any]:
-    """Value and gradients in float64, with the neighbours of the brute force; clouds of equal lengths."""
+    """Value and gradients in float64, from the neighbours of the brute force, for clouds of equal lengths."""
     import cupy
 
     x, y = case.query.astype(np.float64), case.points.astype(np.float64)
@@ -476,7 +477,7 @@ def _chamfer_peers(case: Case, both: bool) -> Iterator[Peer]:
 
 
 def _radius(setting: Setting) -> Iterator[Row]:
-    """With max_entries as large as needed: a sweep has more neighbours at this radius than may be found without it."""
+    """radius_search with an exact max_entries: at this radius a sweep has more neighbours than the default limit."""
     name, points = _real_sweep(setting.folder)
     case = _self_case(points)
     counts = _ball_counts(case)
@@ -507,12 +508,12 @@ def _radius(setting: Setting) -> Iterator[Row]:
             measured_peer("scipy KDTree, all cores, counts alone", "CPU", lambda: _tree_ball_time(case.on_host())),
         ),
         checks=_check_balls(case, call(), counts),
-        note=f"{name}; {entries:,} entries, {entries / len(points):.0f} a point, at most {int(counts.max()):,}",
+        note=f"{name}; {entries:,} entries, {entries / len(points):.0f} per point, at most {int(counts.max()):,}",
     )
 
 
 def _ball_counts(case: Case) -> Any:
-    """How many points int64 [n] are near each query of a single cloud."""
+    """How many points are within the radius of each query, int64 [n], for a single cloud."""
     import cupy
 
     n = len(case.query)
@@ -523,7 +524,7 @@ def _ball_counts(case: Case) -> Any:
 
 
 def _check_balls(case: Case, found: Any, counts: Any) -> dict[str, bool]:
-    """No entry is wrong and none is twice, and there are as many as there must be: so none is missing."""
+    """Check that every entry is right, that none comes twice, and that the number is right, so none is missing."""
     import cupy
 
     offsets, indices, distances = found
@@ -531,7 +532,7 @@ def _check_balls(case: Case, found: Any, counts: Any) -> dict[str, bool]:
         return {ROWS: False}
     rows = cupy.searchsorted(offsets[1:], cupy.arange(len(indices)), side="right")
     dx, dy, dz = (case.query[rows] - case.points[indices]).T
-    d2 = (dx * dx + dy * dy) + dz * dz  # an operation a kernel: none is contracted
+    d2 = (dx * dx + dy * dy) + dz * dz  # one operation per kernel, so no fused multiply-add
     rising = (cupy.diff(rows) > 0) | (cupy.diff(indices) > 0)
     return {
         ROWS: bool(rising.all() & (d2 <= np.float32(RADIUS) ** 2).all()),
@@ -570,7 +571,7 @@ def _tree_ball_time(case: Case) -> float:
 
 
 def _reused(setting: Setting) -> Iterator[Row]:
-    """Other queries than the points: the next sweep, as it were."""
+    """An index searched for other points, as if they were the next sweep."""
     import cupy
 
     _, sweep = _real_sweep(setting.folder)
@@ -594,7 +595,7 @@ def _reused(setting: Setting) -> Iterator[Row]:
                 ),
             ),
             checks={"the same bits with and without": all(map(_same, again(), anew()))},
-            note=f"must: no more than with points; queries: the sweep with {data.JITTER} m of jitter",
+            note=f"target: no more than with points; queries: the sweep with {data.JITTER} m of jitter",
         )
 
 
@@ -620,7 +621,7 @@ def _cpu(setting: Setting) -> Iterator[Row]:
 
 
 def _host(setting: Setting) -> Iterator[Row]:
-    """Of 8,192 points, and of chamfer 32 clouds of 2,048. Nothing is asked for."""
+    """Host time for 8,192 points, and for chamfer of 32 clouds of 2,048 points. There is no target."""
     case, batch = _self_case(data.sweep_cloud(2**13, setting.folder)), _pair("near", 2048, 32)
     index = gpu3d.neighbor_index(case.points)
     for what, call in {

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training on one GPU and on several, in processes of their own: the suite `interop` starts them and reads their line.
+"""Training on one GPU and on several. The suite `interop` runs this module in new processes and reads what it prints.
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m benchmarks.parallel ddp
     python -m benchmarks.parallel shards
 
-- ddp: the training step of examples/torch_segmentation_block.py on as many GPUs as there are processes.
-- shards: a layer of attention and pooling in JAX, its clouds shared out by shard_map, on the first GPU and on the first
-  two.
+- ddp: the training step of examples/torch_segmentation_block.py, one process per GPU.
+- shards: a layer of attention and pooling in JAX, on the first GPU and on the first two. shard_map distributes the
+  clouds.
 
-Rates are points a second of all GPUs, each with a batch of the same size, the median of some rounds. Gradient errors
-are those of one step beside the same step of one GPU on the joined batch: the norm of the difference over the norm of
-the gradient, for the worst parameter.
+A rate is the points per second of all GPUs together, the median of several rounds. Each GPU has a batch of the same
+size. A gradient error compares one step with the same step of one GPU on the joined batch: the norm of the difference
+divided by the norm of the gradient, for the worst parameter.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 
-STEPS, ROUNDS = 10, 7  # steps in a row, and how often; the first round does not count
-# What the example takes on a GPU, and on a CPU: with that a GPU waits for its host.
+STEPS, ROUNDS = 10, 7  # steps in a round, and rounds; the first round does not count
+# The batch sizes of the example on a GPU and on a CPU. With the smaller one, for a CPU, the GPU waits for its host.
 BATCHES = {"its batch": "cuda", "a CPU's batch": "cpu"}
 
-CLOUDS, POINTS = 8, 16_384  # a GPU
+CLOUDS, POINTS = 8, 16_384  # clouds per GPU, points per cloud
 HEADS, DIM = 8, 32
-EXACT_CLOUDS, EXACT_POINTS = 2, 2048  # where gradients are compared, in float32
+EXACT_CLOUDS, EXACT_POINTS = 2, 2048  # for the comparison of gradients, in float32
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def _ddp() -> None:
 
 
 def _arguments(example: Any, device: str) -> argparse.Namespace:
-    """What the example's command line would say on a device."""
+    """The options of the example on this kind of device."""
     options = {"channels": 32, "rate": 1e-2, "seed": 0, "crops": 24, "bfloat16": False, "compile": False}
     return argparse.Namespace(**example.DEFAULTS[device], **options)
 
@@ -68,7 +68,7 @@ def _rate(example: Any, training: Any, weights: Any, group: Any, device: str) ->
 
 
 def _ddp_error(example: Any, training: Any, weights: Any, group: Any) -> float:
-    """Every process takes the joined batch by itself, too."""
+    """Compare the gradients of a distributed step with those of the joined batch, which every process computes too."""
     import torch
 
     arguments, alone = _arguments(example, "cpu"), group._replace(rank=0, count=1)
@@ -89,7 +89,7 @@ def _ddp_error(example: Any, training: Any, weights: Any, group: Any) -> float:
 
 
 def _shards() -> None:
-    """Each GPU runs alone first: loading a kernel may wait for its GPU, which must not wait for another one then."""
+    """Each GPU runs alone first: loading a kernel may wait for its GPU, which then must not wait for another GPU."""
     import jax
 
     devices = jax.devices()[:2]
@@ -99,7 +99,7 @@ def _shards() -> None:
 
 
 def _step(devices: list[Any], dtype: str) -> Any:
-    """(weights, x [B, n, 3]) to the loss and the gradients of the weights, the clouds shared out over `devices`."""
+    """A function of weights and x [B, n, 3] to the loss and its gradients, with the clouds spread over `devices`."""
     import jax
     from jax import numpy as jnp
     from jax.sharding import Mesh
@@ -123,7 +123,7 @@ def _step(devices: list[Any], dtype: str) -> Any:
 
 
 def _inputs(devices: list[Any], clouds: int, points: int) -> tuple[Any, Any]:
-    """Weights for every device, and clouds of which each has its part."""
+    """Weights copied to every device, and clouds spread over them."""
     import jax
     from jax.sharding import Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
@@ -152,7 +152,7 @@ def _sharded_rate(devices: list[Any]) -> float:
 
 
 def _shards_error(devices: list[Any]) -> float:
-    """Products in float32, not in TF32, which JAX takes by default: products of other sizes would round otherwise."""
+    """Compares in float32. JAX's default, TF32, would round products of different sizes differently."""
     import jax
 
     gradients = []

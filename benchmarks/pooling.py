@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bucket_pool, bucket_unpool and their backwards: time beside peers and floors, checks, and how tight the groups are.
+"""bucket_pool, bucket_unpool and their backwards: time compared with peers and floors, checks, and size of the groups.
 
-bfloat16 features of normal random numbers, float32 points, over the buckets of a real sweep: 122,880 points, 240 full
-buckets. The bytes of a call, for n points, m = n / ratio children and C features:
-- pool: features and points read, 2 C n + 12 n; child features, child points and members written, 2 C m + 12 m + 4 n,
-  and C m of argmember for max. The child's own permutations, 8 m, are not counted.
-- pool backward: child gradient and members read, 2 C m + 4 n (and C m of argmember); gradient written, 2 C n.
-- unpool with skip: child features, members and skip read, 2 C m + 4 n + 2 C n; result written, 2 C n.
-- unpool backward: gradient and members read, 2 C n + 4 n; gradients of child and skip written, 2 C m + 2 C n.
+Features are normal random numbers in bfloat16 and points are float32, over the buckets of a real sweep: 122,880 points,
+240 full buckets. The bytes of a call, for n points, m = n / ratio children and C features:
+- pool reads features and points, 2 C n + 12 n, and writes child features, child points and members, 2 C m + 12 m + 4 n;
+  for max also argmember, C m. The child's permutations, 8 m, are not counted.
+- pool backward reads the child's gradient and members, 2 C m + 4 n (and argmember, C m), and writes 2 C n.
+- unpool with skip reads child features, members and skip, 2 C m + 4 n + 2 C n, and writes 2 C n.
+- unpool backward reads gradient and members, 2 C n + 4 n, and writes the gradients of child and skip, 2 C m + 2 C n.
 
-Floors: these bytes at the copy bandwidth and one near-empty kernel of a graph, both measured in the same run. A result
-that stays in L2 may beat them.
+Floors: these bytes at the copy bandwidth, and one near-empty kernel in a graph, both measured in the same run. A call
+whose result stays in L2 may be faster.
 
-Torch's peers do the same work with its own ops. Grid pooling takes the voxel size that keeps as many points as we do;
-torch.unique reads its size on the host, so no graph can hold it: it is timed eagerly, and stands beside our eager call.
+The peers in torch do the same work with its ops. Grid pooling uses the voxel size that keeps as many points as
+bucket_pool. A CUDA graph cannot capture torch.unique, which reads a size on the host. So it is timed eagerly, and
+compared with our eager call.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ CHANNELS = (64, 256)
 L2_BYTES = 50e6
 RUNS = 100
 
-# By call and channels: (must, aim) in ms; of ratio 2, mean.
+# By (call, channels): target and stretch target in ms, for the mean with ratio 2.
 MUST_AND_AIM = {
     ("pool", 64): (0.030, 0.020),
     ("pool", 256): (0.050, 0.040),
@@ -44,12 +45,12 @@ MUST_AND_AIM = {
     ("pool backward", 256): (0.040, None),
 }
 OTHERS = (("max", 2), ("mean", 4), ("max", 4), ("mean", 8), ("max", 8))
-OTHERS_MUST = 1.3  # times mean of 2, a byte
+OTHERS_MUST = 1.3  # times the mean with ratio 2, per byte
 UNPOOL_MUST = 2.0  # TB/s
 HOST_MUST = 50  # us
 
-# Peers that no registry has cannot run here. Their figures, in ms, are of an earlier run on an H100 80GB (driver 580,
-# CUDA 13.0, torch 2.11, 2026-11-22; a nuScenes sweep repeated), and are marked as such wherever they stand.
+# Peers that no package registry has cannot run here. Their times in ms are from an earlier run on an H100 80GB (driver
+# 580, CUDA 13.0, torch 2.11, 2026-11-22; a repeated nuScenes sweep). Tables mark them as earlier.
 FLASH3D_EARLIER = {
     ("pool", 64): 0.047,
     ("pool", 256): 0.121,
@@ -58,10 +59,10 @@ FLASH3D_EARLIER = {
 }
 GRID_EARLIER = {64: 0.321, 256: 0.499}
 
-# What is checked, by name.
+# The names of the checks.
 GROUPS = "every point in exactly one group"  # and every child has a member
-MEMBERS = "members = CPU reference"  # bit for bit
-BITS = "every bit = CPU reference"  # of all results
+MEMBERS = "members = CPU reference"  # bit by bit
+BITS = "every bit = CPU reference"  # in all results
 ROUNDING = "= float64 reference to rounding"
 
 
@@ -78,7 +79,7 @@ class Case(NamedTuple):
     """A cloud in slot order, on the GPU or on the host."""
 
     features: Any  # [num_slots, C]
-    others: Any  # [num_slots, C]: skip, and every gradient
+    others: Any  # [num_slots, C]; serves as skip and as every gradient
     points: Any  # [num_slots, 3]
     buckets: gpu3d.Buckets
 
@@ -96,7 +97,7 @@ class Case(NamedTuple):
 
 
 class Cases(NamedTuple):
-    """The same cloud three times."""
+    """The same cloud on the GPU, on the CPU, and on the CPU in float64."""
 
     gpu: Case
     cpu: Case
@@ -122,7 +123,7 @@ def _cases(clouds: Sequence[np.ndarray], channels: int) -> Cases:
 
 
 def _bytes(case: Case, pooled: gpu3d.Pooling) -> dict[str, int]:
-    """What each call has to read and write, see above."""
+    """The bytes that each call must move, as at the top of this file."""
     n, m, channels = sum(pooled.parent.lengths), sum(pooled.buckets.lengths), case.features.shape[1]
     rows, child_rows, members = 2 * channels * n, 2 * channels * m, 4 * n
     argmember = 0 if pooled.argmember is None else channels * m
@@ -139,7 +140,7 @@ def _graph(case: Case) -> str:
 
 
 def _floor(nbytes: int, setting: Setting) -> float:
-    """Milliseconds."""
+    """The floor in milliseconds."""
     return nbytes / setting.ceilings.copy_tb_s / 1e9 + setting.ceilings.graph_node_us / 1e3
 
 
@@ -177,7 +178,7 @@ def _plain(setting: Setting) -> Iterator[Row]:
 
 
 def _others(setting: Setting) -> Iterator[Row]:
-    """Other reductions and ratios, whose must is by the bytes that they move."""
+    """Other reductions and ratios. Their target follows from the bytes that they move."""
     for channels in CHANNELS:
         cases = _sweep(setting.folder, channels)
         plain = cases.gpu.pool()
@@ -201,8 +202,8 @@ def _others(setting: Setting) -> Iterator[Row]:
                     OTHERS_MUST * share * plain_time,
                     floor=_floor(nbytes, setting),
                     checks=_check(cases, name, reduce, ratio),
-                    note=f"{nbytes / 1e6:.1f} MB: a byte {ours / share / plain_time:.2f} x mean of 2 "
-                    f"({number(plain_time)} ms); must: {OTHERS_MUST} x",
+                    note=f"{nbytes / 1e6:.1f} MB: per byte {ours / share / plain_time:.2f} x mean of 2 "
+                    f"({number(plain_time)} ms); target: {OTHERS_MUST} x",
                 )
 
 
@@ -210,7 +211,7 @@ def _others(setting: Setting) -> Iterator[Row]:
 
 
 def _cell(points: np.ndarray) -> float:
-    """The voxel size of a grid that keeps half of the points: bisected, as fewer are kept the larger it is."""
+    """The voxel size with which a grid keeps half of the points, by bisection."""
     offsets = points - points.min(axis=0)
     low, high = 0.0, float(offsets.max())
     for _ in range(20):
@@ -238,7 +239,7 @@ def _grid_pool(features: Any, points: Any, cell: float, reduce_rows: Callable[..
 
 
 def _grid(points: Any, cell: float) -> tuple[Any, Any]:
-    """The group of each point, and how many each has."""
+    """The group of each point, and the number of points of each group."""
     import torch
 
     x, y, z = ((points - points.amin(0)) / cell).long().T
@@ -281,7 +282,7 @@ def _backward_peers(case: Case, pooled: gpu3d.Pooling, cell: float) -> Iterator[
 
 
 def _parents(pooled: gpu3d.Pooling) -> Any:
-    """The child of each slot, int32 [num_slots] in torch: no slot of the timed sweep is empty."""
+    """The child of each slot, a torch tensor int32 [num_slots]. The timed sweep has no empty slots."""
     import cupy
 
     parents = cupy.empty(pooled.parent.num_slots, np.int32)
@@ -329,7 +330,7 @@ def _unpool(setting: Setting) -> Iterator[Row]:
                     _unpool_peer(cases.gpu, pooled, name, nbytes),
                 ),
                 checks=_check(cases, name),
-                note=f"{nbytes / 1e6:.1f} MB in {number(ours)} ms; the peers' rates are of the same bytes",
+                note=f"{nbytes / 1e6:.1f} MB in {number(ours)} ms; rates of the peers count the same bytes",
             )
 
 
@@ -337,7 +338,7 @@ def _unpool(setting: Setting) -> Iterator[Row]:
 
 
 def _ragged(setting: Setting) -> Iterator[Row]:
-    """Time a point of four real sweeps, beside that of the timed sweep, which has no padding."""
+    """Time per point of four real sweeps, compared with the timed sweep, which has no padding."""
     sweeps = data.four_sweeps(setting.folder)
     if not sweeps:
         yield Row("ragged batch", "graph", "ps", None, note="skipped: no real scans (--data names their folder)")
@@ -356,8 +357,8 @@ def _ragged(setting: Setting) -> Iterator[Row]:
                 "ps",
                 1e9 * timing.graph_time(call) / n,
                 checks=_check(ragged, name),
-                note=f"a point, of {n:,} in {len(sweeps)} clouds ({lengths}: {', '.join(sweeps)}); "
-                f"of the timed sweep, {_graph(dense)}: {number(full)} ps",
+                note=f"per point; {n:,} points in {len(sweeps)} clouds ({lengths}: {', '.join(sweeps)}); "
+                f"timed sweep, {_graph(dense)}: {number(full)} ps",
             )
 
 
@@ -371,7 +372,7 @@ def _host(setting: Setting) -> Iterator[Row]:
 
 
 def _tightness(setting: Setting) -> Iterator[Row]:
-    """The mean distance between the two members of a pair. Nothing is asked for."""
+    """The mean distance between the two members of a pair. There is no target."""
     yield _tightness_row("the timed cloud", [data.sweep_cloud(SIZE, setting.folder)])
     sweeps = list(data.real_sweeps(setting.folder)) if setting.folder else []
     if not sweeps:
@@ -385,7 +386,7 @@ def _tightness(setting: Setting) -> Iterator[Row]:
 
 
 def _tightness_row(what: str, clouds: Sequence[np.ndarray]) -> Row:
-    """Means over the clouds of each one's means and medians; a check holds where it holds for all."""
+    """Means and medians of each cloud, averaged over the clouds. A check holds if it holds for every cloud."""
     found, checks = [], {GROUPS: True, MEMBERS: True}
     for cloud in clouds:
         cases = _cases([cloud], 1)
@@ -421,7 +422,7 @@ def _distances(pairs: np.ndarray) -> np.ndarray:
 
 
 def _check(cases: Cases, name: str, reduce: str = "mean", ratio: int = 2) -> dict[str, bool]:
-    """A call's results beside those of the CPU, and of float64."""
+    """Compare the results of a call with the CPU's and with float64."""
     pooled = [case.pool(reduce, ratio) for case in cases]
     results = [_arrays(case.calls(made)[name]()) for case, made in zip(cases, pooled, strict=True)]
     ours, expected, exact = [x.get() for x in results[0]], results[1], results[2]
@@ -436,7 +437,7 @@ def _check(cases: Cases, name: str, reduce: str = "mean", ratio: int = 2) -> dic
 
 
 def _arrays(result: Any) -> tuple[Any, ...]:
-    """What a call returned, as arrays."""
+    """The result of a call as a tuple of arrays."""
     if not isinstance(result, gpu3d.Pooling):
         return result if isinstance(result, tuple) else (result,)
     child = result.buckets
@@ -445,7 +446,7 @@ def _arrays(result: Any) -> tuple[Any, ...]:
 
 
 def _rounded(x: np.ndarray, exact: np.ndarray, wide: Case, ratio: int) -> bool:
-    """Rounded once to its dtype, after at most ratio - 1 float32 sums of `ratio` numbers, and a division."""
+    """Whether x is within the rounding of ratio - 1 float32 additions, a division, and a conversion to its dtype."""
     if x.dtype.kind in "iu":
         return np.array_equal(x, exact)
     inputs = (wide.points,) if x.dtype == np.float32 else (wide.features, wide.others)
@@ -455,7 +456,7 @@ def _rounded(x: np.ndarray, exact: np.ndarray, wide: Case, ratio: int) -> bool:
 
 
 def _each_once(pooled: gpu3d.Pooling) -> bool:
-    """The members are the slots that hold a point, and every child has one first."""
+    """Whether every slot that holds a point is a member once, and every child has a first member."""
     members, slot_to_point = pooled.members.get(), pooled.parent.slot_to_point.get()
     children = pooled.buckets.slot_to_point.get() >= 0
     return np.array_equal(np.sort(members[members >= 0]), np.flatnonzero(slot_to_point >= 0)) and np.array_equal(
@@ -483,7 +484,7 @@ def _determinism(setting: Setting) -> Iterator[Row]:
             _differing(ours),
             0,
             peers=(measured_peer("torch grid pooling: unique, index_add", "check", theirs),),
-            note="all results of the four calls; of the peer the means of features and points",
+            note="ours: all results of the four calls; peer: the means of features and points",
         )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A row of results, and its lines in the table. Columns are fixed: a row is printed as soon as it is measured."""
+"""A row of results and its lines in the table. Columns have fixed widths, so rows are printed one by one."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from typing import Any, NamedTuple
 from benchmarks import timing
 from benchmarks.timing import Ceilings
 
-# column: width; negative: flush left
+# column: width; negative widths are left-aligned
 COLUMNS = {
     "what": -48,
     "timed": -14,
     "unit": -4,
     "ours": 7,
-    "must": 9,
-    "aim": 7,
+    "target": 9,
+    "stretch": 7,
     "floor": 7,
-    "/must": 6,
+    "ratio": 6,
     "": -6,
 }
 WIDTH = 150
-WHY_WIDTH = 44  # the whole reason is in the results file
+WHY_WIDTH = 44  # the results file has the full text
 
 
 class Setting(NamedTuple):
-    """What every suite is given."""
+    """The settings that every suite gets."""
 
-    folder: Path | None  # of real scans
+    folder: Path | None  # the folder of real scans
     quick: bool
     ceilings: Ceilings
 
 
 class Peer(NamedTuple):
-    """Something else that does the same, in the unit of its row."""
+    """Another implementation of the same, in the unit of its row."""
 
     name: str
     timed: str
-    value: float | None  # of this run; None: it did not run
+    value: float | None  # measured in this run; None if it did not run
     why_skipped: str = ""
-    earlier: float | None = None  # published or of another run: never to be mixed up with this one
+    earlier: float | None = None  # published, or from another run; printed apart
     earlier_note: str = ""
 
 
@@ -51,31 +51,31 @@ NOT_INSTALLABLE = "in no registry"
 
 
 def measured_peer(name: str, timed: str, measure: Callable[[], float], earlier: float | None = None) -> Peer:
-    """A peer of this run, or why it could not run."""
+    """A peer that is measured now, or the reason why it could not run."""
     try:
         return Peer(name, timed, measure(), earlier=earlier)
-    except Exception as error:  # whatever a peer raises must not end our run
+    except Exception as error:  # no error of a peer may end the run
         why = str(error).strip().splitlines() or [type(error).__name__]
         return Peer(name, timed, None, why[0][:200], earlier)
 
 
 def graph_peer(call: timing.Call) -> Peer:
-    """What the device needs of our call, with no gaps between its kernels."""
+    """Our call in a CUDA graph: the device time without gaps between kernels."""
     return measured_peer("ours", "graph", lambda: timing.graph_time(call, calls=5))
 
 
 def absent_peer(name: str, timed: str, earlier: float | None, note: str = "") -> Peer:
-    """A peer that cannot run here, and its earlier figure."""
+    """A peer that cannot be installed here, with an earlier figure."""
     return Peer(name, timed, None, NOT_INSTALLABLE, earlier, note)
 
 
 class Row(NamedTuple):
-    """One figure. `must` and `aim` are upper bounds, or lower ones with `at_least`."""
+    """One figure. `must` is its target and `aim` its stretch target: upper bounds, or lower bounds with `at_least`."""
 
     what: str
-    timed: str  # "graph, L2-warm", "graph", "eager", "stream", "host", "CPU" or "check"
+    timed: str  # "graph, L2-warm", "graph", "eager", "host", "CPU" or "check"
     unit: str
-    ours: float | None  # None: skipped, and `note` says why
+    ours: float | None  # None: skipped, `note` has the reason
     must: float | None = None
     aim: float | None = None
     at_least: bool = False
@@ -86,7 +86,7 @@ class Row(NamedTuple):
 
 
 def wrong(row: Row) -> bool:
-    """A result that is not what it must be, whatever its speed."""
+    """Whether a check failed, whatever the speed."""
     return not all(row.checks.values())
 
 
@@ -115,17 +115,17 @@ def head() -> str:
 
 
 def lines(row: Row) -> str:
-    """The row, and below it what it was checked for, its peers and its note."""
+    """The line of the row, and below it its checks, peers and note."""
     sign = ">=" if row.at_least else "<="
     cells = {
         "what": row.what,
         "timed": row.timed,
         "unit": row.unit,
         "ours": "skipped" if row.ours is None else number(row.ours),
-        "must": "" if row.must is None else f"{sign} {number(row.must)}",
-        "aim": number(row.aim),
+        "target": "" if row.must is None else f"{sign} {number(row.must)}",
+        "stretch": number(row.aim),
         "floor": number(row.floor),
-        "/must": number(row.ours / row.must) if row.ours is not None and row.must else "",
+        "ratio": number(row.ours / row.must) if row.ours is not None and row.must else "",
         "": verdict(row),
     }
     remarks = [name if good else f"NOT: {name}" for name, good in row.checks.items()]
@@ -153,7 +153,7 @@ def _peer_line(peer: Peer, row: Row) -> str:
 
 
 def _line(cells: dict[str, str]) -> str:
-    """The columns up to the last one given."""
+    """A line of the table, up to the last column in `cells`."""
     return "  ".join(
         cells[column].ljust(-width) if width < 0 else cells[column].rjust(width)
         for column, width in COLUMNS.items()
@@ -162,7 +162,7 @@ def _line(cells: dict[str, str]) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three digits or more."""
+    """A number with three digits or more."""
     if value is None:
         return ""
     if not math.isfinite(value):

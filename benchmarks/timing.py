@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How time is taken. Every function returns milliseconds, the median of its repeats.
+"""How times are measured. Every function returns milliseconds, the median of its repeats unless it says otherwise.
 
-- graph: `calls` calls captured in one CUDA graph, replayed between two device events, divided by `calls`. No launch
-  gaps: what the device needs. The calls read the same inputs, so inputs under 50 MB stay in an H100's L2.
-- eager: one call between two device events, launch gaps included.
-- stream: one of many calls that were launched before the device came to them: launch gaps, and no waiting for the host.
-- host: the Python call alone, on an idle device and without waiting for it.
-- CPU: the whole call on the host.
+- graph: device time. `calls` calls are captured in one CUDA graph, and the time of a replay between two device events
+  is divided by `calls`. There are no gaps between launches. The calls read the same inputs, so inputs under 50 MB stay
+  in the L2 cache of an H100.
+- eager: one call between two device events, with the gaps between launches.
+- host: the Python call alone, on an idle device, without waiting for the result.
+- CPU: a call that runs on the host.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 Call = Callable[[], Any]
 
-CALLS, SLOW_MS, ONCE_MS = 10, 10.0, 100.0  # of `call_time`
-SPIN_HZ = 2e9  # of `stream_time`: about a GPU's clock
-WARM_SECONDS = 0.02  # of replays before the first that counts: clocks are up, caches are warm
+CALLS, SLOW_MS, ONCE_MS = 10, 10.0, 100.0  # for `call_time`
+BETWEEN_WAITS = 20  # `host_times` waits for the GPU after this many calls
+WARM_SECONDS = 0.02  # replays before the first that counts, to raise the clocks and warm the caches
 
 
 def why_no_gpu() -> str | None:
-    """None where CuPy can use a GPU, else what is missing."""
+    """None if CuPy can use a GPU, otherwise what is missing."""
     try:
         import cupy
     except ImportError as error:
         return f'CuPy cannot be imported ({error}); pip install "gpu3d[cuda13]" (or "gpu3d[cuda12]")'
     try:
         cupy.zeros(1)
-    except Exception as error:  # of many kinds, and each means the same here
+    except Exception as error:  # errors of many kinds mean the same here
         return f"CuPy {cupy.__version__} finds no GPU that it can use ({error})"
     return None
 
@@ -43,17 +43,17 @@ def why_no_gpu() -> str | None:
 
 @functools.cache
 def _stream() -> Any:
-    """One stream for all: CuPy's pool keeps free memory for each stream apart."""
+    """One stream for all measurements, because CuPy's pool keeps free memory per stream."""
     import cupy
 
     return cupy.cuda.Stream(non_blocking=True)
 
 
 def graph_time(call: Call, calls: int = 20, repeats: int = 30, *, keep: bool = True) -> float:
-    """Time of one CuPy `call` in a graph of `calls`.
+    """Time of one CuPy `call` in a graph of `calls` calls.
 
-    The results of all calls stay alive, so each writes to memory of its own. keep=False drops each result at once: then
-    the calls share one output, which CuPy's pool hands on, and small outputs stay in L2 too.
+    The results of all calls stay alive, so each call writes to memory of its own. With keep=False each result is
+    dropped at once. Then all calls write to the same memory, and small outputs stay in L2 too.
     """
     import cupy
 
@@ -84,7 +84,7 @@ def _graph_times(call: Call, calls: int, repeats: int, keep: bool) -> list[float
 
 
 def torch_graph_time(call: Call, calls: int = 20, repeats: int = 30, *, keep: bool = True) -> float:
-    """The same of a torch `call`."""
+    """The same for a torch `call`."""
     import torch
 
     times = _torch_graph_times(call, calls, repeats, keep)
@@ -137,7 +137,8 @@ def _warm(replay: Call, synchronize: Call) -> None:
 def eager_time(call: Call, repeats: int = 30, calls: int = 1) -> float:
     """Time of one CuPy `call` between two device events on the current stream.
 
-    Of one call, the host's time until its launch counts; of several in a row, the device is busy meanwhile.
+    With calls=1 the host's time until the launch is part of it. With several calls in a row it is not, as long as the
+    device is busy with the call before.
     """
     import cupy
 
@@ -148,9 +149,10 @@ def eager_time(call: Call, repeats: int = 30, calls: int = 1) -> float:
 
 
 def call_time(call: Call) -> float:
-    """Eager, of 10 calls in a row: the device need not wait for the host. A call of over 10 ms by itself, of 100 once.
+    """Eager time of 10 calls in a row, so that the device does not wait for the host.
 
-    Events of CuPy's current stream time torch too: both run on the default stream.
+    A call of more than 10 ms is timed by itself, and a call of more than 100 ms only once. Events of CuPy's current
+    stream time torch too, because both run on the default stream.
     """
     once = eager_time(call, 1)
     if once > ONCE_MS:
@@ -159,12 +161,12 @@ def call_time(call: Call) -> float:
 
 
 def _between_events(call: Call, calls: int = 1) -> float:
-    """Device time of what `calls` calls enqueue on the current stream."""
+    """Device time between events around `calls` calls on the current stream."""
     import cupy
 
     start, end = cupy.cuda.Event(), cupy.cuda.Event()
     if calls > 1:
-        call()  # keeps the device busy until the first that counts is there
+        call()  # keeps the device busy until the first timed call is launched
     start.record()
     for _ in range(calls):
         result = call()
@@ -174,32 +176,11 @@ def _between_events(call: Call, calls: int = 1) -> float:
     return cupy.cuda.get_elapsed_time(start, end)
 
 
-def stream_time(call: Call, calls: int = 50, repeats: int = 10) -> float:
-    """Time of one CuPy `call` of many on the current stream, which waits behind a kernel until all are launched."""
-    import cupy
-
-    code = 'extern "C" __global__ void spin(long long n) { for (long long t = clock64(); clock64() - t < n;) {} }'
-    spin, start, end = cupy.RawKernel(code, "spin"), cupy.cuda.Event(), cupy.cuda.Event()
-    cycles = int(SPIN_HZ * 2 * calls * host_time(call, seconds=0) / 1e3)
-    times = []
-    for _ in range(repeats):
-        cupy.cuda.Device().synchronize()
-        spin((1,), (1,), (cycles,))
-        start.record()
-        for _ in range(calls):
-            result = call()
-            del result
-        assert not start.done, "the device came to the calls before they were launched"
-        end.record()
-        end.synchronize()
-        times.append(cupy.cuda.get_elapsed_time(start, end))
-    return statistics.median(times) / calls
-
-
 def host_time(call: Call, calls: int = 300, seconds: float = 4) -> float:
-    """Host time of the Python call alone, the device idle: the least of so many, and of all in so many seconds.
+    """Host time of the Python call alone, on an idle device: the least of `calls` calls, and of `seconds` of calls.
 
-    What else the host does, for others, only ever adds, and for seconds: the least of 300 was 47 to 91 us of one call.
+    Other work on the host only makes a call slower, and may do so for seconds. The least of 300 calls alone varied from
+    47 to 91 us for one and the same call.
     """
     import cupy
 
@@ -211,6 +192,25 @@ def host_time(call: Call, calls: int = 300, seconds: float = 4) -> float:
         times.append(time.perf_counter() - begin)
         del result
     return 1e3 * min(times[20:])
+
+
+def host_times(calls: Iterable[Call]) -> list[float]:
+    """Host time of each Python call alone. Its result is dropped after the clock has stopped.
+
+    The host waits for the GPU before every 20th call, so the queue of launches never fills.
+    """
+    import cupy
+
+    device, times = cupy.cuda.Device(), []
+    for i, call in enumerate(calls):
+        if i % BETWEEN_WAITS == 0:
+            device.synchronize()
+        begin = time.perf_counter()
+        result = call()
+        times.append(1e3 * (time.perf_counter() - begin))
+        del result
+    device.synchronize()
+    return times
 
 
 def cpu_time(call: Call, repeats: int = 20) -> float:
@@ -227,7 +227,7 @@ def cpu_time(call: Call, repeats: int = 20) -> float:
 
 
 def peak_bytes(call: Call) -> int:
-    """The most bytes of CuPy's pool that a call holds at a time, its results among them."""
+    """Peak bytes of CuPy's pool during a call, results included."""
     import cupy
 
     class Used(cupy.cuda.MemoryHook):
@@ -243,7 +243,7 @@ def peak_bytes(call: Call) -> int:
         def free_postprocess(self, **event: int) -> None:
             self.now -= event["mem_size"]
 
-    call()  # kernels are loaded, constants uploaded
+    call()  # loads kernels and uploads constants
     used = Used()
     with used:
         call()
@@ -251,7 +251,7 @@ def peak_bytes(call: Call) -> int:
 
 
 def free() -> None:
-    """Gives the memory of CuPy's pool and torch's back: they do not share it."""
+    """Return the free memory of CuPy's pool and of torch to the device, because they do not share it."""
     import cupy
 
     cupy.get_default_memory_pool().free_all_blocks()
@@ -263,14 +263,14 @@ def free() -> None:
 
 
 class Ceilings(NamedTuple):
-    """Measured on the device at hand: the floors of a table are computed from them."""
+    """What this device can do, measured. The floors of a table are computed from it."""
 
     copy_tb_s: float  # bytes read plus bytes written
-    graph_node_us: float  # a kernel of one thread, as one node of a graph
+    graph_node_us: float  # a kernel of one thread as a node of a graph
 
 
 def ceilings() -> Ceilings:
-    """Copy bandwidth over 512 MB, which no L2 holds, and the time of a near-empty kernel in a graph."""
+    """Copy bandwidth over 512 MB, more than any L2 cache, and the time of a near-empty kernel in a graph."""
     import cupy
 
     size = 512_000_000

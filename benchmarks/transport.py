@@ -1,28 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""apml and its gradients: time beside peers and floors, growth, memory, and every number beside the dense definition.
+"""apml and its gradients: time compared with peers and floors, growth, memory, and equality with the dense definition.
 
-p_min 0.8, threshold 1e-8, 20 iterations, "mean". Times are eager, of 10 calls in a row between two device events (a
-call of over 10 ms by itself, of over 100 ms once), and hold everything: both searches, the plan, the loss and, where a
-row says so, the gradients. Without max_entries a call waits for the device to count; with it, here 16 entries a point
-of both clouds, it does not.
+Options are p_min 0.8, threshold 1e-8, 20 iterations, "mean". Times are eager: 10 calls in a row between two device
+events; a call of more than 10 ms by itself, one of more than 100 ms only once. They include everything: both searches,
+the plan, the loss and, where a row says so, the gradients. Without max_entries a call waits for the device to count
+entries. With it, here 16 entries per point of both clouds, it does not wait.
 
-Clouds: the pairs of `data.pair`, of as many points in both; two real sweeps of one scene, 4 s apart; and single scans,
-of which every second point is one cloud and the others are the other, equal points left out.
+Clouds: the pairs of `data.pair`, with equally many points in both; two real sweeps of one scene, 4 s apart; and single
+scans cut in two, every second point in one cloud and the rest in the other, without duplicate points.
 
-Checked against all pairs (`_exact`): distances, the choice of what is kept, weights, Sinkhorn, loss and gradients in
-float64 of CuPy, every distance computed, in parts that fit; what is not kept is 0 in the dense plan and stays 0. The
-pairs must be the same to the last. That is done of 32 x 2048 and 8 x 8192 for all kinds of clouds, of 1 x 131,072 for
-near and far (not with --quick), and not of a million points: there near is compared with the CPU, which is float64
-too but finds the pairs by k-d trees.
+Results are checked against all pairs (`_exact`): distances, kept entries, weights, Sinkhorn, loss and gradients in
+float64 with CuPy, in parts that fit. An entry that is not kept is 0 in the dense plan and stays 0. The kept pairs must
+be exactly the same. This is done for 32 x 2048 and 8 x 8192 with all kinds of clouds, and for 1 x 131,072 with near and
+far (not with --quick). A million points are too many: there near is compared with the CPU, which also computes in
+float64, but finds the pairs with k-d trees.
 
-Memory: the most bytes of CuPy's pool that a call holds at a time, results included, inputs not: a hook on the pool adds
-what is handed out and subtracts what comes back. Beside it what the pool took from the device for the call (its
-total_bytes, after free_all_blocks and one call). Both a point of both clouds.
+Memory: peak bytes of CuPy's pool during a call, with its results and without its inputs. A hook on the pool adds what
+is allocated and subtracts what is freed. The note has what the pool took from the device for the call (its total_bytes
+after free_all_blocks and one call). Both figures are per point of both clouds.
 
 Floors: the bytes that a call must move (coordinates read once, gradients written once) at the copy bandwidth, and one
-near-empty kernel of a graph, both measured in the same run. There is no search in it and no Sinkhorn. The bounds from
-above: the two nearest of every point by all pairs (brute_force.cu), which is less than half of what any APML without
-pruning must do; and dense APML in torch.
+near-empty kernel in a graph, both measured in the same run. They include neither search nor Sinkhorn. Two peers bound
+the time from above: the two nearest neighbours of every point by brute force (brute_force.cu), which is less than half
+of the work of any APML without pruning; and dense APML in torch.
 """
 
 from __future__ import annotations
@@ -39,24 +39,25 @@ from benchmarks import data, losses, neighbors, timing
 from benchmarks.table import Peer, Row, Setting, absent_peer, graph_peer, measured_peer, number
 
 P_MIN, THRESHOLD, ITERATIONS = 0.8, 1e-8, 20
-ENTRIES_A_POINT = 16  # of max_entries
-QUICK_SIZE = 2**17  # with --quick no cloud above it
+ENTRIES_A_POINT = 16  # for max_entries
+QUICK_SIZE = 2**17  # the largest cloud with --quick
 SIZES = tuple((1, 2**power) for power in range(11, 21)) + tuple((2**power, 2048) for power in range(1, 8))
 LARGEST = 2**20
 RUNS = 100
 
-# Forward and backward, by clouds and points a cloud: (must, aim) in ms of near and shell.
+# Forward and backward of near and shell, by (clouds, points per cloud): target and stretch target in ms.
 MUST_AND_AIM = {(32, 2048): (0.7, None), (8, 8192): (1.0, None), (1, 2**17): (3.5, 1.5), (1, LARGEST): (30.0, 12.0)}
-HARD_MUST = {(32, 2048): 1.5, (8, 8192): 2.0, (1, 2**17): 4.0}  # independent, collapsed and far: times near
-ROOM_MUST = 1.02  # with max_entries: times without; a median of 30 wavers by 2 %
+HARD_MUST = {(32, 2048): 1.5, (8, 8192): 2.0, (1, 2**17): 4.0}  # times near, for independent, collapsed and far
+ROOM_MUST = 1.02  # with max_entries, times the call without; medians of 30 vary by 2 %
 GROWTH_MUST = 1.2  # the exponent of N
-MEMORY_MUST = 200  # bytes a point of both clouds
+MEMORY_MUST = 200  # bytes per point of both clouds
 HOST_MUST = 500  # us
 CPU_POINTS, CPU_MUST = 8192, 150  # ms
 PLAN_ERROR, LOSS_ERROR, GRADIENT_ERROR = 1e-5, 1e-5, 1e-4  # absolute, relative, relative in the 2-norm
 
-# The public CUDA extension of CUDA-APML, compiled with -O3, in ms (forward, forward+backward) and MiB, and the memory
-# of dense APML in torch, in MiB, of the run that benchmarks/losses.py speaks of. Its gradients are 2 to 12 % off.
+# From the earlier run that benchmarks/losses.py names: the public CUDA extension of CUDA-APML, compiled with -O3, in ms
+# (forward, forward+backward) and MiB, and the memory of dense APML in torch in MiB. The extension's gradients are 2 to
+# 12 % off.
 CUDA_APML_EARLIER = {
     (8, 2048): (6.65, 8.09),
     (32, 2048): (12.6, 14.6),
@@ -69,16 +70,16 @@ CUDA_APML_MIB_EARLIER = {(32, 2048): 61, (8, 8192): 48, (1, 2**17): 44}
 DENSE_MIB_EARLIER = {(32, 2048): 3174, (8, 8192): 12_595}
 EARLIER_NOTE = "(noise 0.02)"
 
-# What limits the peers, most of which look at all pairs, and the check, which does.
+# Limits for the peers, most of which look at all pairs, and for the check, which also does.
 NO_ROOM, TOO_SLOW = "does not fit:", "looks at all"
-DENSE_PAIRS = 2**30  # of which dense APML keeps six matrices at a time
+DENSE_PAIRS = 2**30  # dense APML keeps six matrices of this size
 CDIST_PAIRS = 2**32
 SINKHORN_PAIRS = 2**34
 BRUTE_FORCE_PAIRS = 2**36
-GRAPH_POINTS = 2**19  # of both clouds; of more, a graph of near alone is timed
+GRAPH_POINTS = 2**19  # of both clouds; for more, only near is timed in a graph
 EXACT_PAIRS = 2**30
-LARGE_EXACT = ("near", "far"), 2**34  # kinds that are checked up to more pairs
-PART_PAIRS = 2**27  # at a time, in the check
+LARGE_EXACT = ("near", "far"), 2**34  # these kinds are checked up to this many pairs
+PART_PAIRS = 2**27  # pairs in memory at a time, in the check
 
 
 def run(setting: Setting) -> Iterator[Row]:
@@ -92,7 +93,7 @@ def run(setting: Setting) -> Iterator[Row]:
 
 
 class Case(NamedTuple):
-    """Clouds on the GPU; cloud b has as many points in pred and in target but where target_lengths are given."""
+    """Clouds on the GPU. target_lengths is given only if the lengths of pred and target differ."""
 
     pred: Any  # [N, 3]
     target: Any  # [M, 3]
@@ -101,7 +102,7 @@ class Case(NamedTuple):
 
     @property
     def points(self) -> int:
-        """Of both."""
+        """The points of both clouds together."""
         return len(self.pred) + len(self.target)
 
     @property
@@ -110,14 +111,14 @@ class Case(NamedTuple):
 
     @property
     def room(self) -> int:
-        """For max_entries."""
+        """The value for max_entries."""
         return ENTRIES_A_POINT * self.points
 
     def value(self, max_entries: int | None = None) -> Any:
         return gpu3d.apml(self.pred, self.target, max_entries=max_entries, **self._options())
 
     def value_and_grad(self, max_entries: int | None = None) -> list[Any]:
-        """Loss, and gradients of pred and of target."""
+        """The loss and the gradients of pred and target."""
         loss, gradients = gpu3d.apml_value_and_grad(self.pred, self.target, max_entries=max_entries, **self._options())
         return [loss, *gradients]
 
@@ -142,7 +143,7 @@ class Case(NamedTuple):
 
 
 def _case(kind: str, n: int, clouds: int = 1) -> Case:
-    """See `data.pair`."""
+    """The clouds of `data.pair`."""
     import cupy
 
     return Case(*map(cupy.asarray, data.pair(kind, n, clouds)), *2 * (clouds * (n,),))
@@ -156,7 +157,7 @@ def _shape(clouds: int, n: int) -> str:
 
 
 class Exact(NamedTuple):
-    """Plan, loss (a mean over clouds) and gradients: float64, on the GPU."""
+    """Plan, loss (mean over clouds) and gradients, in float64 on the GPU."""
 
     rows: Any  # int64 [nnz]
     columns: Any  # int64 [nnz]
@@ -181,7 +182,7 @@ def _exact(case: Case) -> Exact:
             weights.append(weight)
         row, column = row + n, column + m
     pairs, place = cupy.unique(cupy.concatenate(keys), return_inverse=True)
-    values = cupy.bincount(place, cupy.concatenate(weights)) / 2  # the mean of both choices, 0 where there is none
+    values = cupy.bincount(place, cupy.concatenate(weights)) / 2  # mean of both sides; a missing entry counts as 0
     rows, columns = pairs >> 32, pairs & 0xFFFFFFFF
     for _ in range(ITERATIONS):
         values = values / (cupy.bincount(rows, values)[rows] + 1e-8)
@@ -199,7 +200,7 @@ def _exact(case: Case) -> Exact:
 def _choices(own: Any, other: Any) -> Iterator[tuple[Any, Any, Any]]:
     """What each point keeps of the other cloud: its row, the other's row and the weight, some points at a time.
 
-    An operation a kernel, so none is contracted: the same bits as NumPy's.
+    Each operation is a kernel of its own, so there is no fused multiply-add and the bits equal NumPy's.
     """
     import cupy
 
@@ -223,7 +224,7 @@ def _choices(own: Any, other: Any) -> Iterator[tuple[Any, Any, Any]]:
 
 
 def _errors(case: Case, exact: Exact) -> tuple[bool, float, float, float]:
-    """Whether the pairs are those of the definition, and the errors of plan values, loss and gradients."""
+    """Whether the pairs equal those of the definition, and the errors of plan values, loss and gradients."""
     import cupy
 
     rows, cols, values, _ = case.plan()
@@ -242,7 +243,7 @@ SAME_PAIRS = "the pairs of the definition"
 
 
 def _accuracy(setting: Setting) -> Iterator[Row]:
-    """Of the same cases that are timed."""
+    """The accuracy of the cases that are timed."""
     for clouds, n in MUST_AND_AIM:
         for kind in data.PAIRS:
             kinds, most = LARGE_EXACT
@@ -301,13 +302,13 @@ def _against_cpu(setting: Setting) -> Row:
 
 
 def _floor(setting: Setting, case: Case, both: bool) -> float:
-    """Milliseconds."""
+    """The floor in milliseconds."""
     nbytes = (1 + both) * (case.pred.nbytes + case.target.nbytes)
     return nbytes / setting.ceilings.copy_tb_s / 1e9 + setting.ceilings.graph_node_us / 1e3
 
 
 def _kinds(setting: Setting) -> Iterator[Row]:
-    """Every bound on time; then what the times say of growth."""
+    """The rows that have a target for time, and then the growth that follows from them."""
     times: dict[tuple[str, int], float] = {}
     for (clouds, n), bounds in MUST_AND_AIM.items():
         for kind in data.PAIRS:
@@ -337,7 +338,7 @@ def _kinds(setting: Setting) -> Iterator[Row]:
 def _kind_rows(
     setting: Setting, what: str, case: Case, must: float | None, aim: float | None, note: str, every: bool
 ) -> Iterator[Row]:
-    """Value and gradients without max_entries and with it, and the value alone; with all peers where `every`."""
+    """Value and gradients without max_entries and with it, and the value alone. `every` adds all peers."""
     first, room = case.value_and_grad(), case.room
     ours = timing.call_time(case.value_and_grad)
     floor = _floor(setting, case, both=True)
@@ -362,7 +363,7 @@ def _kind_rows(
         floor=floor,
         peers=(graph_peer(partial(case.value_and_grad, room)),) if every or case.points <= GRAPH_POINTS else (),
         checks={"the same bits as without": all(map(_same, first, case.value_and_grad(room)))},
-        note=f"must: {ROOM_MUST} x without ({number(ours)} ms); {room:,} entries",
+        note=f"target: {ROOM_MUST} x without ({number(ours)} ms); {room:,} entries",
     )
     yield Row(
         f"{what}: value",
@@ -376,17 +377,17 @@ def _kind_rows(
 
 
 def _moves(gradients: list[Any]) -> bool:
-    """No gradient is 0 throughout, and none has a number that is none."""
+    """Whether every gradient is finite and somewhere not 0."""
     return all(0 < float((gradient**2).sum()) < math.inf for gradient in gradients)
 
 
 def _same(x: Any, y: Any) -> bool:
-    """The same bits."""
+    """Whether two arrays have the same bits."""
     return x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
 
 
 def _peers(setting: Setting, case: Case, both: bool) -> Iterator[Peer]:
-    """Of clouds of equal lengths."""
+    """The peers, for clouds of equal lengths."""
     clouds, n = len(case.lengths), case.lengths[0]
     if both:
         yield measured_peer("ours, chamfer", "eager", lambda: timing.call_time(case.chamfer_value_and_grad))
@@ -429,7 +430,7 @@ def _brute_force(case: Case) -> Peer:
 
 
 def _sizes(setting: Setting) -> Iterator[Row]:
-    """Nothing is asked for; with the peers of which there are earlier figures, where they are not beside a bound."""
+    """More sizes, without a target, and the earlier figures of peers that no row above shows."""
     for clouds, n in SIZES:
         what = f"{_shape(clouds, n)}, near: value and gradients"
         if setting.quick and clouds * n > QUICK_SIZE:
@@ -445,12 +446,12 @@ def _sizes(setting: Setting) -> Iterator[Row]:
             ours,
             floor=_floor(setting, case, both=True),
             peers=tuple(_peers(setting, case, both=True)) if earlier else (),
-            note=f"{1e6 * ours / case.points:.1f} ns a point of both clouds",
+            note=f"{1e6 * ours / case.points:.1f} ns per point of both clouds",
         )
 
 
 def _scans(setting: Setting) -> Iterator[Row]:
-    """How sparse the plan of a whole scene is, and what it costs: two sweeps of one, and the halves of a scan each."""
+    """Sparsity and time of the plan of whole scenes: two sweeps of one scene, and the two halves of single scans."""
     if setting.folder is None:
         yield Row("real scans", "eager", "ms", None, note="skipped: no real scans (--data names their folder)")
         return
@@ -476,17 +477,17 @@ def _scan_row(setting: Setting, name: str, *points: np.ndarray) -> Row:
         floor=_floor(setting, case, both=True),
         peers=(graph_peer(partial(case.value_and_grad, case.room)), _brute_force_apart(case)),
         note=f"{name}; {len(plan.rows) / len(pred):.2f} pairs a row, at most {_longest(plan):,}; "
-        f"{_bytes_a_point(case.value_and_grad, case):.0f} bytes a point",
+        f"{_bytes_a_point(case.value_and_grad, case):.0f} bytes per point",
     )
 
 
 def _longest(plan: gpu3d.ApmlPlan) -> int:
-    """The most pairs of a row."""
+    """The largest number of pairs in a row."""
     return int((plan.indptr[1:] - plan.indptr[:-1]).max())
 
 
 def _brute_force_apart(case: Case) -> Peer:
-    """Of float32 coordinates, and as many in both: brute_force.cu knows no others."""
+    """Brute force on a cut copy of the case, because brute_force.cu needs float32 coordinates and equal lengths."""
     n = min(len(case.pred), len(case.target))
     pred, target = ((cloud[:n] - case.target[:1]).astype(np.float32) for cloud in (case.pred, case.target))
     return _brute_force(Case(pred, target, (n,), (n,)))
@@ -514,7 +515,7 @@ def _memory(setting: Setting) -> Iterator[Row]:
                     Peer("ours, with max_entries", "check", _bytes_a_point(room, case)),
                     *(_memory_peers(case) if kind == "near" else ()),
                 ),
-                note=f"a point of both clouds; the pool took {_taken_a_point(case.value_and_grad, case):.0f} B",
+                note=f"per point of both clouds; the pool took {_taken_a_point(case.value_and_grad, case):.0f} B",
             )
 
 
@@ -523,7 +524,7 @@ def _bytes_a_point(call: timing.Call, case: Case) -> float:
 
 
 def _taken_a_point(call: timing.Call, case: Case) -> float:
-    """What the pool takes from the device for one call, when it has nothing to spare."""
+    """Bytes per point that an empty pool takes from the device for one call."""
     import cupy
 
     pool = cupy.get_default_memory_pool()
@@ -561,7 +562,7 @@ def _dense_bytes(case: Case) -> int:
 
 
 def _host(setting: Setting) -> Iterator[Row]:
-    """Without max_entries the call's wait for the device is in it, with it the Python call alone."""
+    """Host time. Without max_entries it includes the wait for the device; with it, it is the Python call alone."""
     clouds, n = 32, 2048
     case = _case("near", n, clouds)
     for what, call, must in (
@@ -609,5 +610,5 @@ def _determinism(setting: Setting) -> Iterator[Row]:
             "runs",
             differing,
             0,
-            note="loss, gradients and plan; loss and gradients with max_entries",
+            note="loss, gradients and plan; and loss and gradients with max_entries",
         )
