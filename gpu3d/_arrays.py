@@ -162,8 +162,8 @@ def read(x: Any, name: str) -> Given:
     if isinstance(x, np.ndarray):
         if isinstance(x, np.ma.MaskedArray):
             raise TypeError(
-                f"{name} is a masked array, and gpu3d knows no masks: drop what is masked by {name}.compressed() or "
-                f"{name}[~{name}.mask.any(axis=1)], or fill it by {name}.filled()."
+                f"{name} is a masked array, and gpu3d knows no masks: drop the masked rows by "
+                f"numpy.ma.compress_rows({name}), or fill what is masked by {name}.filled()."
             )
         x = x.view(np.ndarray) if type(x) is not np.ndarray else x  # slices of numpy.matrix differ
         return Given(x.shape, x.dtype, None, 0, _NUMPY, x)
