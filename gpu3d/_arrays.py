@@ -302,6 +302,14 @@ def leave(array: Any, origin: Origin) -> Any:
     return jax.device_put(array, origin.place or jax.devices("cpu")[0])
 
 
+def passed_on(array: Any, library: str, origin: Origin) -> Any:
+    """An array of `library` as one of the origin's library, on the same device; a copy only where `leave` copies."""
+    if library == origin.library:
+        return array
+    given = read(array, "the array")
+    return leave(given.array if given.device is None else as_cupy(given), origin)
+
+
 def empty(specs: Sequence[Spec], size: int, origin: Origin) -> tuple[list[Any], list[int], Any]:
     """New arrays and `size` bytes of workspace on the origin's GPU, which is the current device, and their addresses.
 
@@ -447,7 +455,7 @@ def shown(value: Any) -> str:
 
 
 def check_choice(value: Any, choices: Sequence[str], name: str) -> None:
-    """The value, if it is one of the choices."""
+    """Raise an error unless the value is one of the choices."""
     if not isinstance(value, str) or value not in choices:
         error = ValueError if isinstance(value, str) else TypeError
         raise error(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}.")
@@ -493,12 +501,16 @@ def check_points(
     The dtype must be a float: integer coordinates have an unknown scale, on which their voxels would depend.
     """
     found = cloud_lengths(points.shape, lengths, name, lengths_name, dimensions)
-    if points.dtype not in FLOATS:
-        raise TypeError(
-            f"{name} must be float32, float64, float16 or bfloat16, got {points.dtype}: "
-            f"convert by {name}.astype('float32')."
-        )
+    check_floats(points, name)
     return found
+
+
+def check_floats(x: Given | Spec, name: str) -> None:
+    """Raise a TypeError unless the elements of x are floats that every op takes."""
+    if x.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}: convert by {name}.astype('float32')."
+        )
 
 
 def cloud_lengths(

@@ -37,7 +37,7 @@ def precompile(*, progress: bool = True) -> int:
     Examples
     --------
     >>> gpu3d.precompile()  # doctest: +SKIP
-    gpu3d kernels for sm_90a: 100%|██████████| 217/217
-    217
+    gpu3d kernels for sm_90a: 100%|██████████| 246/246
+    246
     """
     return compiler.precompile(configurations(), progress=progress)

@@ -312,6 +312,12 @@ def buckets_of(arrays: Sequence[Any], lengths: tuple[int, ...], bucket_size: int
     return Buckets(slot_to_point, point_to_slot, moved, bucket_size, lengths, bucket_offsets(lengths, bucket_size))
 
 
+def checked_layout(lengths: tuple[int, ...], bucket_size: int) -> Buckets:
+    """A layout without its arrays. It is checked, because an operator or a program may be called with any numbers."""
+    lengths = _arrays.check_lengths(lengths, sum(lengths), "points")
+    return buckets_of((None, None, None), lengths, check_bucket_size(bucket_size))
+
+
 def bucket_offsets(lengths: Sequence[int], bucket_size: int) -> tuple[int, ...]:
     """The first bucket of each cloud, and at the end the number of buckets."""
     return tuple(accumulate([(n + bucket_size - 1) // bucket_size for n in lengths], initial=0))
@@ -319,7 +325,7 @@ def bucket_offsets(lengths: Sequence[int], bucket_size: int) -> tuple[int, ...]:
 
 @clouds.remembered
 def _bucket_offsets(lengths: Sequence[int], bucket_size: int) -> tuple[int, ...]:
-    """The same of numbers, not of symbols: sooner."""
+    """The same, of numbers and not of symbols, so that many clouds go through NumPy and few through a cache."""
     if len(lengths) <= clouds.INLINE_CLOUDS:
         return bucket_offsets(lengths, bucket_size)
     return (0, *np.cumsum(-(-clouds.array(lengths) // bucket_size)).tolist())

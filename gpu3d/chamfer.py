@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from gpu3d import _arrays
-from gpu3d._arrays import FLOAT32, FLOATS, INT32, Given, Origin, Spec
+from gpu3d._arrays import FLOAT32, INT32, Given, Spec
 from gpu3d.cuda import chamfer as cuda
 from gpu3d.cuda import launcher
 from gpu3d.neighbors import (
@@ -189,8 +189,7 @@ def check_chamfer_backward(
     if dloss is not None:
         if dloss.shape != loss.shape:
             raise ValueError(f"dloss must have the loss's shape, got {list(dloss.shape)} for reduction {reduction!r}.")
-        if dloss.dtype not in FLOATS:
-            raise TypeError(f"dloss must be float32, float64, float16 or bfloat16, got {dloss.dtype}.")
+        _arrays.check_floats(dloss, "dloss")
     given = {"x": x, "dloss": dloss, "residuals": residuals}
     _arrays.check_same_device(**{name: z.origin for name, z in given.items() if isinstance(z, Given)})
     return checked
@@ -244,7 +243,7 @@ def chamfer_backward_arrays(
         return [_arrays.leave(dz.reshape(z.shape), z.origin) for dz, z in zip(arrays, (x, y), strict=True)]
     call = cuda.chamfer_backward(None if dloss is None else dloss.spec, x.spec, y.spec, residuals.spec, *options)
     dx, dy = launcher.launch(call, (dloss, x, y, residuals), chamfer_backward_results(x, y), x.origin)
-    return [dx, _of_library(dy, x.origin, y.origin)]
+    return [dx, _arrays.passed_on(dy, x.origin.library, y.origin)]
 
 
 def _value_and_gradients(
@@ -265,7 +264,7 @@ def _value_and_gradients(
         return [_arrays.leave(loss, origin), *made]
     specs = chamfer_results(0, 0, len(x_lengths), reduction)[0], Spec(x.shape, x.dtype), Spec(y.shape, y.dtype)
     loss, dx, dy = _launch(x, y, *options, specs, gradients=True)
-    return [loss, dx, _of_library(dy, origin, y.origin)]
+    return [loss, dx, _arrays.passed_on(dy, x.origin.library, y.origin)]
 
 
 def _on_the_host(
@@ -314,10 +313,3 @@ def _launch(
         gradients=gradients,
     )
     return launcher.launch(call, [of_x, of_y, *indices], specs)
-
-
-def _of_library(array: Any, made: Origin, wanted: Origin) -> Any:
-    """A GPU array of the library `made` as an array of the library `wanted`, without a copy."""
-    if made.library == wanted.library:
-        return array
-    return _arrays.leave(_arrays.as_cupy(_arrays.read(array, "a gradient")), wanted)

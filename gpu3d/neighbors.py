@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu3d import _arrays
-from gpu3d._arrays import FLOAT32, FLOATS, INT32, INT64, Given, Origin, Spec
+from gpu3d._arrays import FLOAT32, INT32, INT64, Given, Origin, Spec
 from gpu3d.cuda import launcher
 from gpu3d.cuda import neighbors as cuda
 from gpu3d.reference import neighbors as reference
@@ -429,8 +429,7 @@ def _check_gradient(ddistances: Given | Spec, distances: Given | Spec) -> None:
         raise ValueError(
             f"ddistances must have the shape of distances, {list(distances.shape)}, got {list(ddistances.shape)}."
         )
-    if ddistances.dtype not in FLOATS:
-        raise TypeError(f"ddistances must be float32, float64, float16 or bfloat16, got {ddistances.dtype}.")
+    _arrays.check_floats(ddistances, "ddistances")
 
 
 # ---- arrays --------------------------------------------------------------------------------------------------------
@@ -486,7 +485,7 @@ def radius_arrays(
         call = cuda.radius(*arguments, max_entries, device, index=index, same=same)
         return launcher.launch(call, inputs, radius_results(n, max_entries))
     # A first call counts the neighbours, the host reads their number, and a second call writes them.
-    here = _working_origin(origin)
+    here = working_origin(origin)
     call, kept = cuda.radius_count(*arguments, device, index=index, same=same)
     specs = Spec((n + 1,), INT64), Spec((1,), INT64), *kept
     offsets, total, *ready = [_arrays.read(array, "a result") for array in launcher.launch(call, inputs, specs, here)]
@@ -571,11 +570,11 @@ def _search_of(points: Given, lengths: tuple[int, ...]) -> Any:
         return reference.index(packed(points), lengths)
     call = cuda.neighbor_index(points.spec, lengths, launcher.device(origin.device))
     specs = (cuda.index_memory(points.spec, lengths),)
-    (memory,) = launcher.launch(call, (points,), specs, _working_origin(origin))
+    (memory,) = launcher.launch(call, (points,), specs, working_origin(origin))
     return _arrays.read(memory, "the index")
 
 
-def _working_origin(origin: Origin) -> Origin:
+def working_origin(origin: Origin) -> Origin:
     """The library whose memory holds data for a later call. Not JAX: its arrays would be copied, and have no int64."""
     return Origin("cupy", origin.device) if origin.library == "jax" else origin
 

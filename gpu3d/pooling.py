@@ -173,11 +173,7 @@ def check_pool(
     _check_rows(features, "features", slots, "buckets")
     if points.ndim != 2 or points.shape[1] != 3:
         raise ValueError(f"points must have shape [num_slots, 3], got {list(points.shape)}.")
-    if points.dtype not in FLOATS:
-        raise TypeError(
-            f"points must be float32, float64, float16 or bfloat16, got {points.dtype}: "
-            "convert by points.astype('float32')."
-        )
+    _arrays.check_floats(points, "points")
     _check_slots(points, "points", slots, "buckets")
     ratio = _arrays.check_integer(ratio, "ratio")
     if ratio not in reference.RATIOS:

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu3d import _arrays
-from gpu3d._arrays import FLOAT32, INT32, INT64, Given, Origin, Spec
+from gpu3d._arrays import FLOAT32, INT32, INT64, Given, Spec
 from gpu3d.cuda import launcher
 from gpu3d.cuda import transport as cuda
-from gpu3d.neighbors import NeighborIndex, check_clouds, check_no_empty_cloud, check_pair, packed
+from gpu3d.neighbors import NeighborIndex, check_clouds, check_no_empty_cloud, check_pair, packed, working_origin
 from gpu3d.reference import transport as reference
 from gpu3d.reference.chamfer import REDUCTIONS
 from gpu3d.reference.neighbors import ENTRIES_A_POINT
@@ -445,9 +445,8 @@ def apml_arrays(
         found, total = _found(pred, target, pair, options, None)
         call = cuda.transport(pair, options, reduction, with_grad, total)
         made = launcher.launch(call, found, results, pred.origin)
-    if target.origin.library != pred.origin.library:
-        made[2] = _arrays.leave(_arrays.as_cupy(_arrays.read(made[2], "gradient")), target.origin)
-    return made
+    loss, dpred, dtarget = made
+    return [loss, dpred, _arrays.passed_on(dtarget, pred.origin.library, target.origin)]
 
 
 def _found(
@@ -457,8 +456,7 @@ def _found(
     points = sum(map(sum, pair.lengths))
     limit = ENTRIES_A_POINT * points if max_entries is None else max_entries
     room = cuda.capacity(min(limit, FIRST_ROOM * points))
-    # This memory stays inside gpu3d. For JAX, which has no uninitialized arrays, it is CuPy's.
-    origin = pred.origin if pred.origin.library == "torch" else Origin("cupy", pred.origin.device)
+    origin = working_origin(pred.origin)
     while True:
         results = cuda.search_results(pair, room)
         made = launcher.launch(cuda.search(pair, options, room), (pred, target), results, origin)
@@ -506,8 +504,7 @@ def apml_backward_arrays(
         raise ValueError(
             f"dloss must have shape [] or [{len(pred_lengths)}], one for each cloud, got {list(dloss.shape)}."
         )
-    if dloss.dtype not in _arrays.FLOATS:
-        raise TypeError(f"dloss must be float32, float64, float16 or bfloat16, got {dloss.dtype}.")
+    _arrays.check_floats(dloss, "dloss")
     origin = dpred.origin
     _arrays.check_same_device(dloss=dloss.origin, dpred=origin, dtarget=dtarget.origin)
     if origin.device is None:

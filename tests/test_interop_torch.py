@@ -844,7 +844,7 @@ def test_operators_called_by_themselves():
     ops = torch.ops.gpu3d
     with pytest.raises(ValueError, match="q must have one row for each of the"):
         ops.bucket_attention(q[1:], q[1:], q[1:], scopes.table, 16, LENGTHS, None)
-    with pytest.raises(ValueError, match="lengths must not be negative, got -1"):
+    with pytest.raises(ValueError, match=r"lengths must not be negative, got lengths\[1\] = -1"):
         ops.bucket_attention(q, q, q, scopes.table, 16, [POINTS + 1, -1], None)
     with pytest.raises(ValueError, match="bucket_size must be a multiple of 16"):
         ops.scopes(buckets.slot_to_point, 0, LENGTHS, 2, 0, 1)

@@ -17,7 +17,7 @@ import numpy as np
 from gpu3d import _arrays
 from gpu3d._arrays import FLOATS, Given, Spec
 from gpu3d.cuda import clouds
-from gpu3d.cuda import compiler as _cuda
+from gpu3d.cuda.compiler import Configuration
 from gpu3d.cuda.plan import Kernel, Number, Pointer, Steps
 
 COPY_THREADS, COPY_ITEMS, COPY_DIMENSIONS = 256, 4, 8
@@ -32,16 +32,16 @@ _SECTOR = 32  # bytes that the device reads from memory at once
 _FEWEST = 8  # words that a dimension must have for copy_transposed to pay off
 
 
-def configurations() -> list[_cuda.Configuration]:
+def configurations() -> list[Configuration]:
     """Every module that this file uses."""
     types = range(len(_arrays.FLOATS))
     wide = [k for k in types if _arrays.FLOATS[k].itemsize >= 4]  # each conversion is from or to float32 or float64
     pairs = [(a, b) for a in types for b in types if a == b or a in wide or b in wide]
     return [
-        *(_cuda.Configuration("arrays_copy", (("WORD", word),)) for word in _WORDS),
-        *(_cuda.Configuration("arrays_convert", (("FROM", a), ("TO", b))) for a, b in pairs),
-        _cuda.Configuration("arrays_origins"),
-        _cuda.Configuration("arrays_scan"),
+        *(Configuration("arrays_copy", (("WORD", word),)) for word in _WORDS),
+        *(Configuration("arrays_convert", (("FROM", a), ("TO", b))) for a, b in pairs),
+        Configuration("arrays_origins"),
+        Configuration("arrays_scan"),
     ]
 
 

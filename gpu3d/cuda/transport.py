@@ -47,7 +47,6 @@ MOST_ENTRIES = 2**32 - 1
 
 _NAMES = "pred", "target", "both"  # the names of the batches in the numbers of a call
 _MASSES = struct.Struct(f"<Q{clouds.INLINE_CLOUDS}d")  # struct Masses of transport_search.cu
-_NO_CLOUDS = bytes(struct.calcsize(clouds.STRUCT))  # struct Clouds for kernels that do not read it
 
 # The parameters of each kernel as formats of the module struct; c, x, m, k, s and p stand for struct Clouds, Index,
 # Masses, Kept, Side and Plan.
@@ -485,7 +484,7 @@ def _backward_plan(
 ) -> Plan:
     steps = Steps(inputs=3, results=2)
     dloss = arrays.add_copy(steps, Input(0), copied)
-    tables = [clouds.argument(steps, name, count, 1) if count else _NO_CLOUDS for name in _NAMES[:2]]
+    tables = [clouds.argument(steps, name, count, 1) if count else clouds.NONE for name in _NAMES[:2]]
     contiguous = [arrays.add_rows(steps, Input(1 + i), side.rows) for i, side in enumerate(sides)]
     for of_gradient in dict.fromkeys(side.dtype for side in sides):  # one launch for each different dtype
         args: list[Any] = []

@@ -55,13 +55,6 @@ class Work(NamedTuple):
 Known = Given | Spec
 
 
-def _layout(lengths: tuple[int, ...], bucket_size: int) -> Buckets:
-    """A layout without its arrays."""
-    _arrays.check_lengths(lengths, sum(lengths), "points")
-    layouts.check_bucket_size(bucket_size)
-    return Buckets(None, None, None, bucket_size, lengths, layouts.bucket_offsets(lengths, bucket_size))
-
-
 def _check(name: str, x: Known, shape: tuple[int, ...], dtype: Any) -> None:
     """Check an array that comes from another call of the program."""
     if (x.shape, x.dtype) != (shape, dtype):
@@ -93,7 +86,7 @@ def bucket_attention(
     q: Known, k: Known, v: Known, table: Known, *, lengths: tuple[int, ...], bucket_size: int, scale: float
 ) -> Work:
     """`gpu3d.bucket_attention`: out and lse."""
-    layout = _layout(lengths, bucket_size)
+    layout = layouts.checked_layout(lengths, bucket_size)
     scale = attention.check_attention(q, k, v, table, layout, _scopes(table, layout), scale)
     options = lengths, bucket_size, scale
     return Work(
@@ -117,7 +110,7 @@ def bucket_attention_backward(
     scale: float,
 ) -> Work:
     """`gpu3d.bucket_attention_backward`."""
-    layout = _layout(lengths, bucket_size)
+    layout = layouts.checked_layout(lengths, bucket_size)
     of_table = _scopes(table, layout)
     scale = attention.check_attention_backward(dout, q, k, v, out, lse, table, layout, of_table, scale)
 
@@ -139,7 +132,7 @@ def bucket_pool(
     features: Known, points: Known, *, lengths: tuple[int, ...], bucket_size: int, ratio: int, reduce: str
 ) -> Work:
     """`gpu3d.bucket_pool`."""
-    _layout(lengths, bucket_size)
+    layouts.checked_layout(lengths, bucket_size)
     options = lengths, bucket_size, pooling.check_pool(features, points, lengths, bucket_size, ratio, reduce), reduce
     return Work(
         pooling.pool_results(features, points, *options),
@@ -159,7 +152,7 @@ def bucket_pool_backward(
     reduce: str,
 ) -> Work:
     """`gpu3d.bucket_pool_backward`; argmember has no rows except for min and max."""
-    _layout(lengths, bucket_size)
+    layouts.checked_layout(lengths, bucket_size)
     pooling.check_pool_backward(dchild, dchild, lengths, bucket_size, ratio)
     slots, columns = dchild.shape
     _check("members", members, (slots, ratio), INT32)
@@ -178,7 +171,7 @@ def bucket_unpool(
     child: Known, members: Known, skip: Known, *, lengths: tuple[int, ...], bucket_size: int, ratio: int
 ) -> Work:
     """`gpu3d.bucket_unpool`; a skip without rows means no skip."""
-    _layout(lengths, bucket_size)
+    layouts.checked_layout(lengths, bucket_size)
     added = skip if skip.shape[0] else None
     pooling.check_unpool(child, added, lengths, bucket_size, ratio)
     _check("members", members, (child.shape[0], ratio), INT32)
@@ -196,7 +189,7 @@ def bucket_unpool_backward(
     dout: Known, members: Known, *, lengths: tuple[int, ...], bucket_size: int, ratio: int
 ) -> Work:
     """`gpu3d.bucket_unpool_backward`: dchild and dskip."""
-    _layout(lengths, bucket_size)
+    layouts.checked_layout(lengths, bucket_size)
     pooling.check_unpool_backward(dout, lengths, bucket_size)
     options = lengths, bucket_size, ratio
     results = pooling.unpool_backward_results(dout, *options)

@@ -76,8 +76,7 @@ def _as(like: Any, x: torch.Tensor) -> Any:
     """The result in the library of the first argument, which is another one than torch if arrays were mixed."""
     if isinstance(like, torch.Tensor):
         return x
-    origin, given = _arrays.read(like, "the argument").origin, _arrays.read(x, "the result")
-    return _arrays.leave(given.array if given.device is None else _arrays.as_cupy(given), origin)
+    return _arrays.passed_on(x, "torch", _arrays.read(like, "the argument").origin)
 
 
 def _packed(

@@ -268,14 +268,6 @@ def _is_of_torch_func(x: torch.Tensor) -> bool:
 # ---- buckets -------------------------------------------------------------------------------------------------------
 
 
-def _layout(bucket_size: int, lengths: tuple[int, ...]) -> Buckets:
-    """A layout without its arrays. It is checked, because a direct call of an operator may pass any numbers."""
-    layouts.check_bucket_size(bucket_size)
-    if min(lengths, default=0) < 0:
-        raise ValueError(f"lengths must not be negative, got {min(lengths)}.")
-    return Buckets(None, None, None, bucket_size, lengths, layouts.bucket_offsets(lengths, bucket_size))
-
-
 def _bucketize(
     points: Any,
     bucket_size: int,
@@ -301,7 +293,8 @@ BUCKETIZE = Operator(
 
 
 def _scopes(slot_to_point: Any, bucket_size: int, lengths: tuple[int, ...], *options: int) -> list[Any]:
-    return [layouts.scope_table(slot_to_point.origin, _layout(bucket_size, lengths), *layouts.check_scopes(*options))]
+    layout = layouts.checked_layout(lengths, bucket_size)
+    return [layouts.scope_table(slot_to_point.origin, layout, *layouts.check_scopes(*options))]
 
 
 def _scopes_results(
@@ -342,7 +335,7 @@ MOVE_ROWS.differentiate(lambda tensors, outputs: tensors[1:], _move_backward)
 
 
 def _windows(table: Any, bucket_size: int, lengths: tuple[int, ...]) -> tuple[Buckets, Scopes]:
-    layout = _layout(bucket_size, lengths)
+    layout = layouts.checked_layout(lengths, bucket_size)
     return layout, Scopes(table, table.shape[-1], 0, 1, bucket_size, layout.bucket_offsets)
 
 
@@ -397,14 +390,16 @@ ATTENTION.autocast(3, torch.get_autocast_dtype)
 
 
 def _pool(features: Any, points: Any, bucket_size: int, lengths: tuple[int, ...], ratio: int, reduce: str) -> list[Any]:
-    pooling.check_pool(features, points, lengths, _layout(bucket_size, lengths).bucket_size, ratio, reduce)
+    layouts.checked_layout(lengths, bucket_size)
+    pooling.check_pool(features, points, lengths, bucket_size, ratio, reduce)
     return pooling.pool_arrays(features, points, lengths, bucket_size, ratio, reduce)
 
 
 def _pool_backward(
     dchild: Any, members: Any, argmember: Any, bucket_size: int, lengths: tuple[int, ...], ratio: int, reduce: str
 ) -> list[Any]:
-    pooling.check_pool_backward(dchild, dchild, lengths, _layout(bucket_size, lengths).bucket_size, ratio)
+    layouts.checked_layout(lengths, bucket_size)
+    pooling.check_pool_backward(dchild, dchild, lengths, bucket_size, ratio)
     return pooling.pool_backward_arrays(dchild, members, argmember, lengths, bucket_size, ratio, reduce)
 
 
@@ -432,12 +427,14 @@ POOL.differentiate(
 
 
 def _unpool(child: Any, members: Any, skip: Any, bucket_size: int, lengths: tuple[int, ...], ratio: int) -> list[Any]:
-    pooling.check_unpool(child, skip, lengths, _layout(bucket_size, lengths).bucket_size, ratio)
+    layouts.checked_layout(lengths, bucket_size)
+    pooling.check_unpool(child, skip, lengths, bucket_size, ratio)
     return pooling.unpool_arrays(child, members, skip, lengths, bucket_size, ratio)
 
 
 def _unpool_backward(dout: Any, members: Any, bucket_size: int, lengths: tuple[int, ...], ratio: int) -> list[Any]:
-    pooling.check_unpool_backward(dout, lengths, _layout(bucket_size, lengths).bucket_size)
+    layouts.checked_layout(lengths, bucket_size)
+    pooling.check_unpool_backward(dout, lengths, bucket_size)
     return pooling.unpool_backward_arrays(dout, members, lengths, bucket_size, ratio)
 
 
