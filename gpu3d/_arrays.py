@@ -94,9 +94,11 @@ class Given(NamedTuple):
     @property
     def spec(self) -> Spec:
         """The array without its memory, as a cache key."""
-        return Spec(self.shape, self.dtype, self.strides, self.address % 16)
+        shape, dtype, strides, address, _, _ = self
+        return _new(Spec, (shape, dtype, strides, address % 16))
 
 
+_new = tuple.__new__
 _NUMPY = Origin("numpy", None)
 _cupy_origin = functools.cache(functools.partial(Origin, "cupy"))
 _torch_origin = functools.cache(functools.partial(Origin, "torch"))
@@ -193,7 +195,8 @@ def _given(x: Any, origin: Origin | None = None) -> Given:
     """Of a CuPy array; `origin` says where it came from, if that is not CuPy."""
     data = x.data
     strides = None if x.flags.c_contiguous else x.strides
-    return Given(x.shape, x.dtype, strides, data.ptr, origin or _cupy_origin(data.device_id), x)
+    # Every call reads some arrays, and the constructor of a NamedTuple takes twice as long.
+    return _new(Given, (x.shape, x.dtype, strides, data.ptr, origin or _cupy_origin(data.device_id), x))
 
 
 def _host_dlpack(x: Any, name: str) -> np.ndarray:
@@ -310,24 +313,27 @@ def passed_on(array: Any, library: str, origin: Origin) -> Any:
     return leave(given.array if given.device is None else as_cupy(given), origin)
 
 
-def empty(specs: Sequence[Spec], size: int, origin: Origin) -> tuple[list[Any], list[int], Any]:
-    """New arrays and `size` bytes of workspace on the origin's GPU, which is the current device, and their addresses.
+def empty(specs: Sequence[Spec], size: int, origin: Origin, addresses: list[int]) -> tuple[list[Any], Any]:
+    """New arrays and `size` bytes of workspace on the origin's GPU, which is the current device.
 
-    They are torch tensors for torch, and otherwise CuPy arrays, which `leave` converts for JAX. The workspace comes
-    last. It must stay alive until the launches that use it are enqueued.
+    They are torch tensors for torch, and otherwise CuPy arrays, which `leave` converts for JAX. Their addresses are
+    appended to `addresses`, that of the workspace last. The workspace must stay alive until the launches that use it
+    are enqueued.
     """
-    workspace = None
+    workspace, made = None, []
     if origin.library == "torch":
         torch = sys.modules["torch"]
         device = torch.device("cuda", origin.device)
-        made = [torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device=device) for spec in specs]
-        addresses = [x.data_ptr() for x in made]
+        for shape, dtype, _, _ in specs:
+            array = torch.empty(shape, dtype=torch_dtype(dtype), device=device)
+            made.append(array)
+            addresses.append(array.data_ptr())
         if size:
             workspace = torch.empty(size, dtype=torch.uint8, device=device)
             addresses.append(workspace.data_ptr())
     else:
         cupy = sys.modules["cupy"]
-        new, made, addresses = cupy.ndarray, [], []
+        new = cupy.ndarray
         for shape, dtype, _, _ in specs:
             array = new(shape, dtype)
             made.append(array)
@@ -335,7 +341,7 @@ def empty(specs: Sequence[Spec], size: int, origin: Origin) -> tuple[list[Any], 
         if size:
             workspace = cupy.cuda.alloc(size)
             addresses.append(workspace.ptr)
-    return made, addresses, workspace
+    return made, workspace
 
 
 def current_stream(origin: Origin) -> int:

@@ -113,7 +113,7 @@ class _Ready:
         self.buffer, self.bytes = buffer, memoryview(buffer).cast("B")
         self.words = self.bytes[:size].cast("Q")
         self.calls: list[tuple[Any, tuple[Any, ...]]] = []
-        self.memories: list[int | None] = [None] * memories
+        self.memories: Sequence[Any] = [None] * memories
         self.stream: int | None = None
         self.numbers: dict[str, Any] | None = None
 
@@ -237,13 +237,28 @@ def run(call: Call, memories: Sequence[int], ordinal: int, stream: int) -> None:
         ready = template.spare.pop()
     except IndexError:
         ready = _ready(template)
-    words, held = ready.words, ready.memories
+    # The same call again usually gets the same memory, and one comparison of lists takes less than one for each memory.
+    if memories != ready.memories or numbers is not ready.numbers or stream != ready.stream:
+        _fill(template, ready, numbers, memories, stream)
+    for function, args in ready.calls:
+        if function is None:
+            table, at = args
+            _write_table(numbers[table.name], ready.words[at // 8], ordinal, stream)
+        elif status := function(*args):
+            _raise(status)
+    template.spare.append(ready)
+
+
+def _fill(template: _Template, ready: _Ready, numbers: dict[str, Any], memories: Sequence[int], stream: int) -> None:
+    """Write what differs from the run before: addresses, numbers and the stream."""
+    words = ready.words
     others = moved = numbers is not ready.numbers
-    for memory, address in enumerate(memories):
-        if address != held[memory]:
-            held[memory], moved = address, True
-            for word, offset in template.pointers[memory]:
+    for address, before, places in zip(memories, ready.memories, template.pointers, strict=False):
+        if address != before:
+            moved = True
+            for word, offset in places:
                 words[word] = address + offset
+    ready.memories = memories[:]
     if moved:
         for word, memory, offset, name in template.moved:
             words[word] = memories[memory] + offset + numbers[name]
@@ -253,13 +268,6 @@ def run(call: Call, memories: Sequence[int], ordinal: int, stream: int) -> None:
         ready.stream = stream
         for word in template.streams:
             words[word] = stream
-    for function, args in ready.calls:
-        if function is None:
-            table, at = args
-            _write_table(numbers[table.name], words[at // 8], ordinal, stream)
-        elif status := function(*args):
-            _raise(status)
-    template.spare.append(ready)
 
 
 def _put_numbers(template: _Template, ready: _Ready, numbers: dict[str, Any]) -> None:
@@ -301,9 +309,11 @@ def launch(
     if cuda.runtime.getDevice() != ordinal:
         with cuda.Device(ordinal):
             return launch(call, inputs, results, origin)
-    made, addresses, _workspace = _arrays.empty(results, call.plan.workspace, origin)
-    memories = [0 if given is None else given.address for given in inputs]
-    run(call, memories + addresses, ordinal, _arrays.current_stream(origin))
+    memories = []
+    for given in inputs:
+        memories.append(0 if given is None else given.address)
+    made, _workspace = _arrays.empty(results, call.plan.workspace, origin, memories)
+    run(call, memories, ordinal, _arrays.current_stream(origin))
     if origin.library == "jax":
         return [_arrays.leave(array, origin) for array in made]
     return made
