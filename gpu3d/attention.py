@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from gpu3d import _arrays
-from gpu3d._arrays import FLOAT32, FLOAT64, FLOATS, INT32, Given, Spec
+from gpu3d._arrays import FLOAT32, FLOAT64, FLOAT_DTYPES, INT32, Given, Spec
 from gpu3d.buckets import Buckets, Scopes, bucket_offsets, check_buckets
 from gpu3d.cuda import attention as cuda
 from gpu3d.cuda import launcher
@@ -87,7 +87,7 @@ def check_attention(
     q: Given | Spec, k: Given | Spec, v: Given | Spec, table: Given | Spec, buckets: Buckets, scopes: Scopes, scale: Any
 ) -> float:
     """Check the arrays of `bucket_attention` and return its scale. `check_layout` checks buckets and scopes."""
-    _check_rows({"q": q, "k": k, "v": v}, buckets.num_slots)
+    _check_rows(buckets.num_slots, q, k, v)
     _check_table(table, scopes)
     return check_scale(scale, q.shape[2])
 
@@ -108,16 +108,16 @@ def attention_arrays(
     return_lse: bool,
 ) -> list[Any]:
     """The arrays out, and lse if it is asked for, of q's library."""
-    if not q.origin is k.origin is v.origin is table.origin:
+    origin = q.origin
+    if not origin is k.origin is v.origin is table.origin:
         _check_devices(table, q=q, k=k, v=v)
-    if q.device is None:
+    if origin.device is None:
         layout = bucket_size, bucket_offsets(lengths, bucket_size), lengths
         both = reference.bucket_attention(q.array, k.array, v.array, table.array, *layout, scale)
-        return [_arrays.leave(x, q.origin) for x in both[: 1 + return_lse]]
-    given = q, k, v, table
-    call = cuda.attention(*given, lengths, bucket_size, scale, return_lse, launcher.device(q.device))
+        return [_arrays.leave(x, origin) for x in both[: 1 + return_lse]]
+    call = cuda.attention(q, k, v, table, lengths, bucket_size, scale, return_lse, launcher.device(origin.device))
     results = attention_results(q) if return_lse else (Spec(q.shape, q.dtype),)
-    return launcher.launch(call, given, results)
+    return launcher.launch(call, (q, k, v, table), results, origin)
 
 
 def bucket_attention_backward(
@@ -202,7 +202,7 @@ def check_attention_backward(
     scale: Any,
 ) -> float:
     """Check the arrays of `bucket_attention_backward` as `check_attention` does, and return its scale."""
-    _check_rows({"q": q, "k": k, "v": v, "dout": dout, "out": out}, buckets.num_slots)
+    _check_rows(buckets.num_slots, q, k, v, dout, out)
     if lse.shape != q.shape[:2] or lse.dtype != _lse_dtype(q):
         raise ValueError(
             f"lse must be {_lse_dtype(q)} of shape {list(q.shape[:2])}, as bucket_attention(..., return_lse=True) "
@@ -275,14 +275,13 @@ def check_scale(scale: Any, dim: int) -> float:
     return number
 
 
-def _check_rows(named: dict[str, Given | Spec], slots: int) -> None:
-    """Check q, and that the other arrays have its shape and dtype."""
-    q = named["q"]
+def _check_rows(slots: int, q: Given | Spec, *others: Given | Spec) -> None:
+    """Check q, and that the others, which are k, v and possibly dout and out, have its shape and dtype."""
     shape, dtype = q.shape, q.dtype
     if len(shape) != 3:
         raise ValueError(f"q must have shape [num_slots, H, D], got {list(shape)}.")
-    on_gpu = isinstance(q, Given) and q.device is not None
-    if dtype not in FLOATS or (on_gpu and dtype == FLOAT64):
+    if dtype not in FLOAT_DTYPES or (dtype == FLOAT64 and _arrays.on_gpu(q)):
+        on_gpu = _arrays.on_gpu(q)
         where = " on a GPU" if on_gpu else ""
         also = " or float32" if on_gpu else ", float32 or float64"
         raise TypeError(
@@ -301,7 +300,7 @@ def _check_rows(named: dict[str, Given | Spec], slots: int) -> None:
         )
     if heads == 0:
         raise ValueError(f"q must have at least one head, got shape {list(shape)}.")
-    for name, x in named.items():
+    for name, x in zip(("k", "v", "dout", "out"), others, strict=False):
         if x.shape != shape:
             raise ValueError(f"{name} must have the shape of q, got {list(x.shape)} for {list(shape)}.")
         if x.dtype != dtype:

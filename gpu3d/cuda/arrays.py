@@ -140,7 +140,7 @@ def _magic(n: int) -> tuple[int, int]:
 
 def copied(spec: Given | Spec, alignment: int = 1) -> Strided | None:
     """The copy of an input that is not contiguous or whose address is not a multiple of `alignment`; otherwise None."""
-    if spec.strides is None and spec.misalignment % alignment == 0:
+    if spec.strides is None and (alignment == 1 or spec.misalignment % alignment == 0):
         return None
     size, strides = spec.dtype.itemsize, spec.strides
     if strides is None:

@@ -287,15 +287,16 @@ def attention(
 ) -> Call:
     """Inputs: q, k, v, the scopes' table. Results: out, and lse if `return_lse`."""
     readings, copied = (_reading(q), _reading(k), _reading(v)), arrays.copied(table)
-    look = q.shape, q.dtype, table.shape, device, readings, copied, return_lse
-    return _attention(lengths, bucket_size, _scale_log2(scale, q.dtype), *look)
+    # As keys of a cache 0.0 and -0.0 were the same, but the kernels take another number for each.
+    scale = scale or math.copysign(5e-324, scale)
+    return _attention(lengths, bucket_size, scale, q.shape, q.dtype, table.shape, device, readings, copied, return_lse)
 
 
 @clouds.remembered
 def _attention(
     lengths: tuple[int, ...],
     bucket_size: int,
-    scale_log2: float,  # never 0, so equal scales have equal bits
+    scale: float,  # never 0, so equal scales have equal bits
     q: tuple[int, ...],
     dtype: np.dtype,
     table: tuple[int, ...],
@@ -305,7 +306,8 @@ def _attention(
     return_lse: bool,
 ) -> Call:
     shape, batch = _shape(lengths, bucket_size, q, dtype, table, device)
-    return Call(_forward_plan(shape, readings, copied, return_lse), {"clouds": batch, "scale_log2": scale_log2})
+    numbers = {"clouds": batch, "scale_log2": _scale_log2(scale, dtype)}
+    return Call(_forward_plan(shape, readings, copied, return_lse), numbers)
 
 
 @functools.lru_cache(maxsize=512)
