@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from gpu3d import _arrays
-from gpu3d._arrays import FLOAT64, FLOATS, INT32, UINT8, Given, Spec
+from gpu3d._arrays import FLOAT64, FLOAT_DTYPES, INT32, UINT8, Given, Spec
 from gpu3d.buckets import Buckets, bucket_offsets, check_buckets, num_slots
 from gpu3d.cuda import clouds, launcher
 from gpu3d.cuda import pooling as cuda
+from gpu3d.cuda.plan import Call
 from gpu3d.reference import pooling as reference
 
 # ---- the result ----------------------------------------------------------------------------------------------------
@@ -195,23 +196,11 @@ def pool_results(
     They are features, points, members, argmember (without rows, except for min and max), slot_to_point, point_to_slot
     and moved.
     """
-    return _results(lengths, bucket_size, ratio, reduce, features.shape[1], features.dtype, points.dtype)
-
-
-def _results(
-    lengths: Sequence[Any],
-    bucket_size: int,
-    ratio: int,
-    reduce: str,
-    columns: Any,
-    dtype: np.dtype,
-    point_dtype: np.dtype,
-) -> tuple[Spec, ...]:
-    children = child_lengths(lengths, ratio)
+    children, columns = child_lengths(lengths, ratio), features.shape[1]
     slots = num_slots(children, bucket_size)
     return (
-        Spec((slots, columns), dtype),
-        Spec((slots, 3), point_dtype),
+        Spec((slots, columns), features.dtype),
+        Spec((slots, 3), points.dtype),
         Spec((slots, ratio), INT32),
         Spec((slots if reduce in reference.EXTREMES else 0, columns), UINT8),
         Spec((slots,), INT32),
@@ -220,23 +209,29 @@ def _results(
     )
 
 
-_remembered_results = clouds.remembered(_results)  # for lengths that are ints
-
-
 def pool_arrays(
     features: Given, points: Given, lengths: tuple[int, ...], bucket_size: int, ratio: int, reduce: str
 ) -> list[Any]:
     """What `pool_results` lists, as arrays of the features' library."""
-    if points.device != features.device:
-        _arrays.check_same_device(features=features.origin, points=points.origin)
-    if features.device is None:
+    origin = features.origin
+    if points.origin.device != origin.device:
+        _arrays.check_same_device(features=origin, points=points.origin)
+    if origin.device is None:
         arrays = list(reference.bucket_pool(features.array, points.array, bucket_size, lengths, ratio, reduce))
         if arrays[3] is None:
             arrays[3] = np.empty((0, features.shape[1]), np.uint8)
-        return [_arrays.leave(x, features.origin) for x in arrays]
+        return [_arrays.leave(x, origin) for x in arrays]
+    call, results = _on_gpu(lengths, features.spec, points.spec, bucket_size, ratio, reduce)
+    return launcher.launch(call, (features, points), results, origin)
+
+
+@clouds.remembered
+def _on_gpu(
+    lengths: tuple[int, ...], features: Spec, points: Spec, bucket_size: int, ratio: int, reduce: str
+) -> tuple[Call, tuple[Spec, ...]]:
+    """What `bucket_pool` launches, and the specs of its results."""
     options = lengths, bucket_size, ratio, reduce
-    results = _remembered_results(*options, features.shape[1], features.dtype, points.dtype)
-    return launcher.launch(cuda.pool(features, points, *options), (features, points), results)
+    return cuda.pool(features, points, *options), pool_results(features, points, *options)
 
 
 def pooling_of(arrays: Sequence[Any], parent: Buckets, ratio: int, reduce: str) -> Pooling:
@@ -518,9 +513,10 @@ def _check_rows(x: Given | Spec, name: str, slots: Any, where: str) -> None:
         raise ValueError(
             f"{name} must have shape [num_slots, C], got {list(x.shape)}: reshape by {name}.reshape(len({name}), -1)."
         )
-    on_gpu = isinstance(x, Given) and x.device is not None
-    if x.dtype not in FLOATS or (on_gpu and x.dtype == FLOAT64):
-        accepted = "float16, bfloat16 or float32 on a GPU" if on_gpu else "float16, bfloat16, float32 or float64"
+    if x.dtype not in FLOAT_DTYPES or (x.dtype == FLOAT64 and _arrays.on_gpu(x)):
+        accepted = (
+            "float16, bfloat16 or float32 on a GPU" if _arrays.on_gpu(x) else "float16, bfloat16, float32 or float64"
+        )
         raise TypeError(f"{name} must be {accepted}, got {x.dtype}: convert by {name}.astype('float32').")
     _check_slots(x, name, slots, where)
 

@@ -180,14 +180,8 @@ def pool(
     reduce: str,
 ) -> Call:
     """Inputs: features, points. Results: as in `gpu3d.pooling.pool_results`."""
-    copied = arrays.copied(points, points.dtype.itemsize)
+    layout, copied = _layout(lengths, bucket_size, ratio), arrays.copied(points, points.dtype.itemsize)
     look = features.dtype, features.shape[1], _rows(features), points.dtype, copied, reduce
-    return _pool(lengths, bucket_size, ratio, *look)
-
-
-@clouds.remembered
-def _pool(lengths: tuple[int, ...], bucket_size: int, ratio: int, *look: Any) -> Call:
-    layout = _layout(lengths, bucket_size, ratio)
     return Call(_pool_plan(layout.shape, *look), {"parents": layout.parents, "children": layout.children})
 
 
