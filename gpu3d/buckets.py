@@ -276,10 +276,10 @@ def check_voxel_size(voxel_size: Any) -> float | str | None:
 
 def num_slots(lengths: Sequence[Any], bucket_size: int) -> Any:
     """Number of slots of a layout; lengths may be symbols."""
-    return sum([(n + bucket_size - 1) // bucket_size for n in lengths]) * bucket_size
-
-
-_MOVED = Spec((), INT32)
+    buckets = 0
+    for n in lengths:
+        buckets += (n + bucket_size - 1) // bucket_size
+    return buckets * bucket_size
 
 
 def bucketize_results(lengths: Sequence[Any], bucket_size: int, points: Any) -> tuple[Spec, Spec, Spec]:
@@ -288,7 +288,10 @@ def bucketize_results(lengths: Sequence[Any], bucket_size: int, points: Any) -> 
 
 
 def _results(slots: Any, points: Any) -> tuple[Spec, Spec, Spec]:
-    return Spec((slots,), INT32), Spec((points,), INT32), _MOVED
+    return Spec((slots,), INT32), Spec((points,), INT32), Spec((), INT32)
+
+
+_remembered_results = functools.lru_cache(maxsize=256)(_results)  # for sizes that are ints
 
 
 def bucketize_arrays(points: Given, checked: Bucketing, check_finite: bool | None) -> list[Any]:
@@ -303,7 +306,8 @@ def bucketize_arrays(points: Given, checked: Bucketing, check_finite: bool | Non
         return [_arrays.leave(x, origin) for x in reference.bucketize(host, bucket_size, lengths, *options)]
     device = launcher.device(origin.device)
     call = cuda.bucketize(points, lengths, bucket_size, hash, balance, voxel_size, seed, device)
-    return launcher.launch(call, (points,), _results(offsets[-1] * bucket_size, points.size // 3))
+    results = _remembered_results(offsets[-1] * bucket_size, points.size // 3)
+    return launcher.launch(call, (points,), results, origin)
 
 
 def buckets_of(arrays: Sequence[Any], lengths: tuple[int, ...], bucket_size: int) -> Buckets:
