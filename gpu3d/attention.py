@@ -300,7 +300,14 @@ def _check_rows(slots: int, q: Given | Spec, *others: Given | Spec) -> None:
         )
     if heads == 0:
         raise ValueError(f"q must have at least one head, got shape {list(shape)}.")
-    for name, x in zip(("k", "v", "dout", "out"), others, strict=False):
+    for x in others:
+        if x.shape != shape or x.dtype != dtype:
+            _refuse(dict(zip(("k", "v", "dout", "out"), others, strict=False)), shape, dtype)
+
+
+def _refuse(others: dict[str, Given | Spec], shape: tuple[int, ...], dtype: Any) -> None:
+    """Raise an error for the first array that has not the shape or the dtype of q."""
+    for name, x in others.items():
         if x.shape != shape:
             raise ValueError(f"{name} must have the shape of q, got {list(x.shape)} for {list(shape)}.")
         if x.dtype != dtype:
