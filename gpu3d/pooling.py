@@ -163,7 +163,8 @@ def bucket_pool(features: Any, points: Any, buckets: Buckets, *, ratio: int = 2,
     given = _arrays.read(features, "features"), _arrays.read(points, "points")
     ratio = check_pool(*given, buckets.lengths, buckets.bucket_size, ratio, reduce)
     arrays = pool_arrays(*given, buckets.lengths, buckets.bucket_size, ratio, reduce)
-    return pooling_of(arrays, buckets, ratio, reduce)
+    children = _children(buckets.lengths, buckets.bucket_size, ratio)
+    return pooling_of(arrays, buckets, ratio, reduce, children)
 
 
 def check_pool(
@@ -234,11 +235,27 @@ def _on_gpu(
     return cuda.pool(features, points, *options), pool_results(features, points, *options)
 
 
-def pooling_of(arrays: Sequence[Any], parent: Buckets, ratio: int, reduce: str) -> Pooling:
-    """The result of `bucket_pool` from the arrays of `pool_arrays`."""
+def _layout_of_children(
+    lengths: tuple[Any, ...], bucket_size: int, ratio: int
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The lengths of the children's clouds, and their first buckets."""
+    children = child_lengths(lengths, ratio)
+    return children, bucket_offsets(children, bucket_size)
+
+
+_children = clouds.remembered(_layout_of_children)  # for lengths that are ints
+
+
+def pooling_of(
+    arrays: Sequence[Any], parent: Buckets, ratio: int, reduce: str, children: tuple[Any, Any] | None = None
+) -> Pooling:
+    """The result of `bucket_pool` from the arrays of `pool_arrays`; sizes may be symbols.
+
+    `children` are the lengths and the first buckets of the children's clouds, if the caller knows them.
+    """
     features, points, members, argmember, slot_to_point, point_to_slot, moved = arrays
-    lengths, bucket_size = child_lengths(parent.lengths, ratio), parent.bucket_size
-    offsets = bucket_offsets(lengths, bucket_size)
+    bucket_size = parent.bucket_size
+    lengths, offsets = children or _layout_of_children(parent.lengths, bucket_size, ratio)
     child = Buckets(slot_to_point, point_to_slot, moved, bucket_size, lengths, offsets)
     kept = argmember if reduce in reference.EXTREMES else None
     return Pooling(features, points, child, members, ratio, reduce, kept, parent)
