@@ -46,8 +46,8 @@ def remembered(function: Function) -> Function:
     kept = functools.lru_cache(maxsize=256)(function)
 
     @functools.wraps(function)
-    def call(lengths: Sequence[int], *rest: Any) -> Any:
-        return (kept if len(lengths) <= INLINE_CLOUDS else function)(lengths, *rest)
+    def call(*args: Any) -> Any:
+        return (kept if len(args[0]) <= INLINE_CLOUDS else function)(*args)
 
     call.kept = kept  # type: ignore[attr-defined]  # for tests
     return call  # type: ignore[return-value]
