@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -551,6 +552,33 @@ def cloud_lengths(
     return check_lengths(lengths, shape[0], name, lengths_name)
 
 
+FEW_LENGTHS = 64  # for more, NumPy takes less time than a list
+
+
+def packed_lengths(lengths: Any) -> Any:
+    """A list of many ints as an int64 array; anything else as it is, for `check_lengths` to judge."""
+    if not isinstance(lengths, (list, tuple)) or len(lengths) <= FEW_LENGTHS:
+        return lengths
+    if list(map(type, lengths)).count(int) != len(lengths):
+        return lengths
+    try:
+        return int64_array(lengths)
+    except struct.error:  # beyond 64 bits
+        return lengths
+
+
+def _sums_to(lengths: np.ndarray, total: int) -> bool:
+    """Whether lengths, none of them negative, have this sum."""
+    if lengths.min() < 0 or lengths.max() > total or len(lengths) * total >= 2**63:
+        return False  # or unknown, because the sum may overflow
+    return int(lengths.sum(dtype=np.int64)) == total
+
+
+def int64_array(numbers: Sequence[int]) -> np.ndarray:
+    """Integers as an int64 array, three times as fast as np.array."""
+    return np.frombuffer(struct.pack(f"{len(numbers)}q", *numbers), np.int64)
+
+
 def check_lengths(lengths: Any, total: int, name: str, lengths_name: str = "lengths") -> tuple[int, ...]:
     """The lengths as ints, which must be >= 0 and sum to `total`. None means one cloud."""
     if lengths is None:
@@ -569,7 +597,9 @@ def check_lengths(lengths: Any, total: int, name: str, lengths_name: str = "leng
         if lengths.ndim != 1:
             raise ValueError(f"{lengths_name} must be one-dimensional, got shape {list(lengths.shape)}.")
         if lengths.dtype.kind in "iu":
-            lengths = lengths.tolist()
+            array, lengths = lengths, lengths.tolist()
+            if len(lengths) > FEW_LENGTHS and _sums_to(array, total):
+                return tuple(lengths)
     # What follows this is for what is rare, and takes ten times as long.
     if (
         list(map(type, lengths)).count(int) == len(lengths)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu3d import _arrays
-from gpu3d._arrays import INT32, Given, Spec
+from gpu3d._arrays import INT32, INT64, Given, Spec
 from gpu3d.cuda import buckets as cuda
 from gpu3d.cuda import clouds, launcher
 from gpu3d.reference import buckets as reference
@@ -215,11 +215,10 @@ def bucketize(
     given = _arrays.read(points, "points")
     if given.origin.library == "jax":
         importlib.import_module("gpu3d.interop.jax")  # registers Buckets as a pytree
+    lengths = _arrays.packed_lengths(lengths)
     checked = check_bucketize(given, bucket_size, lengths, hash, balance, voxel_size, seed)
-    arrays = bucketize_arrays(given, checked, check_finite)
-    slot_to_point, point_to_slot, moved = arrays
-    layout = checked.bucket_size, checked.lengths, checked.bucket_offsets
-    return Buckets(slot_to_point, point_to_slot, moved, *layout)
+    slot_to_point, point_to_slot, moved = bucketize_arrays(given, checked, check_finite)
+    return Buckets(slot_to_point, point_to_slot, moved, checked.bucket_size, checked.lengths, checked.bucket_offsets)
 
 
 class Bucketing(NamedTuple):
@@ -232,13 +231,14 @@ class Bucketing(NamedTuple):
     voxel_size: float | str | None
     seed: int
     bucket_offsets: tuple[int, ...]
+    counts: Sequence[int] | np.ndarray  # the lengths; an int64 array where the caller has one of many
 
 
 def check_bucketize(
     points: Given | Spec, bucket_size: Any, lengths: Any, hash: Any, balance: Any, voxel_size: Any, seed: Any
 ) -> Bucketing:
     """The options of `bucketize`, checked against the shape and dtype of the points."""
-    lengths = _arrays.check_points(points, lengths)
+    counts, lengths = lengths, _arrays.check_points(points, lengths)
     bucket_size = check_bucket_size(bucket_size)
     _arrays.check_choice(hash, reference.HASHES, "hash")
     _arrays.check_choice(balance, reference.BALANCES, "balance")
@@ -246,14 +246,16 @@ def check_bucketize(
     seed = _arrays.check_integer(seed, "seed")
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}.")
-    offsets = _bucket_offsets(lengths, bucket_size)
+    if not isinstance(counts, np.ndarray) or counts.dtype != INT64 or len(counts) <= clouds.INLINE_CLOUDS:
+        counts = lengths
+    offsets = _bucket_offsets(counts, bucket_size)
     slots = offsets[-1] * bucket_size
     if slots > MAX_SLOTS:
         raise ValueError(
             f"a layout has at most 2**31 - 1 slots, because slots are int32; {sum(lengths)} points need {slots}. "
             "Bucketize parts of the batch."
         )
-    return Bucketing(lengths, bucket_size, hash, balance, voxel_size, seed, offsets)
+    return Bucketing(lengths, bucket_size, hash, balance, voxel_size, seed, offsets, counts)
 
 
 def check_bucket_size(bucket_size: Any) -> int:
@@ -300,12 +302,12 @@ def bucketize_arrays(points: Given, checked: Bucketing, check_finite: bool | Non
     if check_finite or (check_finite is None and origin.device is None):
         with _arrays.on(origin):
             _arrays.check_finite(points)
-    lengths, bucket_size, hash, balance, voxel_size, seed, offsets = checked
+    lengths, bucket_size, hash, balance, voxel_size, seed, offsets, counts = checked
     if origin.device is None:
         host, options = points.array.reshape(-1, 3), (hash, balance, voxel_size, seed)
         return [_arrays.leave(x, origin) for x in reference.bucketize(host, bucket_size, lengths, *options)]
     device = launcher.device(origin.device)
-    call = cuda.bucketize(points, lengths, bucket_size, hash, balance, voxel_size, seed, device)
+    call = cuda.bucketize(points, counts, bucket_size, hash, balance, voxel_size, seed, device)
     results = _remembered_results(offsets[-1] * bucket_size, points.size // 3)
     return launcher.launch(call, (points,), results, origin)
 
@@ -328,11 +330,13 @@ def bucket_offsets(lengths: Sequence[int], bucket_size: int) -> tuple[int, ...]:
 
 
 @clouds.remembered
-def _bucket_offsets(lengths: Sequence[int], bucket_size: int) -> tuple[int, ...]:
+def _bucket_offsets(lengths: Sequence[int] | np.ndarray, bucket_size: int) -> tuple[int, ...]:
     """The same, of numbers and not of symbols, so that many clouds go through NumPy and few through a cache."""
-    if len(lengths) <= clouds.INLINE_CLOUDS:
+    if not isinstance(lengths, np.ndarray) and len(lengths) <= clouds.INLINE_CLOUDS:
         return bucket_offsets(lengths, bucket_size)
-    return (0, *np.cumsum(-(-clouds.array(lengths) // bucket_size)).tolist())
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum((clouds.array(lengths) + (bucket_size - 1)) // bucket_size, out=offsets[1:])
+    return tuple(offsets.tolist())
 
 
 # ---- scatter and gather --------------------------------------------------------------------------------------------

@@ -279,7 +279,7 @@ def _add_frames(
 
 def bucketize(
     points: Given | Spec,
-    lengths: tuple[int, ...],
+    lengths: Sequence[int] | np.ndarray,
     bucket_size: int,
     hash: str,
     balance: str,
@@ -294,7 +294,7 @@ def bucketize(
 
 @clouds.remembered
 def _bucketize(
-    lengths: tuple[int, ...],
+    lengths: Sequence[int] | np.ndarray,
     dtype: np.dtype,
     copied: arrays.Strided | None,
     bucket_size: int,

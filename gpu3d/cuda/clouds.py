@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from gpu3d import _arrays
 from gpu3d.cuda.compiler import Configuration
 from gpu3d.cuda.plan import Kernel, Number, Packed, Result, Steps
 
@@ -54,10 +55,8 @@ def remembered(function: Function) -> Function:
 
 
 def array(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-    """The lengths of many clouds as an int64 array, three times as fast as np.array."""
-    if isinstance(lengths, np.ndarray):
-        return lengths
-    return np.frombuffer(struct.pack(f"{len(lengths)}q", *lengths), np.int64)
+    """The lengths of many clouds as an int64 array."""
+    return lengths if isinstance(lengths, np.ndarray) else _arrays.int64_array(lengths)
 
 
 class Table(NamedTuple):
@@ -98,9 +97,11 @@ def table(lengths: Sequence[int], bucket_size: int, tiles: Sequence[int] | None,
 def _large_table(lengths: np.ndarray, bucket_size: int, tiles: Any, groups: Any) -> Table:
     count = len(lengths)
     table = np.zeros((whole_parts(count + 1), 4), np.int32)
-    for column, counts in enumerate((lengths, tiles, groups, -(-lengths // bucket_size) * bucket_size)):
+    buckets = (lengths + (bucket_size - 1)) // bucket_size
+    for column, counts in enumerate((lengths, tiles, groups, buckets)):
         if counts is not None:
             table[1 : count + 1, column] = np.cumsum(counts)
+    table[:, 3] *= bucket_size
     return Table(b"", parts_of(table, count + 1), int(table[count, 1]), int(table[count, 2]))
 
 
