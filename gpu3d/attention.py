@@ -116,7 +116,7 @@ def attention_arrays(
         both = reference.bucket_attention(q.array, k.array, v.array, table.array, *layout, scale)
         return [_arrays.leave(x, origin) for x in both[: 1 + return_lse]]
     call = cuda.attention(q, k, v, table, lengths, bucket_size, scale, return_lse, launcher.device(origin.device))
-    results = attention_results(q) if return_lse else (Spec(q.shape, q.dtype),)
+    results = attention_results(q) if return_lse else (_arrays.kept_spec(q.shape, q.dtype),)
     return launcher.launch(call, (q, k, v, table), results, origin)
 
 

@@ -215,7 +215,8 @@ def bucketize(
     given = _arrays.read(points, "points")
     if given.origin.library == "jax":
         importlib.import_module("gpu3d.interop.jax")  # registers Buckets as a pytree
-    lengths = _arrays.packed_lengths(lengths)
+    if lengths is not None:
+        lengths = _arrays.packed_lengths(lengths)
     checked = check_bucketize(given, bucket_size, lengths, hash, balance, voxel_size, seed)
     slot_to_point, point_to_slot, moved = bucketize_arrays(given, checked, check_finite)
     return Buckets(slot_to_point, point_to_slot, moved, checked.bucket_size, checked.lengths, checked.bucket_offsets)
@@ -293,7 +294,7 @@ def _results(slots: Any, points: Any) -> tuple[Spec, Spec, Spec]:
     return Spec((slots,), INT32), Spec((points,), INT32), Spec((), INT32)
 
 
-_remembered_results = functools.lru_cache(maxsize=256)(_results)  # for sizes that are ints
+_kept_results = functools.lru_cache(maxsize=256)(_results)  # for sizes that are ints
 
 
 def bucketize_arrays(points: Given, checked: Bucketing, check_finite: bool | None) -> list[Any]:
@@ -308,7 +309,7 @@ def bucketize_arrays(points: Given, checked: Bucketing, check_finite: bool | Non
         return [_arrays.leave(x, origin) for x in reference.bucketize(host, bucket_size, lengths, *options)]
     device = launcher.device(origin.device)
     call = cuda.bucketize(points, counts, bucket_size, hash, balance, voxel_size, seed, device)
-    results = _remembered_results(offsets[-1] * bucket_size, points.size // 3)
+    results = _kept_results(offsets[-1] * bucket_size, points.size // 3)
     return launcher.launch(call, (points,), results, origin)
 
 

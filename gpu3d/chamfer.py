@@ -6,6 +6,7 @@ It is exact: the nearest neighbours are those of brute force, and the same call 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -203,6 +204,9 @@ def chamfer_results(n: Any, m: Any, clouds: int, reduction: str) -> tuple[Spec, 
     return Spec((clouds,) if reduction == "none" else (), FLOAT32), Spec((2 * (n + m + clouds),), INT32)
 
 
+_kept_results = functools.lru_cache(maxsize=256)(chamfer_results)  # for numbers of points that are ints
+
+
 def chamfer_arrays(
     x: Given | NeighborIndex,
     y: Given | NeighborIndex,
@@ -216,7 +220,7 @@ def chamfer_arrays(
     if origin.device is None:
         arrays = _on_the_host(x, y, x_lengths, y_lengths, squared, reduction)
         return [_arrays.leave(array, origin) for array in arrays]
-    specs = chamfer_results(sum(x_lengths), sum(y_lengths), len(x_lengths), reduction)
+    specs = _kept_results(sum(x_lengths), sum(y_lengths), len(x_lengths), reduction)
     return _launch(x, y, x_lengths, y_lengths, squared, reduction, specs, gradients=False)
 
 
@@ -262,7 +266,8 @@ def _value_and_gradients(
         gradients = reference.chamfer_backward(None, packed(sides[0]), packed(sides[1]), residuals, *options)
         made = [_arrays.leave(dz.reshape(z.shape), z.origin) for dz, z in zip(gradients, sides, strict=True)]
         return [_arrays.leave(loss, origin), *made]
-    specs = chamfer_results(0, 0, len(x_lengths), reduction)[0], Spec(x.shape, x.dtype), Spec(y.shape, y.dtype)
+    loss_spec, _ = _kept_results(0, 0, len(x_lengths), reduction)
+    specs = loss_spec, _arrays.kept_spec(x.shape, x.dtype), _arrays.kept_spec(y.shape, y.dtype)
     loss, dx, dy = _launch(x, y, *options, specs, gradients=True)
     return [loss, dx, _arrays.passed_on(dy, x.origin.library, y.origin)]
 

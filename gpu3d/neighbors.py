@@ -6,6 +6,7 @@ Nothing is approximated: distances and indices have the bits of brute force, on 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -280,7 +281,8 @@ def check_clouds(points: Clouds, lengths: Any, name: str, lengths_name: str) -> 
             raise ValueError(f"{name} is a NeighborIndex, which knows its lengths: leave {lengths_name} out.")
         return points.lengths
     found = _arrays.check_points(points, lengths, name, lengths_name, dimensions=(2, 3))
-    if (rows := math.prod(points.shape[:-1])) > MAX_POINTS:
+    shape = points.shape
+    if (rows := shape[0] if len(shape) == 2 else shape[0] * shape[1]) > MAX_POINTS:
         raise ValueError(f"{name} must be at most 2**31 - 1, because indices are int32, got {rows}: cut them up.")
     return found
 
@@ -345,7 +347,7 @@ def check_knn(query: Given | Spec, points: Clouds, k: Any, query_lengths: Any, l
     k = _arrays.check_integer(k, "k")
     if not 1 <= k <= reference.MAX_K:
         raise ValueError(f"k must be from 1 to {reference.MAX_K}, got {_arrays.shown(k)}.")
-    if k > min(lengths, default=k):
+    if lengths and k > min(lengths):
         for b, (queries, n) in enumerate(zip(query_lengths, lengths, strict=True)):
             if k > n and queries:
                 raise ValueError(f"k must be no larger than a cloud, got k = {k} for the {n} points of cloud {b}.")
@@ -440,6 +442,9 @@ def knn_results(queries: Any, k: int) -> tuple[Spec, Spec]:
     return Spec((queries, k), FLOAT32), Spec((queries, k), INT32)
 
 
+_kept_results = functools.lru_cache(maxsize=256)(knn_results)  # for numbers of queries that are ints
+
+
 def knn_arrays(
     query: Given,
     points: Given | NeighborIndex,
@@ -457,7 +462,7 @@ def knn_arrays(
     of_query = query.spec
     of_points = of_query if same else points.spec
     call = cuda.knn(of_query, query_lengths, of_points, lengths, k, device, index=index, same=same)
-    return launcher.launch(call, inputs, knn_results(sum(query_lengths), k))
+    return launcher.launch(call, inputs, _kept_results(sum(query_lengths), k), origin)
 
 
 def radius_results(queries: Any, entries: Any) -> tuple[Spec, Spec, Spec]:

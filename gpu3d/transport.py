@@ -8,6 +8,7 @@ its entries.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -412,6 +413,9 @@ def apml_results(
     return loss, Spec((0,), pred.dtype), Spec((0,), target.dtype)
 
 
+_kept_results = functools.lru_cache(maxsize=256)(apml_results)  # for sizes that are ints
+
+
 def apml_arrays(
     pred: Given,
     pred_lengths: tuple[int, ...],
@@ -423,7 +427,8 @@ def apml_arrays(
     with_grad: bool,
 ) -> list[Any]:
     """The loss, of pred's library, and the gradients of pred and target, each of its array's library."""
-    results = apml_results(pred, target, len(pred_lengths), reduction, with_grad)
+    of_pred, of_target = pred.spec, target.spec
+    results = _kept_results(of_pred, of_target, len(pred_lengths), reduction, with_grad)
     ordinal = pred.origin.device
     if ordinal is None:
         clouds = packed(pred), pred_lengths, packed(target), target_lengths
@@ -437,11 +442,11 @@ def apml_arrays(
         ]
     device = launcher.device(ordinal)
     if max_entries is not None:
-        specs = pred.spec, pred_lengths, target.spec, target_lengths
-        call = cuda.apml(*specs, options, reduction, max_entries, with_grad, device)
+        both = of_pred, pred_lengths, of_target, target_lengths
+        call = cuda.apml(*both, options, reduction, max_entries, with_grad, device)
         made = launcher.launch(call, (pred, target), results)
     else:
-        pair = cuda.pair(pred.spec, pred_lengths, target.spec, target_lengths, device)
+        pair = cuda.pair(of_pred, pred_lengths, of_target, target_lengths, device)
         found, total = _found(pred, target, pair, options, None)
         call = cuda.transport(pair, options, reduction, with_grad, total)
         made = launcher.launch(call, found, results, pred.origin)
