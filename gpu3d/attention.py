@@ -77,9 +77,10 @@ def bucket_attention(
     check_layout(buckets, scopes)
     if (interop := _arrays.interop_of(q, k, v, layout=scopes.table)) is not None:
         return interop.bucket_attention(q, k, v, buckets, scopes, scale=scale, return_lse=return_lse)
-    given = _arrays.read(q, "q"), _arrays.read(k, "k"), _arrays.read(v, "v"), _arrays.read(scopes.table, "scopes")
-    scale = check_attention(*given, buckets, scopes, scale)
-    arrays = attention_arrays(*given, buckets.lengths, buckets.bucket_size, scale, return_lse)
+    q, k, v = _arrays.read(q, "q"), _arrays.read(k, "k"), _arrays.read(v, "v")
+    table = _arrays.read(scopes.table, "scopes")
+    scale = check_attention(q, k, v, table, buckets, scopes, scale)
+    arrays = attention_arrays(q, k, v, table, buckets.lengths, buckets.bucket_size, scale, return_lse)
     return tuple(arrays) if return_lse else arrays[0]
 
 

@@ -160,10 +160,11 @@ def bucket_pool(features: Any, points: Any, buckets: Buckets, *, ratio: int = 2,
     if (interop := _arrays.interop_of(features, points)) is not None:
         return interop.bucket_pool(features, points, buckets, ratio=ratio, reduce=reduce)
     check_buckets(buckets)
-    given = _arrays.read(features, "features"), _arrays.read(points, "points")
-    ratio = check_pool(*given, buckets.lengths, buckets.bucket_size, ratio, reduce)
-    arrays = pool_arrays(*given, buckets.lengths, buckets.bucket_size, ratio, reduce)
-    children = _children(buckets.lengths, buckets.bucket_size, ratio)
+    lengths, bucket_size = buckets.lengths, buckets.bucket_size
+    features, points = _arrays.read(features, "features"), _arrays.read(points, "points")
+    ratio = check_pool(features, points, lengths, bucket_size, ratio, reduce)
+    arrays = pool_arrays(features, points, lengths, bucket_size, ratio, reduce)
+    children = _children(lengths, bucket_size, ratio)
     return pooling_of(arrays, buckets, ratio, reduce, children)
 
 
@@ -173,7 +174,7 @@ def check_pool(
     """The ratio of `bucket_pool`, whose arrays and options are checked."""
     slots = num_slots(lengths, bucket_size)
     _check_rows(features, "features", slots, "buckets")
-    if points.ndim != 2 or points.shape[1] != 3:
+    if len(points.shape) != 2 or points.shape[1] != 3:
         raise ValueError(f"points must have shape [num_slots, 3], got {list(points.shape)}.")
     _arrays.check_floats(points, "points")
     _check_slots(points, "points", slots, "buckets")
@@ -526,7 +527,7 @@ def check_pooling(pooled: Any) -> None:
 
 def _check_rows(x: Given | Spec, name: str, slots: Any, where: str) -> None:
     """Features [num_slots, C] in the slots of a layout, which the caller knows as `where`."""
-    if x.ndim != 2:
+    if len(x.shape) != 2:
         raise ValueError(
             f"{name} must have shape [num_slots, C], got {list(x.shape)}: reshape by {name}.reshape(len({name}), -1)."
         )

@@ -288,8 +288,8 @@ def bucketize(
     device: Device,
 ) -> Call:
     """Input: points [N, 3]. Results: slot_to_point, point_to_slot, moved."""
-    look = points.dtype, arrays.copied(points)
-    return _bucketize(lengths, *look, bucket_size, hash, balance, voxel_size, seed, device)
+    copied = arrays.copied(points)
+    return _bucketize(lengths, points.dtype, copied, bucket_size, hash, balance, voxel_size, seed, device)
 
 
 @clouds.remembered
