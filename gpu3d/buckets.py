@@ -337,7 +337,7 @@ def _bucket_offsets(lengths: Sequence[int] | np.ndarray, bucket_size: int) -> tu
         return bucket_offsets(lengths, bucket_size)
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum((clouds.array(lengths) + (bucket_size - 1)) // bucket_size, out=offsets[1:])
-    return tuple(offsets.tolist())
+    return _arrays.int_tuple(offsets)
 
 
 # ---- scatter and gather --------------------------------------------------------------------------------------------

@@ -97,11 +97,14 @@ def table(lengths: Sequence[int], bucket_size: int, tiles: Sequence[int] | None,
 def _large_table(lengths: np.ndarray, bucket_size: int, tiles: Any, groups: Any) -> Table:
     count = len(lengths)
     table = np.zeros((whole_parts(count + 1), 4), np.int32)
-    buckets = (lengths + (bucket_size - 1)) // bucket_size
-    for column, counts in enumerate((lengths, tiles, groups, buckets)):
+    for column, counts in enumerate((lengths, tiles, groups)):
         if counts is not None:
             table[1 : count + 1, column] = np.cumsum(counts)
-    table[:, 3] *= bucket_size
+    slots = lengths + (bucket_size - 1)
+    slots //= bucket_size
+    np.cumsum(slots, out=slots)
+    slots *= bucket_size
+    table[1 : count + 1, 3] = slots
     return Table(b"", parts_of(table, count + 1), int(table[count, 1]), int(table[count, 2]))
 
 
