@@ -251,34 +251,28 @@ def run(call: Call, memories: Sequence[int], ordinal: int, stream: int) -> None:
 
 def _fill(template: _Template, ready: _Ready, numbers: dict[str, Any], memories: Sequence[int], stream: int) -> None:
     """Write what differs from the run before: addresses, numbers and the stream."""
-    words = ready.words
-    others = moved = numbers is not ready.numbers
-    for address, before, places in zip(memories, ready.memories, template.pointers, strict=False):
-        if address != before:
-            moved = True
-            for word, offset in places:
-                words[word] = address + offset
-    ready.memories = memories[:]
-    if moved:
-        for word, memory, offset, name in template.moved:
-            words[word] = memories[memory] + offset + numbers[name]
-    if others:
-        _put_numbers(template, ready, numbers)
+    words, others = ready.words, numbers is not ready.numbers
+    if memories != ready.memories:
+        for address, before, places in zip(memories, ready.memories, template.pointers, strict=False):
+            if address != before:
+                for word, offset in places:
+                    words[word] = address + offset
+        ready.memories = memories[:]
     if stream != ready.stream:
         ready.stream = stream
         for word in template.streams:
             words[word] = stream
-
-
-def _put_numbers(template: _Template, ready: _Ready, numbers: dict[str, Any]) -> None:
-    for name, packer, at in template.numbers:
-        if packer is None:
-            inlined = numbers[name].inlined
-            ready.bytes[at : at + len(inlined)] = inlined
-        else:
-            packer.pack_into(ready.buffer, at, numbers[name])
-    if not template.large:  # a large table is not kept, because it takes megabytes
-        ready.numbers = numbers
+    for word, memory, offset, name in template.moved:
+        words[word] = memories[memory] + offset + numbers[name]
+    if others:
+        for name, packer, at in template.numbers:
+            if packer is None:
+                inlined = numbers[name].inlined
+                ready.bytes[at : at + len(inlined)] = inlined
+            else:
+                packer.pack_into(ready.buffer, at, numbers[name])
+        if not template.large:  # a large table is not kept, because it takes megabytes
+            ready.numbers = numbers
 
 
 def _write_table(table: clouds.Table, address: int, ordinal: int, stream: int) -> None:
