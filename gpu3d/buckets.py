@@ -216,9 +216,9 @@ def bucketize(
     if given.origin.library == "jax":
         importlib.import_module("gpu3d.interop.jax")  # registers Buckets as a pytree
     if lengths is not None:
-        lengths = _arrays.packed_lengths(lengths)
+        lengths = _arrays.packed_lengths(lengths)  # once, for the checks and for the plan
     checked = check_bucketize(given, bucket_size, lengths, hash, balance, voxel_size, seed)
-    slot_to_point, point_to_slot, moved = bucketize_arrays(given, checked, check_finite)
+    slot_to_point, point_to_slot, moved = bucketize_arrays(given, checked, check_finite, _array_of_many(lengths))
     return Buckets(slot_to_point, point_to_slot, moved, checked.bucket_size, checked.lengths, checked.bucket_offsets)
 
 
@@ -232,14 +232,13 @@ class Bucketing(NamedTuple):
     voxel_size: float | str | None
     seed: int
     bucket_offsets: tuple[int, ...]
-    counts: Sequence[int] | np.ndarray  # the lengths; an int64 array where the caller has one of many
 
 
 def check_bucketize(
     points: Given | Spec, bucket_size: Any, lengths: Any, hash: Any, balance: Any, voxel_size: Any, seed: Any
 ) -> Bucketing:
     """The options of `bucketize`, checked against the shape and dtype of the points."""
-    counts, lengths = lengths, _arrays.check_points(points, lengths)
+    array, lengths = _array_of_many(lengths), _arrays.check_points(points, lengths)
     bucket_size = check_bucket_size(bucket_size)
     _arrays.check_choice(hash, reference.HASHES, "hash")
     _arrays.check_choice(balance, reference.BALANCES, "balance")
@@ -247,16 +246,21 @@ def check_bucketize(
     seed = _arrays.check_integer(seed, "seed")
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}.")
-    if not isinstance(counts, np.ndarray) or counts.dtype != INT64 or len(counts) <= clouds.INLINE_CLOUDS:
-        counts = lengths
-    offsets = _bucket_offsets(counts, bucket_size)
+    offsets = _bucket_offsets(lengths if array is None else array, bucket_size)
     slots = offsets[-1] * bucket_size
     if slots > MAX_SLOTS:
         raise ValueError(
             f"a layout has at most 2**31 - 1 slots, because slots are int32; {sum(lengths)} points need {slots}. "
             "Bucketize parts of the batch."
         )
-    return Bucketing(lengths, bucket_size, hash, balance, voxel_size, seed, offsets, counts)
+    return Bucketing(lengths, bucket_size, hash, balance, voxel_size, seed, offsets)
+
+
+def _array_of_many(lengths: Any) -> np.ndarray | None:
+    """The lengths, if they are an int64 array of many clouds; otherwise None."""
+    if isinstance(lengths, np.ndarray) and lengths.dtype == INT64 and lengths.size > clouds.INLINE_CLOUDS:
+        return lengths
+    return None
 
 
 def check_bucket_size(bucket_size: Any) -> int:
@@ -297,17 +301,23 @@ def _results(slots: Any, points: Any) -> tuple[Spec, Spec, Spec]:
 _kept_results = functools.lru_cache(maxsize=256)(_results)  # for sizes that are ints
 
 
-def bucketize_arrays(points: Given, checked: Bucketing, check_finite: bool | None) -> list[Any]:
-    """The arrays slot_to_point, point_to_slot and moved, of the points' library."""
+def bucketize_arrays(
+    points: Given, checked: Bucketing, check_finite: bool | None, array: np.ndarray | None = None
+) -> list[Any]:
+    """The arrays slot_to_point, point_to_slot and moved, of the points' library.
+
+    `array` are the checked lengths of many clouds, if the caller has them as an int64 array.
+    """
     origin = points.origin
     if check_finite or (check_finite is None and origin.device is None):
         with _arrays.on(origin):
             _arrays.check_finite(points)
-    lengths, bucket_size, hash, balance, voxel_size, seed, offsets, counts = checked
+    lengths, bucket_size, hash, balance, voxel_size, seed, offsets = checked
     if origin.device is None:
         host, options = points.array.reshape(-1, 3), (hash, balance, voxel_size, seed)
         return [_arrays.leave(x, origin) for x in reference.bucketize(host, bucket_size, lengths, *options)]
     device = launcher.device(origin.device)
+    counts = lengths if array is None else array
     call = cuda.bucketize(points, counts, bucket_size, hash, balance, voxel_size, seed, device)
     results = _kept_results(offsets[-1] * bucket_size, points.size // 3)
     return launcher.launch(call, (points,), results, origin)

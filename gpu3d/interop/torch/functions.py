@@ -126,7 +126,7 @@ def bucketize(
     cell = None if per_axis else voxel_size
     if not _exact((bucket_size, int), (hash, str), (balance, str), (cell, float, type(None)), (seed, int)):
         checked = layouts.check_bucketize(_spec(points), bucket_size, lengths, hash, balance, voxel_size, seed)
-        bucket_size, hash, balance, voxel_size, seed = checked[1:6]
+        _, bucket_size, hash, balance, voxel_size, seed, _ = checked
         cell = None if per_axis else voxel_size
     packed, lengths = _packed(points, lengths, "points", "lengths", (3,))
     if check_finite is not None:
