@@ -64,7 +64,10 @@ class Operator:
         self.tensors = re.findall(r"Tensor\?? (\w+)", schema.partition("->")[0])
         self.single = schema.endswith("-> Tensor")
         self.kernel, self.results = kernel, results
-        self.apply: Callable[..., Any] | None = None  # that of the torch.autograd.Function
+        # The apply of two torch.autograd.Functions. The transforms of torch.func need one whose setup_context is apart
+        # from its forward. torch binds that one's arguments to its signature, which takes 5 us per call.
+        self.apply: Callable[..., Any] | None = None
+        self.apply_apart: Callable[..., Any] | None = None
         self.cast: tuple[int, Callable[[str], torch.dtype]] | None = None  # see `autocast`
         numbers = schema[: schema.index(")")].split(", ")[len(self.tensors) :]
         self.lengths = [i for i, text in enumerate(numbers) if "[]" in text]  # which numbers are lengths
@@ -164,18 +167,18 @@ class Operator:
         def backward_of_arguments(ctx: Any, *given: Any) -> Any:
             return *gradients(ctx, given, ctx.needs_input_grad), *[None] * len(ctx.numbers)
 
-        def setup_context_of_function(ctx: Any, inputs: Any, output: Any) -> None:
-            remember(ctx, inputs[1:], inputs[0], output)
+        def remember_for_function(ctx: Any, numbers: Any, tensors: Any, output: Any) -> None:
+            remember(ctx, tensors, numbers, output)
 
         def backward_of_function(ctx: Any, *given: Any) -> Any:
             return None, *gradients(ctx, given, ctx.needs_input_grad[1:])
 
-        self._autograd(setup_context, backward_of_arguments, setup_context_of_function, backward_of_function)
+        self._autograd(setup_context, backward_of_arguments, remember_for_function, backward_of_function)
 
     def refuse_second_derivative(self) -> None:
         """For an operator that is a gradient: raise an error for its own gradient, which torch would take for zero."""
 
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        def nothing(ctx: Any, *given: Any) -> None:
             pass
 
         def backward(ctx: Any, *given: Any) -> None:
@@ -184,28 +187,39 @@ class Operator:
                 "Call backward or torch.autograd.grad without create_graph."
             )
 
-        self._autograd(setup_context, backward, setup_context, backward)
+        self._autograd(lambda ctx, inputs, output: None, backward, nothing, backward)
 
-    def _autograd(self, setup_context: Any, backward: Any, setup_function: Any, backward_function: Any) -> None:
+    def _autograd(self, setup_context: Any, backward: Any, remember: Any, backward_of_function: Any) -> None:
         for overload in {self.default, self.traced}:
             name = overload.name().removesuffix(".default")
             torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_LIBRARY)
 
-        def forward(numbers: tuple[Any, ...], *tensors: Any) -> Any:
-            return self.call(tensors, numbers)
+        def forward(ctx: Any, numbers: tuple[Any, ...], *tensors: Any) -> Any:
+            output = self.call(tensors, numbers)
+            remember(ctx, numbers, tensors, output)
+            return output
 
         def jvp(ctx: Any, *tangents: Any) -> None:
             raise NotImplementedError(NO_FORWARD_MODE.format(self.name))
 
-        forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # or computed at every call
-        methods = {
+        def forward_apart(numbers: tuple[Any, ...], *tensors: Any) -> Any:
+            return self.call(tensors, numbers)
+
+        def setup_apart(ctx: Any, inputs: Any, output: Any) -> None:
+            remember(ctx, inputs[0], inputs[1:], output)
+
+        forward_apart.__signature__ = inspect.signature(forward_apart)  # type: ignore[attr-defined]  # or at every call
+        common = {"backward": staticmethod(backward_of_function), "jvp": staticmethod(jvp)}
+        plain = {**common, "forward": staticmethod(forward)}
+        apart = {
+            **common,
             "generate_vmap_rule": True,
-            "forward": staticmethod(forward),
-            "setup_context": staticmethod(setup_function),
-            "backward": staticmethod(backward_function),
-            "jvp": staticmethod(jvp),
+            "forward": staticmethod(forward_apart),
+            "setup_context": staticmethod(setup_apart),
         }
-        self.apply = type(self.name, (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
+        bases = (torch.autograd.Function,)
+        self.apply = type(self.name, bases, plain).apply  # type: ignore[attr-defined]
+        self.apply_apart = type(self.name, bases, apart).apply  # type: ignore[attr-defined]
 
     def call(self, tensors: Sequence[Any], numbers: Sequence[Any]) -> Any:
         """Call the operator outside of torch.compile, with the overload that takes lengths of this type."""
@@ -237,8 +251,11 @@ def run(op: Operator, tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Any
         _refuse_tangents(op, tensors)
         return op.traced(*tensors, *[[int(n) for n in x] if isinstance(x, tuple) else x for x in numbers])
     numbers = op.with_tensors(numbers)
-    if op.apply is not None and torch.is_grad_enabled() and any([may_need_gradient(x) for x in tensors]):
-        return op.apply(numbers, *tensors)
+    if op.apply is not None and torch.is_grad_enabled():
+        if any(map(_is_of_torch_func, tensors)):  # around a tensor that may require grad
+            return op.apply_apart(numbers, *tensors)  # type: ignore[misc]
+        if any([x is not None and x.requires_grad for x in tensors]):
+            return op.apply(numbers, *tensors)
     _refuse_tangents(op, tensors)
     return op.call(tensors, numbers)
 
@@ -249,15 +266,15 @@ def _refuse_tangents(op: Operator, tensors: Sequence[Any]) -> None:
             raise NotImplementedError(NO_FORWARD_MODE.format(op.name))
 
 
-def may_need_gradient(x: Any) -> bool:
+def may_need_gradient(x: torch.Tensor) -> bool:
     """Whether x requires grad, or is a wrapper of torch.func, around which another tensor may require it."""
-    if x is None:
-        return False
     return x.requires_grad or (not torch.compiler.is_compiling() and _is_of_torch_func(x))
 
 
-def _is_of_torch_func(x: torch.Tensor) -> bool:
+def _is_of_torch_func(x: torch.Tensor | None) -> bool:
     """Whether x is a wrapper that the transforms of torch.func pass to a function. Wrappers have no memory."""
+    if x is None:
+        return False
     try:
         x.untyped_storage()
     except NotImplementedError:
