@@ -39,6 +39,7 @@ class Origin(NamedTuple):
     library: str
     device: int | None
     place: Any = None  # the jax.Device of a host array of JAX
+    lent: bool = False  # GPU memory of a library that may reuse it before the current stream has read it
 
     def __str__(self) -> str:
         return f"{self.library} on " + ("the CPU" if self.device is None else f"cuda:{self.device}")
@@ -106,6 +107,8 @@ _new = tuple.__new__
 _NUMPY = Origin("numpy", None)
 _cupy_origin = functools.cache(functools.partial(Origin, "cupy"))
 _torch_origin = functools.cache(functools.partial(Origin, "torch"))
+_jax_origin = functools.cache(functools.partial(Origin, "jax", lent=True))
+_foreign_origin = functools.cache(functools.partial(Origin, "cupy", lent=True))
 
 
 def on_gpu(x: Given | Spec) -> bool:
@@ -180,7 +183,7 @@ def read(x: Any, name: str) -> Given:
         return Given(x.shape, x.dtype, None, 0, _NUMPY, x)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
-        return _read_torch(x, name, torch)
+        return read_tensor(x, name)
     jax = sys.modules.get("jax")
     if jax is not None and isinstance(x, jax.Array):
         return _read_jax(x, name, jax)
@@ -190,7 +193,7 @@ def read(x: Any, name: str) -> Given:
             return read(_host_dlpack(x, name), name)
         if kind in (DLPACK_CUDA, DLPACK_MANAGED):
             with require_cupy(name).cuda.Device(device):
-                return _given(require_cupy(name).from_dlpack(x), _cupy_origin(device))
+                return _given(require_cupy(name).from_dlpack(x), _foreign_origin(device))
         raise TypeError(
             f"{name} is on DLPack device type {int(kind)}; gpu3d reads CPU and CUDA memory. Copy it to one of them."
         )
@@ -214,7 +217,7 @@ def _host_dlpack(x: Any, name: str) -> np.ndarray:
     except (BufferError, RuntimeError, TypeError) as error:  # NumPy's DLPack does not support bfloat16
         torch = sys.modules.get("torch")
         if torch is not None:
-            return _read_torch(torch.from_dlpack(x), name, torch).array
+            return read_tensor(torch.from_dlpack(x), name).array
         raise TypeError(
             f"{name} cannot be read through DLPack by NumPy ({error}): convert it to float32, or pass a NumPy array of "
             "ml_dtypes.bfloat16."
@@ -232,7 +235,9 @@ def require_cupy(name: str) -> Any:
     return cupy
 
 
-def _read_torch(x: Any, name: str, torch: Any) -> Given:
+def read_tensor(x: Any, name: str) -> Given:
+    """Describe a torch tensor, as `read` does."""
+    torch = sys.modules["torch"]
     if x.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}: call {name}.to_dense().")
     if x.is_quantized:
@@ -241,11 +246,12 @@ def _read_torch(x: Any, name: str, torch: Any) -> Given:
         x = x.resolve_conj().resolve_neg()
     dtype = numpy_dtype(x.dtype)
     if x.is_cuda:
-        require_cupy(name)
+        if "cupy" not in sys.modules:
+            require_cupy(name)
         strides = None
         if not x.is_contiguous():
             strides = tuple([step * dtype.itemsize for step in x.stride()])
-        return Given(tuple(x.shape), dtype, strides, x.data_ptr(), _torch_origin(x.get_device()), x)
+        return _new(Given, (tuple(x.shape), dtype, strides, x.data_ptr(), _torch_origin(x.get_device()), x))
     if x.device.type != "cpu":
         raise TypeError(f"{name} is on device {x.device}; gpu3d runs on CPU and CUDA: move it by {name}.to('cuda').")
     array = _numpy_of(x.detach(), dtype, torch)
@@ -290,7 +296,7 @@ def _read_jax(x: Any, name: str, jax: Any) -> Given:
     cupy = require_cupy(name)
     ordinal = x.__dlpack_device__()[1]
     with cupy.cuda.Device(ordinal):
-        return _given(cupy.from_dlpack(x), Origin("jax", ordinal))
+        return _given(cupy.from_dlpack(x), _jax_origin(ordinal))
 
 
 # ---- out -----------------------------------------------------------------------------------------------------------

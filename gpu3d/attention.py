@@ -79,17 +79,20 @@ def bucket_attention(
         return interop.bucket_attention(q, k, v, buckets, scopes, scale=scale, return_lse=return_lse)
     q, k, v = _arrays.read(q, "q"), _arrays.read(k, "k"), _arrays.read(v, "v")
     table = _arrays.read(scopes.table, "scopes")
-    scale = check_attention(q, k, v, table, buckets, scopes, scale)
+    scale = check_attention(q, k, v, table, buckets.num_slots, scopes.size, scale)
     arrays = attention_arrays(q, k, v, table, buckets.lengths, buckets.bucket_size, scale, return_lse)
     return tuple(arrays) if return_lse else arrays[0]
 
 
 def check_attention(
-    q: Given | Spec, k: Given | Spec, v: Given | Spec, table: Given | Spec, buckets: Buckets, scopes: Scopes, scale: Any
+    q: Given | Spec, k: Given | Spec, v: Given | Spec, table: Given | Spec, slots: int, size: int | None, scale: Any
 ) -> float:
-    """Check the arrays of `bucket_attention` and return its scale. `check_layout` checks buckets and scopes."""
-    _check_rows(buckets.num_slots, q, k, v)
-    _check_table(table, scopes)
+    """Check the arrays of `bucket_attention` and return its scale. `check_layout` checks buckets and scopes.
+
+    `slots` are those of the layout. `size` is that of the scopes; None if only their table is known.
+    """
+    _check_rows(slots, q, k, v)
+    _check_table(table, size)
     return check_scale(scale, q.shape[2])
 
 
@@ -185,7 +188,7 @@ def bucket_attention_backward(
         _arrays.read(lse, "lse"),
         _arrays.read(scopes.table, "scopes"),
     )
-    scale = check_attention_backward(*given, buckets, scopes, scale)
+    scale = check_attention_backward(*given, buckets.num_slots, scopes.size, scale)
     dq, dk, dv = attention_backward_arrays(*given, buckets.lengths, buckets.bucket_size, scale)
     return dq, dk, dv
 
@@ -198,18 +201,18 @@ def check_attention_backward(
     out: Given | Spec,
     lse: Given | Spec,
     table: Given | Spec,
-    buckets: Buckets,
-    scopes: Scopes,
+    slots: int,
+    size: int | None,
     scale: Any,
 ) -> float:
     """Check the arrays of `bucket_attention_backward` as `check_attention` does, and return its scale."""
-    _check_rows(buckets.num_slots, q, k, v, dout, out)
+    _check_rows(slots, q, k, v, dout, out)
     if lse.shape != q.shape[:2] or lse.dtype != _lse_dtype(q):
         raise ValueError(
             f"lse must be {_lse_dtype(q)} of shape {list(q.shape[:2])}, as bucket_attention(..., return_lse=True) "
             f"returns it, got {lse.dtype} {list(lse.shape)}."
         )
-    _check_table(table, scopes)
+    _check_table(table, size)
     return check_scale(scale, q.shape[2])
 
 
@@ -317,12 +320,12 @@ def _refuse(others: dict[str, Given | Spec], shape: tuple[int, ...], dtype: Any)
             )
 
 
-def _check_table(table: Given | Spec, scopes: Scopes) -> None:
+def _check_table(table: Given | Spec, size: int | None) -> None:
     """Check the table, because a Scopes that was put together by hand may hold anything."""
-    if table.dtype != INT32 or len(table.shape) != 2 or table.shape[1] != scopes.size:
+    if table.dtype != INT32 or len(table.shape) != 2 or table.shape[1] != (table.shape[1] if size is None else size):
         raise ValueError(
-            f"scopes.table must be int32 of shape [num_scopes, {scopes.size}], got {table.dtype} {list(table.shape)}: "
-            "make it by gpu3d.scopes(buckets, table=...)."
+            f"scopes.table must be int32 of shape [num_scopes, {'size' if size is None else size}], got {table.dtype} "
+            f"{list(table.shape)}: make it by gpu3d.scopes(buckets, table=...)."
         )
 
 

@@ -329,6 +329,7 @@ def buckets_of(arrays: Sequence[Any], lengths: tuple[int, ...], bucket_size: int
     return Buckets(slot_to_point, point_to_slot, moved, bucket_size, lengths, bucket_offsets(lengths, bucket_size))
 
 
+@clouds.remembered
 def checked_layout(lengths: tuple[int, ...], bucket_size: int) -> Buckets:
     """A layout without its arrays. It is checked, because an operator or a program may be called with any numbers."""
     lengths = _arrays.check_lengths(lengths, sum(lengths), "points")

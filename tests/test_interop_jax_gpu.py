@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import gc
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from test_interop_jax import (  # noqa: E402
     layout,
     needs_shard_map,
     numbers,
+    on_host,
     points,
     pulled,
     run_here,
@@ -110,6 +112,47 @@ def test_many_clouds(cp):
     expected = jax.tree.map(lambda x: x.get(), gpu3d.bucketize(cp.asarray(x), 16, lengths=lengths))
     for _ in range(4):
         assert_same(run(x), expected)
+
+
+# ---- memory that JAX lends -----------------------------------------------------------------------------------------
+
+
+class Foreign:
+    """An array of a library that gpu3d does not know."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+SPIN = 'extern "C" __global__ void spin(long long n) { long long start = clock64(); while (clock64() - start < n); }'
+
+
+@pytest.mark.parametrize("lent", [lambda x: x, Foreign], ids=["jax", "foreign"])
+def test_inputs_that_are_dropped_after_a_call(cp, lent):
+    """JAX must not reuse their memory before the GPU has read it, and gets it back afterwards."""
+    x = points(5000)
+    expected = gpu3d.bucketize(x, 16).slot_to_point
+    gpu3d.bucketize(lent(jnp.asarray(x)), 16)  # compiles
+    cp.cuda.get_current_stream().synchronize()
+    before = GPUS[0].memory_stats()["bytes_in_use"]
+    for _ in range(3):
+        cp.RawKernel(SPIN, "spin")((1,), (1,), (60_000_000,))  # some 30 ms, so that the call is still queued
+        got = gpu3d.bucketize(lent(jnp.asarray(x)), 16).slot_to_point
+        others = jax.block_until_ready([jnp.full(x.shape, 7.0 + i) for i in range(8)])
+        np.testing.assert_array_equal(on_host(got), expected)
+        del got, others
+    for _ in range(100):
+        if GPUS[0].memory_stats()["bytes_in_use"] <= before:
+            break
+        time.sleep(0.05)
+    else:
+        raise AssertionError("inputs are still alive after the calls that read them")
 
 
 # ---- command buffers -----------------------------------------------------------------------------------------------

@@ -9,9 +9,11 @@ waits when its queue is full.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
+import queue
 import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -303,11 +305,20 @@ def launch(
     if cuda.runtime.getDevice() != ordinal:
         with cuda.Device(ordinal):
             return launch(call, inputs, results, origin)
-    memories = []
+    memories: list[int] = []
+    lent: list[Any] = []
     for given in inputs:
-        memories.append(0 if given is None else given.address)
+        if given is None:
+            memories.append(0)
+        else:
+            memories.append(given.address)
+            if given.origin.lent:
+                lent.append(given.array)
     made, _workspace = _arrays.empty(results, call.plan.workspace, origin, memories)
-    run(call, memories, ordinal, _arrays.current_stream(origin))
+    stream = _arrays.current_stream(origin)
+    run(call, memories, ordinal, stream)
+    if lent:
+        _keep(lent, stream)
     if origin.library == "jax":
         return [_arrays.leave(array, origin) for array in made]
     return made
@@ -318,3 +329,36 @@ def _cupy_cuda() -> Any:
     import cupy
 
     return cupy.cuda
+
+
+# ---- memory that other libraries lend ------------------------------------------------------------------------------
+
+
+def _keep(arrays: list[Any], stream: int) -> None:
+    """Keep arrays until the GPU has done what is in the stream now.
+
+    JAX counts on the host who uses an array, and orders only its own streams. An array that the caller drops after a
+    call would be overwritten before the GPU has read it.
+    """
+    cuda = _cupy_cuda()
+    if not cuda.runtime.streamIsCapturing(stream):  # whoever runs a graph keeps its inputs
+        event = cuda.Event(block=True, disable_timing=True)
+        cuda.runtime.eventRecord(event.ptr, stream)
+        _kept().put((event, arrays))
+
+
+@functools.cache
+def _kept() -> queue.SimpleQueue[Any]:
+    """The arrays that `_keep` keeps, with their events. A thread waits for the events and lets go of the arrays."""
+    kept: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    failed = _cupy_cuda().runtime.CUDARuntimeError
+
+    def let_go() -> None:
+        while True:
+            event, arrays = kept.get()
+            with contextlib.suppress(failed):  # the caller meets the same error at its next call
+                event.synchronize()
+            del event, arrays
+
+    threading.Thread(target=let_go, name="gpu3d: inputs of other libraries", daemon=True).start()
+    return kept

@@ -15,7 +15,6 @@ import numpy as np
 from gpu3d import _arrays, attention, neighbors, pooling, transport
 from gpu3d import buckets as layouts
 from gpu3d._arrays import FLOAT32, INT32, INT64, UINT8, Given, Spec
-from gpu3d.buckets import Buckets, Scopes
 from gpu3d.chamfer import (  # a from-import, because gpu3d.chamfer is the function
     chamfer_arrays,
     chamfer_backward_arrays,
@@ -77,17 +76,12 @@ def bucketize(points: Known, *, check_finite: bool | None, **options: Any) -> Wo
 # ---- attention -----------------------------------------------------------------------------------------------------
 
 
-def _scopes(table: Known, layout: Buckets) -> Scopes:
-    width = table.shape[1] if table.ndim == 2 else 0
-    return Scopes(None, width, 0, 1, layout.bucket_size, layout.bucket_offsets)
-
-
 def bucket_attention(
     q: Known, k: Known, v: Known, table: Known, *, lengths: tuple[int, ...], bucket_size: int, scale: float
 ) -> Work:
     """`gpu3d.bucket_attention`: out and lse."""
-    layout = layouts.checked_layout(lengths, bucket_size)
-    scale = attention.check_attention(q, k, v, table, layout, _scopes(table, layout), scale)
+    slots = layouts.checked_layout(lengths, bucket_size).num_slots
+    scale = attention.check_attention(q, k, v, table, slots, None, scale)
     options = lengths, bucket_size, scale
     return Work(
         attention.attention_results(q),
@@ -110,9 +104,8 @@ def bucket_attention_backward(
     scale: float,
 ) -> Work:
     """`gpu3d.bucket_attention_backward`."""
-    layout = layouts.checked_layout(lengths, bucket_size)
-    of_table = _scopes(table, layout)
-    scale = attention.check_attention_backward(dout, q, k, v, out, lse, table, layout, of_table, scale)
+    slots = layouts.checked_layout(lengths, bucket_size).num_slots
+    scale = attention.check_attention_backward(dout, q, k, v, out, lse, table, slots, None, scale)
 
     def on_gpu(dout: Spec, q: Spec, k: Spec, v: Spec, out: Spec, lse: Spec, table: Spec, device: Device) -> Call:
         options = lengths, bucket_size, scale

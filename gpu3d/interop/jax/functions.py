@@ -244,7 +244,7 @@ def bucket_attention(
     _check_arrays(q=q, k=k, v=v)
     attention.check_layout(buckets, scopes)
     table = _constant(scopes.table, "scopes")
-    scale = attention.check_attention(spec(q), spec(k), spec(v), spec(table), buckets, scopes, scale)
+    scale = attention.check_attention(spec(q), spec(k), spec(v), spec(table), buckets.num_slots, scopes.size, scale)
     static = options(bucket_size=buckets.bucket_size, lengths=buckets.lengths, scale=scale)
     out, lse = _attention(static, *alike(q, k, v, table))
     return (out, jax.lax.stop_gradient(lse)) if return_lse else out

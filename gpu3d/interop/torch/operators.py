@@ -27,7 +27,6 @@ from torch.autograd import forward_ad
 from gpu3d import _arrays, attention, neighbors, pooling, transport
 from gpu3d import buckets as layouts
 from gpu3d._arrays import Spec
-from gpu3d.buckets import Buckets, Scopes
 from gpu3d.chamfer import (  # a from-import, because gpu3d.chamfer is the function
     chamfer_arrays,
     chamfer_backward_arrays,
@@ -99,7 +98,9 @@ class Operator:
         tensors = args[: len(self.tensors)]
         if torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors]):
             raise RuntimeError(f"this overload of {self.name} has no gradient: pass lengths as integers.")
-        given = [None if x is None else _arrays.read(x, name) for x, name in zip(tensors, self.tensors, strict=True)]
+        given = [
+            None if x is None else _arrays.read_tensor(x, name) for x, name in zip(tensors, self.tensors, strict=True)
+        ]
         results = self.kernel(*given, *self._numbers(args))
         return results[0] if self.single else tuple(results)
 
@@ -351,14 +352,10 @@ MOVE_ROWS.differentiate(lambda tensors, outputs: tensors[1:], _move_backward)
 # ---- attention -----------------------------------------------------------------------------------------------------
 
 
-def _windows(table: Any, bucket_size: int, lengths: tuple[int, ...]) -> tuple[Buckets, Scopes]:
-    layout = layouts.checked_layout(lengths, bucket_size)
-    return layout, Scopes(table, table.shape[-1], 0, 1, bucket_size, layout.bucket_offsets)
-
-
 def _attention(q: Any, k: Any, v: Any, table: Any, bucket_size: int, lengths: tuple[int, ...], scale: Any) -> list[Any]:
     """The results out and lse; the gradient needs both."""
-    scale = attention.check_attention(q, k, v, table, *_windows(table, bucket_size, lengths), scale)
+    slots = layouts.checked_layout(lengths, bucket_size).num_slots
+    scale = attention.check_attention(q, k, v, table, slots, None, scale)
     return attention.attention_arrays(q, k, v, table, lengths, bucket_size, scale, True)
 
 
@@ -375,7 +372,8 @@ def _attention_backward(
     scale: Any,
 ) -> list[Any]:
     given = dout, q, k, v, out, lse, table
-    scale = attention.check_attention_backward(*given, *_windows(table, bucket_size, lengths), scale)
+    slots = layouts.checked_layout(lengths, bucket_size).num_slots
+    scale = attention.check_attention_backward(*given, slots, None, scale)
     return attention.attention_backward_arrays(*given, lengths, bucket_size, scale)
 
 
