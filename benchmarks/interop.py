@@ -260,13 +260,14 @@ def _torch_host(setting: Setting) -> Iterator[Row]:
         for name, function in _torch_functions(inputs, clouds).items():
             peers = _peers_of_attention(inputs) if (name, clouds) == ("attention", 1) else {}
             for both in (False, True):
-                times = _in_turns(
-                    {
-                        "plain": plain[name, both],
-                        "torch": _torch_call(function, both),
-                        **{peer: _torch_call(what, both) for peer, what in peers.items()},
-                    }
-                )
+                ours = _torch_call(function, both)
+                calls = {"plain": plain[name, both], "torch": ours}
+                if both:
+                    calls["calling thread"] = functools.partial(_on_the_calling_thread, ours)
+                times = _in_turns({**calls, **{peer: _torch_call(what, both) for peer, what in peers.items()}})
+                note = f"{number(times['torch'])} us, the plain call {number(times['plain'])} us"
+                if both:
+                    note += f", with the backward on the calling thread {number(times['calling thread'])} us"
                 yield Row(
                     f"torch over plain, {name}: {DIRECTIONS[both]}" + (f", {clouds} clouds" if clouds > 1 else ""),
                     "host",
@@ -274,8 +275,16 @@ def _torch_host(setting: Setting) -> Iterator[Row]:
                     times["torch"] - times["plain"],
                     *(TORCH if clouds <= 2 else TORCH_MANY)[both],
                     peers=tuple([Peer(peer, "host", times[peer]) for peer in peers]),
-                    note=f"{number(times['torch'])} us, the plain call {number(times['plain'])} us",
+                    note=note,
                 )
+
+
+def _on_the_calling_thread(call: timing.Call) -> None:
+    """torch runs a backward on a thread of the GPU's own, unless it is told not to."""
+    import torch
+
+    with torch.autograd.set_multithreading_enabled(False):
+        call()
 
 
 def _in_turns(calls: dict[str, timing.Call]) -> dict[str, float]:

@@ -328,6 +328,11 @@ def passed_on(array: Any, library: str, origin: Origin) -> Any:
     return leave(given.array if given.device is None else as_cupy(given), origin)
 
 
+@functools.cache
+def _torch_device(ordinal: int | None) -> Any:
+    return sys.modules["torch"].device("cuda", ordinal)
+
+
 def empty(specs: Sequence[Spec], size: int, origin: Origin, addresses: list[int]) -> tuple[list[Any], Any]:
     """New arrays and `size` bytes of workspace on the origin's GPU, which is the current device.
 
@@ -338,7 +343,7 @@ def empty(specs: Sequence[Spec], size: int, origin: Origin, addresses: list[int]
     workspace, made = None, []
     if origin.library == "torch":
         torch = sys.modules["torch"]
-        device = torch.device("cuda", origin.device)
+        device = _torch_device(origin.device)
         for shape, dtype, _, _ in specs:
             array = torch.empty(shape, dtype=torch_dtype(dtype), device=device)
             made.append(array)
