@@ -8,7 +8,7 @@ import struct
 
 from gpu3d import _arrays
 from gpu3d.cuda import clouds
-from gpu3d.cuda.plan import Clear, Launch, Number, Packed, Pointer, Table, fields, parameters
+from gpu3d.cuda.plan import GEMM_WORKSPACE, Clear, Gemm, Launch, Number, Packed, Pointer, Table, fields, parameters
 
 MAX_PARAMETERS = 4096  # bytes of a kernel's arguments that CUDA allows
 
@@ -72,6 +72,15 @@ def check(call, inputs, results, device):
                 assert step.grid <= 2 * device.multiprocessors
         elif isinstance(step, Clear):
             point(step.pointer, step.size)
+        elif isinstance(step, Gemm):
+            for matrix in filter(None, (step.a, step.b, step.c, step.d, step.aux)):
+                elements = (matrix.rows - 1) * matrix.stride + matrix.columns
+                point(matrix.pointer, elements * matrix.dtype.itemsize)
+            if step.bias is not None:
+                elements = step.d.rows if step.epilogue == "BGRADB" else step.d.columns
+                point(step.bias, elements * step.d.dtype.itemsize)
+            if step.workspace is not None:
+                point(step.workspace, GEMM_WORKSPACE)
         else:
             assert isinstance(step, Table)
             table = numbers[step.name]

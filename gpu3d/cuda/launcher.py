@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from gpu3d import _arrays
-from gpu3d.cuda import clouds, compiler
-from gpu3d.cuda.plan import Call, Clear, Device, Launch, Number, Packed, Plan, Pointer, Table, fields, parameters
+from gpu3d.cuda import clouds, compiler, cublaslt
+from gpu3d.cuda.plan import Call, Clear, Device, Gemm, Launch, Number, Packed, Plan, Pointer, Table, fields, parameters
 
 # ---- the driver ----------------------------------------------------------------------------------------------------
 
@@ -90,7 +90,7 @@ class _Template(NamedTuple):
     moved: tuple[tuple[int, int, int, str], ...]  # word, memory, offset, and the name of the number to add
     numbers: tuple[tuple[str, Any, int], ...]  # name, packer (None for a table of clouds), byte of the buffer
     streams: tuple[int, ...]  # 8-byte words of the buffer that hold the stream
-    launches: tuple[Any, ...]  # (config, function, parameter table), (address, size) of a clear, or a Table
+    launches: tuple[Any, ...]  # (config, function, parameter table), (address, size) of a clear, a Table, or a Matmul
     tables: tuple[tuple[int, tuple[int, ...]], ...]  # word of a table of parameters, and words of its arguments
     modules: tuple[Any, ...]  # keeps the kernels loaded
     large: bool  # whether the plan writes the table of a large batch
@@ -105,16 +105,19 @@ class _Ready:
     buffer, words, bytes
         The copy, and views of it as 8-byte words and as bytes.
     calls : list of (function of the driver, arguments) and (None, Table and the byte where its address lies)
+    changes : list of (function, arguments)
+        What a product of matrices needs after addresses were changed.
     memories, stream, numbers
         The values of the run before.
     """
 
-    __slots__ = ("buffer", "bytes", "calls", "memories", "numbers", "stream", "words")
+    __slots__ = ("buffer", "bytes", "calls", "changes", "memories", "numbers", "stream", "words")
 
     def __init__(self, buffer: Any, size: int, memories: int) -> None:
         self.buffer, self.bytes = buffer, memoryview(buffer).cast("B")
         self.words = self.bytes[:size].cast("Q")
         self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+        self.changes: list[tuple[Any, tuple[Any, ...]]] = []
         self.memories: Sequence[Any] = [None] * memories
         self.stream: int | None = None
         self.numbers: dict[str, Any] | None = None
@@ -185,6 +188,14 @@ def _template(plan: Plan, ordinal: int) -> _Template:
             put_pointer(step.pointer, at)
             streams.append(at // 8 + 1)
             launches.append((at, step.size))
+        elif isinstance(step, Gemm):
+            _make_context_current()
+            at = grow(8 * cublaslt.WORDS)
+            for i, address in enumerate(cublaslt.pointers(step)):
+                if address is not None:
+                    put_pointer(address, at + 8 * i)
+            streams.append(at // 8 + cublaslt.WORDS - 1)
+            launches.append((cublaslt.Matmul(step, ordinal), at))
         else:
             at = grow(8)
             put_pointer(step.pointer, at)
@@ -205,6 +216,10 @@ def _ready(template: _Template) -> _Ready:
     for launch in template.launches:
         if isinstance(launch[0], Table):
             ready.calls.append((None, launch))
+        elif isinstance(launch[0], cublaslt.Matmul):
+            changes, call = launch[0].calls(buffer, launch[1])
+            ready.changes += changes
+            ready.calls.append(call)
         elif len(launch) == 2:
             at, size = launch
             address = ctypes.c_uint64.from_buffer(buffer, at)
@@ -266,6 +281,8 @@ def _fill(template: _Template, ready: _Ready, numbers: dict[str, Any], memories:
             words[word] = stream
     for word, memory, offset, name in template.moved:
         words[word] = memories[memory] + offset + numbers[name]
+    for function, args in ready.changes:
+        function(*args)
     if others:
         for name, packer, at in template.numbers:
             if packer is None:

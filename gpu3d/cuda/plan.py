@@ -11,6 +11,8 @@ the real values and launches.
     steps.clear(sums, 4 * blocks)
     steps.launch(Kernel("pooling_rows", "pool_sums", "QqQ"), grid=blocks, block=256, args=(Input(0), Number("n"), sums))
     plan = steps.plan()
+
+Besides kernels of ours, a step can be a product of matrices by cuBLASLt (`Gemm`).
 """
 
 from __future__ import annotations
@@ -20,11 +22,18 @@ import re
 import struct
 from typing import Any, NamedTuple
 
+import numpy as np
+
 Macros = tuple[tuple[str, int], ...]
 
 # Pieces of a workspace begin at multiples of PIECE bytes, with gaps of GAP bytes. If pieces are powers of two apart,
 # APML takes up to 5 % longer (H200), and if they are at multiples of 16 only, another 1 %.
 PIECE, GAP = 512, 4608
+
+# Bytes that cuBLASLt may use beside the matrices, for products whose sums it may split. NVIDIA recommends 32 MiB on
+# Hopper and Blackwell. All products of a plan share them, since a plan's steps run one after another.
+GEMM_WORKSPACE = 32 << 20
+ALIGNMENT = 16  # bytes: what matrices of a Gemm, and their rows, begin at multiples of
 
 
 class Device(NamedTuple):
@@ -134,6 +143,56 @@ class Table(NamedTuple):
     rows: int
 
 
+class Matrix(NamedTuple):
+    """A row-major matrix in memory."""
+
+    pointer: Pointer
+    rows: int
+    columns: int
+    dtype: np.dtype  # float32, float16 or bfloat16
+    stride: int  # elements from a row to the next
+
+    def __str__(self) -> str:
+        return f"{self.dtype} [{self.rows}, {self.columns}] with rows {self.stride} elements apart"
+
+
+class Gemm(NamedTuple):
+    """A product of matrices by cuBLASLt: d = epilogue(a b + c), where a, b or both may be transposed.
+
+    `epilogue` is a name of cublasLtEpilogue_t: DEFAULT, BIAS, GELU_BIAS, GELU_AUX_BIAS, DGELU, DGELU_BGRAD or BGRADB.
+    `bias` has the dtype of d. It has an element for each column of d, but for BGRADB, which writes the sums of a's
+    columns to it, one for each row of d. `aux` has the shape and dtype of d.
+
+    If a product is `pinned`, its algorithm does not depend on the number of rows of d, and no sum is split. So a row
+    of d has the same bits whatever other rows there are.
+    """
+
+    a: Matrix
+    b: Matrix
+    d: Matrix
+    transpose_a: bool = False
+    transpose_b: bool = False
+    c: Matrix | None = None
+    epilogue: str = "DEFAULT"
+    bias: Pointer | None = None
+    aux: Matrix | None = None
+    pinned: bool = True
+    workspace: Pointer | None = None  # GEMM_WORKSPACE bytes, or None
+
+    def __str__(self) -> str:
+        names = ("a", self.a), ("b", self.b), ("c", self.c), ("d", self.d), ("aux", self.aux)
+        ops = f"d = {self.epilogue}(a{'^T' * self.transpose_a} b{'^T' * self.transpose_b}{' + c' * bool(self.c)}), "
+        return ops + "; ".join(f"{name} is {matrix}" for name, matrix in names if matrix)
+
+    @property
+    def inner(self) -> int:
+        """The number of products in a sum."""
+        return self.a.rows if self.transpose_a else self.a.columns
+
+
+Step = Launch | Clear | Table | Gemm
+
+
 class Piece(NamedTuple):
     """A part of the workspace."""
 
@@ -146,7 +205,7 @@ class Plan:
 
     Attributes
     ----------
-    steps : tuple of Launch, Clear and Table
+    steps : tuple of Launch, Clear, Table and Gemm
     inputs, results : int
         How many memories of each kind there are.
     pieces : dict of str to Piece
@@ -161,7 +220,7 @@ class Plan:
 
     def __init__(
         self,
-        steps: tuple[Launch | Clear | Table, ...],
+        steps: tuple[Step, ...],
         inputs: int,
         results: int,
         pieces: dict[str, Piece],
@@ -184,9 +243,10 @@ class Steps:
 
     def __init__(self, inputs: int, results: int) -> None:
         self.inputs, self.results = inputs, results
-        self._steps: list[Launch | Clear | Table] = []
+        self._steps: list[Step] = []
         self._pieces: dict[str, Piece] = {}
         self._end = 0
+        self._gemm_workspace: Pointer | None = None
 
     def workspace(self, name: str, size: int) -> Pointer:
         """Add a piece of the workspace. If the name is taken, a number is appended."""
@@ -215,9 +275,63 @@ class Steps:
         self._steps.append(Table(name, pointer, rows))
         return pointer
 
+    def gemm(self, gemm: Gemm) -> None:
+        """Add a product of matrices, or nothing if its result has no elements. The workspace is put in here."""
+        _check_gemm(gemm)
+        if gemm.d.rows and gemm.d.columns:
+            # An algorithm without workspace has nowhere to keep parts of sums, so it does not split them. The sums
+            # over rows that make a bias gradient are not part of d.
+            if not gemm.pinned or "BGRAD" in gemm.epilogue:
+                if self._gemm_workspace is None:
+                    self._gemm_workspace = self.workspace("cuBLASLt", GEMM_WORKSPACE)
+                gemm = gemm._replace(workspace=self._gemm_workspace)
+            self._steps.append(gemm)
+
     def plan(self) -> Plan:
         """The plan of the collected steps."""
         return Plan(tuple(self._steps), self.inputs, self.results, self._pieces, self._end)
+
+
+# Whether an epilogue has a bias (or a bias gradient), and whether it has aux.
+EPILOGUES = {
+    "DEFAULT": (False, False),
+    "BIAS": (True, False),
+    "GELU_BIAS": (True, False),
+    "GELU_AUX_BIAS": (True, True),
+    "DGELU": (False, True),
+    "DGELU_BGRAD": (True, True),
+    "BGRADB": (True, False),
+}
+
+
+def _check_gemm(gemm: Gemm) -> None:
+    a, b, d = gemm.a, gemm.b, gemm.d
+    rows, inner = (a.columns, a.rows) if gemm.transpose_a else (a.rows, a.columns)
+    depth, columns = (b.columns, b.rows) if gemm.transpose_b else (b.rows, b.columns)
+    others = [matrix for matrix in (gemm.c, gemm.aux) if matrix is not None]
+    if (d.rows, d.columns) != (rows, columns) or inner != depth or not inner:
+        raise ValueError(f"the shapes of a product must fit together, with at least one product in a sum, got {gemm}.")
+    if any(x[1:4] != d[1:4] for x in others) or a.dtype != b.dtype or d.dtype not in (a.dtype, np.float32):
+        raise ValueError(
+            f"a and b must have one dtype, d that dtype or float32, c and aux the shape and dtype of d, got {gemm}."
+        )
+    if (gemm.bias is not None, gemm.aux is not None) != EPILOGUES.get(gemm.epilogue):
+        raise ValueError(f"the epilogue must be one of {', '.join(EPILOGUES)}, with its bias and aux, got {gemm}.")
+    if gemm.pinned and gemm.transpose_a:
+        raise ValueError("a product with a transposed cannot be pinned: its sums are over rows.")
+    for matrix in (a, b, d, *others):
+        if matrix.stride < matrix.columns:
+            raise ValueError(f"the rows of a matrix must not overlap, got {matrix}.")
+        if matrix.stride * matrix.dtype.itemsize % ALIGNMENT or matrix.pointer.offset % ALIGNMENT:
+            raise ValueError(
+                f"matrices of a product, and their rows, must begin at multiples of {ALIGNMENT} bytes, got {matrix} at "
+                f"byte {matrix.pointer.offset}: put the rows a multiple of {ALIGNMENT // matrix.dtype.itemsize} "
+                "elements apart."
+            )
+    if gemm.bias is not None and gemm.bias.offset % ALIGNMENT:
+        raise ValueError(f"a bias must begin at a multiple of {ALIGNMENT} bytes, got byte {gemm.bias.offset}.")
+    if gemm.aux is not None and gemm.aux.stride % 8:
+        raise ValueError(f"the rows of aux must be a multiple of 8 elements apart, got {gemm.aux}.")
 
 
 # ---- signatures ----------------------------------------------------------------------------------------------------

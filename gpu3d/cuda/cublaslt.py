@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of matrices by cuBLASLt, NVIDIA's library of matrix products, called through ctypes.
+
+The library's matrices are column-major and ours are row-major. A row-major matrix is a column-major one, transposed.
+So d = a b is passed as d^T = b^T a^T: the library's A is b, its B is a, and no matrix is moved.
+
+Constants and functions have the names that cublasLt.h gives them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import functools
+import weakref
+from typing import Any
+
+from gpu3d.cuda.plan import ALIGNMENT, GEMM_WORKSPACE, Gemm, Matrix, Pointer
+
+# ---- the library ---------------------------------------------------------------------------------------------------
+
+# cudaDataType_t, cublasComputeType_t
+CUDA_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}
+CUDA_R_32F = 0
+CUBLAS_COMPUTE_32F = 68  # float32 sums; float32 inputs are not rounded to TF32
+
+# cublasLtMatmulDescAttributes_t
+CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB, CUBLASLT_MATMUL_DESC_EPILOGUE = 3, 4, 7
+CUBLASLT_MATMUL_DESC_BIAS_POINTER = 8
+CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD = 11, 12
+
+# cublasLtEpilogue_t: CUBLASLT_EPILOGUE_<name>. GELU is its tanh form.
+CUBLASLT_EPILOGUE = {
+    "DEFAULT": 1,
+    "BIAS": 4,
+    "GELU_BIAS": 32 | 4,
+    "GELU_AUX_BIAS": 32 | 128 | 4,
+    "DGELU": 64 | 128,
+    "DGELU_BGRAD": 64 | 128 | 16,
+    "BGRADB": 512,
+}
+
+# cublasLtMatmulPreferenceAttributes_t
+CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK = 1, 3
+CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_BYTES = 5, 6, 7, 8  # of A, B, C and D
+
+# cublasLtReductionScheme_t: how the parts of a split sum are added. COMPUTE_TYPE keeps them in float32 in the
+# workspace and adds them in a fixed order. INPLACE and OUTPUT_TYPE, which would round the parts, are not allowed.
+CUBLASLT_REDUCTION_SCHEME_NONE, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE = 0, 2
+
+
+class cublasLtMatmulAlgo_t(ctypes.Structure):
+    """An algorithm and its configuration: tile, stages, cluster and so on."""
+
+    _fields_ = [("data", ctypes.c_uint64 * 8)]
+
+
+class cublasLtMatmulHeuristicResult_t(ctypes.Structure):
+    """An algorithm that the library suggests."""
+
+    _fields_ = [
+        ("algo", cublasLtMatmulAlgo_t),
+        ("workspaceSize", ctypes.c_size_t),
+        ("state", ctypes.c_int),
+        ("wavesCount", ctypes.c_float),
+        ("reserved", ctypes.c_int * 4),
+    ]
+
+
+_P, _I, _SIZE, _I64, _U64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_int64, ctypes.c_uint64
+_SIGNATURES = {
+    "cublasLtCreate": [_P],
+    "cublasLtMatmulDescCreate": [_P, _I, _I],
+    "cublasLtMatmulDescDestroy": [_P],
+    "cublasLtMatmulDescSetAttribute": [_P, _I, _P, _SIZE],
+    "cublasLtMatrixLayoutCreate": [_P, _I, _U64, _U64, _I64],
+    "cublasLtMatrixLayoutDestroy": [_P],
+    "cublasLtMatmulPreferenceCreate": [_P],
+    "cublasLtMatmulPreferenceDestroy": [_P],
+    "cublasLtMatmulPreferenceSetAttribute": [_P, _I, _P, _SIZE],
+    "cublasLtMatmulAlgoGetHeuristic": [_P, _P, _P, _P, _P, _P, _P, _I, _P, _P],
+    "cublasLtMatmulAlgoCheck": [_P, _P, _P, _P, _P, _P, _P, _P],
+    "cublasLtMatmul": [_P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P, _SIZE, _P],
+}
+
+
+class Error(RuntimeError):
+    """A function of cuBLASLt failed."""
+
+
+@functools.cache
+def library() -> Any:
+    """The library cuBLASLt, from pip, conda or a CUDA toolkit. Its functions raise `Error` when they fail."""
+    try:
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+
+        path = load_nvidia_dynamic_lib("cublasLt").abs_path
+    except (ImportError, RuntimeError) as error:  # pathfinder's DynamicLibNotFoundError is a RuntimeError
+        path = ctypes.util.find_library("cublasLt")
+        if path is None:
+            raise ImportError(
+                "linear layers need the library cuBLASLt, and it was not found: pip install nvidia-cublas, "
+                "or nvidia-cublas-cu12 beside CuPy for CUDA 12."
+            ) from error
+    found = ctypes.CDLL(path)
+    found.cublasLtGetVersion.restype = ctypes.c_size_t
+    found.cublasLtGetStatusName.restype = ctypes.c_char_p
+    for name, types in _SIGNATURES.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype, function.errcheck = types, ctypes.c_int, _check
+    return found
+
+
+def _check(status: int, function: Any, arguments: Any) -> int:
+    if status:
+        raise Error(f"{function.__name__} failed: {library().cublasLtGetStatusName(status).decode()}.")
+    return status
+
+
+@functools.cache
+def handle(ordinal: int) -> ctypes.c_void_p:
+    """The library's handle for the current device, which is `ordinal`. All threads may use it at once."""
+    found = ctypes.c_void_p()
+    library().cublasLtCreate(ctypes.byref(found))
+    return found
+
+
+class _Object:
+    """A descriptor of the library, to be passed to its functions. It is destroyed with this object."""
+
+    def __init__(self, kind: str, *args: int) -> None:
+        self._kind, self._as_parameter_ = kind, ctypes.c_void_p()
+        getattr(library(), f"cublasLt{kind}Create")(ctypes.byref(self._as_parameter_), *args)
+        destroy = getattr(library(), f"cublasLt{kind}Destroy")
+        weakref.finalize(self, destroy, self._as_parameter_).atexit = False
+
+    def set(self, attribute: int, value: Any) -> None:
+        """Set an attribute to a value of ctypes."""
+        set_attribute = getattr(library(), f"cublasLt{self._kind}SetAttribute")
+        set_attribute(self, attribute, ctypes.byref(value), ctypes.sizeof(value))
+
+
+# ---- products ------------------------------------------------------------------------------------------------------
+
+
+def pointers(gemm: Gemm) -> tuple[Pointer | None, ...]:
+    """The addresses that a product needs, in the order in which a `Matmul` reads them; after them comes the stream."""
+    c, aux = gemm.d if gemm.c is None else gemm.c, None if gemm.aux is None else gemm.aux.pointer
+    return gemm.b.pointer, gemm.a.pointer, c.pointer, gemm.d.pointer, gemm.workspace, gemm.bias, aux
+
+
+WORDS = 8  # addresses and stream
+
+_ZERO, _ONE = ctypes.c_float(0), ctypes.c_float(1)
+
+
+class Matmul:
+    """A product that is prepared for a device: its algorithm, and what describes its matrices."""
+
+    def __init__(self, gemm: Gemm, ordinal: int) -> None:
+        self.gemm, self.handle, self.algorithm = gemm, handle(ordinal), algorithm(gemm, ordinal)
+        self._layouts = _layouts(gemm)
+
+    def calls(self, buffer: Any, at: int) -> tuple[list[Any], Any]:
+        """The call that computes the product with the addresses and the stream at byte `at` of a buffer.
+
+        Before it come calls that have to be made after addresses were changed. Each is (function, arguments). Bias and
+        aux are attributes of a descriptor, which therefore belongs to this buffer alone.
+        """
+        words = [ctypes.c_void_p.from_buffer(buffer, at + 8 * i) for i in range(WORDS)]
+        a, b, c, d, workspace, bias, aux, stream = words
+        descriptor, changes = _descriptor(self.gemm), []
+        for attribute, word, given in (
+            (CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias, self.gemm.bias),
+            (CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux, self.gemm.aux),
+        ):
+            if given is not None:
+                change = descriptor, attribute, ctypes.byref(word), ctypes.sizeof(word)
+                changes.append((library().cublasLtMatmulDescSetAttribute, change))
+        a_layout, b_layout, c_layout, d_layout = self._layouts
+        args = (
+            *(self.handle, descriptor, ctypes.byref(_ONE), a, a_layout, b, b_layout),
+            *(ctypes.byref(_ZERO if self.gemm.c is None else _ONE), c, c_layout, d, d_layout),
+            *(ctypes.byref(self.algorithm), workspace, _workspace_size(self.gemm), stream),
+        )
+        return changes, (library().cublasLtMatmul, args)
+
+
+def _workspace_size(gemm: Gemm) -> int:
+    return 0 if gemm.workspace is None else GEMM_WORKSPACE
+
+
+def _layouts(gemm: Gemm) -> list[_Object]:
+    """The layouts of A, B, C and D."""
+    matrices = gemm.b, gemm.a, gemm.d if gemm.c is None else gemm.c, gemm.d
+    return [_Object("MatrixLayout", CUDA_TYPES[x.dtype.name], x.columns, x.rows, x.stride) for x in matrices]
+
+
+def _descriptor(gemm: Gemm) -> _Object:
+    descriptor = _Object("MatmulDesc", CUBLAS_COMPUTE_32F, CUDA_R_32F)
+    descriptor.set(CUBLASLT_MATMUL_DESC_TRANSA, ctypes.c_int32(gemm.transpose_b))
+    descriptor.set(CUBLASLT_MATMUL_DESC_TRANSB, ctypes.c_int32(gemm.transpose_a))
+    descriptor.set(CUBLASLT_MATMUL_DESC_EPILOGUE, ctypes.c_uint32(CUBLASLT_EPILOGUE[gemm.epilogue]))
+    # An algorithm is chosen for the alignment of these addresses; they are not read before the product runs.
+    if gemm.bias is not None:
+        descriptor.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, ctypes.c_void_p(ALIGNMENT))
+    if gemm.aux is not None:
+        descriptor.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, ctypes.c_void_p(ALIGNMENT))
+        descriptor.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, ctypes.c_int64(gemm.aux.stride))
+    return descriptor
+
+
+# ---- algorithms ----------------------------------------------------------------------------------------------------
+
+
+def canonical_rows(gemm: Gemm) -> int:
+    """The number of rows that a pinned algorithm is chosen for.
+
+    In a backbone there are half as many points where there are twice as many channels. This is what a scan of some
+    33,000 points has, in buckets of 512.
+    """
+    return min(1 << 15, max(1, (1 << 21) // min(gemm.d.columns, gemm.inner) // 512) * 512)
+
+
+def algorithm(gemm: Gemm, ordinal: int) -> cublasLtMatmulAlgo_t:
+    """The algorithm of a product on the current device, which is `ordinal`."""
+    problem = _without_addresses(gemm)
+    if not gemm.pinned:
+        return _best(problem, ordinal)
+    found, result = _best(_with_rows(problem, canonical_rows(gemm)), ordinal), cublasLtMatmulHeuristicResult_t()
+    try:
+        library().cublasLtMatmulAlgoCheck(
+            handle(ordinal), _descriptor(gemm), *_layouts(gemm), ctypes.byref(found), ctypes.byref(result)
+        )
+    except Error as error:
+        raise Error(
+            f"the algorithm for {canonical_rows(gemm)} rows does not take this number of rows: {gemm}"
+        ) from error
+    if result.workspaceSize > _workspace_size(gemm):
+        raise Error(f"the algorithm needs {result.workspaceSize} bytes of workspace: {gemm}")
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _best(problem: Gemm, ordinal: int) -> cublasLtMatmulAlgo_t:
+    """The best algorithm that is allowed, by the library's own judgement."""
+    preference = _Object("MatmulPreference")
+    mask = CUBLASLT_REDUCTION_SCHEME_NONE if problem.pinned else CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE
+    preference.set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, ctypes.c_uint64(_workspace_size(problem)))
+    preference.set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, ctypes.c_uint32(mask))
+    for attribute in CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_BYTES:
+        preference.set(attribute, ctypes.c_uint32(ALIGNMENT))
+    results, count = (cublasLtMatmulHeuristicResult_t * 16)(), ctypes.c_int()
+    objects = (handle(ordinal), _descriptor(problem), *_layouts(problem), preference)
+    try:
+        library().cublasLtMatmulAlgoGetHeuristic(*objects, len(results), results, ctypes.byref(count))
+    except Error as error:
+        raise Error(_missing(problem)) from error
+    for result in results[: count.value]:
+        if result.state == 0:
+            return cublasLtMatmulAlgo_t.from_buffer_copy(result.algo)
+    raise Error(_missing(problem))
+
+
+def _missing(problem: Gemm) -> str:
+    version = library().cublasLtGetVersion()
+    return f"cuBLASLt {version} has no algorithm for this product on this GPU: {problem}"
+
+
+def _without_addresses(gemm: Gemm) -> Gemm:
+    """A product that is equal for all places of its matrices."""
+    nowhere = Pointer("input", 0)
+
+    def moved(matrix: Matrix) -> Matrix:
+        return matrix._replace(pointer=nowhere)
+
+    return gemm._replace(
+        a=moved(gemm.a),
+        b=moved(gemm.b),
+        c=gemm.c and moved(gemm.c),
+        d=moved(gemm.d),
+        bias=gemm.bias and nowhere,
+        aux=gemm.aux and moved(gemm.aux),
+        workspace=gemm.workspace and nowhere,
+    )
+
+
+def _with_rows(gemm: Gemm, rows: int) -> Gemm:
+    """A product whose a is not transposed, with another number of rows."""
+
+    def cut(matrix: Matrix) -> Matrix:
+        return matrix._replace(rows=rows)
+
+    return gemm._replace(a=cut(gemm.a), c=gemm.c and cut(gemm.c), d=cut(gemm.d), aux=gemm.aux and cut(gemm.aux))
