@@ -268,8 +268,8 @@ def run(call: Call, memories: Sequence[int], ordinal: int, stream: int) -> None:
 
 def _fill(template: _Template, ready: _Ready, numbers: dict[str, Any], memories: Sequence[int], stream: int) -> None:
     """Write what differs from the run before: addresses, numbers and the stream."""
-    words, others = ready.words, numbers is not ready.numbers
-    if memories != ready.memories:
+    words, others, moved = ready.words, numbers is not ready.numbers, memories != ready.memories
+    if moved:
         for address, before, places in zip(memories, ready.memories, template.pointers, strict=False):
             if address != before:
                 for word, offset in places:
@@ -279,10 +279,11 @@ def _fill(template: _Template, ready: _Ready, numbers: dict[str, Any], memories:
         ready.stream = stream
         for word in template.streams:
             words[word] = stream
-    for word, memory, offset, name in template.moved:
-        words[word] = memories[memory] + offset + numbers[name]
-    for function, args in ready.changes:
-        function(*args)
+    if moved or others:
+        for word, memory, offset, name in template.moved:
+            words[word] = memories[memory] + offset + numbers[name]
+        for function, args in ready.changes:
+            function(*args)
     if others:
         for name, packer, at in template.numbers:
             if packer is None:
