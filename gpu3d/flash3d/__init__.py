@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Flash3D backbone: a point transformer over buckets, with hand-written gradients and no framework.
+
+Examples
+--------
+>>> from gpu3d import flash3d
+>>> config = flash3d.presets["tiny"].replace(in_channels=1, classes=3)
+>>> params = flash3d.init(config, seed=0)
+>>> rng = np.random.default_rng(0)
+>>> batch = flash3d.Batch(rng.random((500, 3)) * 20, rng.random((500, 1)), lengths=[300, 200])
+>>> flash3d.forward(params, batch, config).shape
+(500, 3)
+"""
+
+from gpu3d.flash3d.checkpoint import load, save
+from gpu3d.flash3d.config import Config, presets
+from gpu3d.flash3d.model import Batch, forward, loss_and_grad
+from gpu3d.flash3d.params import count, init
+
+__all__ = ["Batch", "Config", "count", "forward", "init", "load", "loss_and_grad", "presets", "save"]

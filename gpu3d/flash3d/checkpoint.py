@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters and config in one file of the safetensors format, which any safetensors reader opens.
+
+The file is the length of the header (8 bytes, little-endian), the header in JSON, and the float32 values of all tensors
+one after another. The config stands in the header's metadata. The format is simple enough to be read and written here,
+so that saving a model needs no further package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpu3d import _arrays
+from gpu3d.flash3d.config import Config
+from gpu3d.flash3d.params import check_fit, check_params, pack
+
+CONFIG = "gpu3d.flash3d"  # the metadata's key
+LENGTH_BYTES = 8  # of the header's length
+
+
+def save(path: str | os.PathLike[str], params: dict[str, Any], config: Config) -> None:
+    """Write parameters and their config to a file.
+
+    The file is written beside `path` first and then moved there, so `path` holds either the old file or the whole new
+    one, also after a crash or on a full disk.
+
+    Parameters
+    ----------
+    path : str or path-like
+        Usually with the ending .safetensors. A file of this name is replaced.
+    params : dict
+        NumPy or CuPy arrays, stored as float32. Copying from a GPU synchronizes.
+    config : Config
+        The config of the params.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The params do not fit the config; the first mismatch is named.
+    OSError
+        The file cannot be written.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from gpu3d import flash3d
+    >>> config = flash3d.presets["tiny"]
+    >>> params = flash3d.init(config)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     flash3d.save(f"{folder}/tiny.safetensors", params, config)
+    ...     loaded, loaded_config = flash3d.load(f"{folder}/tiny.safetensors")
+    >>> loaded_config == config, bool((loaded["stem"]["weight"] == params["stem"]["weight"]).all())
+    (True, True)
+    """
+    arrays = check_params(params, config)
+    header: dict[str, Any] = {"__metadata__": {CONFIG: json.dumps(dataclasses.asdict(config))}}
+    end = 0
+    for name, array in arrays.items():
+        begin, end = end, end + 4 * math.prod(array.shape)
+        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the values are aligned
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+            for name, array in arrays.items():
+                file.write(_arrays.download(_arrays.read(array, name)).astype("<f4").tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:  # an interrupt, too
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Config]:
+    """Read what `save` wrote.
+
+    Parameters
+    ----------
+    path : str or path-like
+
+    Returns
+    -------
+    params : dict
+        Like those of `init`, as NumPy arrays.
+    config : Config
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ValueError
+        The file is truncated, is not one that `save` wrote, or its tensors do not fit its config; the first mismatch is
+        named.
+    """
+    content = Path(path).read_bytes()
+    try:
+        header, data = _split(content)
+        config = _config(header.pop("__metadata__", {}))
+        arrays = {name: _tensor(name, entry, data) for name, entry in header.items()}
+        check_fit(arrays, config)
+        return pack(arrays, config, np.float32), config
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"cannot load {os.fspath(path)}: {error}") from error
+
+
+def _split(content: bytes) -> tuple[dict[str, Any], memoryview]:
+    """The header, and the bytes of the tensors, of which none may be missing or left over."""
+    start = content[: LENGTH_BYTES + 1]
+    if len(start) <= LENGTH_BYTES or start[-1:] != b"{":
+        raise ValueError("it is no safetensors file, which begins with the length of its header and a header in JSON.")
+    begin = LENGTH_BYTES + int.from_bytes(start[:LENGTH_BYTES], "little")
+    if begin > len(content):
+        raise ValueError(f"it is truncated: its header ends at byte {begin}, the file at byte {len(content)}.")
+    header, data = json.loads(content[LENGTH_BYTES:begin]), memoryview(content)[begin:]
+    try:
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except (IndexError, KeyError):
+        raise ValueError("it is no safetensors file: a tensor of its header has no data_offsets.") from None
+    if end > len(data):
+        raise ValueError(f"it is truncated: its tensors end at byte {begin + end}, the file at byte {len(content)}.")
+    if end < len(data):
+        raise ValueError(f"it holds {len(data) - end} bytes behind its last tensor, so it is damaged.")
+    return header, data
+
+
+def _config(metadata: dict[str, str]) -> Config:
+    if CONFIG not in metadata:
+        raise ValueError(f"flash3d.save did not write it, because its metadata has no {CONFIG!r}.")
+    fields, known = json.loads(metadata[CONFIG]), {field.name for field in dataclasses.fields(Config)}
+    for name in fields:
+        if name not in known:
+            raise ValueError(
+                f"its config has a field {name!r}, which this release of gpu3d does not know: update gpu3d."
+            )
+    return Config(**fields)
+
+
+def _tensor(name: str, entry: dict[str, Any], data: memoryview) -> np.ndarray:
+    dtype, shape, (begin, end) = entry.get("dtype"), entry.get("shape", []), entry["data_offsets"]
+    size = 4 * math.prod(shape)
+    if dtype != "F32" or end - begin != size:
+        raise ValueError(f"{name} of shape {shape} must be F32 in {size} bytes, got {dtype} in {end - begin} bytes.")
+    return np.frombuffer(data[begin:end], "<f4").reshape(shape)

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The labels of a segmentation loss. The loss itself is `gpu3d.reference.flash3d.segmentation_loss`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpu3d import _arrays
+
+
+def check_ignore(ignore: Any) -> int:
+    """The label that stands for no class."""
+    return _arrays.check_integer(ignore, "ignore")
+
+
+def check_labels(labels: Any, points: int, classes: int, ignore: int) -> np.ndarray:
+    """Host labels as int64 [N]. Each must be a class or `ignore`."""
+    given = _arrays.read(labels, "labels")
+    if given.device is not None:
+        raise TypeError(f"labels must be in host memory, like points and features, got {given.origin}.")
+    if given.dtype.kind not in "iu":
+        raise TypeError(f"labels must be integers, got {given.dtype}: convert by labels.astype('int64').")
+    if given.shape != (points,):
+        raise ValueError(
+            f"labels must have shape [{points}], one for each point, got {list(given.shape)}: labels.reshape(-1) packs "
+            "those of clouds of equal length."
+        )
+    checked = given.array.astype(np.int64)
+    bad = (checked != ignore) & ((checked < 0) | (checked >= classes))
+    if bad.any():
+        first = int(bad.argmax())
+        raise ValueError(
+            f"labels must be 0..{classes - 1} or ignore={ignore}, got {int(bad.sum())} others, the first "
+            f"{given.array[first]} at index {first}: map them to {ignore}, or raise config.classes."
+        )
+    return checked

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backbone as users call it: logits of a batch of clouds, and the gradients of its segmentation loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpu3d import _arrays
+from gpu3d.flash3d.config import Config
+from gpu3d.flash3d.geometry import geometry
+from gpu3d.flash3d.losses import check_ignore, check_labels
+from gpu3d.flash3d.params import check_params, flat, pack
+from gpu3d.reference import flash3d as reference
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A batch of clouds with their features, checked and packed.
+
+    Attributes
+    ----------
+    points : array [N, 3] or [B, n, 3]
+        Coordinates of any float dtype, NumPy or CuPy. They are stored packed, as float32 [N, 3]: subtract an origin
+        from float64 coordinates that are large. A non-finite coordinate makes the logits of its scope NaN.
+    features : array [N, C] or [B, n, C]
+        Input features of any float dtype, for the same points and of the same library. Stored packed.
+    lengths : sequence of int, optional
+        Points of each cloud, host integers that sum to N. Default: one cloud. Stored as a tuple.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is not what is listed above; the message says what was received and the cure.
+
+    Examples
+    --------
+    >>> from gpu3d import flash3d
+    >>> rng = np.random.default_rng(0)
+    >>> batch = flash3d.Batch(rng.random((100, 3)), rng.random((100, 4)), lengths=[60, 40])
+    >>> batch.points.shape, batch.points.dtype, batch.lengths
+    ((100, 3), dtype('float32'), (60, 40))
+    """
+
+    points: Any
+    features: Any
+    lengths: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        points, features = _arrays.read(self.points, "points"), _arrays.read(self.features, "features")
+        for name, given in (("points", points), ("features", features)):
+            if given.origin.library not in ("numpy", "cupy"):
+                raise TypeError(
+                    f"{name} must be a NumPy or CuPy array, got {given.origin}: convert by numpy.asarray({name}) or "
+                    f"cupy.from_dlpack({name})."
+                )
+        lengths = _arrays.check_points(points, self.lengths)
+        if features.shape[:-1] != points.shape[:-1]:
+            raise ValueError(
+                f"features must have a row of channels for each point, got shape {list(features.shape)} for points of "
+                f"shape {list(points.shape)}."
+            )
+        _arrays.check_floats(features, "features")
+        _arrays.check_same_device(points=points.origin, features=features.origin)
+        object.__setattr__(self, "points", points.array.reshape(-1, 3).astype(np.float32, copy=False))
+        object.__setattr__(self, "features", features.array.reshape(-1, features.shape[-1]))
+        object.__setattr__(self, "lengths", lengths)
+
+
+def forward(params: dict[str, Any], batch: Batch, config: Config) -> Any:
+    """The logits of every point.
+
+    Parameters
+    ----------
+    params : dict
+        As `init` or `load` returns them, on the batch's device.
+    batch : Batch
+        Clouds may be empty or smaller than a bucket.
+    config : Config
+        The config of the params.
+
+    Returns
+    -------
+    array float32 [N, classes]
+        In the order of the points. The same call gives the same bits.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is not what is listed above; the message says what was received and the cure.
+
+    Notes
+    -----
+    The CPU path computes in float64 and rounds the logits once.
+
+    References
+    ----------
+    Flash3D: Super-scaling Point Transformers through Joint Hardware-Geometry Locality, 2024.
+
+    Examples
+    --------
+    >>> from gpu3d import flash3d
+    >>> rng = np.random.default_rng(0)
+    >>> config = flash3d.presets["tiny"]
+    >>> batch = flash3d.Batch(rng.random((300, 3)) * 20, rng.random((300, 4)))
+    >>> flash3d.forward(flash3d.init(config), batch, config).shape
+    (300, 19)
+    """
+    exact = _check("forward", params, batch, config)
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller's rows may hold NaN and inf
+        levels = geometry(batch.points, config, batch.lengths)
+        logits, _ = reference.forward(exact, levels, batch.features, config)
+        return logits.astype(np.float32)
+
+
+def loss_and_grad(
+    params: dict[str, Any], batch: Batch, labels: Any, config: Config, ignore: int = 255
+) -> tuple[Any, dict[str, Any]]:
+    """The segmentation loss and its gradients with respect to all parameters.
+
+    The loss is the mean cross-entropy plus the Lovasz-softmax loss, over the points whose label is not `ignore`.
+
+    Parameters
+    ----------
+    params, batch, config
+        As in `forward`.
+    labels : array int [N]
+        The class of each point, 0 to classes - 1, or `ignore`.
+    ignore : int
+        The label of points that do not count.
+
+    Returns
+    -------
+    loss : array float32 []
+        0 if all points are ignored. NaN if a feature or coordinate that reaches a counted point is not finite.
+    grads : dict
+        Like `params`, with an arena of their own.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is not what is listed above; the message says what was received and the cure.
+
+    Notes
+    -----
+    There is no drop path here, so the loss is a function of the arguments alone. The CPU path computes in float64 and
+    rounds the results once.
+
+    References
+    ----------
+    The Lovasz-Softmax loss: a tractable surrogate for the optimization of the intersection-over-union measure in neural
+    networks, Berman et al., 2018.
+
+    Examples
+    --------
+    >>> from gpu3d import flash3d
+    >>> rng = np.random.default_rng(0)
+    >>> config = flash3d.presets["tiny"].replace(classes=2)
+    >>> points = rng.random((300, 3)) * 20
+    >>> batch = flash3d.Batch(points, rng.random((300, 4)))
+    >>> loss, grads = flash3d.loss_and_grad(flash3d.init(config), batch, (points[:, 2] > 9).astype(int), config)
+    >>> grads["head"]["weight"].shape, 1 < loss < 1.5
+    ((2, 32), True)
+    """
+    exact = _check("loss_and_grad", params, batch, config)
+    ignore = check_ignore(ignore)
+    checked = check_labels(labels, len(batch.points), config.classes, ignore)
+    with np.errstate(over="ignore", invalid="ignore"):
+        levels = geometry(batch.points, config, batch.lengths)
+        logits, tape = reference.forward(exact, levels, batch.features, config)
+        loss, dlogits = reference.segmentation_loss(logits, checked, ignore)
+        _, exact_grads = reference.backward(dlogits, tape, exact, levels, config)
+        return np.float32(loss), pack(flat(exact_grads), config, np.float32)
+
+
+def _check(function: str, params: Any, batch: Any, config: Any) -> dict[str, Any]:
+    """The parameters as float64 NumPy arrays, with all arguments checked."""
+    if not isinstance(config, Config):
+        raise TypeError(f"config must be a flash3d.Config, got {type(config).__name__}.")
+    if not isinstance(batch, Batch):
+        raise TypeError(
+            f"batch must be a flash3d.Batch, got {type(batch).__name__}: make it by flash3d.Batch(points, features)."
+        )
+    given = check_params(params, config)
+    width = batch.features.shape[1]
+    if width != config.in_channels:
+        raise ValueError(f"features must have the {config.in_channels} channels of config.in_channels, got {width}.")
+    if not isinstance(batch.points, np.ndarray):
+        raise NotImplementedError(
+            f"flash3d.{function} runs on NumPy arrays only so far, got CuPy arrays: convert by cupy.asnumpy."
+        )
+    for path, array in given.items():
+        if not isinstance(array, np.ndarray):
+            raise TypeError(f"params must be NumPy arrays, like the batch, got {type(array).__name__} for {path}.")
+    return pack(given, config, np.float64)
