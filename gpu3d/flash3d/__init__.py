@@ -4,7 +4,7 @@
 Examples
 --------
 >>> from gpu3d import flash3d
->>> config = flash3d.presets["tiny"].replace(in_channels=1, classes=3)
+>>> config = flash3d.presets["tiny"].replace(in_channels=1, classes=3, bucket_size=64)
 >>> params = flash3d.init(config, seed=0)
 >>> rng = np.random.default_rng(0)
 >>> batch = flash3d.Batch(rng.random((500, 3)) * 20, rng.random((500, 1)), lengths=[300, 200])

@@ -75,17 +75,16 @@ def layer_norm_backward(dy: np.ndarray, x: np.ndarray, params: Params, epsilon: 
     return dx, {"weight": (dy * normalized).sum(axis=0), "bias": dy.sum(axis=0)}
 
 
-def fourier(positions: np.ndarray, wavelengths: tuple[float, float]) -> np.ndarray:
-    """Sines, then cosines, of 2 pi p / wavelength [n, 128]; wavelengths of an axis are geometric.
+def wave_numbers(wavelengths: tuple[float, float]) -> np.ndarray:
+    """2 pi / wavelength of all waves, float32 [64]. The wavelengths of an axis are geometric, both ends included."""
+    return np.concatenate([2 * math.pi / np.geomspace(*wavelengths, n) for n in WAVES]).astype(np.float32)
 
-    As on a GPU, the argument is the float32 product of the float32 position and the float32 factor.
-    """
-    arguments = [
-        p[:, None] * (2 * math.pi / np.geomspace(*wavelengths, waves)).astype(np.float32)
-        for p, waves in zip(positions.astype(np.float32, copy=False).T, WAVES, strict=True)
-    ]
-    argument = np.concatenate(arguments, axis=1).astype(np.float64)
-    return np.concatenate([np.sin(argument), np.cos(argument)], axis=1)
+
+def fourier(positions: np.ndarray, wavelengths: tuple[float, float]) -> np.ndarray:
+    """The sines [n, 64] of all waves, then their cosines. Arguments are float32 products, as on a GPU."""
+    axes = np.repeat(np.arange(3), WAVES)
+    arguments = (positions[:, axes] * wave_numbers(wavelengths)).astype(np.float64)
+    return np.concatenate([np.sin(arguments), np.cos(arguments)], axis=1)
 
 
 def attention(qkv: np.ndarray, buckets: Buckets, scopes: Scopes, heads: int) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +92,7 @@ def attention(qkv: np.ndarray, buckets: Buckets, scopes: Scopes, heads: int) -> 
     q, k, v = _split(qkv, heads)
     layout = scopes.table, buckets.bucket_size, buckets.bucket_offsets, buckets.lengths
     out, lse = bucket.bucket_attention(q, k, v, *layout, q.shape[2] ** -0.5)
-    return out.reshape(len(qkv), -1), lse
+    return out.reshape(len(qkv), qkv.shape[1] // 3), lse
 
 
 def attention_backward(
