@@ -104,6 +104,17 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Config]:
     ValueError
         The file is truncated, is not one that `save` wrote, or its tensors do not fit its config; the first mismatch is
         named.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from gpu3d import flash3d
+    >>> config = flash3d.presets["tiny"].replace(classes=7)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     flash3d.save(f"{folder}/tiny.safetensors", flash3d.init(config), config)
+    ...     params, loaded_config = flash3d.load(f"{folder}/tiny.safetensors")
+    >>> params["head"]["weight"].shape, loaded_config.classes
+    ((7, 32), 7)
     """
     content = Path(path).read_bytes()
     try:
