@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import clouds
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -595,6 +596,15 @@ def test_batches_of_equal_clouds():
     params = flash3d.init(CONFIG)
     assert shaped.lengths == packed.lengths == (20, 20)
     assert (flash3d.forward(params, shaped, CONFIG) == flash3d.forward(params, packed, CONFIG)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, ml_dtypes.bfloat16])
+def test_features_of_any_float_dtype(dtype):
+    points, features = scene()
+    params, given = flash3d.init(CONFIG), features.astype(dtype)
+    logits = flash3d.forward(params, flash3d.Batch(points.astype(np.float64), given, LENGTHS), CONFIG)
+    same = flash3d.forward(params, flash3d.Batch(points, given.astype(np.float32), LENGTHS), CONFIG)
+    assert logits.dtype == np.float32 and (logits == same).all()
 
 
 @pytest.mark.parametrize("spoiled", ["features", "points"])

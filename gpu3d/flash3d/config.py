@@ -10,10 +10,9 @@ from typing import Any
 
 from gpu3d import _arrays
 from gpu3d.buckets import check_bucket_size
+from gpu3d.cuda.attention import HEAD_DIMS
 from gpu3d.reference.buckets import HASHES
 from gpu3d.reference.pooling import RATIOS
-
-LARGEST_HEAD = 128  # channels of an attention head, which bucket_attention takes in multiples of 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +171,9 @@ def _hash(value: Any, name: str) -> str:
 
 def _check_heads(name: str, channels: tuple[int, ...], heads_name: str, heads: tuple[int, ...]) -> None:
     for level, (c, h) in enumerate(zip(channels, heads, strict=True)):
-        if c % (8 * h) or c // h > LARGEST_HEAD:
+        if c % (8 * h) or c // h > HEAD_DIMS[-1]:
             raise ValueError(
-                f"{name}[{level}] / {heads_name}[{level}] must be a multiple of 8 and at most {LARGEST_HEAD}, got "
+                f"{name}[{level}] / {heads_name}[{level}] must be a multiple of 8 and at most {HEAD_DIMS[-1]}, got "
                 f"{c} / {h}: change one of them."
             )
 

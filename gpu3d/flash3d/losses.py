@@ -10,13 +10,9 @@ import numpy as np
 from gpu3d import _arrays
 
 
-def check_ignore(ignore: Any) -> int:
-    """The label that stands for no class."""
-    return _arrays.check_integer(ignore, "ignore")
-
-
-def check_labels(labels: Any, points: int, classes: int, ignore: int) -> np.ndarray:
-    """Host labels as int64 [N]. Each must be a class or `ignore`."""
+def check_labels(labels: Any, points: int, classes: int, ignore: Any) -> np.ndarray:
+    """Host labels as int64 [N]. Each must be a class or the integer `ignore`."""
+    ignore = _arrays.check_integer(ignore, "ignore")
     given = _arrays.read(labels, "labels")
     if given.device is not None:
         raise TypeError(f"labels must be in host memory, like points and features, got {given.origin}.")

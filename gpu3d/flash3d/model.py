@@ -12,7 +12,7 @@ import numpy as np
 from gpu3d import _arrays
 from gpu3d.flash3d.config import Config
 from gpu3d.flash3d.geometry import geometry
-from gpu3d.flash3d.losses import check_ignore, check_labels
+from gpu3d.flash3d.losses import check_labels
 from gpu3d.flash3d.params import check_params, flat, pack
 from gpu3d.reference import flash3d as reference
 
@@ -166,7 +166,6 @@ def loss_and_grad(
     ((2, 32), True)
     """
     exact = _check("loss_and_grad", params, batch, config)
-    ignore = check_ignore(ignore)
     checked = check_labels(labels, len(batch.points), config.classes, ignore)
     with np.errstate(over="ignore", invalid="ignore"):
         levels = geometry(batch.points, config, batch.lengths)
