@@ -781,8 +781,12 @@ def test_labels_of_any_integer_dtype(dtype):
 
 def test_bad_calls():
     batch, params = flash3d.Batch(POINTS, FEATURES, LENGTHS), flash3d.init(CONFIG)
-    with pytest.raises(TypeError, match=r"config must be a flash3d.Config, got str"):
-        flash3d.forward(params, batch, "tiny")
+    for call in (flash3d.init, flash3d.count, lambda config: flash3d.forward(params, batch, config)):
+        for config in ("tiny", {"classes": 5}):
+            with pytest.raises(
+                TypeError, match=r"config must be a flash3d.Config, got .*: take one of flash3d.presets"
+            ):
+                call(config)
     with pytest.raises(TypeError, match=r"batch must be a flash3d.Batch, got ndarray: make it by"):
         flash3d.forward(params, POINTS, CONFIG)
     with pytest.raises(TypeError, match=r"params must be the nested dict that flash3d.init returns, got list"):

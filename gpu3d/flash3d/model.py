@@ -177,8 +177,6 @@ def loss_and_grad(
 
 def _check(function: str, params: Any, batch: Any, config: Any) -> dict[str, Any]:
     """The parameters as float64 NumPy arrays, with all arguments checked."""
-    if not isinstance(config, Config):
-        raise TypeError(f"config must be a flash3d.Config, got {type(config).__name__}.")
     if not isinstance(batch, Batch):
         raise TypeError(
             f"batch must be a flash3d.Batch, got {type(batch).__name__}: make it by flash3d.Batch(points, features)."

@@ -36,9 +36,18 @@ class Parameter(NamedTuple):
         return math.prod(self.shape)
 
 
-@functools.cache
 def layout(config: Config) -> tuple[Parameter, ...]:
     """Every parameter, in the order of the arena."""
+    if not isinstance(config, Config):
+        raise TypeError(
+            f"config must be a flash3d.Config, got {_arrays.shown(config)} of type {type(config).__name__}: "
+            "take one of flash3d.presets."
+        )
+    return _layout(config)
+
+
+@functools.cache
+def _layout(config: Config) -> tuple[Parameter, ...]:
     shapes = list(_shapes(config))
     found, offset = [], 0
     for decay in (True, False):

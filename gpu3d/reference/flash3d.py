@@ -8,6 +8,7 @@ of the bucket layout. Rows in padding hold finite numbers, and their gradients a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -370,18 +371,17 @@ def forward(
 ) -> tuple[np.ndarray, Tape]:
     """Logits float64 [N, classes], and what the backward reads. Without `training` there is no drop path."""
     epsilon, top = config.epsilon, geometry[0]
-    number = 0  # of the next block
+    numbers = itertools.count()  # of the blocks, in the order in which they run
 
     def stage(x: np.ndarray, code: np.ndarray, params: Params, level: Level, heads: int) -> tuple[np.ndarray, list]:
-        nonlocal number
         tapes = []
         for i in range(len(params)):
-            rate = drop_rate(number, config)
-            keep = drop_path(len(x), 2 * number, rate, training), drop_path(len(x), 2 * number + 1, rate, training)
+            k = next(numbers)
+            rate = drop_rate(k, config)
+            keep = drop_path(len(x), 2 * k, rate, training), drop_path(len(x), 2 * k + 1, rate, training)
             place = Place(level.buckets, level.scopes[i % 2], heads, epsilon, keep)
             x, tape = block(x, code, params[str(i)], place)
             tapes.append(tape)
-            number += 1
         return x, tapes
 
     in_slots = top.buckets.scatter(features.astype(np.float64))
@@ -428,8 +428,8 @@ def backward(
     for l in reversed(range(len(geometry))):
         part, saved_level = params["encoder"][str(l)], tape.encoder[l]
         dx, dcode, dblocks = blocks_backward(dx + dskips[l], saved_level.blocks, part["blocks"])
-        dcode = position_backward(dcode + dcodes[l], saved_level.code, part["position"])
-        grads = {"position": dcode, "blocks": dblocks}
+        dposition = position_backward(dcode + dcodes[l], saved_level.code, part["position"])
+        grads = {"position": dposition, "blocks": dblocks}
         if saved_level.down is not None:
             dpooled, grads["down"] = project_backward(dx, saved_level.down, part["down"], epsilon)
             dx = pool_backward(dpooled, geometry[l - 1].members, geometry[l - 1].buckets.num_slots)
