@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps of the backbone that are neither products of matrices nor attention: kernels_cu/layers_*.cu.
+
+A backbone is one plan over one workspace, so these functions add steps to it. Rows of activations are contiguous, in
+float32, float16 or bfloat16, at addresses that are multiples of 16 and with 8 to 1536 columns, a multiple of 8.
+Parameters and their gradients are float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from typing import Any
+
+import numpy as np
+
+from gpu3d._arrays import FLOAT32, FLOAT64, FLOATS
+from gpu3d.cuda import clouds
+from gpu3d.cuda.compiler import Configuration
+from gpu3d.cuda.plan import Kernel, Macros, Number, Pointer, Steps
+
+NORM_THREADS = 256
+RESIDUAL_THREADS = 256
+FOURIER_THREADS, FOURIER_ROWS = 256, 4
+FOURIER_WAVES, FOURIER_AXIS_WAVES = 64, 21
+BIAS_THREADS, BIAS_ROWS = 256, 4
+BIAS_SUM_THREADS = 1024
+COMPOSE_THREADS = 256
+RATIOS = (2, 4, 8)
+
+MOST_COLUMNS = 1536  # so that norm_backward's sums fit the registers of a warp, and 48 KB of shared memory
+FOURIER_COLUMNS = 2 * FOURIER_WAVES
+
+_WORD = 16  # bytes
+_LANES = (4, 8, 16, 32)  # threads of a row that share it in a norm
+_WORDS = (1, 2, 3, 4, 6, 8, 12)  # words of a row that each of them has; more than one with 32 threads only
+_PARTS = 528  # blocks that sum over rows: four for each multiprocessor of an H100 or H200
+
+# The parameters of each kernel as formats of the module struct; c stands for struct Clouds.
+_SIGNATURES = {
+    "norm_rows": "QQQQiifQQ",
+    "norm_backward": "QQQQQQQQiiQQQ",
+    "sum_partials": "QiiQQ",
+    "bias_partials": "QiiiiQ",
+    "residual_rows": "QQiiiIfIQQQ",
+    "fourier_rows": f"QQQ{4 * FOURIER_WAVES}siiiQ",
+    "pack_positions": "QcQ",
+    "compose_members": "QQQccQ",
+}
+
+
+@functools.cache
+def _kernel(source: str, function: str, macros: Macros = ()) -> Kernel:
+    return Kernel(source, function, _SIGNATURES[function].replace("c", clouds.FORMAT), macros)
+
+
+def configurations() -> list[Configuration]:
+    """Every module that this file uses."""
+    types = [dtype for dtype in FLOATS if dtype != FLOAT64]
+    found = []
+    for dtype in types:
+        shapes = dict.fromkeys(_shape(dtype, columns) for columns in range(8, MOST_COLUMNS + 1, 8))
+        found += [Configuration("layers_norm", _norm_macros(dtype, *s, gelu)) for gelu in (False, True) for s in shapes]
+    for source in ("layers_residual", "layers_fourier", "layers_bias"):
+        found += [Configuration(source, _element(dtype)) for dtype in types]
+    return [*found, *(Configuration("layers_compose", (("RATIO", ratio),)) for ratio in RATIOS)]
+
+
+def _element(dtype: np.dtype) -> Macros:
+    return (("ELEMENT", FLOATS.index(dtype)),)
+
+
+def _norm_macros(dtype: np.dtype, lanes: int, words: int, gelu: bool) -> Macros:
+    return *_element(dtype), ("LANES", lanes), ("WORDS", words), ("GELU", int(gelu))
+
+
+def _row_words(dtype: np.dtype, columns: int) -> int:
+    """Words of 16 bytes in a row."""
+    if columns < 8 or columns % 8:
+        raise ValueError(f"columns must be a multiple of 8, got {columns}.")
+    return columns * dtype.itemsize // _WORD
+
+
+def _shape(dtype: np.dtype, columns: int) -> tuple[int, int]:
+    """Threads that share a row of a norm, and words a thread."""
+    words = _row_words(dtype, columns)
+    if columns > MOST_COLUMNS:
+        raise ValueError(f"a norm has at most {MOST_COLUMNS} columns, got {columns}.")
+    lanes = next((n for n in _LANES if n >= words), _LANES[-1])
+    return lanes, next(n for n in _WORDS if n * lanes >= words)
+
+
+def _lane_bits(words: int, most: int) -> int:
+    """The logarithm of the number of threads that share a row."""
+    return min(most, (words - 1).bit_length())
+
+
+# ---- norm ----------------------------------------------------------------------------------------------------------
+
+
+def add_norm(
+    steps: Steps,
+    x: Pointer,
+    weight: Pointer,
+    bias: Pointer,
+    out: Pointer,
+    *,
+    rows: int,
+    columns: int,
+    dtype: np.dtype,
+    epsilon: float,
+    gelu: bool = False,
+    pos: Pointer | None = None,
+    statistics: Pointer | None = None,
+) -> None:
+    """Add LayerNorm of x, or of x + pos, and GELU behind it. `statistics`: float32 [rows, 2] for the backward."""
+    lanes, words = _shape(dtype, columns)
+    args = x, pos, weight, bias, rows, _row_words(dtype, columns), epsilon, out, statistics
+    kernel = _kernel("layers_norm", "norm_rows", _norm_macros(dtype, lanes, words, gelu))
+    steps.launch(kernel, grid=-(-rows // (NORM_THREADS // lanes)), block=NORM_THREADS, args=args)
+
+
+def add_norm_backward(
+    steps: Steps,
+    dout: Pointer,
+    x: Pointer,
+    statistics: Pointer,
+    weight: Pointer,
+    bias: Pointer,
+    dx: Pointer,
+    dweight: Pointer,
+    dbias: Pointer,
+    *,
+    rows: int,
+    columns: int,
+    dtype: np.dtype,
+    gelu: bool = False,
+    pos: Pointer | None = None,
+    dres: Pointer | None = None,
+    dpos: Pointer | None = None,
+    dpos_before: Pointer | None = None,
+) -> None:
+    """Add the backward of `add_norm`: dx = dres + dz and dpos = dpos_before + dz, where dz is the gradient of x + pos.
+
+    What is left out counts as 0. dx may be dres, and dpos may be dpos_before.
+    """
+    lanes, words = _shape(dtype, columns)
+    width = words * _WORD // dtype.itemsize  # columns a thread: with more, fewer blocks fit on a multiprocessor
+    most = _PARTS if width <= 8 else _PARTS // 2 if width <= 24 else _PARTS // 4
+    blocks = min(most, -(-rows // (NORM_THREADS // lanes)))
+    partials = steps.workspace("norm sums", 8 * blocks * columns)
+    args = dout, x, pos, statistics, weight, bias, dres, dpos_before, rows, _row_words(dtype, columns), dx, dpos
+    kernel = _kernel("layers_norm", "norm_backward", _norm_macros(dtype, lanes, words, gelu))
+    steps.launch(kernel, grid=blocks, block=NORM_THREADS, args=(*args, partials))
+    _add_sum(steps, partials, blocks, columns, dweight, dbias)
+
+
+def _add_sum(
+    steps: Steps, partials: Pointer, count: int, columns: int, first: Pointer, second: Pointer | None = None
+) -> None:
+    """Add the sum of `count` rows of partial sums, for one result or for two side by side."""
+    if not count:
+        for pointer in (first, second):
+            if pointer is not None:
+                steps.clear(pointer, 4 * columns)
+        return
+    kernel = _kernel("layers_bias", "sum_partials", _element(FLOAT32))
+    grid = -(-columns * (1 if second is None else 2) // 32)
+    steps.launch(kernel, grid=grid, block=BIAS_SUM_THREADS, args=(partials, count, columns, first, second))
+
+
+# ---- bias ----------------------------------------------------------------------------------------------------------
+
+
+def add_bias_gradient(steps: Steps, dout: Pointer, dbias: Pointer, *, rows: int, columns: int, dtype: np.dtype) -> None:
+    """Add the sums of dout's columns. Here columns have no upper bound."""
+    words = _row_words(dtype, columns)
+    lane_bits = _lane_bits(words, 5)
+    side_by_side = -(-words // (1 << lane_bits))
+    groups = BIAS_THREADS >> lane_bits
+    parts = min(max(1, _PARTS // side_by_side), -(-rows // (groups * BIAS_ROWS)))
+    partials = steps.workspace("bias sums", 4 * parts * columns)
+    kernel = _kernel("layers_bias", "bias_partials", _element(dtype))
+    args = dout, rows, words, lane_bits, side_by_side, partials
+    steps.launch(kernel, grid=parts * side_by_side, block=BIAS_THREADS, args=args)
+    _add_sum(steps, partials, parts, columns, dbias)
+
+
+# ---- residual ------------------------------------------------------------------------------------------------------
+
+
+def add_residual(
+    steps: Steps,
+    x: Pointer | None,
+    y: Pointer,
+    out: Pointer,
+    *,
+    rows: int,
+    columns: int,
+    dtype: np.dtype,
+    rate: float,
+    layer: int,
+    step: Pointer,
+    seed: int | Number,
+) -> None:
+    """Add out = x + keep(row) y; without x, the backward dy = keep(row) dout. out may be x or y.
+
+    A row is dropped with probability `rate`. Its random number depends on the seed (64 bits), on the step (uint32 in
+    device memory), on `layer` and on the row.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"rate must be at least 0 and below 1, got {rate}.")
+    words = _row_words(dtype, columns)
+    lane_bits = _lane_bits(words, 8)
+    threshold = math.floor(rate * 2**32)
+    args = x, y, rows, words, lane_bits, threshold, 1 / (1 - rate), layer, seed, step, out
+    kernel = _kernel("layers_residual", "residual_rows", _element(dtype))
+    steps.launch(kernel, grid=-(-rows // (RESIDUAL_THREADS >> lane_bits)), block=RESIDUAL_THREADS, args=args)
+
+
+# ---- fourier -------------------------------------------------------------------------------------------------------
+
+
+def frequencies(wavelengths: tuple[float, float]) -> np.ndarray:
+    """2 pi / wavelength of each wave, float32 [64]: 21 of x, 21 of y, 22 of z.
+
+    The wavelengths of an axis go from the first to the second in equal ratios.
+    """
+    counts = FOURIER_AXIS_WAVES, FOURIER_AXIS_WAVES, FOURIER_WAVES - 2 * FOURIER_AXIS_WAVES
+    first, last = wavelengths
+    waves = [first * (last / first) ** (np.arange(count) / (count - 1)) for count in counts]
+    return (2 * np.pi / np.concatenate(waves)).astype(np.float32)
+
+
+def add_fourier(
+    steps: Steps,
+    points: Pointer,
+    out: Pointer,
+    *,
+    rows: int,
+    dtype: np.dtype,
+    wavelengths: tuple[float, float],
+    index: Pointer | None = None,
+    features: Pointer | None = None,
+    channels: int = 0,
+    columns: int = FOURIER_COLUMNS,
+) -> None:
+    """Add the rows [features, sines, cosines, zeros] of points float32 [N, 3] and features float32 [N, channels].
+
+    Row i is that of point index[i] (int32; -1 in padding), or of point i. `columns` is the width of a row.
+    """
+    if columns < channels + FOURIER_COLUMNS:
+        raise ValueError(f"columns must be at least channels + {FOURIER_COLUMNS}, got {columns} for {channels}.")
+    waves = struct.pack(f"<{FOURIER_WAVES}f", *frequencies(wavelengths).tolist())
+    args = points, features, index, waves, rows, channels, columns, out
+    kernel = _kernel("layers_fourier", "fourier_rows", _element(dtype))
+    rows_a_block = FOURIER_THREADS // 32 * FOURIER_ROWS
+    steps.launch(kernel, grid=-(-rows // rows_a_block), block=FOURIER_THREADS, args=args)
+
+
+# ---- geometry ------------------------------------------------------------------------------------------------------
+
+
+def add_pack(steps: Steps, positions: Pointer, batch: Any, out: Pointer, *, slots: int) -> None:
+    """Add the copy of positions float32 [slots, 3] without the padding. `batch` is the struct Clouds of the slots."""
+    kernel = _kernel("layers_compose", "pack_positions", (("RATIO", RATIOS[0]),))
+    steps.launch(kernel, grid=-(-slots // COMPOSE_THREADS), block=COMPOSE_THREADS, args=(positions, batch, out))
+
+
+def add_compose(
+    steps: Steps,
+    members: Pointer,
+    slot_to_point: Pointer,
+    point_to_slot: Pointer,
+    parents: Any,
+    children: Any,
+    composed: Pointer,
+    *,
+    slots: int,
+    ratio: int,
+) -> None:
+    """Add the members of pooling between stage layouts, int32 [slots, ratio].
+
+    `members` are those between local layouts. `slot_to_point` is that of the children's stage layout, `point_to_slot`
+    that of the parents'; both are results of bucketize on the packed points of the local layouts. `parents` and
+    `children` are the structs Clouds, and `slots` counts those of the children.
+    """
+    kernel = _kernel("layers_compose", "compose_members", (("RATIO", ratio),))
+    args = members, slot_to_point, point_to_slot, parents, children, composed
+    steps.launch(kernel, grid=-(-slots // COMPOSE_THREADS), block=COMPOSE_THREADS, args=args)
