@@ -6,60 +6,67 @@
 //                  dz = rstd (g - mean(g) - xhat mean(g xhat));  dx = dres + dz;  dpos = dpos_before + dz
 //                  and a block's sums of du xhat and du over its rows, which sum_partials (layers_bias.cu) adds up to
 //                  the gradients of weight and bias
-// GELU is the tanh form, 0.5 u (1 + tanh(t)) = u / (1 + exp(-2 t)) with t = sqrt(2 / pi) (u + 0.044715 u^3).
+// GELU is the tanh form, 0.5 u (1 + tanh(t)) with t = sqrt(2 / pi) (u + 0.044715 u^3).
 //
-// LANES threads of a warp share a row and keep it in registers, so each tensor is read once and written once. z is not
-// rounded to the type of the activations. xhat and u are computed again in the backward, from x, pos and the row's mean
-// and rstd, with the same operations.
+// ROW_THREADS threads of a warp share a row and keep it in registers, so each tensor is read once and written once. z
+// is not rounded to the type of the activations. xhat and u are computed again in the backward, from x, pos and the
+// row's mean and rstd, with the same operations.
 //
 // Numerics: float32; sums of a row go over a lane's columns, then over lanes; the variance is that of differences from
 // the mean. A row's result does not depend on other rows. norm_backward adds rows in an order that depends on the
 // number of rows and blocks only.
 
-#ifndef LANES
-#define LANES 32  // threads a row: 4, 8, 16 or 32
+#ifndef ROW_THREADS
+#define ROW_THREADS 32  // threads a row: 4, 8, 16 or 32
 #endif
-#ifndef WORDS
-#define WORDS 2  // words of 16 bytes a thread
+#ifndef THREAD_WORDS
+#define THREAD_WORDS 2  // words of 16 bytes a thread
 #endif
 #ifndef GELU
 #define GELU 0  // 1: GELU follows
 #endif
-#define THREADS 256                    // mirrored by gpu3d/cuda/layers.py
-#define GROUPS (THREADS / LANES)       // rows that a block takes at once
-#define COLUMNS (LANES * WORDS * PER)  // an upper bound on the columns
+#define THREADS 256                                 // mirrored by gpu3d/cuda/layers.py
+#define GROUPS (THREADS / ROW_THREADS)              // rows that a block takes at once
+#define COLUMNS (ROW_THREADS * THREAD_WORDS * PER)  // an upper bound on the columns
 
 #include "layers.cuh"
 #include "warp.cuh"
 
 static_assert(
-    LANES <= 32 && (WORDS == 1 || LANES == 32), "a row belongs to one warp, and fills it before words repeat"
+    ROW_THREADS <= 32 && (THREAD_WORDS == 1 || ROW_THREADS == 32),
+    "a row belongs to one warp, and fills it before words repeat"
 );
 
 #if GELU
 #define T_SLOPE 0.7978845608028654f  // sqrt(2 / pi)
 #define T_CUBIC 0.044715f
 
-// 0.5 (1 + tanh(t)). The approximate functions have relative errors of a few 2^-23.
-__device__ __forceinline__ float gate(float u) {
-    return __fdividef(1.0f, 1.0f + __expf(-2.0f * T_SLOPE * (u + T_CUBIC * u * u * u)));
+// GELU(u) = u s with s = 0.5 (1 + tanh(t)) = 1 / (1 + exp(-2 t)). E = exp(-2 |t|) gives s and 1 - s without
+// cancellation.
+struct Gate {
+    float s, product;  // product = s (1 - s)
+};
+
+__device__ __forceinline__ Gate gate(float u) {
+    const float t = T_SLOPE * (u + T_CUBIC * u * u * u), E = expf(-2.0f * fabsf(t)), r = __fdividef(1.0f, 1.0f + E);
+    return {t < 0 ? E * r : r, E * r * r};
 }
 
-__device__ __forceinline__ float gelu(float u) { return u * gate(u); }
+__device__ __forceinline__ float gelu(float u) { return u * gate(u).s; }
 
 __device__ __forceinline__ float gelu_derivative(float u) {
-    const float s = gate(u);
-    return s + u * s * (1.0f - s) * 2.0f * T_SLOPE * (1.0f + 3.0f * T_CUBIC * u * u);
+    const Gate g = gate(u);
+    return g.s + u * g.product * (2.0f * T_SLOPE) * (1.0f + 3.0f * T_CUBIC * u * u);
 }
 #endif
 
 // The words of x + pos that a thread has, 0 beyond the row's end.
 __device__ __forceinline__ void load_row(
-    Floats z[WORDS], const Word *x, const Word *pos, long long first, int lane, int words, bool exists
+    Floats z[THREAD_WORDS], const Word *x, const Word *pos, long long first, int lane, int words, bool exists
 ) {
 #pragma unroll
-    for (int k = 0; k < WORDS; ++k) {
-        const int c = lane + k * LANES;
+    for (int k = 0; k < THREAD_WORDS; ++k) {
+        const int c = lane + k * ROW_THREADS;
         z[k] = {};
         if (!exists || c >= words) continue;
         z[k] = widen(x[first + c]);
@@ -73,37 +80,37 @@ extern "C" __global__ __launch_bounds__(THREADS) void norm_rows(
     const float *__restrict__ weight,  // [words * PER]
     const float *__restrict__ bias,    // [words * PER]
     int rows,
-    int words,  // words a row; at most LANES * WORDS
+    int words,  // words a row; at most ROW_THREADS * THREAD_WORDS
     float epsilon,
     Word *__restrict__ out,          // [rows, words]
     float2 *__restrict__ statistics  // [rows] mean and rstd, or null
 ) {
-    const int lane = threadIdx.x % LANES;                                        // ranges [0, LANES)
-    const long long row = (long long)blockIdx.x * GROUPS + threadIdx.x / LANES;  // may lie beyond the rows
+    const int lane = threadIdx.x % ROW_THREADS;                                        // ranges [0, ROW_THREADS)
+    const long long row = (long long)blockIdx.x * GROUPS + threadIdx.x / ROW_THREADS;  // may lie beyond the rows
     const bool exists = row < rows;  // no thread leaves before the sums, because whole warps take part in them
     const float share = 1.0f / (words * PER);
-    Floats z[WORDS];
+    Floats z[THREAD_WORDS];
     load_row(z, x, pos, row * words, lane, words, exists);
     float sum = 0;
 #pragma unroll
-    for (int k = 0; k < WORDS; ++k)
+    for (int k = 0; k < THREAD_WORDS; ++k)
 #pragma unroll
         for (int e = 0; e < PER; ++e) sum += z[k].x[e];
-    const float mean = sum_of_lanes<LANES>(sum) * share;
+    const float mean = sum_of_lanes<ROW_THREADS>(sum) * share;
     float squares = 0;
 #pragma unroll
-    for (int k = 0; k < WORDS; ++k)
+    for (int k = 0; k < THREAD_WORDS; ++k)
 #pragma unroll
         for (int e = 0; e < PER; ++e) {
             const float difference = z[k].x[e] - mean;
-            if (lane + k * LANES < words) squares += difference * difference;
+            if (lane + k * ROW_THREADS < words) squares += difference * difference;
         }
-    const float rstd = rsqrtf(sum_of_lanes<LANES>(squares) * share + epsilon);
+    const float rstd = rsqrtf(sum_of_lanes<ROW_THREADS>(squares) * share + epsilon);
     if (!exists) return;
     if (statistics && lane == 0) statistics[row] = {mean, rstd};
 #pragma unroll
-    for (int k = 0; k < WORDS; ++k) {
-        const int c = lane + k * LANES;
+    for (int k = 0; k < THREAD_WORDS; ++k) {
+        const int c = lane + k * ROW_THREADS;
         if (c >= words) continue;
         const Floats w = load_parameters(weight, c), b = load_parameters(bias, c);
         Floats u;
@@ -120,15 +127,17 @@ extern "C" __global__ __launch_bounds__(THREADS) void norm_rows(
 
 // Adds up `mine`, a thread's sums over its rows, over all rows of the block, and writes them to `out` [words * PER].
 __device__ __forceinline__ void write_sums(
-    Floats mine[WORDS], float (*of_warp)[COLUMNS], int lane, int words, float *out
+    Floats mine[THREAD_WORDS], float (*of_warp)[COLUMNS], int lane, int words, float *out
 ) {
 #pragma unroll
-    for (int k = 0; k < WORDS; ++k)
+    for (int k = 0; k < THREAD_WORDS; ++k)
 #pragma unroll
         for (int e = 0; e < PER; ++e) {
 #pragma unroll
-            for (int step = LANES; step < 32; step *= 2) mine[k].x[e] += __shfl_xor_sync(FULL, mine[k].x[e], step);
-            if ((threadIdx.x & 31) < LANES) of_warp[threadIdx.x / 32][(lane + k * LANES) * PER + e] = mine[k].x[e];
+            for (int step = ROW_THREADS; step < 32; step *= 2)
+                mine[k].x[e] += __shfl_xor_sync(FULL, mine[k].x[e], step);
+            if ((threadIdx.x & 31) < ROW_THREADS)
+                of_warp[threadIdx.x / 32][(lane + k * ROW_THREADS) * PER + e] = mine[k].x[e];
         }
     __syncthreads();
     for (int column = threadIdx.x; column < words * PER; column += THREADS) {
@@ -151,28 +160,28 @@ extern "C" __global__ __launch_bounds__(THREADS) void norm_backward(
     const Word *dres,                       // [rows, words] or null
     const Word *dpos_before,                // [rows, words] or null
     int rows,
-    int words,                    // words a row; at most LANES * WORDS
+    int words,                    // words a row; at most ROW_THREADS * THREAD_WORDS
     Word *dx,                     // [rows, words]
     Word *dpos,                   // [rows, words] or null
     float *__restrict__ partials  // [blocks, 2, words * PER] sums of du xhat, and of du
 ) {
     __shared__ float of_warp[THREADS / 32][COLUMNS];
-    const int lane = threadIdx.x % LANES;
+    const int lane = threadIdx.x % ROW_THREADS;
     const float share = 1.0f / (words * PER);
-    Floats dweight[WORDS] = {}, dbias[WORDS] = {};
+    Floats dweight[THREAD_WORDS] = {}, dbias[THREAD_WORDS] = {};
     // All threads of a block go round together, because whole warps take part in the sums.
     for (long long base = (long long)blockIdx.x * GROUPS; base < rows; base += (long long)gridDim.x * GROUPS) {
-        const long long row = base + threadIdx.x / LANES, first = row * words;
+        const long long row = base + threadIdx.x / ROW_THREADS, first = row * words;
         const bool exists = row < rows;
-        Floats xhat[WORDS], g[WORDS];
+        Floats xhat[THREAD_WORDS], g[THREAD_WORDS];
         load_row(xhat, x, pos, first, lane, words, exists);
         load_row(g, dout, nullptr, first, lane, words, exists);
         const float2 moments = exists ? statistics[row] : float2{};
         const float mean = moments.x, rstd = moments.y;
         float sum = 0, product = 0;
 #pragma unroll
-        for (int k = 0; k < WORDS; ++k) {
-            const int c = lane + k * LANES;
+        for (int k = 0; k < THREAD_WORDS; ++k) {
+            const int c = lane + k * ROW_THREADS;
             if (!exists || c >= words) continue;
             const Floats w = load_parameters(weight, c);
 #if GELU
@@ -193,11 +202,11 @@ extern "C" __global__ __launch_bounds__(THREADS) void norm_backward(
                 product += g[k].x[e] * hat;
             }
         }
-        sum = sum_of_lanes<LANES>(sum) * share;
-        product = sum_of_lanes<LANES>(product) * share;
+        sum = sum_of_lanes<ROW_THREADS>(sum) * share;
+        product = sum_of_lanes<ROW_THREADS>(product) * share;
 #pragma unroll
-        for (int k = 0; k < WORDS; ++k) {
-            const int c = lane + k * LANES;
+        for (int k = 0; k < THREAD_WORDS; ++k) {
+            const int c = lane + k * ROW_THREADS;
             if (!exists || c >= words) continue;
             Floats dz;
 #pragma unroll

@@ -31,7 +31,6 @@
 #define WARM_UP 0.04            // part of the steps in which the rate rises
 #define FIRST_RATE (1 / 10.0)   // the first rate, as a part of the largest
 #define LAST_RATE (1 / 1000.0)  // the last rate, likewise
-#define PI 3.141592653589793
 
 struct State {
     u32 step;     // steps that counted; also what drop path counts by
@@ -77,7 +76,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void sum_squares(
 }
 
 __device__ __forceinline__ double annealed(double from, double to, double part) {
-    return to + (from - to) / 2 * (cos(PI * part) + 1);
+    return to + (from - to) / 2 * (cospi(part) + 1);
 }
 
 // The rate of a step that counts from 0. Beyond the last step it stays that of the last.

@@ -72,7 +72,7 @@ def _element(dtype: np.dtype) -> Macros:
 
 
 def _norm_macros(dtype: np.dtype, lanes: int, words: int, gelu: bool) -> Macros:
-    return *_element(dtype), ("LANES", lanes), ("WORDS", words), ("GELU", int(gelu))
+    return *_element(dtype), ("ROW_THREADS", lanes), ("THREAD_WORDS", words), ("GELU", int(gelu))
 
 
 def _row_words(dtype: np.dtype, columns: int) -> int:

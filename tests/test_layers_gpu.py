@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of layers_*.cu against float64, in poisoned memory."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from steps import assert_accurate, run
+
+from gpu3d._arrays import BFLOAT16, FLOAT32, FLOATS, INT32
+from gpu3d.cuda import clouds, layers
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [FLOATS[0], FLOATS[2], BFLOAT16]
+ROWS = (0, 1, 31, 33, 1000)
+COLUMNS = (8, 32, 40, 64, 192, 256, 384, 512, 768, 1000, 1536)
+EPSILON = 1e-5
+WAVELENGTHS = (0.2, 200.0)
+
+
+def name_of(dtype):
+    return dtype.name
+
+
+def random(shape, dtype, seed=0, scale=1.0, offset=0.0):
+    return (np.random.default_rng(seed).normal(size=shape) * scale + offset).astype(dtype)
+
+
+# ---- norm ----------------------------------------------------------------------------------------------------------
+
+
+def gelu(u):
+    return u * (u.dtype.type(0.5) * (1 + np.tanh(_inner(u))))
+
+
+def gelu_derivative(u):
+    one = u.dtype.type
+    t = np.tanh(_inner(u))
+    return one(0.5) * (1 + t) + one(0.5) * u * (1 - t * t) * one(np.sqrt(2 / np.pi)) * (1 + one(3 * 0.044715) * u * u)
+
+
+def _inner(u):
+    one = u.dtype.type
+    return one(np.sqrt(2 / np.pi)) * (u + one(0.044715) * u * u * u)
+
+
+def norm(x, pos, weight, bias, with_gelu, wide):
+    """LayerNorm in the dtype `wide`; returns the output, xhat, u, mean and rstd."""
+    z = x.astype(wide) + (0 if pos is None else pos.astype(wide))
+    mean = z.mean(1, keepdims=True)
+    rstd = 1 / np.sqrt(((z - mean) ** 2).mean(1, keepdims=True) + wide(EPSILON))
+    hat = (z - mean) * rstd
+    u = hat * weight.astype(wide) + bias.astype(wide)
+    return (gelu(u) if with_gelu else u), hat, u, mean, rstd
+
+
+def norm_backward(dout, x, pos, weight, bias, dres, dpos_before, with_gelu, wide):
+    _, hat, u, _, rstd = norm(x, pos, weight, bias, with_gelu, wide)
+    du = dout.astype(wide) * (gelu_derivative(u) if with_gelu else 1)
+    g = du * weight.astype(wide)
+    dz = rstd * (g - g.mean(1, keepdims=True) - hat * (g * hat).mean(1, keepdims=True))
+    dx, dpos = (dz if before is None else before.astype(wide) + dz for before in (dres, dpos_before))
+    return dx, dpos, (du * hat).sum(0), du.sum(0)
+
+
+def norm_inputs(rows, columns, dtype, with_pos):
+    x = random((rows, columns), dtype, 1, 2, 0.5)
+    pos = random((rows, columns), dtype, 2) if with_pos else None
+    return x, pos, random(columns, FLOAT32, 3, 1, 1), random(columns, FLOAT32, 4)
+
+
+def check_norm(cp, rows, columns, dtype, with_gelu, with_pos):
+    x, pos, weight, bias = norm_inputs(rows, columns, dtype, with_pos)
+
+    def add(steps, given, made):
+        x, pos, weight, bias = given
+        sizes = {"rows": rows, "columns": columns, "dtype": dtype}
+        out, statistics = made
+        options = {"epsilon": EPSILON, "gelu": with_gelu, "pos": pos, "statistics": statistics}
+        layers.add_norm(steps, x, weight, bias, out, **sizes, **options)
+
+    made = [((rows, columns), dtype), ((rows, 2), FLOAT32)]
+    got, statistics = run(cp, add, [x, pos, weight, bias], made)
+    exact, _, _, mean, rstd = norm(x, pos, weight, bias, with_gelu, np.float64)
+    naive, _, _, *naive_moments = norm(x, pos, weight, bias, with_gelu, np.float32)
+    note = f"{rows} x {columns} {dtype} gelu {with_gelu} pos {with_pos}"
+    assert_accurate(got, naive.astype(dtype), exact, note)
+    assert_accurate(statistics[:, :1], naive_moments[0], mean, note + " mean")
+    assert_accurate(statistics[:, 1:], naive_moments[1], rstd, note + " rstd")
+
+
+def check_norm_backward(cp, rows, columns, dtype, with_gelu, with_pos, with_dres):
+    x, pos, weight, bias = norm_inputs(rows, columns, dtype, with_pos)
+    dout = random((rows, columns), dtype, 5)
+    dout[3::7] = 0  # as in padding
+    dres = random((rows, columns), dtype, 6) if with_dres else None
+    if with_dres:
+        dres[3::7] = 0
+    before = random((rows, columns), dtype, 7) if with_pos and with_dres else None
+    _, _, _, mean, rstd = norm(x, pos, weight, bias, with_gelu, np.float64)
+    statistics = np.concatenate([mean, rstd], 1).astype(np.float32)
+    empty = (rows, columns), dtype
+
+    def add(steps, given, made):
+        dout, x, pos, statistics, weight, bias = given
+        dx, dpos, dweight, dbias = made
+        layers.add_norm_backward(
+            steps,
+            *(dout, x, statistics, weight, bias, dx, dweight, dbias),
+            rows=rows,
+            columns=columns,
+            dtype=dtype,
+            gelu=with_gelu,
+            pos=pos,
+            dres=dx if with_dres else None,
+            dpos=dpos if with_pos else None,
+            dpos_before=dpos if before is not None else None,
+        )
+
+    made = [dres if with_dres else empty, before if before is not None else empty]
+    made += [((columns,), FLOAT32)] * 2
+    inputs = [dout, x, pos, statistics, weight, bias]
+    dx, dpos, dweight, dbias = run(cp, add, inputs, made)
+    args = dout, x, pos, weight, bias, dres, before, with_gelu
+    exact, naive = norm_backward(*args, np.float64), norm_backward(*args, np.float32)
+    note = f"{rows} x {columns} {dtype} gelu {with_gelu} pos {with_pos} dres {with_dres}"
+    assert not dx[3::7].any(), note
+    assert_accurate(dx, naive[0].astype(dtype), exact[0], note)
+    if with_pos:
+        assert_accurate(dpos, naive[1].astype(dtype), exact[1], note)
+    if rows == 0:
+        assert not dweight.any() and not dbias.any()
+    else:
+        assert_accurate(dweight, naive[2], exact[2], note + " dweight")
+        assert_accurate(dbias, naive[3], exact[3], note + " dbias")
+
+
+def test_small_layers(cp):
+    """For compute-sanitizer: every kernel, with few rows."""
+    for dtype, columns in itertools.product((FLOAT32, BFLOAT16), (32, 72, 1536)):
+        check_norm(cp, 33, columns, dtype, True, True)
+        check_norm_backward(cp, 33, columns, dtype, True, True, True)
+    check_bias(cp, 70, 96, BFLOAT16)
+    check_residual(cp, 40, 64, BFLOAT16, 0.3, True)
+    check_fourier(cp, 40, BFLOAT16, 4, 136)
+    check_compose(cp, (5, 0, 40), 16, 2)
+
+
+@pytest.mark.parametrize("with_pos", [False, True])
+@pytest.mark.parametrize("with_gelu", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_norm(cp, dtype, with_gelu, with_pos):
+    for rows, columns in itertools.product(ROWS, COLUMNS):
+        check_norm(cp, rows, columns, dtype, with_gelu, with_pos)
+    check_norm(cp, 34_688, 64, dtype, with_gelu, with_pos)
+
+
+@pytest.mark.parametrize("with_dres", [False, True])
+@pytest.mark.parametrize("with_pos", [False, True])
+@pytest.mark.parametrize("with_gelu", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_norm_backward(cp, dtype, with_gelu, with_pos, with_dres):
+    for rows, columns in itertools.product(ROWS, COLUMNS):
+        check_norm_backward(cp, rows, columns, dtype, with_gelu, with_pos, with_dres)
+    check_norm_backward(cp, 34_688, 64, dtype, with_gelu, with_pos, with_dres)
+    check_norm_backward(cp, 5000, 768, dtype, with_gelu, with_pos, with_dres)
+
+
+def test_a_row_of_equal_numbers(cp):
+    """The variance is 0, and the output is the bias."""
+    x, bias = np.full((3, 64), 7, BFLOAT16), random(64, FLOAT32)
+    sizes = {"rows": 3, "columns": 64, "dtype": BFLOAT16, "epsilon": EPSILON}
+
+    def add(steps, given, made):
+        layers.add_norm(steps, *given, *made, **sizes)
+
+    (got,) = run(cp, add, [x, np.ones(64, np.float32), bias], [((3, 64), BFLOAT16)])
+    assert (got == bias.astype(BFLOAT16)).all()
+
+
+# ---- bias ----------------------------------------------------------------------------------------------------------
+
+
+def check_bias(cp, rows, columns, dtype):
+    dout = random((rows, columns), dtype, 8, 1, 0.1)
+
+    def add(steps, given, made):
+        layers.add_bias_gradient(steps, *given, *made, rows=rows, columns=columns, dtype=dtype)
+
+    (got,) = run(cp, add, [dout], [((columns,), FLOAT32)])
+    exact = dout.astype(np.float64).sum(0)
+    if rows:
+        assert_accurate(got, dout.astype(np.float32).sum(0), exact, f"{rows} x {columns} {dtype}")
+    else:
+        assert not got.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_bias_gradient(cp, dtype):
+    for rows, columns in itertools.product((*ROWS, 34_688), (8, 32, 64, 768, 1000, 6144)):
+        if rows * columns < 1 << 26:
+            check_bias(cp, rows, columns, dtype)
+
+
+# ---- residual ------------------------------------------------------------------------------------------------------
+
+
+def philox(counter, key):
+    """Philox4x32-10 (Salmon, Moraes, Dror and Shaw 2011), element by element."""
+    c, k, low = [np.asarray(x, np.uint64) for x in counter], list(key), np.uint64(0xFFFFFFFF)
+    for _ in range(10):
+        a, b = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+        high = np.uint64(32)
+        c = [(b >> high) ^ c[1] ^ np.uint64(k[0]), b & low, (a >> high) ^ c[3] ^ np.uint64(k[1]), a & low]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
+def test_philox_oracle():
+    """The vectors of the authors' library Random123."""
+    ones = 0xFFFFFFFF
+    assert [int(x) for x in philox([0] * 4, [0] * 2)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert [int(x) for x in philox([ones] * 4, [ones] * 2)] == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0]
+    assert [int(x) for x in philox(*pi)] == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+
+
+def check_residual(cp, rows, columns, dtype, rate, forward, layer=3, step=17, seed=0x123456789ABCDEF0):
+    x, y = random((rows, columns), dtype, 9), random((rows, columns), dtype, 10)
+
+    def add(steps, given, made):
+        x, y, step = given
+        options = {"rate": rate, "layer": layer, "step": step, "seed": seed}
+        layers.add_residual(steps, x, y, *made, rows=rows, columns=columns, dtype=dtype, **options)
+
+    inputs = [x if forward else None, y, np.array([step], np.uint32)]
+    (got,) = run(cp, add, inputs, [((rows, columns), dtype)])
+    word = philox([np.arange(rows), layer, step, 0], [seed & 0xFFFFFFFF, seed >> 32])[0]
+    kept = (word >= int(rate * 2**32))[:, None]
+    base = x.astype(np.float64) if forward else 0
+    exact = base + kept * y.astype(np.float64) / (1 - rate)
+    scaled = y.astype(np.float32) * np.float32(1 / (1 - rate))
+    naive = np.where(kept, scaled, 0) + (x.astype(np.float32) if forward else 0)
+    dropped = ~kept[:, 0]
+    assert (got[dropped] == (x[dropped] if forward else 0)).all()
+    if exact.any():
+        assert_accurate(got, naive.astype(dtype), exact, f"{rows} x {columns} {dtype} rate {rate}")
+    if rows > 500:
+        assert abs(dropped.mean() - rate) < 0.1
+
+
+@pytest.mark.parametrize("forward", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_residual(cp, dtype, forward):
+    for rows, columns, rate in itertools.product((*ROWS, 34_688), (8, 64, 768, 1536), (0.0, 0.3)):
+        if rows < 2000 or columns == 64:
+            check_residual(cp, rows, columns, dtype, rate, forward)
+
+
+def test_drop_path_depends_on_layer_step_and_seed(cp):
+    for change in ({"layer": 4}, {"step": 18}, {"seed": 1}, {"seed": 1 << 40}):
+        check_residual(cp, 1000, 64, BFLOAT16, 0.3, True, **change)
+
+
+# ---- fourier -------------------------------------------------------------------------------------------------------
+
+
+def check_fourier(cp, rows, dtype, channels, columns, scale=50.0):
+    count = max(1, rows // 2)
+    points, features = random((count, 3), FLOAT32, 11, scale), random((count, channels), FLOAT32, 12)
+    index = np.random.default_rng(13).integers(-1, count, rows).astype(np.int32)
+
+    def add(steps, given, made):
+        points, features, index = given
+        options = {"features": features, "index": index, "channels": channels, "columns": columns}
+        layers.add_fourier(steps, points, *made, rows=rows, dtype=dtype, wavelengths=WAVELENGTHS, **options)
+
+    (got,) = run(cp, add, [points, features, index], [((rows, columns), dtype)])
+    padding = index < 0
+    in_rows = np.where(padding[:, None], np.float32(0), points[index])
+    axes = np.repeat([0, 1, 2], [21, 21, 22])
+    lengths = [0.2 * 1000 ** (i / (n - 1)) for n in (21, 21, 22) for i in range(n)]
+    factors = (2 * np.pi / np.array(lengths)).astype(np.float32)
+    angles = (in_rows[:, axes] * factors).astype(np.float64)  # the product is rounded to float32
+    given = np.where(padding[:, None], np.float32(0), features[index]) if rows else np.zeros((0, channels))
+    zeros = np.zeros((rows, columns - channels - 128))
+    exact = np.concatenate([given, np.sin(angles), np.cos(angles), zeros], 1)
+    assert (got[:, :channels] == given.astype(dtype)).all() and not got[:, channels + 128 :].any()
+    rounding = {FLOATS[0]: 2.0**-24, FLOATS[2]: 2.0**-11, BFLOAT16: 2.0**-8}[dtype]
+    assert (np.abs(got.astype(np.float64) - exact) <= 1e-6 + 1.01 * rounding * np.abs(exact)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_fourier(cp, dtype):
+    for rows, (channels, columns) in itertools.product((*ROWS, 34_688), ((0, 128), (4, 132), (4, 192), (33, 168))):
+        check_fourier(cp, rows, dtype, channels, columns)
+    check_fourier(cp, 1000, dtype, 4, 136, scale=5e6)
+
+
+def test_fourier_of_all_points(cp):
+    """Without an index, row i is point i."""
+    points = random((100, 3), FLOAT32, 14, 50)
+    options = {"rows": 100, "dtype": BFLOAT16, "wavelengths": WAVELENGTHS}
+
+    def add_indexed(steps, given, made):
+        layers.add_fourier(steps, given[0], *made, index=given[1], **options)
+
+    def add(steps, given, made):
+        layers.add_fourier(steps, *given, *made, **options)
+
+    made = [((100, 128), BFLOAT16)]
+    (expected,) = run(cp, add_indexed, [points, np.arange(100, dtype=np.int32)], made)
+    (got,) = run(cp, add, [points], made)
+    assert got.tobytes() == expected.tobytes()
+
+
+# ---- geometry ------------------------------------------------------------------------------------------------------
+
+
+class Layout:
+    """The slots of clouds, and a random order of each cloud's points in them."""
+
+    def __init__(self, lengths, bucket_size, seed):
+        self.lengths, self.bucket_size = lengths, bucket_size
+        slots = [-(-n // bucket_size) * bucket_size for n in lengths]
+        self.slots = sum(slots)
+        self.point_of = np.cumsum([0, *lengths])  # the first point of each cloud, and the first slot
+        self.slot_of = np.cumsum([0, *slots])
+        self.slot_to_point = np.full(self.slots, -1, np.int32)
+        self.point_to_slot = np.zeros(sum(lengths), np.int32)
+        rng = np.random.default_rng(seed)
+        for b, n in enumerate(lengths):
+            order = self.point_of[b] + rng.permutation(n)
+            self.slot_to_point[self.slot_of[b] : self.slot_of[b] + n] = order
+            self.point_to_slot[order] = self.slot_of[b] + np.arange(n)
+
+    def table(self):
+        return clouds.table(self.lengths, self.bucket_size, None, None)
+
+    def argument(self, steps, name):
+        return clouds.argument(steps, name, len(self.lengths), self.bucket_size)
+
+
+def check_compose(cp, lengths, bucket_size, ratio):
+    parents = Layout(lengths, bucket_size, 15)
+    children = Layout([-(-n // ratio) for n in lengths], bucket_size, 16)
+    members = np.full((children.slots, ratio), -1, np.int32)
+    expected = members.copy()
+    rng = np.random.default_rng(17)
+    for b, n in enumerate(lengths):
+        groups = np.full((children.lengths[b], ratio), -1, np.int32)
+        groups.reshape(-1)[:n] = parents.slot_of[b] + rng.permutation(n)
+        members[children.slot_of[b] :][: len(groups)] = groups
+        for i, group in enumerate(groups):
+            row = children.point_to_slot[children.point_of[b] + i]
+            for j, slot in enumerate(group):
+                if slot >= 0:
+                    expected[row, j] = parents.point_to_slot[parents.point_of[b] + slot - parents.slot_of[b]]
+
+    def add(steps, given, made):
+        tables = parents.argument(steps, "parents"), children.argument(steps, "children")
+        layers.add_compose(steps, *given, *tables, *made, slots=children.slots, ratio=ratio)
+
+    inputs = [members, children.slot_to_point, parents.point_to_slot]
+    numbers = {"parents": parents.table(), "children": children.table()}
+    (got,) = run(cp, add, inputs, [((children.slots, ratio), INT32)], numbers)
+    np.testing.assert_array_equal(got, expected)
+
+    positions = random((parents.slots, 3), FLOAT32, 18)
+    first = np.concatenate([parents.slot_of[b] + np.arange(n) for b, n in enumerate(lengths)]).astype(int)
+
+    def add_pack(steps, given, made):
+        layers.add_pack(steps, *given, parents.argument(steps, "parents"), *made, slots=parents.slots)
+
+    made = [((sum(lengths), 3), FLOAT32)]
+    (packed,) = run(cp, add_pack, [positions], made, {"parents": parents.table()})
+    assert packed.tobytes() == positions[first].tobytes()
+
+
+@pytest.mark.parametrize("ratio", layers.RATIOS)
+@pytest.mark.parametrize("lengths", [(1,), (0,), (1000,), (0, 700, 1, 0, 33), (40,) * 64, (40,) * 65, (34_688,)], ids=len)
+def test_compose(cp, lengths, ratio):
+    check_compose(cp, lengths, 16, ratio)
+    check_compose(cp, lengths, 512, ratio)
