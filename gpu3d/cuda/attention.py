@@ -206,7 +206,7 @@ def _view(steps: Steps, source: Pointer, reading: Any, heads: int, dim: int) -> 
     return Packed(VIEW_FORMAT, (source, head, row, dim))
 
 
-class _Shape(NamedTuple):
+class Shape(NamedTuple):
     """The properties of q, scopes, layout and device that a plan depends on."""
 
     dtype: np.dtype
@@ -227,8 +227,8 @@ def _shape(
     dtype: np.dtype,
     table: tuple[int, ...],
     device: Device,
-) -> tuple[_Shape, clouds.Table]:
-    """The _Shape for q and the scopes' table of these shapes, and the table of the clouds."""
+) -> tuple[Shape, clouds.Table]:
+    """The Shape for q and the scopes' table of these shapes, and the table of the clouds."""
     if dtype == FLOAT64:
         raise TypeError("attention on a GPU takes float16, bfloat16 and float32, got float64.")
     batch, largest = _layout(lengths, bucket_size)
@@ -236,7 +236,7 @@ def _shape(
     scopes, width = table
     many = len(lengths) if len(lengths) > clouds.INLINE_CLOUDS else 0
     hopper = device.arch == "sm_90a"
-    return _Shape(dtype, heads, dim, bucket_size, scopes, width, min(width, largest), many, hopper), batch
+    return Shape(dtype, heads, dim, bucket_size, scopes, width, min(width, largest), many, hopper), batch
 
 
 @clouds.remembered
@@ -261,14 +261,42 @@ def _kernel(which: str, dtype: np.dtype, dim: int, hopper: bool) -> tuple[Kernel
 
 
 def _launch(
-    steps: Steps, which: str, shape: _Shape, before: tuple[Any, ...], table: Pointer, batch: Any, after: tuple[Any, ...]
+    steps: Steps,
+    which: str,
+    shape: Shape,
+    before: tuple[Any, ...],
+    table: Pointer,
+    batch: Any,
+    scale_log2: Number | float,
+    after: tuple[Any, ...],
 ) -> None:
     """Add a launch with a block for each scope, head and tile of stationary rows. Blocks beyond a scope return."""
     kernel, tiling = _kernel(which, shape.dtype, shape.dim, shape.hopper)
     tiles = -(-shape.longest * shape.bucket_size // _own(tiling))
     divisors = _DIVISORS.pack(*[x for by in (shape.bucket_size, shape.heads, tiles) for x in _divisor(by)])
-    args = *before, batch, table, shape.width, divisors, Number("scale_log2"), *after
+    args = *before, batch, table, shape.width, divisors, scale_log2, *after
     steps.launch(kernel, grid=shape.scopes * shape.heads * tiles, block=32 * tiling.warps, args=args)
+
+
+def add_packed(
+    steps: Steps,
+    shape: Shape,
+    qkv: Pointer,
+    table: Pointer,
+    batch: Any,
+    scale: float,
+    out: Pointer,
+    lse: Pointer | None,
+) -> None:
+    """Add attention of q, k and v side by side, [slots, 3, H, D], at an address that is a multiple of 16.
+
+    `batch` is the struct Clouds of the slots, with buckets as tiles. `out` is [slots, H, D], `lse` float32 [slots, H].
+    """
+    part = shape.heads * shape.dim
+    size = shape.dtype.itemsize
+    views = [Packed(VIEW_FORMAT, (qkv + i * part * size, shape.dim, 3 * part, shape.dim)) for i in range(3)]
+    if shape.scopes:
+        _launch(steps, "forward", shape, tuple(views), table, batch, _scale_log2(scale, shape.dtype), (out, lse))
 
 
 # ---- plans ---------------------------------------------------------------------------------------------------------
@@ -311,14 +339,14 @@ def _attention(
 
 
 @functools.lru_cache(maxsize=512)
-def _forward_plan(shape: _Shape, readings: tuple[Any, ...], table: arrays.Strided | None, return_lse: bool) -> Plan:
+def _forward_plan(shape: Shape, readings: tuple[Any, ...], table: arrays.Strided | None, return_lse: bool) -> Plan:
     steps = Steps(inputs=4, results=1 + return_lse)
     if shape.scopes:
         views = [_view(steps, Input(i), reading, shape.heads, shape.dim) for i, reading in enumerate(readings)]
         scopes = arrays.add_copy(steps, Input(3), table)
         batch = clouds.argument(steps, "clouds", shape.clouds, shape.bucket_size)
         results = Result(0), Result(1) if return_lse else None
-        _launch(steps, "forward", shape, tuple(views), scopes, batch, results)
+        _launch(steps, "forward", shape, tuple(views), scopes, batch, Number("scale_log2"), results)
     return steps.plan()
 
 
@@ -344,7 +372,7 @@ def attention_backward(
 
 @functools.lru_cache(maxsize=512)
 def _backward_plan(
-    shape: _Shape, readings: tuple[Any, ...], slots: int, lse: arrays.Strided | None, table: arrays.Strided | None
+    shape: Shape, readings: tuple[Any, ...], slots: int, lse: arrays.Strided | None, table: arrays.Strided | None
 ) -> Plan:
     """First dq, whose kernel also writes delta = sum(dout * out) of each row; then dk and dv."""
     steps = Steps(inputs=7, results=3)
@@ -353,7 +381,7 @@ def _backward_plan(
         saved, scopes = arrays.add_copy(steps, Input(5), lse), arrays.add_copy(steps, Input(6), table)
         batch = clouds.argument(steps, "clouds", shape.clouds, shape.bucket_size)
         delta = steps.workspace("delta", 4 * slots * shape.heads)
-        scale = Number("scale")
-        _launch(steps, "dq", shape, (*views, out, saved), scopes, batch, (scale, Result(0), delta))
-        _launch(steps, "dkdv", shape, (*views, saved, delta), scopes, batch, (scale, Result(1), Result(2)))
+        scale, scale_log2 = Number("scale"), Number("scale_log2")
+        _launch(steps, "dq", shape, (*views, out, saved), scopes, batch, scale_log2, (scale, Result(0), delta))
+        _launch(steps, "dkdv", shape, (*views, saved, delta), scopes, batch, scale_log2, (scale, *map(Result, (1, 2))))
     return steps.plan()
