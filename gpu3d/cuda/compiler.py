@@ -251,7 +251,7 @@ def load(kernel: Kernel, device: int) -> tuple[int, Any]:
             )
         path = cubin_path(Configuration(kernel.source, kernel.macros), device_arch(device))
         raw = cupy.RawModule(path=str(path)).get_function(kernel.function)
-        if kernel.shared_mem:
+        if kernel.shared_mem > raw.max_dynamic_shared_size_bytes:  # another plan may use this function with more
             raw.max_dynamic_shared_size_bytes = kernel.shared_mem
         found = _loaded[kernel, device] = raw.kernel.ptr, raw
     return found
