@@ -276,7 +276,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void lovasz_count(
     if (threadIdx.x == 0) labels[blockIdx.x] = all;
 }
 
-extern "C" __global__ __launch_bounds__(THREADS) void lovasz_jaccard(
+extern "C" __global__ __launch_bounds__(THREADS, 1) void lovasz_jaccard(
     const u32 *__restrict__ sorted,  // [classes, points]
     const u32 *__restrict__ counts,  // [classes] labels
     const u32 *__restrict__ labels,  // [classes, tiles]

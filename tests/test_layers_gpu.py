@@ -381,7 +381,9 @@ def check_compose(cp, lengths, bucket_size, ratio):
 
 
 @pytest.mark.parametrize("ratio", layers.RATIOS)
-@pytest.mark.parametrize("lengths", [(1,), (0,), (1000,), (0, 700, 1, 0, 33), (40,) * 64, (40,) * 65, (34_688,)], ids=len)
+@pytest.mark.parametrize(
+    "lengths", [(1,), (0,), (1000,), (0, 700, 1, 0, 33), (40,) * 64, (40,) * 65, (34_688,)], ids=len
+)
 def test_compose(cp, lengths, ratio):
     check_compose(cp, lengths, 16, ratio)
     check_compose(cp, lengths, 512, ratio)
