@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_an_error():
             layers.add_norm(steps, x, x, x, x, columns=columns, epsilon=1e-5, **sizes)
     with pytest.raises(ValueError, match="at least 0 and below 1, got 1"):
         layers.add_residual(steps, x, x, x, columns=8, rate=1.0, layer=0, step=x, seed=0, **sizes)
-    with pytest.raises(ValueError, match=r"at least channels \+ 128, got 130 for 4"):
+    with pytest.raises(ValueError, match=r"at least 128 \+ channels \(4\), got 130"):
         layers.add_fourier(steps, x, x, channels=4, columns=130, wavelengths=(0.2, 200.0), **sizes)
     for classes, points in ((0, 1), (65, 1), (3, 2**30)):
         with pytest.raises(ValueError, match="got " + str(points if points > 1 else classes)):

@@ -251,7 +251,7 @@ def add_fourier(
     Row i is that of point index[i] (int32; -1 in padding), or of point i. `columns` is the width of a row.
     """
     if columns < channels + FOURIER_COLUMNS:
-        raise ValueError(f"columns must be at least channels + {FOURIER_COLUMNS}, got {columns} for {channels} channels.")
+        raise ValueError(f"columns must be at least {FOURIER_COLUMNS} + channels ({channels}), got {columns}.")
     waves = struct.pack(f"<{FOURIER_WAVES}f", *frequencies(wavelengths).tolist())
     args = points, features, index, waves, rows, channels, columns, out
     kernel = _kernel("layers_fourier", "fourier_rows", _element(dtype))
