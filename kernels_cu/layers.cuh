@@ -22,7 +22,8 @@ struct Floats {
     float x[PER];
 };
 
-__device__ __forceinline__ Floats widen(const Word &word) {
+// By value, so that a word of global memory is loaded at once.
+__device__ __forceinline__ Floats widen(Word word) {
     Floats out;
 #pragma unroll
     for (int e = 0; e < PER; ++e) out.x[e] = widen(word.x[e]);

@@ -89,21 +89,20 @@ def compute(cp, logits, labels, *, point_to_slot=None, rows=None, pitch=None, ig
     given[place[place >= 0], :classes] = logits[place >= 0]
 
     def add(steps, inputs, results):
-        logits, labels, point_to_slot = inputs
+        *both, places = inputs
         losses.add_loss(
             steps,
-            *(logits, labels, *results),
+            *(*both, *results),
             points=n,
             rows=rows,
             classes=classes,
             dtype=given.dtype,
-            label_dtype=labels_of.dtype,
+            label_dtype=labels.dtype,
             ignore=ignore,
-            point_to_slot=point_to_slot,
+            point_to_slot=places,
             pitch=pitch,
         )
 
-    labels_of = labels
     inputs = [given, labels, None if point_to_slot is None else point_to_slot.astype(np.int32)]
     dlogits, loss = run(cp, add, inputs, [((rows, pitch), logits.dtype), ((), FLOAT32)])
     return loss, dlogits
