@@ -4,7 +4,8 @@
 //   pack_positions   the points of the local slots without the padding: what the stage layout is computed from
 //   compose_members  members of pooling, from local slots to stage slots on both sides, so that features are pooled and
 //                    unpooled between stage layouts, and no features move between local and stage order
-// Point i of a cloud lies in its local slot i, because a cloud fills its slots without a gap.
+// Point i of a cloud lies in its local slot i, because a cloud fills its slots without a gap. But the first level has
+// the caller's points, whose local layout is a permutation of them: local_points.
 
 #ifndef RATIO
 #define RATIO 2  // members of a child: 2, 4 or 8
@@ -34,6 +35,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void compose_members(
     const Members *__restrict__ members,    // [child slots] local slots of the parents; -1 for a missing member
     const int *__restrict__ slot_to_point,  // [child slots] of the children's stage layout; -1 in padding
     const int *__restrict__ point_to_slot,  // [parents] of the parents' stage layout
+    const int *__restrict__ local_points,   // [parent slots] the parents' points in local order; NULL: 0, 1, 2, ...
     const __grid_constant__ Clouds parents,
     const __grid_constant__ Clouds children,
     Members *__restrict__ composed  // [child slots] in the order of the children's stage layout
@@ -50,7 +52,10 @@ extern "C" __global__ __launch_bounds__(THREADS) void compose_members(
         const Members local = members[child.slot + (point - child.point)];
 #pragma unroll
         for (int j = 0; j < RATIO; ++j)
-            if (local.slot[j] >= 0) out.slot[j] = point_to_slot[parent.point + (local.slot[j] - parent.slot)];
+            if (local.slot[j] >= 0) {
+                const int next = parent.point + (local.slot[j] - parent.slot);
+                out.slot[j] = point_to_slot[local_points ? local_points[local.slot[j]] : next];
+            }
     }
     composed[row] = out;
 }

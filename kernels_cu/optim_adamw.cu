@@ -81,7 +81,9 @@ __device__ __forceinline__ double annealed(double from, double to, double part) 
 
 // The rate of a step that counts from 0. Beyond the last step it stays that of the last.
 __device__ double rate_of(u32 step, u32 steps, double largest) {
-    const double peak = WARM_UP * steps - 1, last = steps - 1.0, at = min((double)step, last);
+    // Rounded twice, as on the host: fused, 0.04 * 25 - 1 would be a little above 0, and the rate of step 0 the first.
+    const double peak = __dadd_rn(__dmul_rn(WARM_UP, steps), -1.0);
+    const double last = steps - 1.0, at = min((double)step, last);
     if (at <= peak) return annealed(largest * FIRST_RATE, largest, peak > 0 ? at / peak : 1);
     return annealed(largest, largest * LAST_RATE, (at - peak) / (last - peak));
 }

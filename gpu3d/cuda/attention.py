@@ -220,7 +220,7 @@ class Shape(NamedTuple):
     hopper: bool
 
 
-def _shape(
+def shape_of(
     lengths: tuple[int, ...],
     bucket_size: int,
     q: tuple[int, ...],
@@ -231,7 +231,7 @@ def _shape(
     """The Shape for q and the scopes' table of these shapes, and the table of the clouds."""
     if dtype == FLOAT64:
         raise TypeError("attention on a GPU takes float16, bfloat16 and float32, got float64.")
-    batch, largest = _layout(lengths, bucket_size)
+    batch, largest = layout_of(lengths, bucket_size)
     _, heads, dim = q
     scopes, width = table
     many = len(lengths) if len(lengths) > clouds.INLINE_CLOUDS else 0
@@ -240,7 +240,7 @@ def _shape(
 
 
 @clouds.remembered
-def _layout(lengths: tuple[int, ...], bucket_size: int) -> tuple[clouds.Table, int]:
+def layout_of(lengths: tuple[int, ...], bucket_size: int) -> tuple[clouds.Table, int]:
     """The table of the clouds, whose tiles are buckets, and the number of buckets of the largest cloud."""
     if len(lengths) <= clouds.INLINE_CLOUDS:
         buckets: Sequence[int] = [-(-n // bucket_size) for n in lengths]
@@ -333,7 +333,7 @@ def _attention(
     copied: arrays.Strided | None,
     return_lse: bool,
 ) -> Call:
-    shape, batch = _shape(lengths, bucket_size, q, dtype, table, device)
+    shape, batch = shape_of(lengths, bucket_size, q, dtype, table, device)
     numbers = {"clouds": batch, "scale_log2": _scale_log2(scale, dtype)}
     return Call(_forward_plan(shape, readings, copied, return_lse), numbers)
 
@@ -364,7 +364,7 @@ def attention_backward(
     device: Device,
 ) -> Call:
     """Inputs: dout, q, k, v, out, lse, the scopes' table. Results: dq, dk, dv."""
-    shape, batch = _shape(lengths, bucket_size, q.shape, q.dtype, table.shape, device)
+    shape, batch = shape_of(lengths, bucket_size, q.shape, q.dtype, table.shape, device)
     readings = _reading(dout), _reading(q), _reading(k), _reading(v), _reading(out)
     plan = _backward_plan(shape, readings, q.shape[0], arrays.copied(lse), arrays.copied(table))
     return Call(plan, {"clouds": batch, "scale_log2": _scale_log2(scale, q.dtype), "scale": scale})

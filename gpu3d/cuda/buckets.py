@@ -392,13 +392,34 @@ def _move_plan(most: int, row_bytes: int, word: int, copied: arrays.Strided | No
     steps = Steps(inputs=2, results=1)
     if row_bytes:
         rows = arrays.add_copy(steps, Input(0), copied)
-        words = row_bytes // word
-        lane_bits = min(8, (words - 1).bit_length())
-        rows_a_block = (MOVE_THREADS >> lane_bits) * MOVE_ROWS_A_THREAD
-        args = rows, Input(1), Number("rows"), words, lane_bits, Number("fill"), Result(0)
-        kernel = _kernel("move_rows", (("WORD", word),))
-        steps.launch(kernel, grid=-(-most // rows_a_block), block=MOVE_THREADS, args=args)
+        fill = Number("fill")
+        add_move(
+            steps, rows, Input(1), Result(0), rows=Number("rows"), most=most, row_bytes=row_bytes, word=word, fill=fill
+        )
     return steps.plan()
+
+
+def add_move(
+    steps: Steps,
+    source: Pointer,
+    index: Pointer,
+    out: Pointer,
+    *,
+    rows: Number | int,
+    most: int,
+    row_bytes: int,
+    word: int,
+    fill: Number | bytes,
+) -> None:
+    """Add out[i] = source[index[i]] for `rows` rows, at most `most`, with the fill pattern where the index is -1.
+
+    Addresses and rows are multiples of `word` bytes: a power of two up to 16.
+    """
+    words = row_bytes // word
+    lane_bits = min(8, (words - 1).bit_length())
+    rows_a_block = (MOVE_THREADS >> lane_bits) * MOVE_ROWS_A_THREAD
+    args = source, index, rows, words, lane_bits, fill, out
+    steps.launch(_kernel("move_rows", (("WORD", word),)), grid=-(-most // rows_a_block), block=MOVE_THREADS, args=args)
 
 
 @functools.lru_cache(maxsize=256)
@@ -419,11 +440,16 @@ def scopes(bucket_offsets: tuple[int, ...], bucket_size: int, size: int, shift: 
     """No input. Result: the table int32 [scopes, size]."""
     counts: Any = [end - begin for begin, end in itertools.pairwise(bucket_offsets)]
     stride = min(stride, max(1, max(counts, default=0)))  # a larger stride gives the same scopes
-    chunk = size * stride
-    groups = [count // chunk * stride + min(count % chunk, stride) for count in counts]
-    table = clouds.table([count * bucket_size for count in counts], bucket_size, None, groups)
+    table = scopes_of(counts, bucket_size, size, stride)
     plan = _scopes_plan(len(counts), bucket_size, table.groups, size)
     return Call(plan, {"clouds": table, "shift": shift, "stride": stride})
+
+
+def scopes_of(counts: Sequence[int], bucket_size: int, size: int, stride: int) -> clouds.Table:
+    """The table of clouds with these numbers of buckets, whose groups are their scopes."""
+    chunk = size * stride
+    groups = [count // chunk * stride + min(count % chunk, stride) for count in counts]
+    return clouds.table([count * bucket_size for count in counts], bucket_size, None, groups)
 
 
 @functools.lru_cache(maxsize=256)
@@ -431,7 +457,14 @@ def _scopes_plan(count: int, bucket_size: int, rows: int, size: int) -> Plan:
     steps = Steps(inputs=0, results=1)
     if rows:
         batch = clouds.argument(steps, "clouds", count, bucket_size)
-        args = batch, rows * size, size, Number("shift"), Number("stride"), Result(0)
-        kernel = _kernel("move_scopes", (("WORD", 16),))
-        steps.launch(kernel, grid=-(-rows * size // MOVE_THREADS), block=MOVE_THREADS, args=args)
+        add_scopes(steps, batch, rows, size, Number("shift"), Number("stride"), Result(0))
     return steps.plan()
+
+
+def add_scopes(
+    steps: Steps, batch: Any, rows: int, size: int, shift: Number | int, stride: Number | int, out: Pointer
+) -> None:
+    """Add the table of scopes int32 [rows, size]. `batch` is the struct Clouds of `scopes_of`."""
+    args = batch, rows * size, size, shift, stride, out
+    kernel = _kernel("move_scopes", (("WORD", 16),))
+    steps.launch(kernel, grid=-(-rows * size // MOVE_THREADS), block=MOVE_THREADS, args=args)

@@ -46,7 +46,7 @@ _SIGNATURES = {
     "residual_rows": "QQiiiIfIQQQ",
     "fourier_rows": f"QQQ{4 * FOURIER_WAVES}siiiQ",
     "pack_positions": "QcQ",
-    "compose_members": "QQQccQ",
+    "compose_members": "QQQQccQ",
 }
 
 
@@ -279,13 +279,15 @@ def add_compose(
     *,
     slots: int,
     ratio: int,
+    local_points: Pointer | None = None,
 ) -> None:
     """Add the members of pooling between stage layouts, int32 [slots, ratio].
 
     `members` are those between local layouts. `slot_to_point` is that of the children's stage layout, `point_to_slot`
-    that of the parents'; both are results of bucketize on the packed points of the local layouts. `parents` and
-    `children` are the structs Clouds, and `slots` counts those of the children.
+    that of the parents'; both are results of bucketize on the packed points of the local layouts. But if the parents
+    are the caller's points, `local_points` is slot_to_point of their local layout. `parents` and `children` are the
+    structs Clouds, and `slots` counts those of the children.
     """
     kernel = _kernel("layers_compose", "compose_members", (("RATIO", ratio),))
-    args = members, slot_to_point, point_to_slot, parents, children, composed
+    args = members, slot_to_point, point_to_slot, local_points, parents, children, composed
     steps.launch(kernel, grid=-(-slots // COMPOSE_THREADS), block=COMPOSE_THREADS, args=args)

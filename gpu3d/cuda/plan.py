@@ -17,6 +17,7 @@ Besides kernels of ours, a step can be a product of matrices by cuBLASLt (`Gemm`
 
 from __future__ import annotations
 
+import bisect
 import functools
 import re
 import struct
@@ -287,9 +288,16 @@ class Steps:
                 gemm = gemm._replace(workspace=self._gemm_workspace)
             self._steps.append(gemm)
 
-    def plan(self) -> Plan:
-        """The plan of the collected steps."""
-        return Plan(tuple(self._steps), self.inputs, self.results, self._pieces, self._end)
+    def plan(self, *, share: bool = False) -> Plan:
+        """The plan of the collected steps.
+
+        With `share`, pieces of the workspace that are not needed at the same time may share memory. A step then finds
+        in its pieces what earlier steps of the plan wrote, and nothing from before.
+        """
+        pieces, end = self._pieces, self._end
+        if share:
+            pieces, end = _shared(pieces, _spans(self._steps))
+        return Plan(tuple(self._steps), self.inputs, self.results, pieces, end)
 
 
 # Whether an epilogue has a bias (or a bias gradient), and whether it has aux.
@@ -332,6 +340,43 @@ def _check_gemm(gemm: Gemm) -> None:
         raise ValueError(f"a bias must begin at a multiple of {ALIGNMENT} bytes, got byte {gemm.bias.offset}.")
     if gemm.aux is not None and gemm.aux.stride % 8:
         raise ValueError(f"the rows of aux must be a multiple of 8 elements apart, got {gemm.aux}.")
+
+
+# ---- sharing memory ------------------------------------------------------------------------------------------------
+
+
+def _spans(steps: list[Step]) -> dict[str, tuple[int, int]]:
+    """The first and the last step that use each piece of the workspace."""
+    spans: dict[str, tuple[int, int]] = {}
+
+    def use(value: Any, step: int) -> None:
+        if isinstance(value, Pointer):
+            if value.memory == "workspace":
+                spans[value.index] = spans.get(value.index, (step, step))[0], step
+        elif isinstance(value, tuple):
+            for part in value:
+                use(part, step)
+
+    for number, step in enumerate(steps):
+        use(tuple(step), number)
+    return spans
+
+
+def _shared(pieces: dict[str, Piece], spans: dict[str, tuple[int, int]]) -> tuple[dict[str, Piece], int]:
+    """Places for pieces, the largest first: each at the lowest offset that is free while it is used. Also the end."""
+    placed: dict[str, Piece] = {}
+    taken: list[tuple[int, int, int, int]] = []  # offset, end, first step, last step
+    for name in sorted(spans, key=lambda name: -pieces[name].size):
+        size, (first, last) = pieces[name].size, spans[name]
+        room = -(-size // PIECE) * PIECE + GAP
+        offset = 0
+        for begin, end, since, until in taken:  # by offset
+            if since <= last and first <= until and begin < offset + room:
+                offset = max(offset, end)
+        placed[name] = Piece(offset, size)
+        if size:
+            bisect.insort(taken, (offset, offset + room, first, last))
+    return placed, max([end for _, end, _, _ in taken], default=0)
 
 
 # ---- signatures ----------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def _macros(dtype: np.dtype, word: int, ratio: int) -> Macros:
 # ---- what plans depend on ------------------------------------------------------------------------------------------
 
 
-class _Shape(NamedTuple):
+class Shape(NamedTuple):
     """The properties of a layout and the ratio that plans depend on: numbers of buckets, and bounds from them."""
 
     clouds: int  # clouds, if their tables are in device memory; otherwise 0
@@ -71,10 +71,10 @@ class _Shape(NamedTuple):
     padding: int  # an upper bound on the padding slots of the parents
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """The tables of a layout and of its children."""
 
-    shape: _Shape
+    shape: Shape
     parents: clouds.Table  # its tiles are tiles of pooling, and its groups are rows of padding
     children: clouds.Table
 
@@ -85,7 +85,7 @@ class _Layout(NamedTuple):
 
 
 @clouds.remembered
-def _layout(lengths: tuple[int, ...], bucket_size: int, ratio: int) -> _Layout:
+def layout_of(lengths: tuple[int, ...], bucket_size: int, ratio: int) -> Layout:
     if len(lengths) <= clouds.INLINE_CLOUDS:
         return _small_layout(lengths, bucket_size, ratio)
     n = clouds.array(lengths)
@@ -96,15 +96,15 @@ def _layout(lengths: tuple[int, ...], bucket_size: int, ratio: int) -> _Layout:
     slots = int((-(-buckets // ratio)).sum()) * bucket_size
     tiles = int((-(-buckets * bucket_size // GROUP_TILE)).sum())
     padding = int((buckets > 0).sum()) * (bucket_size - 1)
-    return _Layout(_Shape(len(n), bucket_size, ratio, slots, tiles, padding), parents, batch)
+    return Layout(Shape(len(n), bucket_size, ratio, slots, tiles, padding), parents, batch)
 
 
-def _small_layout(lengths: tuple[int, ...], bucket_size: int, ratio: int) -> _Layout:
+def _small_layout(lengths: tuple[int, ...], bucket_size: int, ratio: int) -> Layout:
     buckets = [-(-n // bucket_size) for n in lengths]
     tiles = [-(-n // GROUP_TILE) for n in lengths]
     parents = clouds.table(lengths, bucket_size, tiles, [-n % bucket_size for n in lengths])
     children = clouds.table([-(-n // ratio) for n in lengths], bucket_size, None, None)
-    shape = _Shape(
+    shape = Shape(
         0,
         bucket_size,
         ratio,
@@ -112,7 +112,7 @@ def _small_layout(lengths: tuple[int, ...], bucket_size: int, ratio: int) -> _La
         sum([-(-count * bucket_size // GROUP_TILE) for count in buckets]),
         sum([count > 0 for count in buckets]) * (bucket_size - 1),
     )
-    return _Layout(shape, parents, children)
+    return Layout(shape, parents, children)
 
 
 class _Rows(NamedTuple):
@@ -180,14 +180,14 @@ def pool(
     reduce: str,
 ) -> Call:
     """Inputs: features, points. Results: as in `gpu3d.pooling.pool_results`."""
-    layout, copied = _layout(lengths, bucket_size, ratio), arrays.copied(points, points.dtype.itemsize)
+    layout, copied = layout_of(lengths, bucket_size, ratio), arrays.copied(points, points.dtype.itemsize)
     look = features.dtype, features.shape[1], _rows(features), points.dtype, copied, reduce
     return Call(_pool_plan(layout.shape, *look), {"parents": layout.parents, "children": layout.children})
 
 
 @functools.lru_cache(maxsize=512)
 def _pool_plan(
-    shape: _Shape,
+    shape: Shape,
     dtype: np.dtype,
     columns: int,
     rows: _Rows,
@@ -204,9 +204,8 @@ def _pool_plan(
     parents, children = (
         clouds.argument(steps, name, shape.clouds, shape.bucket_size) for name in ("parents", "children")
     )
-    args: tuple[Any, ...] = points, parents, children, shape.ratio, members, child_points, slot_to_point
-    kernel = _kernel("pooling_group", "pool_groups", (("POINT", FLOATS.index(point_dtype)),))
-    steps.launch(kernel, grid=shape.tiles, block=GROUP_TILE, args=(*args, point_to_slot, moved))
+    made = members, child_points, slot_to_point, point_to_slot, moved
+    add_groups(steps, shape, points, point_dtype, parents, children, made)
     if columns:
         walk = _walk(dtype, columns, shape.ratio, rows)
         args = *_source(steps, Input(0), rows, walk), members, shape.slots, walk.words, walk.lane_bits
@@ -215,6 +214,22 @@ def _pool_plan(
         else:
             walk.launch(steps, "pool_sums", shape.slots, (*args, int(reduce == "mean"), child_features))
     return steps.plan()
+
+
+def add_groups(
+    steps: Steps,
+    shape: Shape,
+    points: Pointer,
+    dtype: np.dtype,
+    parents: Any,
+    children: Any,
+    results: tuple[Pointer, ...],
+) -> None:
+    """Add the grouping of points [slots, 3]. Results: members, child points, slot_to_point, point_to_slot, moved."""
+    members, child_points, *layout = results
+    args = points, parents, children, shape.ratio, members, child_points, *layout
+    kernel = _kernel("pooling_group", "pool_groups", (("POINT", FLOATS.index(dtype)),))
+    steps.launch(kernel, grid=shape.tiles, block=GROUP_TILE, args=args)
 
 
 def pool_backward(
@@ -227,7 +242,7 @@ def pool_backward(
     reduce: str,
 ) -> Call:
     """Inputs: dchild, members, argmember. Result: dfeatures."""
-    layout = _layout(lengths, bucket_size, ratio)
+    layout = layout_of(lengths, bucket_size, ratio)
     columns, rows = dchild.shape[1], _rows(dchild)
     copied = [_members(members, ratio), None]
     if reduce in reference.EXTREMES:
@@ -239,7 +254,7 @@ def pool_backward(
 
 @functools.lru_cache(maxsize=512)
 def _pool_backward_plan(
-    shape: _Shape,
+    shape: Shape,
     dtype: np.dtype,
     columns: int,
     rows: _Rows,
@@ -263,10 +278,78 @@ def _pool_backward_plan(
     return steps.plan()
 
 
-def _sizes(steps: Steps, shape: _Shape, walk: _Walk) -> tuple[Any, ...]:
+def _sizes(steps: Steps, shape: Shape, walk: _Walk) -> tuple[Any, ...]:
     """The arguments of kernels that write to the parents' slots: children, padding, parents, words, lane_bits."""
     parents = clouds.argument(steps, "parents", shape.clouds, shape.bucket_size)
     return shape.slots, Number("padding"), parents, walk.words, walk.lane_bits
+
+
+# ---- steps over contiguous rows ------------------------------------------------------------------------------------
+#
+# A backbone pools between layouts of its own: `members` int32 [children, ratio] may lead to any slots of the parents.
+# Rows begin at multiples of 16 bytes, and have a multiple of 8 columns. `padding` is a bound or a Number.
+
+
+def _even(dtype: np.dtype, columns: int, ratio: int) -> _Walk:
+    row = columns * dtype.itemsize
+    return _walk(dtype, columns, ratio, _Rows(row, math.gcd(16, row), None))
+
+
+def add_pool(
+    steps: Steps, shape: Shape, rows: Pointer, members: Pointer, out: Pointer, *, columns: int, dtype: np.dtype
+) -> None:
+    """Add the means [children, columns] of rows [parents, columns]."""
+    walk = _even(dtype, columns, shape.ratio)
+    args = rows, walk.words, members, shape.slots, walk.words, walk.lane_bits, 1, out
+    walk.launch(steps, "pool_sums", shape.slots, args)
+
+
+def add_pool_backward(
+    steps: Steps,
+    shape: Shape,
+    dchild: Pointer,
+    members: Pointer,
+    parents: Any,
+    padding: Number | int,
+    out: Pointer,
+    *,
+    columns: int,
+    dtype: np.dtype,
+) -> None:
+    """Add the gradient of `add_pool`, [parents, columns], 0 in padding."""
+    walk = _even(dtype, columns, shape.ratio)
+    sizes = shape.slots, padding, parents, walk.words, walk.lane_bits
+    args = dchild, walk.words, members, *sizes, 1, out
+    walk.launch(steps, "spread_sums", shape.slots + shape.padding, args)
+
+
+def add_unpool(
+    steps: Steps,
+    shape: Shape,
+    child: Pointer,
+    members: Pointer,
+    skip: Pointer,
+    parents: Any,
+    padding: Number | int,
+    out: Pointer,
+    *,
+    columns: int,
+    dtype: np.dtype,
+) -> None:
+    """Add the rows of the children at their members, plus skip [parents, columns]."""
+    walk = _even(dtype, columns, shape.ratio)
+    sizes = shape.slots, padding, parents, walk.words, walk.lane_bits
+    args = child, walk.words, skip, walk.words, members, *sizes, out
+    walk.launch(steps, "unpool_rows", shape.slots + shape.padding, args)
+
+
+def add_unpool_backward(
+    steps: Steps, shape: Shape, dout: Pointer, members: Pointer, out: Pointer, *, columns: int, dtype: np.dtype
+) -> None:
+    """Add the gradient of the children in `add_unpool`: sums over their members. That of skip is dout."""
+    walk = _even(dtype, columns, shape.ratio)
+    args = dout, walk.words, members, shape.slots, walk.words, walk.lane_bits, 0, out
+    walk.launch(steps, "pool_sums", shape.slots, args)
 
 
 # ---- unpool --------------------------------------------------------------------------------------------------------
@@ -276,7 +359,7 @@ def unpool(
     child: Spec, members: Spec, skip: Spec | None, lengths: tuple[int, ...], bucket_size: int, ratio: int
 ) -> Call:
     """Inputs: child, members, skip. Result: out."""
-    layout = _layout(lengths, bucket_size, ratio)
+    layout = layout_of(lengths, bucket_size, ratio)
     added = None if skip is None else _rows(skip)
     copied = _members(members, ratio)
     plan = _unpool_plan(layout.shape, child.dtype, child.shape[1], _rows(child), copied, added)
@@ -285,7 +368,7 @@ def unpool(
 
 @functools.lru_cache(maxsize=512)
 def _unpool_plan(
-    shape: _Shape, dtype: np.dtype, columns: int, rows: _Rows, copied: arrays.Strided | None, added: _Rows | None
+    shape: Shape, dtype: np.dtype, columns: int, rows: _Rows, copied: arrays.Strided | None, added: _Rows | None
 ) -> Plan:
     steps = Steps(inputs=3, results=1)
     if shape.slots and columns:
@@ -300,7 +383,7 @@ def _unpool_plan(
 
 def unpool_backward(dout: Spec, members: Spec, lengths: tuple[int, ...], bucket_size: int, ratio: int) -> Call:
     """Inputs: dout, members. Results: dchild, dskip."""
-    layout = _layout(lengths, bucket_size, ratio)
+    layout = layout_of(lengths, bucket_size, ratio)
     copied = _members(members, ratio)
     plan = _unpool_backward_plan(layout.shape, dout.dtype, dout.shape[1], _rows(dout), copied)
     return Call(plan, layout.numbers)
@@ -308,7 +391,7 @@ def unpool_backward(dout: Spec, members: Spec, lengths: tuple[int, ...], bucket_
 
 @functools.lru_cache(maxsize=512)
 def _unpool_backward_plan(
-    shape: _Shape, dtype: np.dtype, columns: int, rows: _Rows, copied: arrays.Strided | None
+    shape: Shape, dtype: np.dtype, columns: int, rows: _Rows, copied: arrays.Strided | None
 ) -> Plan:
     steps = Steps(inputs=2, results=2)
     if shape.slots and columns:

@@ -57,6 +57,8 @@ class Config:
         The shortest and the longest wavelength of the position code, in the unit of the points.
     epsilon : float
         Added to the variance in LayerNorm.
+    dtype : {"bfloat16", "float16", "float32"}
+        The dtype of activations on a GPU. Sums are float32 in each. The CPU path computes in float64.
 
     Raises
     ------
@@ -88,6 +90,7 @@ class Config:
     drop_path: float = 0.3
     wavelengths: tuple[float, float] = (0.2, 200.0)
     epsilon: float = 1e-5
+    dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
         levels = len(self._set_sequence("channels", None, _at_least_1))
@@ -105,6 +108,7 @@ class Config:
         self._set("ratio", _arrays.check_integer(self.ratio, "ratio"))
         self._set("drop_path", _arrays.check_number(self.drop_path, "drop_path"))
         self._set("epsilon", _positive(self.epsilon, "epsilon"))
+        _arrays.check_choice(self.dtype, DTYPES, "dtype")
         if self.ratio not in RATIOS:
             raise ValueError(f"ratio must be 2, 4 or 8, got {_arrays.shown(self.ratio)}.")
         if not 0 <= self.drop_path < 1:
@@ -178,6 +182,7 @@ def _check_heads(name: str, channels: tuple[int, ...], heads_name: str, heads: t
             )
 
 
+DTYPES = ("bfloat16", "float16", "float32")
 _HASHES = ("zorder_div", "xor_div", "zorder_mod", "xor_mod", "zorder_div")
 _STRIDES = (2, 2, 2, 1, 1)  # a stride of 2 needs 16 buckets, which the deeper levels of one sweep do not have
 

@@ -8,6 +8,19 @@ from typing import Any
 import numpy as np
 
 from gpu3d import _arrays
+from gpu3d._arrays import Given
+
+
+def check_device_labels(labels: Any, count: int) -> Given:
+    """The labels of points on a GPU, uint8 or int32. Their values are not read: what is no class does not count."""
+    given = _arrays.read(labels, "labels")
+    if given.dtype not in (_arrays.UINT8, _arrays.INT32):
+        raise TypeError(f"labels on a GPU must be uint8 or int32, got {given.dtype}: convert by .astype('int32').")
+    if given.shape != (count,) or given.strides is not None:
+        raise ValueError(
+            f"labels must be contiguous, one for each of the {count} points, got shape {list(given.shape)}."
+        )
+    return given
 
 
 def check_labels(labels: Any, points: int, classes: int, ignore: Any) -> np.ndarray:

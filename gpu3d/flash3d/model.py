@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 
 from gpu3d import _arrays
+from gpu3d._arrays import FLOAT32, Given, Spec
+from gpu3d.cuda import launcher
+from gpu3d.flash3d import network
 from gpu3d.flash3d.config import Config
 from gpu3d.flash3d.geometry import geometry
-from gpu3d.flash3d.losses import check_labels
-from gpu3d.flash3d.params import check_params, flat, pack
+from gpu3d.flash3d.losses import check_device_labels, check_labels
+from gpu3d.flash3d.params import arena_of, arena_size, check_params, flat, pack, views
 from gpu3d.reference import flash3d as reference
 
 
@@ -109,7 +112,10 @@ def forward(params: dict[str, Any], batch: Batch, config: Config) -> Any:
     >>> flash3d.forward(flash3d.init(config), batch, config).shape
     (300, 19)
     """
-    exact = _check("forward", params, batch, config)
+    given = _check(params, batch, config)
+    if not isinstance(batch.points, np.ndarray):
+        return _forward_on_gpu(given, batch, config)
+    exact = pack(given, config, np.float64)
     with np.errstate(over="ignore", invalid="ignore"):  # the caller's rows may hold NaN and inf
         levels = geometry(batch.points, config, batch.lengths)
         logits, _ = reference.forward(exact, levels, batch.features, config)
@@ -165,7 +171,10 @@ def loss_and_grad(
     >>> grads["head"]["weight"].shape, bool(1 < loss < 1.5)
     ((2, 32), True)
     """
-    exact = _check("loss_and_grad", params, batch, config)
+    given = _check(params, batch, config)
+    if not isinstance(batch.points, np.ndarray):
+        return _loss_and_grad_on_gpu(given, batch, labels, config, ignore)
+    exact = pack(given, config, np.float64)
     checked = check_labels(labels, len(batch.points), config.classes, ignore)
     with np.errstate(over="ignore", invalid="ignore"):
         levels = geometry(batch.points, config, batch.lengths)
@@ -175,8 +184,8 @@ def loss_and_grad(
         return np.float32(loss), pack(flat(exact_grads), config, np.float32)
 
 
-def _check(function: str, params: Any, batch: Any, config: Any) -> dict[str, Any]:
-    """The parameters as float64 NumPy arrays, with all arguments checked."""
+def _check(params: Any, batch: Any, config: Any) -> dict[str, Any]:
+    """The parameters by path, with all arguments checked."""
     if not isinstance(batch, Batch):
         raise TypeError(
             f"batch must be a flash3d.Batch, got {type(batch).__name__}: make it by flash3d.Batch(points, features)."
@@ -185,11 +194,48 @@ def _check(function: str, params: Any, batch: Any, config: Any) -> dict[str, Any
     width = batch.features.shape[1]
     if width != config.in_channels:
         raise ValueError(f"features must have the {config.in_channels} channels of config.in_channels, got {width}.")
-    if not isinstance(batch.points, np.ndarray):
-        raise NotImplementedError(
-            f"flash3d.{function} runs on NumPy arrays only so far, got CuPy arrays: convert by cupy.asnumpy."
-        )
+    kind = type(batch.points)
     for path, array in given.items():
-        if not isinstance(array, np.ndarray):
-            raise TypeError(f"params must be NumPy arrays, like the batch, got {type(array).__name__} for {path}.")
-    return pack(given, config, np.float64)
+        if type(array) is not kind:
+            raise TypeError(
+                f"params must be arrays of the batch's library, got {type(array).__module__}.{type(array).__name__} for "
+                f"{path} beside points of {kind.__module__}.{kind.__name__}."
+            )
+    return given
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------------------------
+
+
+def _forward_on_gpu(params: dict[str, Any], batch: Batch, config: Config) -> Any:
+    points, features = _arrays.read(batch.points, "points"), _arrays.read(batch.features, "features")
+    masters = _arrays.read(arena_of(params, config), "params")
+    _arrays.check_same_device(points=points.origin, params=masters.origin)
+    device = launcher.device(points.device)
+    results = (Spec((len(batch.points), config.classes), FLOAT32),)
+    call = network.forward_call(config, batch.lengths, features.spec, device)
+    (logits,) = launcher.launch(call, (points, features, masters, _weights(masters, config)), results)
+    return logits
+
+
+def _loss_and_grad_on_gpu(
+    params: dict[str, Any], batch: Batch, labels: Any, config: Config, ignore: int
+) -> tuple[Any, dict[str, Any]]:
+    given = check_device_labels(labels, len(batch.points))
+    points, features = _arrays.read(batch.points, "points"), _arrays.read(batch.features, "features")
+    masters = _arrays.read(arena_of(params, config), "params")
+    _arrays.check_same_device(points=points.origin, params=masters.origin, labels=given.origin)
+    device = launcher.device(points.device)
+    results = Spec((), FLOAT32), Spec((arena_size(config),), FLOAT32)
+    call = network.gradient_call(config, batch.lengths, features.spec, given.dtype, ignore, device)
+    inputs = points, features, given, masters, _weights(masters, config)
+    loss, gradients = launcher.launch(call, inputs, results)
+    return loss, views(gradients, config)
+
+
+def _weights(masters: Given, config: Config) -> Given:
+    """The arena of the parameters in the config's dtype."""
+    if config.dtype == "float32":
+        return masters
+    results = (Spec((arena_size(config),), np.dtype(config.dtype)),)
+    return _arrays.read(launcher.launch(network.cast_call(config), (masters,), results)[0], "weights")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -244,6 +245,24 @@ def check_fit(arrays: dict[str, Any], config: Config) -> None:
     for path in arrays:
         if path not in known:
             raise ValueError(f"the config has no {path}, but the params do: params and config must belong together.")
+
+
+def arena_of(arrays: dict[str, Any], config: Config) -> Any:
+    """The CuPy arena of parameters, given by path: the one that they are views of, or a new one with their values."""
+    cupy = sys.modules["cupy"]
+    first, *_ = (arrays[parameter.path] for parameter in layout(config))
+    arena = first.base
+    start = first.data.ptr
+    if arena is not None and arena.shape == (arena_size(config),) and arena.dtype == np.float32:
+        if all(
+            arrays[p.path].data.ptr == start + 4 * p.offset and arrays[p.path].flags.c_contiguous
+            for p in layout(config)
+        ):
+            return arena
+    arena = cupy.zeros(arena_size(config), np.float32)
+    for path, view in flat(views(arena, config)).items():
+        view[...] = arrays[path]
+    return arena
 
 
 def pack(arrays: dict[str, Any], config: Config, dtype: Any) -> dict[str, Any]:
