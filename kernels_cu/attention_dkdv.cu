@@ -27,8 +27,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
     const __grid_constant__ Divisors divisors,
     float scale_log2,  // scale * EXPONENT_UNIT, not 0
     float scale,
-    void *__restrict__ dk,  // [slots, heads, D]
-    void *__restrict__ dv   // [slots, heads, D]
+    const __grid_constant__ View dk,  // [slots, heads, D]
+    void *__restrict__ dv             // [slots, heads, D], with the strides of dk
 ) {
     extern __shared__ __align__(1024) u16 stages[];  // stages of streamed rows, then stationary rows
     __shared__ float stats[STAGES][2][VISIT];        // of each stage: lse * EXPONENT_UNIT, and delta
@@ -152,16 +152,17 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(
 
     first = first_stationary(divisors);  // computed again, to free registers during the loop
     stationary_slots(slots, scope, first);
+    // q.dim equals dk.dim, and costs no register more.
     const auto store = [&](void *gradient, const Accumulator &from, float factor) {
         const auto constant = [=](int, int, bool, bool, int) { return factor; };
-        store_stationary(at_head({gradient, q.dim, heads * q.dim, q.dim}, head), from, constant, scope, slots, first);
+        store_stationary(at_head({gradient, dk.head, dk.row, q.dim}, head), from, constant, scope, slots, first);
     };
 #if PAIRED
-    store(for_dv ? dv : dk, sums, for_dv ? 1 : scale);
+    store(for_dv ? dv : dk.data, sums, for_dv ? 1 : scale);
 #else
     fence_product(dK);
     fence_product(dV);
-    store(dk, dK, scale);
+    store(dk.data, dK, scale);
     store(dv, dV, 1);
 #endif
 }

@@ -22,8 +22,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
     const __grid_constant__ Divisors divisors,
     float scale_log2,  // scale * EXPONENT_UNIT, not 0
     float scale,
-    void *__restrict__ dq,     // [slots, heads, D]
-    float *__restrict__ delta  // [slots, heads]
+    const __grid_constant__ View dq,  // [slots, heads, D]
+    float *__restrict__ delta         // [slots, heads]
 ) {
     extern __shared__ __align__(1024) u16 stages[];  // stages of streamed rows, then stationary rows
     Scope scope;
@@ -89,5 +89,5 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
     first = first_stationary(divisors);  // computed again, to free registers during the loop
     stationary_slots(slots, scope, first);
     const auto scaled = [=](int, int, bool, bool, int) { return scale; };
-    store_stationary(at_head({dq, q.dim, heads * q.dim, q.dim}, head), dQ, scaled, scope, slots, first);
+    store_stationary(at_head(dq, head), dQ, scaled, scope, slots, first);
 }

@@ -155,6 +155,13 @@ def check_attention_grid(step, lengths, bucket_size, dtype, arch, dim):
     assert step.block == 32 * tiling.warps
 
 
+def views_of(step):
+    """The fields of each struct View among the arguments: those that the kernel reads, and those that it writes."""
+    views = [arg for arg in step.args if isinstance(arg, Packed) and arg.format == cuda_attention.VIEW_FORMAT]
+    written = [view.fields for view in views if view in step.args[-3:]]
+    return [view.fields for view in views[: len(views) - len(written)]], written
+
+
 @pytest.mark.parametrize("make", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_attention_reads_in_place_what_it_can(dtype, make):
@@ -167,11 +174,12 @@ def test_attention_reads_in_place_what_it_can(dtype, make):
         assert len(copies) == (len(read) if make in (transposed, off_by_one) else 0)
         row = 3 * 40 * (3 if make is packed else 1)
         for step in launches(call, "attention"):
-            views = [arg for arg in step.args if isinstance(arg, Packed) and arg.format == cuda_attention.VIEW_FORMAT]
-            assert len(views) == {"attention_forward": 3, "attention_dq": 5, "attention_dkdv": 4}[step.kernel.function]
-            for view in views:
-                source, *numbers = view.fields
+            viewed, written = views_of(step)
+            assert len(viewed) == {"attention_forward": 3, "attention_dq": 5, "attention_dkdv": 4}[step.kernel.function]
+            for source, *numbers in viewed:
                 assert source.memory == ("workspace" if copies else "input") and numbers == [40, row, 40]
+            for source, *numbers in written:
+                assert source.memory == "result" and numbers == [40, 3 * 40, 40]
 
 
 def test_attention_of_float64_is_refused():
@@ -313,9 +321,11 @@ def test_arguments_reach_the_driver(monkeypatch):
     assert views == [(address, 40, 360, 40) for address in (of_dout, q, k, v, out)]
     assert dq[5] == (1 << 20) + 5 and dq[7:9] == ((1 << 20) + 6, 4)
     assert struct.unpack("<" + 3 * "iIi", dq[9])[::3] == (16, 3, shape[0] // (3 * table_of((100, 30), 16).shape[0]))
-    assert dq[10:] == (0.25, 0.25, (1 << 20) + 7, 1 << 40)
+    assert dq[10:12] == (0.25, 0.25) and dq[13] == 1 << 40
     assert dkdv[:4] == dq[:4] and dkdv[4:6] == ((1 << 20) + 5, 1 << 40)
-    assert dkdv[11:] == (0.25, (1 << 20) + 8, (1 << 20) + 9)
+    assert dkdv[11] == 0.25 and dkdv[13] == (1 << 20) + 9
+    written = [struct.unpack("<Qqii", bytes_) for bytes_ in (dq[12], dkdv[12])]
+    assert written == [((1 << 20) + 7, 40, 120, 40), ((1 << 20) + 8, 40, 120, 40)]
     point, tile, group, slot = np.frombuffer(dq[6], np.int32, 12, 16).reshape(3, 4).T
     assert (point.tolist(), tile.tolist(), slot.tolist()) == ([0, 100, 130], [0, 7, 9], [0, 112, 144])
     assert not group.any()

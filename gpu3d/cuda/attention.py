@@ -168,7 +168,7 @@ def _shared_mem(which: str, tiling: _Tiling, dtype: np.dtype, dim: int) -> int:
 VIEW_FORMAT = "<Qqii"  # struct View: address, elements from one head to the next and from one row to the next, D
 _DIVISORS = struct.Struct("<" + 3 * "iIi")
 # The parameters of each kernel as formats of the module struct; v, c and d stand for struct View, Clouds and Divisors.
-_SIGNATURES = {"forward": "vvvcQidfQQ", "dq": "vvvvvQcQidffQQ", "dkdv": "vvvvQQcQidffQQ"}
+_SIGNATURES = {"forward": "vvvcQidfQQ", "dq": "vvvvvQcQidffvQ", "dkdv": "vvvvQQcQidffvQ"}
 _STRUCTS = {"v": f"{struct.calcsize(VIEW_FORMAT)}s", "c": clouds.FORMAT, "d": f"{_DIVISORS.size}s"}
 LOG2E = math.log2(math.e)
 
@@ -198,14 +198,6 @@ def _reading(x: Given | Spec) -> tuple[int, int] | arrays.Strided | None:
     return head // size, row // size
 
 
-def _view(steps: Steps, source: Pointer, reading: Any, heads: int, dim: int) -> Packed:
-    """The struct View of an array."""
-    if isinstance(reading, arrays.Strided):
-        source, reading = arrays.add_copy(steps, source, reading), None
-    head, row = reading or (dim, heads * dim)
-    return Packed(VIEW_FORMAT, (source, head, row, dim))
-
-
 class Shape(NamedTuple):
     """The properties of q, scopes, layout and device that a plan depends on."""
 
@@ -228,7 +220,7 @@ def shape_of(
     table: tuple[int, ...],
     device: Device,
 ) -> tuple[Shape, clouds.Table]:
-    """The Shape for q and the scopes' table of these shapes, and the table of the clouds."""
+    """The Shape for q and the scopes' table of these shapes, and the table of the clouds, whose tiles are buckets."""
     if dtype == FLOAT64:
         raise TypeError("attention on a GPU takes float16, bfloat16 and float32, got float64.")
     batch, largest = layout_of(lengths, bucket_size)
@@ -250,6 +242,21 @@ def layout_of(lengths: tuple[int, ...], bucket_size: int) -> tuple[clouds.Table,
     return clouds.table(n, bucket_size, counts, None), int(counts.max())  # type: ignore[arg-type]
 
 
+def _view(steps: Steps, source: Pointer, reading: Any, shape: Shape) -> Packed:
+    """The struct View of an array [slots, H, D], or of its copy."""
+    if isinstance(reading, arrays.Strided):
+        source, reading = arrays.add_copy(steps, source, reading), None
+    head, row = reading or (shape.dim, shape.heads * shape.dim)
+    return Packed(VIEW_FORMAT, (source, head, row, shape.dim))
+
+
+def _packed_views(shape: Shape, pointer: Pointer) -> list[Packed]:
+    """The views of three arrays side by side, [slots, 3, H, D]."""
+    part = shape.heads * shape.dim
+    size = shape.dtype.itemsize
+    return [Packed(VIEW_FORMAT, (pointer + i * part * size, shape.dim, 3 * part, shape.dim)) for i in range(3)]
+
+
 @functools.cache
 def _kernel(which: str, dtype: np.dtype, dim: int, hopper: bool) -> tuple[Kernel, _Tiling]:
     """The kernel for these options, and its tiling."""
@@ -267,15 +274,38 @@ def _launch(
     before: tuple[Any, ...],
     table: Pointer,
     batch: Any,
-    scale_log2: Number | float,
     after: tuple[Any, ...],
 ) -> None:
     """Add a launch with a block for each scope, head and tile of stationary rows. Blocks beyond a scope return."""
     kernel, tiling = _kernel(which, shape.dtype, shape.dim, shape.hopper)
     tiles = -(-shape.longest * shape.bucket_size // _own(tiling))
     divisors = _DIVISORS.pack(*[x for by in (shape.bucket_size, shape.heads, tiles) for x in _divisor(by)])
-    args = *before, batch, table, shape.width, divisors, scale_log2, *after
+    args = *before, batch, table, shape.width, divisors, *after
     steps.launch(kernel, grid=shape.scopes * shape.heads * tiles, block=32 * tiling.warps, args=args)
+
+
+def _add_backward(
+    steps: Steps,
+    shape: Shape,
+    views: Sequence[Packed],
+    lse: Pointer,
+    table: Pointer,
+    batch: Any,
+    scale_log2: Number | float,
+    scale: Number | float,
+    gradients: Sequence[Packed],
+    slots: int,
+) -> None:
+    """Add dq, whose kernel also writes delta = sum(dout * out) of each row; then dk and dv.
+
+    `views` are those of dout, q, k, v and out, and `gradients` those of dq, dk and dv. dk and dv have equal strides.
+    """
+    *streamed, out = views
+    dq, dk, dv = gradients
+    delta = steps.workspace("delta", 4 * slots * shape.heads)
+    scales = scale_log2, scale
+    _launch(steps, "dq", shape, (*views, lse), table, batch, (*scales, dq, delta))
+    _launch(steps, "dkdv", shape, (*streamed, lse, delta), table, batch, (*scales, dk, dv.fields[0]))
 
 
 def add_packed(
@@ -292,11 +322,34 @@ def add_packed(
 
     `batch` is the struct Clouds of the slots, with buckets as tiles. `out` is [slots, H, D], `lse` float32 [slots, H].
     """
-    part = shape.heads * shape.dim
-    size = shape.dtype.itemsize
-    views = [Packed(VIEW_FORMAT, (qkv + i * part * size, shape.dim, 3 * part, shape.dim)) for i in range(3)]
     if shape.scopes:
-        _launch(steps, "forward", shape, tuple(views), table, batch, _scale_log2(scale, shape.dtype), (out, lse))
+        views, scale_log2 = _packed_views(shape, qkv), _scale_log2(scale, shape.dtype)
+        _launch(steps, "forward", shape, tuple(views), table, batch, (scale_log2, out, lse))
+
+
+def add_packed_backward(
+    steps: Steps,
+    shape: Shape,
+    dout: Pointer,
+    qkv: Pointer,
+    out: Pointer,
+    lse: Pointer,
+    table: Pointer,
+    batch: Any,
+    scale: float,
+    dqkv: Pointer,
+) -> None:
+    """Add the backward of `add_packed`: the gradients of q, k and v side by side, [slots, 3, H, D], 0 in padding.
+
+    `dout` and `out` are [slots, H, D]. All addresses are multiples of 16, and every bucket is in one scope of `table`.
+    """
+    if shape.scopes:
+        of_dout, of_out = (_view(steps, pointer, None, shape) for pointer in (dout, out))
+        views = of_dout, *_packed_views(shape, qkv), of_out
+        gradients = _packed_views(shape, dqkv)
+        scale_log2 = _scale_log2(scale, shape.dtype)
+        most = shape.scopes * shape.longest * shape.bucket_size
+        _add_backward(steps, shape, views, lse, table, batch, scale_log2, scale, gradients, most)
 
 
 # ---- plans ---------------------------------------------------------------------------------------------------------
@@ -342,11 +395,11 @@ def _attention(
 def _forward_plan(shape: Shape, readings: tuple[Any, ...], table: arrays.Strided | None, return_lse: bool) -> Plan:
     steps = Steps(inputs=4, results=1 + return_lse)
     if shape.scopes:
-        views = [_view(steps, Input(i), reading, shape.heads, shape.dim) for i, reading in enumerate(readings)]
+        views = [_view(steps, Input(i), reading, shape) for i, reading in enumerate(readings)]
         scopes = arrays.add_copy(steps, Input(3), table)
         batch = clouds.argument(steps, "clouds", shape.clouds, shape.bucket_size)
         results = Result(0), Result(1) if return_lse else None
-        _launch(steps, "forward", shape, tuple(views), scopes, batch, Number("scale_log2"), results)
+        _launch(steps, "forward", shape, tuple(views), scopes, batch, (Number("scale_log2"), *results))
     return steps.plan()
 
 
@@ -374,14 +427,12 @@ def attention_backward(
 def _backward_plan(
     shape: Shape, readings: tuple[Any, ...], slots: int, lse: arrays.Strided | None, table: arrays.Strided | None
 ) -> Plan:
-    """First dq, whose kernel also writes delta = sum(dout * out) of each row; then dk and dv."""
     steps = Steps(inputs=7, results=3)
     if shape.scopes:
-        *views, out = [_view(steps, Input(i), reading, shape.heads, shape.dim) for i, reading in enumerate(readings)]
+        views = [_view(steps, Input(i), reading, shape) for i, reading in enumerate(readings)]
         saved, scopes = arrays.add_copy(steps, Input(5), lse), arrays.add_copy(steps, Input(6), table)
         batch = clouds.argument(steps, "clouds", shape.clouds, shape.bucket_size)
-        delta = steps.workspace("delta", 4 * slots * shape.heads)
-        scale, scale_log2 = Number("scale"), Number("scale_log2")
-        _launch(steps, "dq", shape, (*views, out, saved), scopes, batch, scale_log2, (scale, Result(0), delta))
-        _launch(steps, "dkdv", shape, (*views, saved, delta), scopes, batch, scale_log2, (scale, *map(Result, (1, 2))))
+        gradients = [_view(steps, Result(i), None, shape) for i in range(3)]
+        scales = Number("scale_log2"), Number("scale")
+        _add_backward(steps, shape, views, saved, scopes, batch, *scales, gradients, slots)
     return steps.plan()
