@@ -181,13 +181,9 @@ class Matmul:
         args = (
             *(self.handle, descriptor, ctypes.byref(_ONE), a, a_layout, b, b_layout),
             *(ctypes.byref(_ZERO if self.gemm.c is None else _ONE), c, c_layout, d, d_layout),
-            *(ctypes.byref(self.algorithm), workspace, _workspace_size(self.gemm), stream),
+            *(ctypes.byref(self.algorithm), workspace, GEMM_WORKSPACE, stream),
         )
         return changes, (library().cublasLtMatmul, args)
-
-
-def _workspace_size(gemm: Gemm) -> int:
-    return 0 if gemm.workspace is None else GEMM_WORKSPACE
 
 
 def _layouts(gemm: Gemm) -> list[_Object]:
@@ -236,7 +232,7 @@ def algorithm(gemm: Gemm, ordinal: int) -> cublasLtMatmulAlgo_t:
         raise Error(
             f"the algorithm for {canonical_rows(gemm)} rows does not take this number of rows: {gemm}"
         ) from error
-    if result.workspaceSize > _workspace_size(gemm):
+    if result.workspaceSize > GEMM_WORKSPACE:
         raise Error(f"the algorithm needs {result.workspaceSize} bytes of workspace: {gemm}")
     return found
 
@@ -246,7 +242,10 @@ def _best(problem: Gemm, ordinal: int) -> cublasLtMatmulAlgo_t:
     """The best algorithm that is allowed, by the library's own judgement."""
     preference = _Object("MatmulPreference")
     mask = CUBLASLT_REDUCTION_SCHEME_NONE if problem.pinned else CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE
-    preference.set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, ctypes.c_uint64(_workspace_size(problem)))
+    # An algorithm without workspace has nowhere to keep parts of sums, so it does not split them. (For other numbers of
+    # rows it may want some bytes all the same.) The sums over rows that make a bias gradient are not part of d.
+    none = problem.pinned and "BGRAD" not in problem.epilogue
+    preference.set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, ctypes.c_uint64(0 if none else GEMM_WORKSPACE))
     preference.set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, ctypes.c_uint32(mask))
     for attribute in CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_BYTES:
         preference.set(attribute, ctypes.c_uint32(ALIGNMENT))

@@ -178,7 +178,7 @@ class Gemm(NamedTuple):
     bias: Pointer | None = None
     aux: Matrix | None = None
     pinned: bool = True
-    workspace: Pointer | None = None  # GEMM_WORKSPACE bytes, or None
+    workspace: Pointer | None = None  # GEMM_WORKSPACE bytes
 
     def __str__(self) -> str:
         names = ("a", self.a), ("b", self.b), ("c", self.c), ("d", self.d), ("aux", self.aux)
@@ -280,13 +280,9 @@ class Steps:
         """Add a product of matrices, or nothing if its result has no elements. The workspace is put in here."""
         _check_gemm(gemm)
         if gemm.d.rows and gemm.d.columns:
-            # An algorithm without workspace has nowhere to keep parts of sums, so it does not split them. The sums
-            # over rows that make a bias gradient are not part of d.
-            if not gemm.pinned or "BGRAD" in gemm.epilogue:
-                if self._gemm_workspace is None:
-                    self._gemm_workspace = self.workspace("cuBLASLt", GEMM_WORKSPACE)
-                gemm = gemm._replace(workspace=self._gemm_workspace)
-            self._steps.append(gemm)
+            if self._gemm_workspace is None:
+                self._gemm_workspace = self.workspace("cuBLASLt", GEMM_WORKSPACE)
+            self._steps.append(gemm._replace(workspace=self._gemm_workspace))
 
     def plan(self, *, share: bool = False) -> Plan:
         """The plan of the collected steps.

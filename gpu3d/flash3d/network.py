@@ -367,6 +367,17 @@ class Network:
         linear.forward(self.steps, x, weight, y, bias=self.bias("stem"))
         return y, x
 
+    def stem_gradients(self, dy: Matrix, x: Matrix) -> None:
+        """The gradients of the stem's weight, whose rows need not be aligned, and of its bias."""
+        rows, columns = self.places["stem.weight"].shape
+        whole = x._replace(columns=x.stride)  # what is behind the columns is 0
+        dweight = self.rows("d stem", rows, x.stride, FLOAT32)
+        linear.weight_gradient(self.steps, dy, whole, dweight, bias_gradient=self.gradient("stem.bias"))
+        spec = Spec((rows, columns), FLOAT32, (4 * x.stride, 4))
+        arrays.add_rows(
+            self.steps, dweight.pointer, arrays.rows(spec, FLOAT32, columns), out=self.gradient("stem.weight")
+        )
+
     # -- block --
 
     def attention(self, level: Level, heads: int, odd: int, columns: int) -> attention.Shape:
@@ -444,7 +455,6 @@ class Network:
             level.batch,
             shape.dim**-0.5,
             dqkv.pointer,
-            slots=level.slots,
         )
         self.linear_gradients(dqkv, tape.normed[0], f"{path}.qkv")
         dnormed = self.linear_backward(dqkv, f"{path}.qkv")
@@ -567,7 +577,7 @@ def add_backward(net: Network, levels: list[Level], dlogits: Matrix, tape: _Tape
                 dtype=net.dtype,
             )
             d = net.linear_backward(skipped[number - 1], f"decoder.{number - 1}.skip", added=d)
-    net.linear_gradients(d, tape.stem, "stem")
+    net.stem_gradients(d, tape.stem)
 
 
 # ---- plans ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Flash3D backbone on a GPU against its float64 reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gpu3d import flash3d
+from gpu3d.flash3d import params as arenas
+
+pytestmark = pytest.mark.gpu
+
+SMALL = flash3d.Config(
+    channels=(32, 64, 96),
+    depths=(2, 1, 2),
+    decoder_channels=(32, 64),
+    decoder_depths=(2, 1),
+    heads=(1, 2, 3),
+    decoder_heads=(1, 2),
+    hashes=("zorder_div", "xor_div", "zorder_mod"),
+    strides=(2, 2, 1),
+    in_channels=3,
+    classes=7,
+    bucket_size=32,
+    scope=4,
+    drop_path=0.0,
+)
+LENGTHS = [(1500,), (300, 0, 1, 77, 640), (5,) * 70]
+
+
+def scene(lengths, seed=0):
+    """Points on a rough ground and walls, features, labels with ignored ones."""
+    rng = np.random.default_rng(seed)
+    n = sum(lengths)
+    points = rng.uniform((-20, -20, 0), (20, 20, 3), (n, 3)).astype(np.float32)
+    points[::2, 2] = 0.1 * np.sin(points[::2, 0])
+    features = rng.standard_normal((n, SMALL.in_channels)).astype(np.float32)
+    labels = rng.integers(0, SMALL.classes, n).astype(np.uint8)
+    labels[::11] = 255
+    return points, features, labels
+
+
+def given(cp, config, lengths, seed=0, device=True):
+    """Parameters with no zeros among them, batch and labels, on the GPU or on the host."""
+    params = flash3d.init(config, seed)
+    rng = np.random.default_rng(seed + 1)
+    for view in arenas.flat(params).values():
+        view += rng.standard_normal(view.shape).astype(np.float32) * np.float32(0.05)
+    points, features, labels = scene(lengths, seed)
+    if device:
+        arena = cp.asarray(next(iter(arenas.flat(params).values())).base)
+        params = arenas.views(arena, config)
+        points, features, labels = cp.asarray(points), cp.asarray(features), cp.asarray(labels)
+    return params, flash3d.Batch(points, features, lengths), labels
+
+
+def relative(got, expected):
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(got - expected) / np.linalg.norm(expected)
+
+
+TOLERANCE = {"float32": 2e-5, "float16": 6e-3, "bfloat16": 5e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=len)
+def test_forward(cp, lengths, dtype):
+    config = SMALL.replace(dtype=dtype)
+    expected = flash3d.forward(*given(cp, config, lengths, device=False)[:2], config)
+    params, batch, _ = given(cp, config, lengths)
+    logits = flash3d.forward(params, batch, config)
+    assert logits.dtype == np.float32 and logits.shape == expected.shape
+    assert relative(logits.get(), expected) < TOLERANCE[dtype]
+    assert (logits.get() == flash3d.forward(params, batch, config).get()).all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=len)
+def test_gradients(cp, lengths, dtype):
+    """The key part of a qkv bias is left out: its gradient is 0 but for rounding."""
+    config = SMALL.replace(dtype=dtype)
+    expected_loss, expected = flash3d.loss_and_grad(*given(cp, config, lengths, device=False), config)
+    params, batch, labels = given(cp, config, lengths)
+    loss, grads = flash3d.loss_and_grad(params, batch, labels, config)
+    assert abs(float(loss) - float(expected_loss)) < TOLERANCE[dtype] * float(expected_loss)
+    expected, wrong = arenas.flat(expected), {}
+    for path, got in arenas.flat(grads).items():
+        got, want = got.get(), expected[path]
+        if path.endswith("qkv.bias"):
+            c = len(want) // 3
+            got, want = np.delete(got, slice(c, 2 * c)), np.delete(want, slice(c, 2 * c))
+        assert np.abs(want).max() > 0, path
+        error = relative(got, want)
+        if not error < 20 * TOLERANCE[dtype]:
+            wrong[path] = error
+    assert not wrong
+    again = flash3d.loss_and_grad(params, batch, labels, config)[1]
+    for path, view in arenas.flat(again).items():
+        assert (view.get() == arenas.flat(grads)[path].get()).all(), path
+
+
+def test_a_cloud_alone_and_in_a_batch(cp):
+    """The same bits, in each dtype that is for speed."""
+    lengths = LENGTHS[1]
+    for dtype in ("bfloat16", "float16"):
+        config = SMALL.replace(dtype=dtype)
+        params, batch, _ = given(cp, config, lengths)
+        logits = flash3d.forward(params, batch, config).get()
+        start = 0
+        for n in lengths:
+            alone = flash3d.Batch(batch.points[start : start + n], batch.features[start : start + n])
+            got = flash3d.forward(params, alone, config).get()
+            assert (got == logits[start : start + n]).all()
+            start += n
+
+
+def test_no_points(cp):
+    params, batch, labels = given(cp, SMALL, (0, 0))
+    assert flash3d.forward(params, batch, SMALL).shape == (0, SMALL.classes)
+    loss, grads = flash3d.loss_and_grad(params, batch, labels, SMALL)
+    assert float(loss) == 0 and not any(view.any() for view in arenas.flat(grads).values())
