@@ -86,6 +86,7 @@ class Layout(NamedTuple):
 
 @clouds.remembered
 def layout_of(lengths: tuple[int, ...], bucket_size: int, ratio: int) -> Layout:
+    """The tables of a layout and of its children, and what plans depend on."""
     if len(lengths) <= clouds.INLINE_CLOUDS:
         return _small_layout(lengths, bucket_size, ratio)
     n = clouds.array(lengths)

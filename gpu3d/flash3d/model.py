@@ -198,7 +198,7 @@ def _check(params: Any, batch: Any, config: Any) -> dict[str, Any]:
     for path, array in given.items():
         if type(array) is not kind:
             raise TypeError(
-                f"params must be arrays of the batch's library, got {type(array).__module__}.{type(array).__name__} for "
+                f"params must be of the batch's library, got {type(array).__module__}.{type(array).__name__} for "
                 f"{path} beside points of {kind.__module__}.{kind.__name__}."
             )
     return given

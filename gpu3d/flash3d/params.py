@@ -250,14 +250,11 @@ def check_fit(arrays: dict[str, Any], config: Config) -> None:
 def arena_of(arrays: dict[str, Any], config: Config) -> Any:
     """The CuPy arena of parameters, given by path: the one that they are views of, or a new one with their values."""
     cupy = sys.modules["cupy"]
-    first, *_ = (arrays[parameter.path] for parameter in layout(config))
-    arena = first.base
-    start = first.data.ptr
-    if arena is not None and arena.shape == (arena_size(config),) and arena.dtype == np.float32:
-        if all(
-            arrays[p.path].data.ptr == start + 4 * p.offset and arrays[p.path].flags.c_contiguous
-            for p in layout(config)
-        ):
+    start = arrays[layout(config)[0].path].data.ptr
+    arena = arrays[layout(config)[0].path].base
+    if getattr(arena, "shape", None) == (arena_size(config),) and arena.dtype == np.float32:
+        views_of_it = (arrays[p.path].data.ptr == start + 4 * p.offset for p in layout(config))
+        if all(views_of_it) and all(array.flags.c_contiguous for array in arrays.values()):
             return arena
     arena = cupy.zeros(arena_size(config), np.float32)
     for path, view in flat(views(arena, config)).items():
