@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import attention, buckets, data, host, interop, neighbors, pooling, table, timing, transport
+from benchmarks import attention, buckets, data, flash3d, host, interop, neighbors, pooling, table, timing, transport
 
 SUITES: dict[str, Callable[[table.Setting], Iterator[table.Row]]] = {
     "buckets": buckets.run,
@@ -31,6 +31,7 @@ SUITES: dict[str, Callable[[table.Setting], Iterator[table.Row]]] = {
     "transport": transport.run,
     "interop": interop.run,
     "host": host.run,
+    "flash3d": flash3d.run,
 }
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -300,7 +300,7 @@ def _add_backward(
 
     `views` are those of dout, q, k, v and out, and `gradients` those of dq, dk and dv. dk and dv have equal strides.
     """
-    *streamed, out = views
+    *streamed, _ = views
     dq, dk, dv = gradients
     delta = steps.workspace("delta", 4 * slots * shape.heads)
     scales = scale_log2, scale

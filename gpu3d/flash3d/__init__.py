@@ -14,7 +14,7 @@ Examples
 
 from gpu3d.flash3d.checkpoint import load, save
 from gpu3d.flash3d.config import Config, presets
-from gpu3d.flash3d.model import Batch, forward, loss_and_grad
+from gpu3d.flash3d.model import Batch, compile, forward, loss_and_grad
 from gpu3d.flash3d.params import count, init
 
-__all__ = ["Batch", "Config", "count", "forward", "init", "load", "loss_and_grad", "presets", "save"]
+__all__ = ["Batch", "Config", "compile", "count", "forward", "init", "load", "loss_and_grad", "presets", "save"]

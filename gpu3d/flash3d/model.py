@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from gpu3d.cuda import launcher
 from gpu3d.flash3d import network
 from gpu3d.flash3d.config import Config
 from gpu3d.flash3d.geometry import geometry
+from gpu3d.flash3d.graphs import Graphs
 from gpu3d.flash3d.losses import check_device_labels, check_labels
 from gpu3d.flash3d.params import arena_of, arena_size, check_params, flat, pack, views
 from gpu3d.reference import flash3d as reference
@@ -202,6 +204,64 @@ def _check(params: Any, batch: Any, config: Any) -> dict[str, Any]:
                 f"{path} beside points of {kind.__module__}.{kind.__name__}."
             )
     return given
+
+
+def compile(params: dict[str, Any], config: Config) -> Callable[..., Any]:
+    """A function that predicts the class of every point.
+
+    On a GPU it keeps a copy of the parameters in the config's dtype, and one workspace. A batch whose lengths it has
+    met twice runs as one CUDA graph from then on.
+
+    Parameters
+    ----------
+    params, config
+        As in `forward`. Later changes of the parameters have no effect.
+
+    Returns
+    -------
+    callable
+        ``predict(points, features, lengths=None)`` takes what `Batch` takes, on the device of the parameters, and
+        returns the classes of the points, int32 [N].
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is not what is listed above; the message says what was received and the cure.
+
+    Examples
+    --------
+    >>> from gpu3d import flash3d
+    >>> rng = np.random.default_rng(0)
+    >>> config = flash3d.presets["tiny"].replace(bucket_size=64)
+    >>> predict = flash3d.compile(flash3d.init(config), config)
+    >>> predict(rng.random((300, 3)) * 20, rng.random((300, 4))).shape
+    (300,)
+    """
+    given = check_params(params, config)
+    if all(isinstance(array, np.ndarray) for array in given.values()):
+        kept = pack(given, config, np.float32)
+
+        def predict_on_host(points: Any, features: Any, lengths: Sequence[int] | None = None) -> Any:
+            return forward(kept, Batch(points, features, lengths), config).argmax(axis=1).astype(np.int32)
+
+        return predict_on_host
+
+    masters = arena_of(given, config).copy()
+    params = views(masters, config)
+    graphs = Graphs([masters, _weights(_arrays.read(masters, "params"), config).array])
+
+    def predict_on_gpu(points: Any, features: Any, lengths: Sequence[int] | None = None) -> Any:
+        batch = Batch(points, features, lengths)
+        _check(params, batch, config)
+        spec = Spec(batch.features.shape, batch.features.dtype)
+        device = launcher.device(masters.data.device_id)
+        make = functools.partial(network.forward_call, config, batch.lengths, spec, device)
+        results = [Spec((len(batch.points), config.classes), FLOAT32)]
+        inputs = batch.points, np.ascontiguousarray(batch.features)
+        (logits,) = graphs.run((batch.lengths, spec), make, inputs, results)
+        return logits.argmax(axis=1).astype(np.int32)
+
+    return predict_on_gpu
 
 
 # ---- on a GPU ------------------------------------------------------------------------------------------------------

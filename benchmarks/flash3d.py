@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gpu3d.flash3d: inference and training steps of the backbone, in one CUDA graph each, beside two torch models.
+
+Points are a real sweep, repeated where a row has more points; features and labels are random numbers, and parameters
+are those of `init`. A row counts everything from points and features on: bucketize of all levels, the network, and in a
+training step also drop path, the loss, the backward, clipping and AdamW. Activations are bfloat16.
+
+- The fair twin is `torch_twin.Twin`: the same network on gpu3d's layouts, which are computed before the clock starts,
+  with torch's attention, compiled, in a CUDA graph. So it has no geometry to do.
+- The PTv3-like twin is `torch_twin.SerializedTwin`, compiled and timed eagerly, since torch.unique cannot be captured.
+- "new lengths" is the host and device time of a batch whose lengths never came before, from the call to its logits.
+- Memory is the workspace of the plan, and for a training step also parameters, moments, gradients and the copy of the
+  parameters in bfloat16.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks import data, timing
+from benchmarks.table import Peer, Row, Setting, measured_peer
+from gpu3d import flash3d
+from gpu3d._arrays import FLOAT32, UINT8, Spec
+from gpu3d.cuda import launcher
+from gpu3d.cuda.plan import Call
+from gpu3d.flash3d import network
+from gpu3d.flash3d.params import arena_size, flat
+
+SWEEP, KITTI, MILLION = 34_688, 124_668, 1_000_000
+IGNORE = 255
+
+
+class Target(NamedTuple):
+    """Target and stretch target of inference and of a training step, ms."""
+
+    inference: tuple[float, float]
+    step: tuple[float, float]
+
+
+TARGETS = {
+    ("flash3d_46m", 1, SWEEP): Target((4.3, 3.1), (15, 11.5)),
+    ("flash3d_129m", 1, SWEEP): Target((6.3, 4.8), (24, 19)),
+    ("flash3d_46m", 8, SWEEP): Target((30, 23), (108, 86)),
+    ("flash3d_46m", 1, KITTI): Target((14.5, 11), (53, 42)),
+    ("flash3d_46m", 1, MILLION): Target((110, 85), (400, 320)),
+}
+GROWTH = (100_000, 600_000), (6.2, 6.0)
+NEW_LENGTHS = (12, 6)  # ms
+MEMORY = {("inference", 1): 0.15, ("training", 1): 2.8, ("training", 8): 14}  # GB
+TWIN, SERIALIZED = (1.3, 1.8), (2, 4)  # times as fast
+
+
+def run(setting: Setting) -> Iterator[Row]:
+    for (preset, clouds, points), target in TARGETS.items():
+        inputs = _inputs(setting, preset, clouds, points)
+        what = f"{preset}, {clouds} x {points:,}"
+        for name, call, targets in (
+            ("inference", _forward(inputs), target.inference),
+            ("training step", _step(inputs), target.step),
+        ):
+            ours = timing.graph_time(call.run, calls=1, keep=False)
+            yield Row(f"{what}: {name}", "graph", "ms", ours, *targets)
+            kind = name.split()[0]
+            if preset == "flash3d_46m" and (kind, clouds) in MEMORY and points == SWEEP:
+                yield Row(f"{what}: {name}, memory", "check", "GB", call.bytes / 1e9, MEMORY[kind, clouds])
+            if (preset, clouds, points) == ("flash3d_46m", 1, SWEEP):
+                yield from _twins(setting, inputs, name, ours)
+            timing.free()
+    sizes, targets = GROWTH
+    times = [timing.graph_time(_forward(_inputs(setting, "flash3d_46m", 1, n)).run, calls=1, keep=False) for n in sizes]
+    note = f"{times[0]:.2f} and {times[1]:.2f} ms"
+    yield Row("flash3d_46m, inference, 600,000 over 100,000", "graph", "x", times[1] / times[0], *targets, note=note)
+    yield Row("flash3d_46m, new lengths: inference", "host", "ms", _new_lengths(setting), *NEW_LENGTHS)
+    timing.free()
+
+
+# ---- the calls -----------------------------------------------------------------------------------------------------
+
+
+class Inputs(NamedTuple):
+    """Arrays on the GPU."""
+
+    config: flash3d.Config
+    lengths: tuple[int, ...]
+    points: Any
+    features: Any
+    labels: Any
+
+
+def _inputs(setting: Setting, preset: str, clouds: int, points: int) -> Inputs:
+    import cupy
+
+    config, rng = flash3d.presets[preset], np.random.default_rng(0)
+    cloud = data.sweep_cloud(points, setting.folder)
+    n = clouds * points
+    features = rng.standard_normal((n, config.in_channels), np.float32)
+    labels = rng.integers(0, config.classes, n).astype(np.uint8)
+    return Inputs(config, (points,) * clouds, *map(cupy.asarray, (np.tile(cloud, (clouds, 1)), features, labels)))
+
+
+class Prepared(NamedTuple):
+    """A call that is ready to run on the current stream, and the bytes that it holds beside its inputs."""
+
+    run: timing.Call
+    bytes: int
+
+
+def _arenas(config: flash3d.Config) -> tuple[Any, Any]:
+    """The parameters, and their copy in bfloat16."""
+    import cupy
+
+    masters = next(iter(flat(flash3d.init(config, device=0)).values())).base
+    weights = cupy.empty(arena_size(config), np.uint16)
+    _prepared(network.cast_call(config), [masters, weights]).run()
+    return masters, weights
+
+
+def _prepared(call: Call, arrays: list[Any], held: int = 0) -> Prepared:
+    import cupy
+
+    workspace = cupy.empty(call.plan.workspace, np.uint8)
+    memories = [array.data.ptr for array in (*arrays, workspace)]
+
+    def run() -> None:
+        launcher.run(call, memories, workspace.data.device_id, cupy.cuda.get_current_stream().ptr)
+
+    return Prepared(run, call.plan.workspace + held)
+
+
+def _forward(inputs: Inputs) -> Prepared:
+    import cupy
+
+    config, n = inputs.config, len(inputs.points)
+    call = network.forward_call(config, inputs.lengths, _spec(inputs), launcher.device(0))
+    logits = cupy.empty((n, config.classes), np.float32)
+    return _prepared(call, [inputs.points, inputs.features, *_arenas(config), logits])
+
+
+def _step(inputs: Inputs) -> Prepared:
+    import cupy
+
+    config, size = inputs.config, arena_size(inputs.config)
+    call = network.step_call(config, inputs.lengths, _spec(inputs), UINT8, IGNORE, launcher.device(0))
+    options = {"seed": 0, "rate": 2e-3, "steps": 100_000, "decay": 5e-3, "clip": 1.0}
+    moments = [cupy.zeros(size, np.float32) for _ in range(3)]
+    state = cupy.zeros(2, np.uint32), *(cupy.empty((), np.float32) for _ in range(2))
+    arrays = [inputs.points, inputs.features, inputs.labels, *_arenas(config), *moments, *state]
+    return _prepared(Call(call.plan, {**call.numbers, **options}), arrays, held=(4 * 4 + 2) * size)
+
+
+def _spec(inputs: Inputs) -> Spec:
+    return Spec(inputs.features.shape, FLOAT32)
+
+
+def _new_lengths(setting: Setting) -> float:
+    """Milliseconds of a batch with lengths of its own, once its kernels are loaded."""
+    import cupy
+
+    inputs = _inputs(setting, "flash3d_46m", 1, SWEEP)
+    predict = flash3d.compile(flash3d.init(inputs.config, device=0), inputs.config)
+    times = []
+    for i in range(20):
+        points, features = inputs.points[i:], inputs.features[i:]
+        cupy.cuda.Device().synchronize()
+        begin = time.perf_counter()
+        predict(points, features)
+        cupy.cuda.Device().synchronize()
+        times.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(times[2:])
+
+
+# ---- twins ---------------------------------------------------------------------------------------------------------
+
+
+def _twins(setting: Setting, inputs: Inputs, name: str, ours: float) -> Iterator[Row]:
+    for title, measure, timed, targets in (
+        ("the fair twin", _fair, "graph", TWIN),
+        ("the PTv3-like twin", _serialized, "eager", SERIALIZED),
+    ):
+        what = f"flash3d_46m, {name}, beside {title}"
+        if setting.quick:
+            peer = Peer(title, timed, None, "left out by --quick")
+        else:
+            peer = measured_peer(title, timed, functools.partial(measure, inputs, name == "training step"))
+        times = None if peer.value is None else peer.value / ours
+        note = f"{ours:.2f} ms" if times else f"skipped: {peer.why_skipped}"
+        yield Row(what, timed, "x", times, *targets, at_least=True, peers=(peer,), note=note)
+
+
+def _fair(inputs: Inputs, training: bool) -> float:
+    from benchmarks import torch_twin
+
+    model = torch_twin.Twin(inputs.config).cuda()
+    points, features, labels = map(data.to_torch, (inputs.points, inputs.features, inputs.labels))
+    scene = torch_twin.scene(points, inputs.config, inputs.lengths)
+    if training:
+        return timing.torch_graph_time(torch_twin.training_step(model, labels.long(), scene, features), 1, keep=False)
+    return timing.torch_graph_time(torch_twin.inference(model, scene, features), 1, keep=False)
+
+
+def _serialized(inputs: Inputs, training: bool) -> float:
+    from benchmarks import torch_twin
+
+    model = torch_twin.SerializedTwin(inputs.config).cuda()
+    points, features, labels = map(data.to_torch, (inputs.points, inputs.features, inputs.labels))
+    if training:
+        return timing.call_time(torch_twin.training_step(model, labels.long(), points, features, inputs.lengths))
+    return timing.call_time(torch_twin.inference(model, points, features, inputs.lengths))

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of a network that come again are replayed as CUDA graphs, over one workspace.
+
+A network has hundreds of launches, and a graph of them costs the host one. A call is captured at its second run: the
+first one loads its kernels, and most calls with lengths of their own never come again.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from gpu3d._arrays import Spec
+from gpu3d.cuda import launcher
+from gpu3d.cuda.plan import Call
+
+MOST_GRAPHS = 16  # a graph of a training step takes some megabytes
+
+
+class Graphs:
+    """The graphs of one network on one GPU. The least recently used are dropped.
+
+    Only one run is in flight at a time: runs follow each other on the caller's streams, since they share a workspace.
+
+    Parameters
+    ----------
+    fixed : sequence of CuPy arrays
+        The last inputs of every call. They are the same memory in each run.
+    """
+
+    def __init__(self, fixed: Sequence[Any]) -> None:
+        import cupy
+
+        self._cupy, self._fixed = cupy, list(fixed)
+        self._ordinal = self._fixed[0].data.device_id
+        self._workspace = cupy.empty(0, "u1")
+        self._seen: set[Hashable] = set()
+        self._kept: OrderedDict[Hashable, tuple[Any, list[Any], list[Any]]] = OrderedDict()
+        self._done: Any = None  # an event behind the last run
+
+    def run(self, key: Hashable, make: Callable[[], Call], inputs: Sequence[Any], results: Sequence[Spec]) -> list[Any]:
+        """Run the call `make()` on the current stream. The results are valid until the next run.
+
+        Runs with equal keys have the same call, and inputs of the same shapes and dtypes. Inputs are contiguous.
+        """
+        cuda = self._cupy.cuda
+        with cuda.Device(self._ordinal):
+            stream = cuda.get_current_stream()
+            if self._done is not None:
+                stream.wait_event(self._done)
+            if key in self._kept:
+                made = self._replay(key, inputs)
+            elif key in self._seen:
+                made = self._capture(key, make(), inputs, results)
+            else:
+                self._remember(key)
+                made = [self._cupy.empty(spec.shape, spec.dtype) for spec in results]
+                self._launch(make(), inputs, made, stream)
+            self._done = stream.record()
+            return made
+
+    def _remember(self, key: Hashable) -> None:
+        if len(self._seen) >= 64 * MOST_GRAPHS:
+            self._seen.clear()
+        self._seen.add(key)
+
+    def _launch(self, call: Call, inputs: Sequence[Any], results: Sequence[Any], stream: Any) -> None:
+        if call.plan.workspace > self._workspace.size:
+            self._kept.clear()  # these graphs hold the old workspace
+            self._workspace = self._cupy.empty(0, "u1")
+            self._workspace = self._cupy.empty(call.plan.workspace, "u1")
+        arrays = *inputs, *self._fixed, *results, self._workspace
+        launcher.run(call, [array.data.ptr for array in arrays], self._ordinal, stream.ptr)
+
+    def _capture(self, key: Hashable, call: Call, inputs: Sequence[Any], results: Sequence[Spec]) -> list[Any]:
+        own = [self._cupy.empty_like(array) for array in inputs]
+        made = [self._cupy.empty(spec.shape, spec.dtype) for spec in results]
+        stream = self._cupy.cuda.Stream(non_blocking=True)
+        stream.begin_capture()
+        try:
+            self._launch(call, own, made, stream)
+        finally:
+            graph = stream.end_capture()
+        self._kept[key] = graph, own, made
+        if len(self._kept) > MOST_GRAPHS:
+            self._kept.popitem(last=False)
+        return self._replay(key, inputs)
+
+    def _replay(self, key: Hashable, inputs: Sequence[Any]) -> list[Any]:
+        self._kept.move_to_end(key)
+        graph, own, made = self._kept[key]
+        for buffer, array in zip(own, inputs, strict=True):
+            buffer.data.copy_from_device_async(array.data, array.nbytes)
+        graph.launch()
+        return made
