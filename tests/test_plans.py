@@ -16,10 +16,10 @@ from gpu3d import _arrays, buckets, transport
 from gpu3d import neighbors as op_neighbors
 from gpu3d._arrays import FLOATS, INT32, INT64, Spec
 from gpu3d.chamfer import chamfer_backward_results, chamfer_results
-from gpu3d.cuda import attention, chamfer, neighbors, pooling
+from gpu3d.cuda import attention, chamfer, clouds, neighbors, pooling
 from gpu3d.cuda import buckets as cuda_buckets
 from gpu3d.cuda import transport as cuda_transport
-from gpu3d.cuda.plan import DEVICES, Input, Kernel, Result, Steps, parameters
+from gpu3d.cuda.plan import DEVICES, Call, Input, Kernel, Number, Result, Steps, parameters
 from gpu3d.reference.buckets import BALANCES, HASHES
 
 LENGTHS = {
@@ -98,6 +98,30 @@ def test_scopes(lengths):
         call = cuda_buckets.scopes(offsets, 64, size, shift, stride)
         assert call.numbers["clouds"].groups == rows
         plans.check(call, [], [Spec((rows, size), INT32)], DEVICES["sm_90a"])
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_moves_and_scopes_of_two_levels(lengths):
+    """Steps of one plan, whose numbers have names of the caller's."""
+    steps, inputs, results, numbers = Steps(4, 6), [], [], {}
+    for level, bucket_size in enumerate((64, 16)):
+        offsets = buckets.bucket_offsets(lengths, bucket_size)
+        counts, n, slots = np.diff(offsets).tolist(), sum(lengths), offsets[-1] * bucket_size
+        table = cuda_buckets.scopes_of(counts, bucket_size, 8, 2)
+        assert table.groups == buckets.num_scopes(counts, 8, 2)
+        names = [f"{name} {level}" for name in ("clouds", "shift", "points")]
+        numbers |= zip(names, (table, 4, n), strict=True)
+        batch = clouds.argument(steps, names[0], len(lengths), bucket_size)
+        for shift in (0, Number(names[1])):
+            cuda_buckets.add_scopes(steps, batch, table.groups, 8, shift, 2, Result(len(results)))
+            results.append(Spec((table.groups, 8), INT32))
+        x, index = Input(len(inputs)), Input(len(inputs) + 1)
+        inputs += Spec((slots, 3), FLOATS[0]), Spec((n,), INT32)
+        sizes = {"rows": Number(names[2]), "most": slots, "row_bytes": 12, "word": 4}
+        cuda_buckets.add_move(steps, x, index, Result(len(results)), **sizes, fill=bytes(cuda_buckets.PATTERN_BYTES))
+        results.append(Spec((n, 3), FLOATS[0]))
+    unused = plans.check(Call(steps.plan(), numbers), inputs, results, DEVICES["sm_90a"])
+    assert not (unused and any(lengths))
 
 
 def test_an_argument_that_does_not_fit_is_seen():

@@ -19,7 +19,7 @@ from gpu3d.buckets import bucket_offsets, num_scopes, num_slots
 from gpu3d.cuda import arrays, clouds, compiler, launcher
 from gpu3d.cuda import attention as cuda_attention
 from gpu3d.cuda import pooling as cuda_pooling
-from gpu3d.cuda.plan import DEVICES, Clear, Launch, Number, Packed, Pointer
+from gpu3d.cuda.plan import DEVICES, Call, Clear, Input, Launch, Number, Packed, Pointer, Result, Steps
 
 DTYPES = [dtype for dtype in _arrays.FLOATS if dtype != np.float64]
 ARCHES = ("sm_80", "sm_89", "sm_90a")
@@ -300,6 +300,111 @@ def test_no_slots_or_no_columns(lengths):
 def test_pooling_of_float64_is_refused():
     with pytest.raises(TypeError, match="features of float16, bfloat16 and float32, got float64"):
         next(pool_calls((100,), 16, np.dtype(np.float64), 2, "sum"))
+
+
+# ---- steps of a longer plan ----------------------------------------------------------------------------------------
+
+
+def packed_calls(lengths, bucket_size, dtype, arch, dim, heads=3):
+    """Attention of q, k and v side by side, and its backward, each as a plan of its own."""
+    slots, table = num_slots(lengths, bucket_size), table_of(lengths, bucket_size)
+    shape, batch = cuda_attention.shape_of(lengths, bucket_size, (slots, heads, dim), dtype, table.shape, DEVICES[arch])
+    rows, packed_rows = Spec((slots, heads, dim), dtype), Spec((slots, 3, heads, dim), dtype)
+    lse = Spec((slots, heads), _arrays.FLOAT32)
+
+    def call_of(add, inputs, results):
+        steps = Steps(len(inputs), len(results))
+        argument = clouds.argument(steps, "level 1", shape.clouds, bucket_size)
+        given, made = [Input(i) for i in range(len(inputs))], [Result(i) for i in range(len(results))]
+        add(steps, shape, *given, argument, 0.3, *made)
+        return Call(steps.plan(), {"level 1": batch}), inputs, results
+
+    yield call_of(cuda_attention.add_packed, [packed_rows, table], [rows, lse])
+    yield call_of(cuda_attention.add_packed_backward, [rows, packed_rows, rows, lse, table], [packed_rows])
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_packed_attention(dtype, arch):
+    for lengths, bucket_size, dim in itertools.product(LENGTHS, BUCKET_SIZES, (8, 64, 128)):
+        known = "sm_80" if dtype == np.float32 and dim > 64 and arch == "sm_89" else arch  # as in test_attention
+        row, part = 3 * dim, 3 * dim * dtype.itemsize
+        apart = [(offset, dim, 3 * row, dim) for offset in (0, part, 2 * part)]  # q, k and v, or their gradients
+        alone = [(0, dim, row, dim)]
+        viewed, written = [], []
+        for call, inputs, results in packed_calls(lengths, bucket_size, dtype, arch, dim):
+            assert_sound(call, inputs, results, known)
+            last = launches(call)[-1]
+            for step in launches(call):
+                check_attention_grid(step, lengths, bucket_size, dtype, arch, dim)
+                for found, views in zip((viewed, written), views_of(step), strict=True):
+                    found.append([(source.offset, *strides) for source, *strides in views])
+        assert viewed == [apart, [*alone, *apart, *alone], [*alone, *apart]]
+        assert written == [[], apart[:1], apart[1:2]]
+        assert last.args[-1] == Result(0) + 2 * part  # dv has the strides of dk
+
+
+@pytest.mark.parametrize("lengths", EMPTY)
+def test_packed_attention_of_no_slots(lengths):
+    for call, inputs, results in packed_calls(lengths, 16, DTYPES[0], "sm_90a", 32):
+        assert_sound(call, inputs, results)
+        assert not launches(call)
+
+
+def levels_call(lengths, bucket_size, dtype, ratio, columns, skipped):
+    """Pooling and unpooling, forward and backward, of two levels, whose tables stand in one plan."""
+    steps, inputs, results, numbers = Steps(8, 18), [], [], {}
+    sizes = {"columns": columns, "dtype": dtype}
+    for level in range(2):
+        layout, slots = cuda_pooling.layout_of(lengths, bucket_size, ratio), num_slots(lengths, bucket_size)
+        shape, padding = layout.shape, Number(f"padding {level}")
+        numbers |= {f"parents {level}": layout.parents, f"children {level}": layout.children}
+        numbers[padding.name] = layout.parents.groups
+        lengths = pooling.child_lengths(lengths, ratio)
+        children = num_slots(lengths, bucket_size)
+        assert children == shape.slots
+        parents, of_children = (
+            clouds.argument(steps, f"{name} {level}", shape.clouds, bucket_size) for name in ("parents", "children")
+        )
+        parent, child, points, members = (Input(len(inputs) + i) for i in range(4))
+        pooled, dchild, dparent, out, *groups = (Result(len(results) + i) for i in range(9))
+        rows, child_rows = Spec((slots, columns), dtype), Spec((children, columns), dtype)
+        inputs += rows, child_rows, Spec((slots, 3), _arrays.FLOAT32), Spec((children, ratio), INT32)
+        results += (
+            child_rows,
+            child_rows,
+            rows,
+            rows,
+            Spec((children, ratio), INT32),
+            Spec((children, 3), _arrays.FLOAT32),
+        )
+        results += [Spec(shape, INT32) for shape in ((children,), (sum(lengths),), ())]
+        cuda_pooling.add_groups(steps, shape, points, _arrays.FLOAT32, parents, of_children, tuple(groups))
+        cuda_pooling.add_pool(steps, shape, parent, members, pooled, **sizes)
+        cuda_pooling.add_pool_backward(steps, shape, child, members, parents, padding, dparent, **sizes, mean=False)
+        skip = parent if skipped else None
+        cuda_pooling.add_unpool(steps, shape, child, members, skip, parents, padding, out, **sizes)
+        cuda_pooling.add_unpool_backward(steps, shape, parent, members, dchild, **sizes)
+    return Call(steps.plan(), numbers), inputs, results
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_pooling_of_two_levels(dtype, ratio):
+    for lengths, bucket_size, columns in itertools.product(LENGTHS, BUCKET_SIZES, (1, 24, 1000)):
+        for skipped in (False, True):
+            call, inputs, results = levels_call(lengths, bucket_size, dtype, ratio, columns, skipped)
+            assert_sound(call, inputs, results)
+            steps = launches(call)
+            assert len(steps) == 10
+            for step, of in zip(steps, [lengths] * 5 + [pooling.child_lengths(lengths, ratio)] * 5, strict=True):
+                check_pooling_grid(step, of, bucket_size, ratio, columns * dtype.itemsize)
+
+
+@pytest.mark.parametrize("lengths", EMPTY)
+def test_pooling_of_two_empty_levels(lengths):
+    call, *_ = levels_call(lengths, 16, DTYPES[0], 2, 24, True)
+    assert not launches(call)
 
 
 # ---- through the launcher ------------------------------------------------------------------------------------------

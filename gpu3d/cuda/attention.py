@@ -300,12 +300,11 @@ def _add_backward(
 
     `views` are those of dout, q, k, v and out, and `gradients` those of dq, dk and dv. dk and dv have equal strides.
     """
-    *streamed, _ = views
     dq, dk, dv = gradients
     delta = steps.workspace("delta", 4 * slots * shape.heads)
     scales = scale_log2, scale
     _launch(steps, "dq", shape, (*views, lse), table, batch, (*scales, dq, delta))
-    _launch(steps, "dkdv", shape, (*streamed, lse, delta), table, batch, (*scales, dk, dv.fields[0]))
+    _launch(steps, "dkdv", shape, (*views[:4], lse, delta), table, batch, (*scales, dk, dv.fields[0]))
 
 
 def add_packed(

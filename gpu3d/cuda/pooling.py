@@ -86,7 +86,7 @@ class Layout(NamedTuple):
 
 @clouds.remembered
 def layout_of(lengths: tuple[int, ...], bucket_size: int, ratio: int) -> Layout:
-    """The tables of a layout and of its children, and what plans depend on."""
+    """The tables of clouds of these lengths and of their children, and what plans depend on."""
     if len(lengths) <= clouds.INLINE_CLOUDS:
         return _small_layout(lengths, bucket_size, ratio)
     n = clouds.array(lengths)
@@ -158,8 +158,8 @@ class _Walk(NamedTuple):
 
 
 def _walk(dtype: np.dtype, columns: int, ratio: int, *rows: _Rows) -> _Walk:
-    """The walk along rows, with the largest word that fits all of them."""
-    word = min([x.word for x in rows])
+    """The walk along contiguous rows at multiples of 16 bytes, or along `rows`: with the largest word that fits."""
+    word = min([math.gcd(16, columns * dtype.itemsize), *[x.word for x in rows]])
     words = columns * dtype.itemsize // word
     return _Walk(dtype, word, words, min(8, (words - 1).bit_length()), ratio)
 
@@ -167,6 +167,144 @@ def _walk(dtype: np.dtype, columns: int, ratio: int, *rows: _Rows) -> _Walk:
 def _source(steps: Steps, source: Pointer, rows: _Rows, walk: _Walk) -> tuple[Pointer, int]:
     """Where the rows are, and their stride in words."""
     return arrays.add_copy(steps, source, rows.copied), rows.stride // walk.word
+
+
+# ---- launches ------------------------------------------------------------------------------------------------------
+
+_Source = tuple[Pointer, int]  # where rows are, and their stride in words
+_Parents = tuple[Any, Number | int]  # the struct Clouds of the parents, and their rows of padding
+
+
+def _parents(steps: Steps, shape: Shape) -> _Parents:
+    """The parents in calls whose numbers are `Layout.numbers`."""
+    return clouds.argument(steps, "parents", shape.clouds, shape.bucket_size), Number("padding")
+
+
+def _sizes(shape: Shape, walk: _Walk, parents: _Parents) -> tuple[Any, ...]:
+    """The arguments of kernels that write to the parents' slots: children, padding, parents, words, lane_bits."""
+    batch, padding = parents
+    return shape.slots, padding, batch, walk.words, walk.lane_bits
+
+
+def _add_sums(
+    steps: Steps, shape: Shape, walk: _Walk, rows: _Source, members: Pointer, out: Pointer, mean: bool
+) -> None:
+    """Add the sums or means of the members' rows."""
+    args = *rows, members, shape.slots, walk.words, walk.lane_bits, int(mean), out
+    walk.launch(steps, "pool_sums", shape.slots, args)
+
+
+def _add_spread(
+    steps: Steps,
+    shape: Shape,
+    walk: _Walk,
+    dchild: _Source,
+    members: Pointer,
+    parents: _Parents,
+    out: Pointer,
+    mean: bool,
+) -> None:
+    """Add the backward of `_add_sums`."""
+    args = *dchild, members, *_sizes(shape, walk, parents), int(mean), out
+    walk.launch(steps, "spread_sums", shape.slots + shape.padding, args)
+
+
+def _add_rows(
+    steps: Steps,
+    shape: Shape,
+    walk: _Walk,
+    child: _Source,
+    members: Pointer,
+    skip: _Source | None,
+    parents: _Parents,
+    out: Pointer,
+) -> None:
+    """Add the rows of the children at their members, plus skip."""
+    args = *child, *(skip or (None, 0)), members, *_sizes(shape, walk, parents), out
+    walk.launch(steps, "unpool_rows", shape.slots + shape.padding, args)
+
+
+# ---- steps of longer plans -----------------------------------------------------------------------------------------
+#
+# Rows are contiguous and begin at multiples of 16 bytes. Each slot of the parents that holds a point is in `members`,
+# int32 [children, ratio], once. These may be of the layouts of `add_groups`, or of others with the same lengths.
+# `parents` is the struct Clouds of a `Layout`, and `padding` its number of groups.
+
+
+def add_groups(
+    steps: Steps,
+    shape: Shape,
+    points: Pointer,
+    dtype: np.dtype,
+    parents: Any,
+    children: Any,
+    results: tuple[Pointer, ...],
+) -> None:
+    """Add the grouping of points [slots, 3]. Results: members, child points, slot_to_point, point_to_slot, moved."""
+    members, child_points, *layout = results
+    args = points, parents, children, shape.ratio, members, child_points, *layout
+    kernel = _kernel("pooling_group", "pool_groups", (("POINT", FLOATS.index(dtype)),))
+    steps.launch(kernel, grid=shape.tiles, block=GROUP_TILE, args=args)
+
+
+def add_pool(
+    steps: Steps,
+    shape: Shape,
+    rows: Pointer,
+    members: Pointer,
+    out: Pointer,
+    *,
+    columns: int,
+    dtype: np.dtype,
+    mean: bool = True,
+) -> None:
+    """Add the means or sums [children, columns] of rows [parents, columns], 0 in padding."""
+    walk = _walk(dtype, columns, shape.ratio)
+    _add_sums(steps, shape, walk, (rows, walk.words), members, out, mean)
+
+
+def add_pool_backward(
+    steps: Steps,
+    shape: Shape,
+    dchild: Pointer,
+    members: Pointer,
+    parents: Any,
+    padding: Number | int,
+    out: Pointer,
+    *,
+    columns: int,
+    dtype: np.dtype,
+    mean: bool = True,
+) -> None:
+    """Add the gradient of `add_pool`, [parents, columns], 0 in padding."""
+    walk = _walk(dtype, columns, shape.ratio)
+    _add_spread(steps, shape, walk, (dchild, walk.words), members, (parents, padding), out, mean)
+
+
+def add_unpool(
+    steps: Steps,
+    shape: Shape,
+    child: Pointer,
+    members: Pointer,
+    skip: Pointer | None,
+    parents: Any,
+    padding: Number | int,
+    out: Pointer,
+    *,
+    columns: int,
+    dtype: np.dtype,
+) -> None:
+    """Add the rows of the children at their members, plus skip [parents, columns] if there is one; 0 in padding."""
+    walk = _walk(dtype, columns, shape.ratio)
+    added = None if skip is None else (skip, walk.words)
+    _add_rows(steps, shape, walk, (child, walk.words), members, added, (parents, padding), out)
+
+
+def add_unpool_backward(
+    steps: Steps, shape: Shape, dout: Pointer, members: Pointer, out: Pointer, *, columns: int, dtype: np.dtype
+) -> None:
+    """Add the gradient of the children in `add_unpool`: sums over members. That of skip is dout, if 0 in padding."""
+    add_pool(steps, shape, dout, members, out, columns=columns, dtype=dtype, mean=False)
 
 
 # ---- pool ----------------------------------------------------------------------------------------------------------
@@ -209,28 +347,13 @@ def _pool_plan(
     add_groups(steps, shape, points, point_dtype, parents, children, made)
     if columns:
         walk = _walk(dtype, columns, shape.ratio, rows)
-        args = *_source(steps, Input(0), rows, walk), members, shape.slots, walk.words, walk.lane_bits
+        source = _source(steps, Input(0), rows, walk)
         if reduce in reference.EXTREMES:
-            walk.launch(steps, "pool_extremes", shape.slots, (*args, int(reduce == "max"), child_features, argmember))
+            args = *source, members, shape.slots, walk.words, walk.lane_bits, int(reduce == "max")
+            walk.launch(steps, "pool_extremes", shape.slots, (*args, child_features, argmember))
         else:
-            walk.launch(steps, "pool_sums", shape.slots, (*args, int(reduce == "mean"), child_features))
+            _add_sums(steps, shape, walk, source, members, child_features, reduce == "mean")
     return steps.plan()
-
-
-def add_groups(
-    steps: Steps,
-    shape: Shape,
-    points: Pointer,
-    dtype: np.dtype,
-    parents: Any,
-    children: Any,
-    results: tuple[Pointer, ...],
-) -> None:
-    """Add the grouping of points [slots, 3]. Results: members, child points, slot_to_point, point_to_slot, moved."""
-    members, child_points, *layout = results
-    args = points, parents, children, shape.ratio, members, child_points, *layout
-    kernel = _kernel("pooling_group", "pool_groups", (("POINT", FLOATS.index(dtype)),))
-    steps.launch(kernel, grid=shape.tiles, block=GROUP_TILE, args=args)
 
 
 def pool_backward(
@@ -268,89 +391,14 @@ def _pool_backward_plan(
         walk = _walk(dtype, columns, shape.ratio, rows)
         source = _source(steps, Input(0), rows, walk)
         members = arrays.add_copy(steps, Input(1), copied_members)
-        sizes = _sizes(steps, shape, walk)
+        parents = _parents(steps, shape)
         if reduce in reference.EXTREMES:
             argmember = arrays.add_copy(steps, Input(2), copied_argmember)
-            args: tuple[Any, ...] = *source, argmember, members, *sizes, Result(0)
+            args = *source, argmember, members, *_sizes(shape, walk, parents), Result(0)
             walk.launch(steps, "spread_extremes", shape.slots + shape.padding, args)
         else:
-            args = *source, members, *sizes, int(reduce == "mean"), Result(0)
-            walk.launch(steps, "spread_sums", shape.slots + shape.padding, args)
+            _add_spread(steps, shape, walk, source, members, parents, Result(0), reduce == "mean")
     return steps.plan()
-
-
-def _sizes(steps: Steps, shape: Shape, walk: _Walk) -> tuple[Any, ...]:
-    """The arguments of kernels that write to the parents' slots: children, padding, parents, words, lane_bits."""
-    parents = clouds.argument(steps, "parents", shape.clouds, shape.bucket_size)
-    return shape.slots, Number("padding"), parents, walk.words, walk.lane_bits
-
-
-# ---- steps over contiguous rows ------------------------------------------------------------------------------------
-#
-# A backbone pools between layouts of its own: `members` int32 [children, ratio] may lead to any slots of the parents.
-# Rows begin at multiples of 16 bytes, and have a multiple of 8 columns. `padding` is a bound or a Number.
-
-
-def _even(dtype: np.dtype, columns: int, ratio: int) -> _Walk:
-    row = columns * dtype.itemsize
-    return _walk(dtype, columns, ratio, _Rows(row, math.gcd(16, row), None))
-
-
-def add_pool(
-    steps: Steps, shape: Shape, rows: Pointer, members: Pointer, out: Pointer, *, columns: int, dtype: np.dtype
-) -> None:
-    """Add the means [children, columns] of rows [parents, columns]."""
-    walk = _even(dtype, columns, shape.ratio)
-    args = rows, walk.words, members, shape.slots, walk.words, walk.lane_bits, 1, out
-    walk.launch(steps, "pool_sums", shape.slots, args)
-
-
-def add_pool_backward(
-    steps: Steps,
-    shape: Shape,
-    dchild: Pointer,
-    members: Pointer,
-    parents: Any,
-    padding: Number | int,
-    out: Pointer,
-    *,
-    columns: int,
-    dtype: np.dtype,
-) -> None:
-    """Add the gradient of `add_pool`, [parents, columns], 0 in padding."""
-    walk = _even(dtype, columns, shape.ratio)
-    sizes = shape.slots, padding, parents, walk.words, walk.lane_bits
-    args = dchild, walk.words, members, *sizes, 1, out
-    walk.launch(steps, "spread_sums", shape.slots + shape.padding, args)
-
-
-def add_unpool(
-    steps: Steps,
-    shape: Shape,
-    child: Pointer,
-    members: Pointer,
-    skip: Pointer,
-    parents: Any,
-    padding: Number | int,
-    out: Pointer,
-    *,
-    columns: int,
-    dtype: np.dtype,
-) -> None:
-    """Add the rows of the children at their members, plus skip [parents, columns]."""
-    walk = _even(dtype, columns, shape.ratio)
-    sizes = shape.slots, padding, parents, walk.words, walk.lane_bits
-    args = child, walk.words, skip, walk.words, members, *sizes, out
-    walk.launch(steps, "unpool_rows", shape.slots + shape.padding, args)
-
-
-def add_unpool_backward(
-    steps: Steps, shape: Shape, dout: Pointer, members: Pointer, out: Pointer, *, columns: int, dtype: np.dtype
-) -> None:
-    """Add the gradient of the children in `add_unpool`: sums over their members. That of skip is dout."""
-    walk = _even(dtype, columns, shape.ratio)
-    args = dout, walk.words, members, shape.slots, walk.words, walk.lane_bits, 0, out
-    walk.launch(steps, "pool_sums", shape.slots, args)
 
 
 # ---- unpool --------------------------------------------------------------------------------------------------------
@@ -375,10 +423,9 @@ def _unpool_plan(
     if shape.slots and columns:
         walk = _walk(dtype, columns, shape.ratio, *([rows] if added is None else [rows, added]))
         child = _source(steps, Input(0), rows, walk)
-        skip = (None, 0) if added is None else _source(steps, Input(2), added, walk)
+        skip = None if added is None else _source(steps, Input(2), added, walk)
         members = arrays.add_copy(steps, Input(1), copied)
-        args = *child, *skip, members, *_sizes(steps, shape, walk), Result(0)
-        walk.launch(steps, "unpool_rows", shape.slots + shape.padding, args)
+        _add_rows(steps, shape, walk, child, members, skip, _parents(steps, shape), Result(0))
     return steps.plan()
 
 
@@ -399,6 +446,6 @@ def _unpool_backward_plan(
         walk = _walk(dtype, columns, shape.ratio, rows)
         source = _source(steps, Input(0), rows, walk)
         members = arrays.add_copy(steps, Input(1), copied)
-        args = *source, members, *_sizes(steps, shape, walk), Result(0), Result(1)
+        args = *source, members, *_sizes(shape, walk, _parents(steps, shape)), Result(0), Result(1)
         walk.launch(steps, "unpool_sums", shape.slots + shape.padding, args)
     return steps.plan()
