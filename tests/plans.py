@@ -13,22 +13,23 @@ from gpu3d.cuda.plan import GEMM_WORKSPACE, Clear, Gemm, Launch, Number, Packed,
 MAX_PARAMETERS = 4096  # bytes of a kernel's arguments that CUDA allows
 
 
-def check(call, inputs, results, device):
+def check(call, inputs, results, device, *, shared=False):
     """Assert that a plan addresses only memory that it has, and that its arguments fit the kernels' signatures.
 
-    `inputs` and `results` are specs; an input that is left out is None. Returns the names of numbers that are not used.
+    `inputs` and `results` are specs; an input that is left out is None. `shared`: pieces of the workspace may share
+    memory, if no step comes between the first and the last use of both. Returns the names of numbers that are not used.
     """
     plan, numbers = call
     assert plan.inputs == len(inputs) and plan.results == len(results)
     sizes = {("input", i): 0 if spec is None else _arrays.span(spec) for i, spec in enumerate(inputs)}
     sizes |= {("result", i): spec.nbytes for i, spec in enumerate(results)}
     sizes |= {("workspace", name): piece.size for name, piece in plan.pieces.items()}
-    used = set()
+    used, spans, number_of_step = set(), {}, 0
 
     ends = sorted((piece.offset, piece.offset + piece.size) for piece in plan.pieces.values() if piece.size)
     for (_, end), (begin, _) in itertools.pairwise(ends):
-        assert end <= begin, "pieces of the workspace overlap"
-    assert plan.workspace >= (ends[-1][1] if ends else 0)
+        assert shared or end <= begin, "pieces of the workspace overlap"
+    assert plan.workspace >= max([end for _, end in ends], default=0)
     assert all(piece.offset % 512 == 0 for piece in plan.pieces.values())
 
     def point(pointer, size=0):
@@ -39,6 +40,9 @@ def check(call, inputs, results, device):
         assert offset >= 0 and offset + size <= known, (pointer, size, known)
         assert known == 0 or size or offset < known, (pointer, known)  # not one past the end
         used.add((pointer.memory, pointer.index))
+        if pointer.memory == "workspace":
+            first, _ = spans.get(pointer.index, (number_of_step, None))
+            spans[pointer.index] = first, number_of_step
 
     def fit(value, packer, at):
         """Assert that `value` fits a parameter or field of this format, `at` bytes from the start of the arguments."""
@@ -60,7 +64,7 @@ def check(call, inputs, results, device):
         else:
             packer.pack(0 if value is None else value)
 
-    for step in plan.steps:
+    for number_of_step, step in enumerate(plan.steps):  # noqa: B007 - `point` reads it
         if isinstance(step, Launch):
             places, size = parameters(step.kernel.signature)
             assert size <= MAX_PARAMETERS and len(step.args) == len(places), step.kernel
@@ -88,6 +92,11 @@ def check(call, inputs, results, device):
             point(step.pointer, 16 * step.rows)
             assert [first for _, first, _ in table.parts] == list(range(0, step.rows, clouds.CLOUDS_A_LAUNCH))
             assert sum(rows for *_, rows in table.parts) == step.rows
+    for (name, span), (other, others) in itertools.combinations(spans.items(), 2):
+        if span[0] <= others[1] and others[0] <= span[1]:
+            a, b = plan.pieces[name], plan.pieces[other]
+            apart = a.offset + a.size <= b.offset or b.offset + b.size <= a.offset
+            assert apart or not a.size or not b.size, f"{name} and {other} share memory that both need"
     for i, spec in enumerate(results):
         assert ("result", i) in used or spec.nbytes == 0, f"nothing writes result {i}"
     unused = {name for name in numbers if ("number", name) not in used}
