@@ -7,8 +7,20 @@ import itertools
 import struct
 
 from gpu3d import _arrays
-from gpu3d.cuda import clouds
-from gpu3d.cuda.plan import GEMM_WORKSPACE, Clear, Gemm, Launch, Number, Packed, Pointer, Table, fields, parameters
+from gpu3d.cuda import clouds, cublaslt
+from gpu3d.cuda.plan import (
+    Branch,
+    Clear,
+    Gemm,
+    Launch,
+    Number,
+    Packed,
+    Pointer,
+    Table,
+    Wait,
+    fields,
+    parameters,
+)
 
 MAX_PARAMETERS = 4096  # bytes of a kernel's arguments that CUDA allows
 
@@ -25,6 +37,7 @@ def check(call, inputs, results, device, *, shared=False):
     sizes |= {("result", i): spec.nbytes for i, spec in enumerate(results)}
     sizes |= {("workspace", name): piece.size for name, piece in plan.pieces.items()}
     used, spans, number_of_step = set(), {}, 0
+    branch, fork, beside = 0, None, set()  # since which step branch 1 may run, and the pieces it uses
 
     ends = sorted((piece.offset, piece.offset + piece.size) for piece in plan.pieces.values() if piece.size)
     for (_, end), (begin, _) in itertools.pairwise(ends):
@@ -41,8 +54,11 @@ def check(call, inputs, results, device, *, shared=False):
         assert known == 0 or size or offset < known, (pointer, known)  # not one past the end
         used.add((pointer.memory, pointer.index))
         if pointer.memory == "workspace":
-            first, _ = spans.get(pointer.index, (number_of_step, None))
-            spans[pointer.index] = first, number_of_step
+            start = fork if branch else number_of_step
+            first, _ = spans.get(pointer.index, (start, None))
+            spans[pointer.index] = min(first, start), number_of_step
+            if branch:
+                beside.add(pointer.index)
 
     def fit(value, packer, at):
         """Assert that `value` fits a parameter or field of this format, `at` bytes from the start of the arguments."""
@@ -64,7 +80,7 @@ def check(call, inputs, results, device, *, shared=False):
         else:
             packer.pack(0 if value is None else value)
 
-    for number_of_step, step in enumerate(plan.steps):  # noqa: B007 - `point` reads it
+    for number_of_step, step in enumerate(plan.steps):
         if isinstance(step, Launch):
             places, size = parameters(step.kernel.signature)
             assert size <= MAX_PARAMETERS and len(step.args) == len(places), step.kernel
@@ -83,8 +99,16 @@ def check(call, inputs, results, device, *, shared=False):
             if step.bias is not None:
                 elements = step.d.rows if step.epilogue == "BGRADB" else step.d.columns
                 point(step.bias, elements * step.d.dtype.itemsize)
-            if step.workspace is not None:
-                point(step.workspace, GEMM_WORKSPACE)
+            point(step.workspace, cublaslt._workspace_size(step))
+        elif isinstance(step, Branch):
+            assert step.number == 1 - branch
+            branch = step.number
+        elif isinstance(step, Wait):
+            if branch:
+                fork = number_of_step
+            else:  # what branch 1 has used is free from here on
+                spans |= {name: (first, number_of_step) for name, (first, _) in spans.items() if name in beside}
+                beside.clear()
         else:
             assert isinstance(step, Table)
             table = numbers[step.name]
@@ -92,6 +116,7 @@ def check(call, inputs, results, device, *, shared=False):
             point(step.pointer, 16 * step.rows)
             assert [first for _, first, _ in table.parts] == list(range(0, step.rows, clouds.CLOUDS_A_LAUNCH))
             assert sum(rows for *_, rows in table.parts) == step.rows
+    assert branch == 0 and not beside, "a plan must join what runs beside it"
     for (name, span), (other, others) in itertools.combinations(spans.items(), 2):
         if span[0] <= others[1] and others[0] <= span[1]:
             a, b = plan.pieces[name], plan.pieces[other]

@@ -69,7 +69,7 @@ def test_gradient_steps():
     assert [step.epilogue for step in plan.steps] == epilogues
     assert [step.pinned for step in plan.steps] == [True] * 4 + [False] * 2
     assert all(step.workspace is not None for step in plan.steps)
-    assert [piece.size for piece in plan.pieces.values()] == [GEMM_WORKSPACE]  # all products share it
+    assert [piece.size for piece in plan.pieces.values()] == [SMALL_GEMM_WORKSPACE, GEMM_WORKSPACE]  # shared
     shapes = ((512, 64), BFLOAT16), ((192, 64), BFLOAT16), ((512, 192), BFLOAT16), ((192, 64), FLOAT32)
     inputs = [Spec(*shape) for shape in (*shapes, ((512, 64), BFLOAT16), ((192,), FLOAT32))]
     plans.check(Call(plan, {}), inputs, [Spec((512, 64), BFLOAT16)], SM90)
@@ -225,7 +225,7 @@ def test_what_reaches_the_library(library):
     forward, backward = library.done
     addresses, scalars, (attributes, layouts), algo, size = forward
     assert addresses == [2000, 1032, 7000, 7000, 1 << 40, 77] and scalars == (1.0, 0.0)
-    assert (algo, size) == (8, GEMM_WORKSPACE)
+    assert (algo, size) == (8, SMALL_GEMM_WORKSPACE)
     assert attributes == {3: 1, 4: 0, 7: 164, 8: 3016, 11: 4000, 12: 192}
     assert layouts == ((14, 64, 192, 64), (14, 64, 512, 72), (14, 192, 512, 192), (14, 192, 512, 192))
     addresses, scalars, (attributes, layouts), algo, size = backward
@@ -314,8 +314,8 @@ def test_errors_name_the_product(library):
     library.results = 1  # one that is ruled out
     with pytest.raises(cublaslt.Error, match=rf"cuBLASLt 130000 has no algorithm for this product on this GPU: {what}"):
         run()
-    library.results, library.needs = 2, GEMM_WORKSPACE + 1
-    with pytest.raises(cublaslt.Error, match=rf"needs {GEMM_WORKSPACE + 1} bytes of workspace: {what}"):
+    library.results, library.needs = 2, SMALL_GEMM_WORKSPACE + 1
+    with pytest.raises(cublaslt.Error, match=rf"needs {SMALL_GEMM_WORKSPACE + 1} bytes of workspace: {what}"):
         run()
     library.status = 15
     with pytest.raises(cublaslt.Error, match=rf"for 32768 rows does not take this number of rows: {what}"):

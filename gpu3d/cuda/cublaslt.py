@@ -15,7 +15,7 @@ import functools
 import weakref
 from typing import Any
 
-from gpu3d.cuda.plan import ALIGNMENT, GEMM_WORKSPACE, Gemm, Matrix, Pointer
+from gpu3d.cuda.plan import ALIGNMENT, GEMM_WORKSPACE, SMALL_GEMM_WORKSPACE, Gemm, Matrix, Pointer
 
 # ---- the library ---------------------------------------------------------------------------------------------------
 
@@ -181,9 +181,13 @@ class Matmul:
         args = (
             *(self.handle, descriptor, ctypes.byref(_ONE), a, a_layout, b, b_layout),
             *(ctypes.byref(_ZERO if self.gemm.c is None else _ONE), c, c_layout, d, d_layout),
-            *(ctypes.byref(self.algorithm), workspace, GEMM_WORKSPACE, stream),
+            *(ctypes.byref(self.algorithm), workspace, _workspace_size(self.gemm), stream),
         )
         return changes, (library().cublasLtMatmul, args)
+
+
+def _workspace_size(gemm: Gemm) -> int:
+    return GEMM_WORKSPACE if gemm.splits else SMALL_GEMM_WORKSPACE
 
 
 def _layouts(gemm: Gemm) -> list[_Object]:
@@ -232,7 +236,7 @@ def algorithm(gemm: Gemm, ordinal: int) -> cublasLtMatmulAlgo_t:
         raise Error(
             f"the algorithm for {canonical_rows(gemm)} rows does not take this number of rows: {gemm}"
         ) from error
-    if result.workspaceSize > GEMM_WORKSPACE:
+    if result.workspaceSize > _workspace_size(gemm):
         raise Error(f"the algorithm needs {result.workspaceSize} bytes of workspace: {gemm}")
     return found
 
@@ -243,9 +247,9 @@ def _best(problem: Gemm, ordinal: int) -> cublasLtMatmulAlgo_t:
     preference = _Object("MatmulPreference")
     mask = CUBLASLT_REDUCTION_SCHEME_NONE if problem.pinned else CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE
     # An algorithm without workspace has nowhere to keep parts of sums, so it does not split them. (For other numbers of
-    # rows it may want some bytes all the same.) The sums over rows that make a bias gradient are not part of d.
-    none = problem.pinned and "BGRAD" not in problem.epilogue
-    preference.set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, ctypes.c_uint64(0 if none else GEMM_WORKSPACE))
+    # rows it may want some bytes all the same.)
+    most = GEMM_WORKSPACE if problem.splits else 0
+    preference.set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, ctypes.c_uint64(most))
     preference.set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, ctypes.c_uint32(mask))
     for attribute in CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_BYTES:
         preference.set(attribute, ctypes.c_uint32(ALIGNMENT))

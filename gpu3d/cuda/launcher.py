@@ -20,7 +20,22 @@ from typing import Any, NamedTuple
 
 from gpu3d import _arrays
 from gpu3d.cuda import clouds, compiler, cublaslt
-from gpu3d.cuda.plan import Call, Clear, Device, Gemm, Launch, Number, Packed, Plan, Pointer, Table, fields, parameters
+from gpu3d.cuda.plan import (
+    Branch,
+    Call,
+    Clear,
+    Device,
+    Gemm,
+    Launch,
+    Number,
+    Packed,
+    Plan,
+    Pointer,
+    Table,
+    Wait,
+    fields,
+    parameters,
+)
 
 # ---- the driver ----------------------------------------------------------------------------------------------------
 
@@ -89,8 +104,10 @@ class _Template(NamedTuple):
     pointers: tuple[tuple[tuple[int, int], ...], ...]  # per memory: (word of the buffer, offset) of its pointers
     moved: tuple[tuple[int, int, int, str], ...]  # word, memory, offset, and the name of the number to add
     numbers: tuple[tuple[str, Any, int], ...]  # name, packer (None for a table of clouds), byte of the buffer
-    streams: tuple[int, ...]  # 8-byte words of the buffer that hold the stream
-    launches: tuple[Any, ...]  # (config, function, parameter table), (address, size) of a clear, a Table, or a Matmul
+    streams: tuple[tuple[int, ...], tuple[int, ...]]  # 8-byte words of the buffer that hold each branch's stream
+    # (config, function, parameter table), (address, size) of a clear, (Table, address), (Matmul, address), and
+    # (Wait, a word with the stream of this branch, and one with that of the other)
+    launches: tuple[Any, ...]
     tables: tuple[tuple[int, tuple[int, ...]], ...]  # word of a table of parameters, and words of its arguments
     modules: tuple[Any, ...]  # keeps the kernels loaded
     large: bool  # whether the plan writes the table of a large batch
@@ -105,18 +122,21 @@ class _Ready:
     buffer, words, bytes
         The copy, and views of it as 8-byte words and as bytes.
     calls : list of (function of the driver, arguments) and (None, Table and the byte where its address lies)
+    kept : list
+        The stream of branch 1, and the events that branches wait for.
     changes : list of (function, arguments)
         What a product of matrices needs after addresses were changed.
     memories, stream, numbers
         The values of the run before.
     """
 
-    __slots__ = ("buffer", "bytes", "calls", "changes", "memories", "numbers", "stream", "words")
+    __slots__ = ("buffer", "bytes", "calls", "changes", "kept", "memories", "numbers", "stream", "words")
 
     def __init__(self, buffer: Any, size: int, memories: int) -> None:
         self.buffer, self.bytes = buffer, memoryview(buffer).cast("B")
         self.words = self.bytes[:size].cast("Q")
         self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+        self.kept: list[Any] = []
         self.changes: list[tuple[Any, tuple[Any, ...]]] = []
         self.memories: Sequence[Any] = [None] * memories
         self.stream: int | None = None
@@ -129,7 +149,8 @@ def _template(plan: Plan, ordinal: int) -> _Template:
     pointers: list[list[tuple[int, int]]] = [[] for _ in range(plan.inputs + plan.results + 1)]
     moved: list[tuple[int, int, int, str]] = []
     numbers: list[tuple[str, Any, int]] = []
-    streams: list[int] = []
+    streams: tuple[list[int], list[int]] = [], []
+    branch = 0
     launches: list[Any] = []
     tables: list[tuple[int, tuple[int, ...]]] = []
     modules: list[Any] = []
@@ -178,7 +199,7 @@ def _template(plan: Plan, ordinal: int) -> _Template:
             config = _Config((step.grid, 1, 1), (step.block, 1, 1), kernel.shared_mem, None, None, len(attributes))
             at = grow(ctypes.sizeof(_Config))
             buffer[at : at + ctypes.sizeof(_Config)] = bytes(config)
-            streams.append((at + _STREAM) // 8)
+            streams[branch].append((at + _STREAM) // 8)
             for attribute in attributes:
                 extra = grow(ctypes.sizeof(_Attribute))
                 buffer[extra : extra + ctypes.sizeof(_Attribute)] = bytes(attribute)
@@ -186,7 +207,7 @@ def _template(plan: Plan, ordinal: int) -> _Template:
         elif isinstance(step, Clear):
             at = grow(16)
             put_pointer(step.pointer, at)
-            streams.append(at // 8 + 1)
+            streams[branch].append(at // 8 + 1)
             launches.append((at, step.size))
         elif isinstance(step, Gemm):
             _make_context_current()
@@ -194,14 +215,22 @@ def _template(plan: Plan, ordinal: int) -> _Template:
             for i, address in enumerate(cublaslt.pointers(step)):
                 if address is not None:
                     put_pointer(address, at + 8 * i)
-            streams.append(at // 8 + cublaslt.WORDS - 1)
+            streams[branch].append(at // 8 + cublaslt.WORDS - 1)
             launches.append((cublaslt.Matmul(step, ordinal), at))
+        elif isinstance(step, Branch):
+            branch = step.number
+        elif isinstance(step, Wait):
+            at = grow(16)
+            for i, number in enumerate((branch, 1 - branch)):
+                streams[number].append(at // 8 + i)
+            launches.append((step, at))
         else:
-            at = grow(8)
+            at = grow(16)
             put_pointer(step.pointer, at)
+            streams[branch].append(at // 8 + 1)
             launches.append((step, at))
     large = any(isinstance(step, Table) for step in plan.steps)
-    places = tuple(map(tuple, pointers)), tuple(moved), tuple(numbers), tuple(streams)
+    places = tuple(map(tuple, pointers)), tuple(moved), tuple(numbers), (tuple(streams[0]), tuple(streams[1]))
     return _Template(bytes(buffer), *places, tuple(launches), tuple(tables), tuple(modules), large, [])
 
 
@@ -210,12 +239,23 @@ def _ready(template: _Template) -> _Ready:
     size = len(template.buffer)
     ready = _Ready(ctypes.create_string_buffer(template.buffer, max(1, size)), size, len(template.pointers))
     buffer, base = ready.buffer, ctypes.addressof(ready.buffer)
+    if template.streams[1]:
+        beside = _cupy_cuda().Stream(non_blocking=True)
+        ready.kept.append(beside)
+        for word in template.streams[1]:
+            ready.words[word] = beside.ptr
     for table, places in template.tables:
         for i, place in enumerate(places):
             ready.words[table // 8 + i] = base + place
     for launch in template.launches:
         if isinstance(launch[0], Table):
             ready.calls.append((None, launch))
+        elif isinstance(launch[0], Wait):
+            event = _cupy_cuda().Event(disable_timing=True)
+            ready.kept.append(event)
+            waiting, other = (ctypes.c_void_p.from_buffer(buffer, launch[1] + 8 * i) for i in range(2))
+            ready.calls.append((driver().cuEventRecord, (ctypes.c_void_p(event.ptr), other)))
+            ready.calls.append((driver().cuStreamWaitEvent, (waiting, ctypes.c_void_p(event.ptr), 0)))
         elif isinstance(launch[0], cublaslt.Matmul):
             changes, call = launch[0].calls(buffer, launch[1])
             ready.changes += changes
@@ -260,7 +300,7 @@ def run(call: Call, memories: Sequence[int], ordinal: int, stream: int) -> None:
     for function, args in ready.calls:
         if function is None:
             table, at = args
-            _write_table(numbers[table.name], ready.words[at // 8], ordinal, stream)
+            _write_table(numbers[table.name], ready.words[at // 8], ready.words[at // 8 + 1], ordinal)
         elif status := function(*args):
             _raise(status)
     template.spare.append(ready)
@@ -277,7 +317,7 @@ def _fill(template: _Template, ready: _Ready, numbers: dict[str, Any], memories:
         ready.memories = memories[:]
     if stream != ready.stream:
         ready.stream = stream
-        for word in template.streams:
+        for word in template.streams[0]:
             words[word] = stream
     if moved or others:
         for word, memory, offset, name in template.moved:
@@ -295,7 +335,7 @@ def _fill(template: _Template, ready: _Ready, numbers: dict[str, Any], memories:
             ready.numbers = numbers
 
 
-def _write_table(table: clouds.Table, address: int, ordinal: int, stream: int) -> None:
+def _write_table(table: clouds.Table, address: int, stream: int, ordinal: int) -> None:
     for part, first, rows in table.parts:
         run(Call(clouds.write, {"part": part, "first": first, "rows": rows}), (address,), ordinal, stream)
 

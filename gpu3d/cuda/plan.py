@@ -18,9 +18,11 @@ Besides kernels of ours, a step can be a product of matrices by cuBLASLt (`Gemm`
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import re
 import struct
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,9 +33,9 @@ Macros = tuple[tuple[str, int], ...]
 # APML takes up to 5 % longer (H200), and if they are at multiples of 16 only, another 1 %.
 PIECE, GAP = 512, 4608
 
-# Bytes that cuBLASLt may use beside the matrices, for products whose sums it may split. NVIDIA recommends 32 MiB on
-# Hopper and Blackwell. All products of a plan share them, since a plan's steps run one after another.
-GEMM_WORKSPACE = 32 << 20
+# Bytes that cuBLASLt may use beside the matrices: for products whose sums it may split, of which NVIDIA recommends 32
+# MiB on Hopper and Blackwell, and for others. Products of a branch share them, since they run one after another.
+GEMM_WORKSPACE, SMALL_GEMM_WORKSPACE = 32 << 20, 1 << 20
 ALIGNMENT = 16  # bytes: what matrices of a Gemm, and their rows, begin at multiples of
 
 
@@ -178,7 +180,7 @@ class Gemm(NamedTuple):
     bias: Pointer | None = None
     aux: Matrix | None = None
     pinned: bool = True
-    workspace: Pointer | None = None  # GEMM_WORKSPACE bytes
+    workspace: Pointer | None = None
 
     def __str__(self) -> str:
         names = ("a", self.a), ("b", self.b), ("c", self.c), ("d", self.d), ("aux", self.aux)
@@ -186,12 +188,27 @@ class Gemm(NamedTuple):
         return ops + "; ".join(f"{name} is {matrix}" for name, matrix in names if matrix)
 
     @property
+    def splits(self) -> bool:
+        """Whether sums may be split: those of the result, or those over rows that make a bias gradient."""
+        return not self.pinned or "BGRAD" in self.epilogue
+
+    @property
     def inner(self) -> int:
         """The number of products in a sum."""
         return self.a.rows if self.transpose_a else self.a.columns
 
 
-Step = Launch | Clear | Table | Gemm
+class Branch(NamedTuple):
+    """The steps that follow run on this branch: 0 is the caller's stream, and 1 is a stream beside it."""
+
+    number: int
+
+
+class Wait(NamedTuple):
+    """The steps that follow on this branch wait for all steps so far of the other one."""
+
+
+Step = Launch | Clear | Table | Gemm | Branch | Wait
 
 
 class Piece(NamedTuple):
@@ -206,7 +223,7 @@ class Plan:
 
     Attributes
     ----------
-    steps : tuple of Launch, Clear, Table and Gemm
+    steps : tuple of Launch, Clear, Table, Gemm, Branch and Wait
     inputs, results : int
         How many memories of each kind there are.
     pieces : dict of str to Piece
@@ -247,7 +264,8 @@ class Steps:
         self._steps: list[Step] = []
         self._pieces: dict[str, Piece] = {}
         self._end = 0
-        self._gemm_workspace: Pointer | None = None
+        self._branch = 0
+        self._gemm_workspaces: dict[tuple[int, int], Pointer] = {}
 
     def workspace(self, name: str, size: int) -> Pointer:
         """Add a piece of the workspace. If the name is taken, a number is appended."""
@@ -280,9 +298,26 @@ class Steps:
         """Add a product of matrices, or nothing if its result has no elements. The workspace is put in here."""
         _check_gemm(gemm)
         if gemm.d.rows and gemm.d.columns:
-            if self._gemm_workspace is None:
-                self._gemm_workspace = self.workspace("cuBLASLt", GEMM_WORKSPACE)
-            self._steps.append(gemm._replace(workspace=self._gemm_workspace))
+            size = GEMM_WORKSPACE if gemm.splits else SMALL_GEMM_WORKSPACE
+            key = self._branch, size
+            if key not in self._gemm_workspaces:
+                self._gemm_workspaces[key] = self.workspace("cuBLASLt", size)
+            self._steps.append(gemm._replace(workspace=self._gemm_workspaces[key]))
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """Steps that are added in this context may run beside later ones, until the next `join`."""
+        before, self._branch = self._branch, 1
+        if not before:
+            self._steps += [Branch(1), Wait()]
+        yield
+        if not before:
+            self._branch = 0
+            self._steps.append(Branch(0))
+
+    def join(self) -> None:
+        """Let the following steps wait for all that were added `beside`."""
+        self._steps.append(Wait())
 
     def plan(self, *, share: bool = False) -> Plan:
         """The plan of the collected steps.
@@ -342,19 +377,37 @@ def _check_gemm(gemm: Gemm) -> None:
 
 
 def _spans(steps: list[Step]) -> dict[str, tuple[int, int]]:
-    """The first and the last step that use each piece of the workspace."""
-    spans: dict[str, tuple[int, int]] = {}
+    """The first and the last step during which each piece of the workspace is used.
 
-    def use(value: Any, step: int) -> None:
+    A step of branch 1 may run at any time between the last wait there, and the next one on branch 0.
+    """
+    spans: dict[str, tuple[int, int]] = {}
+    waiting: list[str] = []  # pieces that branch 1 uses
+    branch = fork = 0
+
+    def use(value: Any, first: int, last: int) -> None:
         if isinstance(value, Pointer):
             if value.memory == "workspace":
-                spans[value.index] = spans.get(value.index, (step, step))[0], step
+                before = spans.get(value.index, (first, last))
+                spans[value.index] = min(first, before[0]), max(last, before[1])
+                if branch:
+                    waiting.append(value.index)
         elif isinstance(value, tuple):
             for part in value:
-                use(part, step)
+                use(part, first, last)
 
     for number, step in enumerate(steps):
-        use(tuple(step), number)
+        if isinstance(step, Branch):
+            branch = step.number
+        elif isinstance(step, Wait):
+            if branch:
+                fork = number
+            else:
+                for name in waiting:
+                    spans[name] = spans[name][0], number
+                waiting.clear()
+        else:
+            use(tuple(step), fork if branch else number, number)
     return spans
 
 

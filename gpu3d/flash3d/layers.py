@@ -145,7 +145,8 @@ class Network:
         """The gradients of weight and bias."""
         rows, columns = self.places[f"{path}.weight"].shape
         dweight = Matrix(self.gradient(f"{path}.weight"), rows, columns, FLOAT32, columns)
-        linear.weight_gradient(self.steps, dy, x, dweight, bias_gradient=self.gradient(f"{path}.bias"))
+        with self.steps.beside():  # nothing waits for them
+            linear.weight_gradient(self.steps, dy, x, dweight, bias_gradient=self.gradient(f"{path}.bias"))
 
     def linear_backward(self, dy: Matrix, path: str, aux: Matrix | None = None, added: Matrix | None = None) -> Matrix:
         """The gradient of x, through GELU where `aux` is given, plus `added`."""
@@ -351,6 +352,7 @@ class Network:
     ) -> Matrix:
         """The gradient of x; that of the code is added to dcode, or written if it is the first."""
         path = tape.path
+        self.steps.join()  # so that what the gradients of the block before read need not be kept
         dy = self.branch_backward(dout, tape.number, 1)
         self.linear_gradients(dy, tape.active, f"{path}.fc2")
         dhidden = self.linear_backward(dy, f"{path}.fc2", aux=tape.hidden)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -31,65 +32,76 @@ class Level(NamedTuple):
 
 
 class _Local(NamedTuple):
-    """A level's local layout. Its slots hold the points in order, except in level 0."""
+    """A level's local layout."""
 
     positions: Pointer  # float32 [slots, 3]
-    slot_to_point: Pointer | None  # in level 0
     members: Any  # Pointer to those of the level above, by local slots of both; None in level 0
 
 
 def add_geometry(
     steps: Steps, config: Config, lengths: tuple[int, ...], points: Pointer, device: Device
 ) -> tuple[list[Level], dict[str, Any]]:
-    """Add everything that depends on the points alone; returns the levels, and the numbers of the steps."""
+    """Add everything that depends on the points alone; returns the levels, and the numbers of the steps.
+
+    What level 0 does not need is added `beside`: join before the steps of level 1.
+    """
     numbers: dict[str, Any] = {}
     levels: list[Level] = []
+    local: Any = None
     size, n = config.bucket_size, lengths
-    for depth, hash in enumerate(config.hashes):
-        name = f"level {depth}"
 
-        def batch_of(table: clouds.Table, which: str, count: int = len(n), name: str = name) -> Any:
-            numbers[f"{name} {which}"] = table
-            return clouds.argument(steps, f"{name} {which}", count, size)
+    def batch_of(table: clouds.Table, name: str) -> Any:
+        numbers[name] = table
+        return clouds.argument(steps, name, len(n), size)
 
-        sort, numbers[f"{name} sort"] = buckets.sorting(n, size, device)
-        layout = functools.partial(_add_layout, steps, sort, name, points)
-        if depth == 0:
-            stage = first = layout(LOCAL_HASH)
-            positions = steps.workspace("positions", 12 * sort.slots)
-            sizes = {"rows": sort.slots, "most": sort.slots, "row_bytes": 12, "word": 4}
-            buckets.add_move(steps, points, first[0], positions, **sizes, fill=bytes(buckets.PATTERN_BYTES))
-            local = _Local(positions, first[0], None)
-        if depth or hash != LOCAL_HASH:
-            stage = layout(hash)
-        batch = batch_of(attention.layout_of(n, size)[0], "buckets")
-        tables, scopes = zip(*_add_scopes(steps, config, depth, n, batch_of), strict=True)
-        if depth:
-            above = levels[-1]
-            members = steps.workspace(f"{name} members", 4 * config.ratio * sort.slots)
-            layers.add_compose(
-                steps,
-                local.members,
-                stage[0],
-                above.point_to_slot,
-                above.parents,
-                batch,
-                members,
-                slots=sort.slots,
-                ratio=config.ratio,
-                local_points=first[0] if depth == 1 else None,
-            )
-            levels[-1] = above._replace(members=members)
-        level = Level(n, sort.slots, points, *stage, batch, tables, scopes)
-        if depth + 1 < config.levels:
-            pooled = pooling.layout_of(n, size, config.ratio)
-            parents, children = batch_of(pooled.parents, "parents"), batch_of(pooled.children, "children")
-            numbers[f"{name} padding"] = pooled.parents.groups
-            level = level._replace(shape=pooled.shape, parents=parents)
-            local, points = _add_pooling(steps, pooled.shape, name, local, parents, children)
-            n = tuple([-(-x // config.ratio) for x in n])
-        levels.append(level)
+    with contextlib.ExitStack() as beside:
+        for depth, hash in enumerate(config.hashes):
+            name = f"level {depth}"
+            if depth == 1:
+                beside.enter_context(steps.beside())
+            if depth:
+                pooled = pooling.layout_of(n, size, config.ratio)
+                parents, children = (
+                    batch_of(table, f"{name} {which}")
+                    for table, which in ((pooled.parents, "parents"), (pooled.children, "children"))
+                )
+                numbers[f"{name} padding"] = pooled.parents.groups
+                local, points = _add_pooling(steps, pooled.shape, name, local, parents, children)
+                n = tuple([-(-x // config.ratio) for x in n])
+            sort, numbers[f"{name} sort"] = buckets.sorting(n, size, device)
+            layout = functools.partial(_add_layout, steps, sort, name, points)
+            if not depth:
+                stage = first = layout(LOCAL_HASH)
+                local = _Local(_add_positions(steps, points, first[0], sort.slots), None)
+            if depth or hash != LOCAL_HASH:
+                stage = layout(hash)
+            batch = batch_of(attention.layout_of(n, size)[0], f"{name} buckets")
+            tables, scopes = zip(*_add_scopes(steps, config, depth, n, batch_of), strict=True)
+            if depth:
+                members = steps.workspace(f"{name} members", 4 * config.ratio * sort.slots)
+                layers.add_compose(
+                    steps,
+                    local.members,
+                    stage[0],
+                    levels[-1].point_to_slot,
+                    parents,
+                    batch,
+                    members,
+                    slots=sort.slots,
+                    ratio=config.ratio,
+                    local_points=first[0] if depth == 1 else None,
+                )
+                levels[-1] = levels[-1]._replace(shape=pooled.shape, parents=parents, members=members)
+            levels.append(Level(n, sort.slots, points, *stage, batch, tables, scopes))
     return levels, numbers
+
+
+def _add_positions(steps: Steps, points: Pointer, slot_to_point: Pointer, slots: int) -> Pointer:
+    """Add the scatter of points to slots, 0 in padding."""
+    out = steps.workspace("positions", 12 * slots)
+    fill = bytes(buckets.PATTERN_BYTES)
+    buckets.add_move(steps, points, slot_to_point, out, rows=slots, most=slots, row_bytes=12, word=4, fill=fill)
+    return out
 
 
 def _add_layout(steps: Steps, sort: buckets.Sort, name: str, points: Pointer, hash: str) -> tuple[Pointer, Pointer]:
@@ -106,7 +118,7 @@ def _add_scopes(steps: Steps, config: Config, depth: int, lengths: tuple[int, ..
     for shift, stride, which in ((0, 1, "even"), (config.scope // 2, config.strides[depth], "odd")):
         found = buckets.scopes_of(counts, config.bucket_size, config.scope, stride)
         table = steps.workspace(f"level {depth} {which} scopes", 4 * found.groups * config.scope)
-        batch = batch_of(found, f"{which} scopes")
+        batch = batch_of(found, f"level {depth} {which} scopes")
         buckets.add_scopes(steps, batch, found.groups, config.scope, shift, stride, table)
         yield table, found.groups
 
@@ -121,4 +133,4 @@ def _add_pooling(
     members, positions = made[:2]
     packed = steps.workspace(f"{name} packed", 12 * shape.slots)
     layers.add_pack(steps, positions, children, packed, slots=shape.slots)
-    return _Local(positions, None, members), packed
+    return _Local(positions, members), packed

@@ -42,11 +42,16 @@ def add_forward(net: Network, levels: list[Level], features: Pointer) -> tuple[M
     """Add the network without the last linear layer; returns its input and what a backward reads."""
     config, steps = net.config, net.steps
     numbers = iter(range(sum(config.depths) + sum(config.decoder_depths)))
-    codes, encoder, skips = [], [], []
+    encoder, skips = [], []
     down: list[Any] = []
+    with steps.beside():
+        deeper = [net.code(level, f"encoder.{number}.position") for number, level in enumerate(levels) if number]
     x, stem = net.stem(levels[0], features)
+    codes = [net.code(levels[0], "encoder.0.position"), *deeper]
     for number, level in enumerate(levels):
         path = f"encoder.{number}"
+        if number == 1:
+            steps.join()
         if number:
             above = levels[number - 1]
             pooled = net.rows(f"{path} pooled", level.slots, x.columns)
@@ -55,7 +60,6 @@ def add_forward(net: Network, levels: list[Level], features: Pointer) -> tuple[M
             )
             x, tape = net.project(pooled, f"{path}.down")
         down.append(tape if number else None)
-        codes.append(net.code(level, f"{path}.position"))
         blocks = []
         for i in range(config.depths[number]):
             where = f"{path}.blocks.{i}", level, config.heads[number], i % 2
@@ -78,7 +82,7 @@ def add_forward(net: Network, levels: list[Level], features: Pointer) -> tuple[M
             level.members,
             skip.pointer,
             level.parents,
-            Number(f"level {number} padding"),
+            Number(f"level {number + 1} padding"),
             x.pointer,
             columns=x.columns,
             dtype=net.dtype,
@@ -121,7 +125,8 @@ def add_backward(net: Network, levels: list[Level], dlogits: Matrix, tape: _Tape
     for number in reversed(range(config.levels)):
         path = f"encoder.{number}"
         d = blocks_backward(d, tape.encoder[number], number)
-        net.code_backward(dcodes[number], tape.codes[number][1], f"{path}.position")
+        with steps.beside():
+            net.code_backward(dcodes[number], tape.codes[number][1], f"{path}.position")
         if number:
             dy = net.project_backward(d, tape.down[number], f"{path}.down")
             dpooled, above = net.linear_backward(dy, f"{path}.down"), levels[number - 1]
@@ -132,13 +137,14 @@ def add_backward(net: Network, levels: list[Level], dlogits: Matrix, tape: _Tape
                 dpooled.pointer,
                 above.members,
                 above.parents,
-                Number(f"level {number - 1} padding"),
+                Number(f"level {number} padding"),
                 d.pointer,
                 columns=d.columns,
                 dtype=net.dtype,
             )
             d = net.linear_backward(skipped[number - 1], f"decoder.{number - 1}.skip", added=d)
     net.stem_gradients(d, tape.stem)
+    steps.join()
 
 
 # ---- plans ---------------------------------------------------------------------------------------------------------
