@@ -14,7 +14,18 @@ import pytest
 
 from gpu3d._arrays import Spec
 from gpu3d.cuda import cublaslt, launcher, linear
-from gpu3d.cuda.plan import DEVICES, GEMM_WORKSPACE, Call, Clear, Gemm, Input, Matrix, Result, Steps
+from gpu3d.cuda.plan import (
+    DEVICES,
+    GEMM_WORKSPACE,
+    SMALL_GEMM_WORKSPACE,
+    Call,
+    Clear,
+    Gemm,
+    Input,
+    Matrix,
+    Result,
+    Steps,
+)
 
 SM90 = DEVICES["sm_90a"]
 BFLOAT16, FLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype("f2"), np.dtype("f4")
