@@ -63,7 +63,7 @@ def add_forward(net: Network, levels: list[Level], features: Pointer) -> tuple[M
         blocks = []
         for i in range(config.depths[number]):
             where = f"{path}.blocks.{i}", level, config.heads[number], i % 2
-            x, block = net.block(x, codes[-1][0], *where, next(numbers))
+            x, block = net.block(x, codes[number][0], *where, next(numbers))
             blocks.append(block)
         encoder.append(blocks)
         skips.append(x)
