@@ -356,7 +356,13 @@ def test_functions_of_the_interop():
         g.scatter(x, there)
     out = g.bucket_attention(*(jnp.asarray(q),) * 3, there, scopes)
     assert_same(out, gpu3d.bucket_attention(q, q, q, buckets, scopes))
-    assert set(g.__all__) == {*(name for name in CALLS if "backward" not in name), "gather", "scatter", "scopes"}
+    assert set(g.__all__) == {
+        *(name for name in CALLS if "backward" not in name),
+        "flash3d",
+        "gather",
+        "scatter",
+        "scopes",
+    }
 
 
 def test_lse_takes_no_gradient():

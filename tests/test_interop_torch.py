@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_docs
+from test_flash3d import CONFIG
 
 torch = pytest.importorskip("torch")
 from torch.autograd import forward_ad  # noqa: E402
@@ -38,7 +39,7 @@ from torch_cases import (  # noqa: E402
 
 import gpu3d  # noqa: E402
 from gpu3d.interop import torch as g  # noqa: E402
-from gpu3d.interop.torch import functions, modules, operators  # noqa: E402
+from gpu3d.interop.torch import flash3d, functions, modules, operators  # noqa: E402
 
 MANY = tuple(range(1, 81))  # more clouds than are passed as integers
 every = pytest.mark.parametrize("name", CASES)
@@ -667,8 +668,9 @@ def test_training_with_a_block_learns():
 
 def test_docstrings():
     names = {name: getattr(g, name) for name in g.__all__}
-    tests = [test for test in doctest.DocTestFinder().find(modules, globs={"torch": torch, **names}) if test.examples]
-    assert tests
+    finder, globs = doctest.DocTestFinder(), {"torch": torch, **names}
+    tests = [test for module in (modules, flash3d) for test in finder.find(module, globs=globs) if test.examples]
+    assert len(tests) > 3
     for test in tests:
         test_docs.run(test)
     assert all(x.__doc__.strip() for x in names.values())
@@ -679,44 +681,50 @@ def test_docstrings():
 WORLD = 2
 
 
-def train_step(rank, store):
+def train_step(name, rank, store):
     """One process of DDP: a backward on its clouds. The first process reports the gradients."""
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-    torch.manual_seed(0)
-    block = torch.nn.parallel.DistributedDataParallel(g.BucketAttention(16, 2))
-    ddp_loss(block, rank).backward()
+    module = torch.nn.parallel.DistributedDataParallel(ddp_module(name))
+    ddp_loss(module, rank).backward()
     if rank == 0:
-        torch.save([p.grad for p in block.module.parameters()], store + ".gradients")
+        torch.save([p.grad for p in module.module.parameters()], store + ".gradients")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     os._exit(0)  # threads of gloo that torch leaves may abort the interpreter at exit
 
 
-def ddp_loss(block, rank):
+def ddp_module(name):
+    torch.manual_seed(0)
+    return g.Flash3D(CONFIG.replace(in_channels=16)).eval() if name == "backbone" else g.BucketAttention(16, 2)
+
+
+def ddp_loss(module, rank):
     at, x = points(64 + 32 * rank, seed=rank), normal(64 + 32 * rank, 16, seed=rank).detach()
+    if isinstance(getattr(module, "module", module), g.Flash3D):
+        return module(at, x).square().mean()
     buckets = g.bucketize(at, 16)
-    out = block(g.scatter(x, buckets), buckets, g.scopes(buckets, 2))
+    out = module(g.scatter(x, buckets), buckets, g.scopes(buckets, 2))
     return g.gather(out, buckets).square().mean()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-def test_ddp(tmp_path):
-    script = "import sys, test_interop_torch as t; t.train_step(int(sys.argv[1]), sys.argv[2])"
+@pytest.mark.parametrize("name", ["block", "backbone"])
+def test_ddp(tmp_path, name):
+    script = "import sys, test_interop_torch as t; t.train_step(sys.argv[1], int(sys.argv[2]), sys.argv[3])"
     here = Path(__file__).resolve().parent
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
-    command = [sys.executable, "-c", script]
+    command = [sys.executable, "-c", script, name]
     ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "store")], env=env) for rank in range(WORLD)]
     try:
         assert [rank.wait(timeout=120) for rank in ranks] == [0] * WORLD
     finally:
         for rank in ranks:
             rank.kill()
-    torch.manual_seed(0)
-    block = g.BucketAttention(16, 2)
-    (sum(ddp_loss(block, rank) for rank in range(WORLD)) / WORLD).backward()
-    for got, p in zip(torch.load(tmp_path / "store.gradients"), block.parameters(), strict=True):
+    module = ddp_module(name)
+    (sum(ddp_loss(module, rank) for rank in range(WORLD)) / WORLD).backward()
+    for got, p in zip(torch.load(tmp_path / "store.gradients"), module.parameters(), strict=True):
         torch.testing.assert_close(got, p.grad, rtol=1e-5, atol=1e-7)
 
 

@@ -37,7 +37,8 @@ def save(path: str | os.PathLike[str], params: dict[str, Any], config: Config) -
     path : str or path-like
         Usually with the ending .safetensors. A file of this name is replaced.
     params : dict
-        NumPy or CuPy arrays, stored as float32. Copying from a GPU synchronizes.
+        As `init` returns them, or arrays by path, like the state_dict of `gpu3d.interop.torch.Flash3D`. Arrays of any
+        library, stored as float32. Copying from a GPU synchronizes.
     config : Config
         The config of the params.
 

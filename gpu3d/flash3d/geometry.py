@@ -34,7 +34,8 @@ def geometry(points: Any, config: Config, lengths: Sequence[int] | None = None) 
     Parameters
     ----------
     points : array float32 [N, 3]
-        NumPy or CuPy. Non-finite coordinates are not checked for: they count as the last voxel of their axis.
+        NumPy, CuPy, torch or JAX. Non-finite coordinates are not checked for: they count as the last voxel of their
+        axis.
     config : Config
     lengths : sequence of int, optional
         Points of each cloud. Default: one cloud.
@@ -79,6 +80,4 @@ def geometry(points: Any, config: Config, lengths: Sequence[int] | None = None) 
 
 def _renumber(slots: Any, new: Any) -> Any:
     """new[slots], and -1 where a slot is -1. Both are arrays of one library."""
-    renumbered = new[slots]
-    renumbered[slots < 0] = -1
-    return renumbered
+    return (new[slots] + 1) * (slots >= 0) - 1  # in every library, traced by torch or JAX too

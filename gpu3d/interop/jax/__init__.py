@@ -7,7 +7,7 @@ calls and give the same bits. Nothing is copied to the host, and nothing waits f
 
 `Buckets`, `Scopes` and `Pooling` are pytrees: arrays are leaves, and lengths and sizes are static. jit compiles a
 function again for other lengths. scatter, gather and scopes are gathers and constants of JAX, which XLA can fuse with
-other operations.
+other operations. `flash3d` is the Flash3D backbone.
 
 vmap runs the other functions once for each element, in a loop on the device. Many clouds are faster as one batch, with
 `lengths` or as [B, n, 3]. In a program over several devices, wrap the functions in shard_map, like any foreign
@@ -29,6 +29,7 @@ if jax.__version_info__ < (0, 6):
 
 from gpu3d.buckets import Buckets, Scopes
 from gpu3d.interop.jax import program
+from gpu3d.interop.jax.flash3d import flash3d
 from gpu3d.interop.jax.functions import (
     apml,
     bucket_attention,
@@ -51,6 +52,7 @@ __all__ = [
     "bucket_unpool",
     "bucketize",
     "chamfer",
+    "flash3d",
     "gather",
     "knn",
     "radius_search",
