@@ -6,7 +6,7 @@
 //                  dz = rstd (g - mean(g) - xhat mean(g xhat));  dx = dres + dz;  dpos = dpos_before + dz
 //                  and a block's sums of du xhat and du over its rows, which sum_partials (layers_bias.cu) adds up to
 //                  the gradients of weight and bias
-// GELU is the tanh form, 0.5 u (1 + tanh(t)) with t = sqrt(2 / pi) (u + 0.044715 u^3).
+// GELU is the tanh form of gelu.cuh.
 //
 // ROW_THREADS threads of a warp share a row and keep it in registers, so each tensor is read once and written once. z
 // is not rounded to the type of the activations. xhat and u are computed again in the backward, from x, pos and the
@@ -29,6 +29,7 @@
 #define GROUPS (THREADS / ROW_THREADS)              // rows that a block takes at once
 #define COLUMNS (ROW_THREADS * THREAD_WORDS * PER)  // an upper bound on the columns
 
+#include "gelu.cuh"
 #include "layers.cuh"
 #include "warp.cuh"
 
@@ -36,29 +37,6 @@ static_assert(
     ROW_THREADS <= 32 && (THREAD_WORDS == 1 || ROW_THREADS == 32),
     "a row belongs to one warp, and fills it before words repeat"
 );
-
-#if GELU
-#define T_SLOPE 0.7978845608028654f  // sqrt(2 / pi)
-#define T_CUBIC 0.044715f
-
-// GELU(u) = u s with s = 0.5 (1 + tanh(t)) = 1 / (1 + exp(-2 t)). E = exp(-2 |t|) gives s and 1 - s without
-// cancellation.
-struct Gate {
-    float s, product;  // product = s (1 - s)
-};
-
-__device__ __forceinline__ Gate gate(float u) {
-    const float t = T_SLOPE * (u + T_CUBIC * u * u * u), E = expf(-2.0f * fabsf(t)), r = __fdividef(1.0f, 1.0f + E);
-    return {t < 0 ? E * r : r, E * r * r};
-}
-
-__device__ __forceinline__ float gelu(float u) { return u * gate(u).s; }
-
-__device__ __forceinline__ float gelu_derivative(float u) {
-    const Gate g = gate(u);
-    return g.s + u * g.product * (2.0f * T_SLOPE) * (1.0f + 3.0f * T_CUBIC * u * u);
-}
-#endif
 
 // The words of x + pos that a thread has, 0 beyond the row's end.
 __device__ __forceinline__ void load_row(

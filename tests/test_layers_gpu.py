@@ -11,6 +11,7 @@ from steps import assert_accurate, run
 
 from gpu3d._arrays import BFLOAT16, FLOAT32, FLOATS, INT32
 from gpu3d.cuda import clouds, layers
+from gpu3d.reference import flash3d as reference
 
 pytestmark = pytest.mark.gpu
 
@@ -258,6 +259,22 @@ def test_residual(cp, dtype, forward):
     for rows, columns, rate in itertools.product((*ROWS, 34_688), (8, 64, 768, 1536), (0.0, 0.3)):
         if rows < 2000 or columns == 64:
             check_residual(cp, rows, columns, dtype, rate, forward)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_gelu_backward(cp, dtype, in_place):
+    for rows, columns in (*itertools.product(ROWS, (8, 256)), (1000, 1536)):
+        dy, x = random((rows, columns), dtype, 21), random((rows, columns), dtype, 22, 2.0)
+
+        def add(steps, given, made, rows=rows, columns=columns):
+            source = made[0] if in_place else given[0]
+            layers.add_gelu_backward(steps, source, given[1], made[0], rows=rows, columns=columns, dtype=dtype)
+
+        (got,) = run(cp, add, [dy, x], [dy if in_place else (dy.shape, dtype)])
+        exact = reference.gelu_backward(dy.astype(np.float64), x.astype(np.float64))
+        naive = reference.gelu_backward(dy.astype(np.float32), x.astype(np.float32)).astype(dtype)
+        assert_accurate(got, naive, exact, f"{rows} x {columns}")
 
 
 def test_drop_path_depends_on_layer_step_and_seed(cp):

@@ -84,6 +84,11 @@ def test_bias_residual_and_fourier(dtype):
 
         check(add_residual, [x, x, Spec((1,), np.dtype(np.uint32))], [x])
         check(add_residual, [None, x, Spec((1,), np.dtype(np.uint32))], [x])
+
+        def add_gelu(steps, given, made, sizes=sizes):
+            layers.add_gelu_backward(steps, *given, *made, **sizes)
+
+        check(add_gelu, [x, x], [x])
     for rows in ROWS:
 
         def add_fourier(steps, given, made, rows=rows):

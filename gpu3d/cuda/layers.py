@@ -22,6 +22,7 @@ from gpu3d.cuda.plan import Kernel, Macros, Number, Pointer, Steps
 
 NORM_THREADS = 256
 RESIDUAL_THREADS = 256
+GELU_THREADS, GELU_ITEMS = 256, 4
 FOURIER_THREADS, FOURIER_ROWS = 256, 4
 FOURIER_WAVES, FOURIER_AXIS_WAVES = 64, 21
 BIAS_THREADS, BIAS_ROWS = 256, 4
@@ -43,6 +44,7 @@ _SIGNATURES = {
     "norm_backward": "QQQQQQQQiiQQQ",
     "sum_partials": "QiiQQ",
     "bias_partials": "QiiiiQ",
+    "gelu_backward": "QQqQ",
     "residual_rows": "QQiiiIfIQQQ",
     "fourier_rows": f"QQQ{4 * FOURIER_WAVES}siiiQ",
     "pack_positions": "QcQ",
@@ -62,7 +64,7 @@ def configurations() -> list[Configuration]:
     for dtype in types:
         shapes = dict.fromkeys(_shape(dtype, columns) for columns in range(8, MOST_COLUMNS + 1, 8))
         found += [Configuration("layers_norm", _norm_macros(dtype, *s, gelu)) for gelu in (False, True) for s in shapes]
-    for source in ("layers_residual", "layers_fourier", "layers_bias"):
+    for source in ("layers_residual", "layers_gelu", "layers_fourier", "layers_bias"):
         found += [Configuration(source, _element(dtype)) for dtype in types]
     return [*found, *(Configuration("layers_compose", (("RATIO", ratio),)) for ratio in RATIOS)]
 
@@ -185,6 +187,19 @@ def add_bias_gradient(steps: Steps, dout: Pointer, dbias: Pointer, *, rows: int,
     args = dout, rows, words, lane_bits, side_by_side, partials
     steps.launch(kernel, grid=parts * side_by_side, block=BIAS_THREADS, args=args)
     _add_sum(steps, partials, parts, columns, dbias)
+
+
+# ---- GELU ----------------------------------------------------------------------------------------------------------
+
+
+def add_gelu_backward(
+    steps: Steps, dy: Pointer, x: Pointer, dx: Pointer, *, rows: int, columns: int, dtype: np.dtype
+) -> None:
+    """Add dx = dy gelu'(x), where gelu is the tanh form. dx may be dy."""
+    words = rows * _row_words(dtype, columns)
+    kernel = _kernel("layers_gelu", "gelu_backward", _element(dtype))
+    grid = -(-words // (GELU_THREADS * GELU_ITEMS))
+    steps.launch(kernel, grid=grid, block=GELU_THREADS, args=(dy, x, words, dx))
 
 
 # ---- residual ------------------------------------------------------------------------------------------------------

@@ -151,7 +151,10 @@ class Network:
     def linear_backward(self, dy: Matrix, path: str, aux: Matrix | None = None, added: Matrix | None = None) -> Matrix:
         """The gradient of x, through GELU where `aux` is given, plus `added`."""
         dx = self.rows(f"d {path}", dy.rows, self.weight(path).columns)
-        linear.input_gradient(self.steps, dy, self.weight(path), dx, aux=aux, added=added)
+        linear.input_gradient(self.steps, dy, self.weight(path), dx, added=added)
+        if aux is not None:
+            sizes = {"rows": dx.rows, "columns": dx.columns}
+            layers.add_gelu_backward(self.steps, dx.pointer, aux.pointer, dx.pointer, **sizes, dtype=self.dtype)
         return dx
 
     # -- norm --
