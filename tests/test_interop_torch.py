@@ -347,11 +347,11 @@ def test_every_operator_is_checked():
 @pytest.mark.parametrize("name", [name for name in g.__all__ if name[0].islower() and name != "use_torch_allocator"])
 def test_plain_calls_come_here(name, monkeypatch):
     """A plain call on a tensor is the function of the same name in gpu3d.interop.torch."""
+    buckets, scopes = layout()  # kept, so not through what is patched next
+    x, pooled = points(), _pooled()
     here = getattr(g, name)
     seen = []
     monkeypatch.setattr(g, name, lambda *args, **kwargs: seen.append(here(*args, **kwargs)))
-    buckets, scopes = layout()
-    x = points()
     calls = {
         "bucketize": lambda: gpu3d.bucketize(x, 16),
         "scopes": lambda: gpu3d.scopes(buckets),
@@ -360,7 +360,7 @@ def test_plain_calls_come_here(name, monkeypatch):
         "bucket_attention": lambda: gpu3d.bucket_attention(*[torch.ones(buckets.num_slots, 1, 8)] * 3, buckets, scopes),
         "bucket_pool": lambda: gpu3d.bucket_pool(*[torch.ones(buckets.num_slots, 3)] * 2, buckets),
         "bucket_unpool": lambda: gpu3d.bucket_unpool(
-            torch.ones(_pooled().buckets.num_slots, 2), _pooled(), torch.ones(buckets.num_slots, 2)
+            torch.ones(pooled.buckets.num_slots, 2), pooled, torch.ones(buckets.num_slots, 2)
         ),
         "chamfer": lambda: gpu3d.chamfer(x, x),
         "apml": lambda: gpu3d.apml(x, x),
