@@ -6,8 +6,7 @@ Pooling makes one point of four, and the output of a layer on the pooled points 
 replaces each attention by a layer on single points with the same number of weights. So the difference between the two
 shows what the stage learns from neighbours.
 
-With --data the points are sweeps of SemanticKITTI: files semantickitti/SS_FFFFFF.npz with xyz int16 [N, 3] in units of
-5 mm, remission uint8, and label uint8, one of the 19 training classes or 255 for none. Sequences 04 and 10 are for
+With --data the points are sweeps of SemanticKITTI (sweeps.py describes the files). Sequences 04 and 10 are for
 validation. Without --data all sweeps are made-up streets, which teach nothing about real ones.
 
 If torch has a GPU, training runs on it with larger crops and batches; with those for a CPU, the GPU would wait for its
@@ -32,34 +31,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from sweeps import CLASSES, IGNORED, Sweep, made_up_street, read_sweeps, thin
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 import gpu3d
 from gpu3d.interop.torch import BucketAttention, bucket_pool, bucket_unpool, bucketize, gather, scatter, scopes
 
-CLASSES = [
-    "car",
-    "bicycle",
-    "motorcycle",
-    "truck",
-    "other-vehicle",
-    "person",
-    "bicyclist",
-    "motorcyclist",
-    "road",
-    "parking",
-    "sidewalk",
-    "other-ground",
-    "building",
-    "fence",
-    "vegetation",
-    "trunk",
-    "terrain",
-    "pole",
-    "traffic-sign",
-]
-IGNORED = 255
 VALIDATION = "04", "10"  # sequences
 BUCKET_SIZE, SCOPE, RATIO = 32, 4, 4
 DEFAULTS = {"cpu": {"epochs": 5, "batch": 8, "points": 512}, "cuda": {"epochs": 20, "batch": 64, "points": 8192}}
@@ -185,15 +163,7 @@ def perceptron(inside: int, hidden: int, outside: int) -> tuple[nn.Module, ...]:
     return nn.Linear(inside, hidden), nn.GELU(), nn.Linear(hidden, outside)
 
 
-# ---- sweeps --------------------------------------------------------------------------------------------------------
-
-
-class Sweep(NamedTuple):
-    """Labelled points, relative to the sensor."""
-
-    points: np.ndarray  # float32 [n, 3], metres
-    remission: np.ndarray  # float32 [n], 0 to 1
-    labels: np.ndarray  # uint8 [n]
+# ---- batches -------------------------------------------------------------------------------------------------------
 
 
 def load(folder: Path | None, voxel: float) -> tuple[list[Sweep], list[Sweep], str]:
@@ -201,65 +171,15 @@ def load(folder: Path | None, voxel: float) -> tuple[list[Sweep], list[Sweep], s
     if folder is None:
         streets = [thin(made_up_street(seed), voxel) for seed in range(24)]
         return streets[:18], streets[18:], "made-up streets, because there is no --data"
-    files = sorted((folder / "semantickitti").glob("[0-9][0-9]_*.npz"))
     parts: list[list[Sweep]] = [[], []]
-    for file in files:
-        with np.load(file, allow_pickle=False) as arrays:
-            points = arrays["xyz"] * np.float32(0.005)
-            sweep = Sweep(points, arrays["remission"] / np.float32(255), arrays["label"])
-        parts[file.name[:2] in VALIDATION].append(thin(sweep, voxel))
+    for sequence, sweeps in read_sweeps(folder).items():
+        parts[sequence in VALIDATION] += [thin(sweep, voxel) for sweep in sweeps]
     if not all(parts):
         raise ValueError(
             f"{folder / 'semantickitti'} must hold sweeps SS_FFFFFF.npz of sequences {' and '.join(VALIDATION)} and of "
-            f"other sequences, got {len(files)} sweeps."
+            f"other sequences, got {len(parts[0])} and {len(parts[1])} sweeps."
         )
     return parts[0], parts[1], "SemanticKITTI"
-
-
-def thin(sweep: Sweep, voxel: float) -> Sweep:
-    """The first point of every voxel."""
-    cells = np.floor(sweep.points / voxel).astype(np.int64)
-    cells -= cells.min(axis=0)
-    first = np.unique(np.ravel_multi_index(tuple(cells.T), tuple(cells.max(axis=0) + 1)), return_index=True)[1]
-    return Sweep(*(values[first] for values in sweep))
-
-
-def made_up_street(seed: int) -> Sweep:
-    """A road with pavements, houses, cars, trees and poles around a sensor; its density falls with the distance."""
-    rng = np.random.default_rng(seed)
-    parts: list[tuple[np.ndarray, str]] = []
-
-    def add(name: str, low: Any, high: Any, count: int) -> None:
-        low, high = np.minimum(low, high), np.maximum(low, high)
-        parts.append((rng.uniform(low, high, (count, 3)), name))
-
-    ground = -1.73  # relative to the sensor
-    road, pavement = rng.uniform(3, 6), rng.uniform(2, 4)
-    add("road", (-50, -road, ground), (50, road, ground), 12_000)
-    for side in (-1, 1):
-        kerb, wall = side * road, side * (road + pavement)
-        add("sidewalk", (-50, kerb, ground + 0.12), (50, wall, ground + 0.12), 4_000)
-        for x in np.arange(-50, 50, 12):
-            if rng.random() < 0.6:
-                add("building", (x, wall, ground), (x + 10, wall + 0.1, ground + rng.uniform(4, 9)), 1_500)
-            else:
-                add("terrain", (x, wall, ground), (x + 12, wall + side * 8, ground + 0.2), 700)
-                tree = np.array([x + 6, wall + side * rng.uniform(1, 4), 0])
-                add("trunk", tree + (-0.2, -0.2, ground), tree + (0.2, 0.2, 1), 120)
-                parts.append((tree + (0, 0, 2.5) + rng.standard_normal((900, 3)), "vegetation"))
-            if rng.random() < 0.5:
-                at = np.array([x + 3, kerb - side * 1.2, ground])
-                add("car", at + (-2.1, -0.9, 0.3), at + (2.1, 0.9, 0.9), 500)
-                add("car", at + (-1.2, -0.8, 0.9), at + (1.0, 0.8, 1.5), 250)
-            if rng.random() < 0.4:
-                at = np.array([x, kerb + side * 0.4, ground])
-                add("pole", at + (-0.08, -0.08, 0.1), at + (0.08, 0.08, 5), 120)
-    points = np.concatenate([part for part, _ in parts])
-    labels = np.concatenate([np.full(len(part), CLASSES.index(name), np.uint8) for part, name in parts])
-    seen = rng.random(len(points)) < np.minimum(1, 12 / np.linalg.norm(points, axis=1))
-    points = points[seen] + rng.normal(0, 0.02, (np.count_nonzero(seen), 3))
-    remission = rng.random(len(CLASSES))[labels[seen]] * rng.random(len(points))
-    return Sweep(points.astype(np.float32), remission.astype(np.float32), labels[seen])
 
 
 def crop(sweep: Sweep, count: int, rng: np.random.Generator) -> Sweep:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``gpu3d demo`` buckets scans and draws them; ``gpu3d info`` prints what is installed."""
+"""The command line.
+
+``gpu3d demo`` buckets scans and draws them. ``gpu3d segment`` labels the points of a scan. ``gpu3d info`` prints what
+is installed.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,9 @@ from typing import Any
 import numpy as np
 
 import gpu3d
+from gpu3d import flash3d
 from gpu3d.cuda import compiler
-from gpu3d.io import read_points
+from gpu3d.io import read_intensity, read_points
 from gpu3d.plot import plot_buckets
 from gpu3d.reference.buckets import bucket_radii
 
@@ -63,11 +68,26 @@ def main(argv: list[str] | None = None) -> int:
     )
     demo.add_argument("--balance", default="spill", help="spill or probe (default: %(default)s)")
     demo.add_argument("-o", "--output", metavar="PNG", type=Path, help="the picture (default: ./gpu3d-demo*.png)")
+    segment = commands.add_parser("segment", help="label the points of a scan by trained weights")
+    segment.add_argument("scan", metavar="SCAN", type=Path, help=".bin .npy .npz .ply .pcd .las .laz")
+    segment.add_argument("--weights", metavar="FILE", type=Path, required=True, help="what flash3d.save wrote")
+    segment.add_argument(
+        "-o",
+        "--out",
+        metavar="FILE",
+        type=Path,
+        help="the labels: .npy, or .ply with the points (default: ./gpu3d-segment-SCAN.npy)",
+    )
     commands.add_parser("info", help="print device, versions, kernel cache, and how to install what is missing")
 
     arguments = parser.parse_args(argv)
     if arguments.command == "info":
         return _info()
+    if arguments.command == "segment":
+        out = arguments.out or Path(f"gpu3d-segment-{arguments.scan.stem}.npy")
+        if out.suffix.lower() not in (".npy", ".ply"):
+            segment.error(f"--out must end in .npy or .ply, got {out}")
+        return _segment(arguments.scan, arguments.weights, out)
     if arguments.output and len(arguments.files) > 1:
         demo.error("-o names one picture, so it takes one FILE")
     return _demo(arguments)
@@ -165,6 +185,85 @@ def _random_order_radius(points: np.ndarray, bucket_size: int) -> float:
     """The mean radius of full buckets when the points are shuffled."""
     order = np.random.default_rng(0).permutation(len(points))[: len(points) // bucket_size * bucket_size]
     return float(bucket_radii(points, order, bucket_size).mean())
+
+
+def _segment(scan: Path, weights: Path, out: Path) -> int:
+    """Label a scan, print how many points each class has, and write the labels."""
+    cupy, _ = _working_cupy()
+    file = weights  # the one that an error is about
+    try:
+        params, config = flash3d.load(weights)
+        task = flash3d.load_task(weights)
+        file = scan
+        points = read_points(scan)
+        attributes = {}
+        if "intensity" in task.features and (intensity := read_intensity(scan)) is not None:
+            if len(intensity) != len(points):
+                raise ValueError(f"{len(points)} points have {len(intensity)} intensities: the file is inconsistent")
+            attributes["intensity"] = intensity
+        begin = time.perf_counter()
+        labels = _predict(points, attributes, params, config, task, cupy)
+        seconds = time.perf_counter() - begin
+        file = out
+        _write_labels(out, points, labels)
+    except (OSError, ValueError, ImportError, MemoryError) as error:
+        print(f"gpu3d: {file}: {error or type(error).__name__}", file=sys.stderr)
+        return 1
+    rows = [("scan", scan.name), ("points", f"{len(points):,}"), ("time", f"{seconds:.3f} s")]
+    counts = np.bincount(labels[labels >= 0], minlength=config.classes)
+    rows += [(name, f"{count:,}") for name, count in zip(task.classes, counts, strict=True) if count]
+    if unlabelled := int((labels < 0).sum()):
+        rows.append(("not finite", f"{unlabelled:,} (label -1)"))
+    rows += [("device", _cpu_name() if cupy is None else _gpu_name(cupy)), ("labels", str(out))]
+    _print_rows(rows)
+    return 0
+
+
+def _predict(
+    points: np.ndarray,
+    attributes: dict[str, np.ndarray],
+    params: dict[str, Any],
+    config: flash3d.Config,
+    task: flash3d.Task,
+    cupy: ModuleType | None,
+) -> np.ndarray:
+    """The class of every point, int32; -1 where a coordinate or a feature is not finite."""
+    labels = np.full(len(points), -1, np.int32)
+    features = flash3d.features(points, attributes, task.features)
+    kept = np.flatnonzero(np.isfinite(points).all(axis=1) & np.isfinite(features).all(axis=1))
+    if not len(kept):
+        return labels
+    rows, parents = np.arange(len(kept)), np.arange(len(kept))
+    if task.voxel:
+        rows, parents = flash3d.voxel_subset(points[kept], task.voxel)
+    inputs = points[kept][rows], features[kept][rows]
+    if cupy is None:
+        found = flash3d.compile(params, config)(*inputs)
+    else:
+        found = flash3d.compile(_on_gpu(params, cupy), config)(*map(cupy.asarray, inputs)).get()
+    labels[kept] = found[parents]
+    return labels
+
+
+def _on_gpu(params: dict[str, Any], cupy: ModuleType) -> dict[str, Any]:
+    return {key: _on_gpu(x, cupy) if isinstance(x, dict) else cupy.asarray(x) for key, x in params.items()}
+
+
+def _write_labels(path: Path, points: np.ndarray, labels: np.ndarray) -> None:
+    if path.suffix.lower() == ".npy":
+        with open(path, "wb") as file:  # np.save would add an ending to a name in capitals
+            np.save(file, labels)
+        return
+    try:
+        plyfile = import_module("plyfile")
+    except ImportError as error:
+        raise ImportError('writing a .ply needs plyfile: pip install "gpu3d[io]"') from error
+    columns = [(name, points.dtype) for name in "xyz"] + [("label", labels.dtype)]
+    vertices = np.empty(len(points), columns)
+    for name, values in zip("xyz", points.T, strict=True):
+        vertices[name] = values
+    vertices["label"] = labels
+    plyfile.PlyData([plyfile.PlyElement.describe(vertices, "vertex")]).write(str(path))
 
 
 def _info() -> int:

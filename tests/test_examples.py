@@ -2,6 +2,7 @@
 """The examples run as a new user would run them: in a process of their own, in an empty folder, on the CPU."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 from clouds import lidar_like
 from scipy.spatial import KDTree
+
+from gpu3d import flash3d
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -237,6 +240,109 @@ def test_torch_segmentation_block_without_sweeps(tmp_path):
     assert done.returncode == 1
     assert "semantickitti must hold sweeps" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+FEW = {  # the fields of a small network
+    "channels": [8, 16],
+    "depths": [1, 1],
+    "decoder_channels": [8],
+    "decoder_depths": [1],
+    "heads": [1, 1],
+    "decoder_heads": [1],
+    "hashes": ["zorder_div", "xor_div"],
+    "strides": [1, 1],
+    "bucket_size": 32,
+    "scope": 2,
+    "mlp": 1,
+}
+SEQUENCES = "00", "01", "02", "03", "04", "05", "07", "09", "10"
+
+
+def write_sweeps(folder, sequences=SEQUENCES):
+    """Sweeps in the form of SemanticKITTI's: ground, walls, and some points without a class."""
+    (folder / "semantickitti").mkdir()
+    for seed, name in enumerate(sequences):
+        points, rng = lidar_like(800, seed), np.random.default_rng(seed)
+        labels = np.where(points[:, 2] < np.median(points[:, 2]), 8, 12).astype(np.uint8)
+        labels[::20] = 255
+        arrays = {"xyz": (points / 0.005).astype(np.int16), "remission": rng.integers(0, 256, 800, np.uint8)}
+        np.savez(folder / "semantickitti" / f"{name}_000000.npz", **arrays, label=labels)
+
+
+def test_train_segmentation(tmp_path):
+    write_sweeps(tmp_path)
+    (tmp_path / "few.json").write_text(json.dumps(FEW))
+    small = "--steps", "2", "--points", "200", "--config", "few.json", "--device", "cpu", "--fold", "1"
+    done = run("train_segmentation.py", tmp_path, *small, "--data", ".", "--out", "out")
+    assert done.returncode == 0, done.stderr
+    assert "training: 6 sweeps of sequences 00 02 03 04 07 09; unseen: 01 05 10" in done.stdout
+    assert "2 steps of 1 x 200 points" in done.stdout
+    rows = re.findall(r"^([a-z ]+?) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)$", done.stdout, re.M)
+    table = {name: np.array(values, float) for name, *values in rows}
+    assert list(table) == ["road", "building", "mean", "mean of common"]  # the classes that occur
+    assert np.abs(table["mean"] - (table["road"] + table["building"]) / 2).max() < 0.11
+    assert 0 < table["mean"].max() <= 100
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"weights.safetensors", "picture.png"}
+    _, config = flash3d.load(tmp_path / "out" / "weights.safetensors")
+    assert (config.channels, config.in_channels, config.classes) == ((8, 16), 4, 19)
+    task = flash3d.load_task(tmp_path / "out" / "weights.safetensors")
+    assert task.voxel == 0.2 and task.classes[8] == "road" and task.features[3] == "intensity"
+    image = matplotlib.image.imread(tmp_path / "out" / "picture.png")[..., :3]
+    truth, prediction = np.array_split(image[110:880], 2, axis=1)
+    assert min((np.ptp(panel, axis=-1) > 0.25).sum() for panel in (truth, prediction)) > 500
+
+
+def test_train_segmentation_continues_after_an_interrupt(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("train_segmentation")
+    write_sweeps(tmp_path)
+    (tmp_path / "few.json").write_text(json.dumps(FEW))
+
+    def main(out, *more):
+        options = "--steps", "4", "--points", "100", "--config", str(tmp_path / "few.json"), "--device", "cpu"
+        return example.main([*options, "--data", str(tmp_path), "--out", str(tmp_path / out), *more])
+
+    assert main("unbroken") == 0
+    step = flash3d.Trainer.step
+
+    def interrupted(trainer, *batch):
+        if trainer.done_steps == 2:
+            raise KeyboardInterrupt
+        return step(trainer, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flash3d.Trainer, "step", interrupted)
+        assert main("broken") == 130
+    assert "interrupted after 2 steps; the same command continues" in capsys.readouterr().err
+    assert main("broken", "--seed", "1") == 1
+    assert "another --config, --steps or --seed" in capsys.readouterr().err
+    assert main("broken") == 0
+    assert "continues after 2 steps" in capsys.readouterr().out
+    weights = [(tmp_path / out / "weights.safetensors").read_bytes() for out in ("unbroken", "broken")]
+    assert weights[0] == weights[1]
+    assert len(list((tmp_path / "broken").iterdir())) == 2
+    assert main("other", "--seed", "1") == 0
+    assert (tmp_path / "other" / "weights.safetensors").read_bytes() != weights[0]
+
+
+def test_train_segmentation_on_made_up_streets(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("train_segmentation")
+    monkeypatch.setattr(example, "VOXEL", 1.5)  # fewer points
+    (tmp_path / "few.json").write_text(json.dumps(FEW))
+    small = "--steps", "1", "--points", "100", "--config", str(tmp_path / "few.json"), "--device", "cpu"
+    assert example.main([*small, "--out", str(tmp_path / "out")]) == 0
+    assert "made-up streets, because there is no --data, on the CPU" in capsys.readouterr().out
+
+
+def test_train_segmentation_without_sweeps(tmp_path):
+    write_sweeps(tmp_path, SEQUENCES[:-1])
+    done = run("train_segmentation.py", tmp_path, "--data", ".", "--device", "cpu")
+    assert done.returncode == 1
+    assert "must hold sweeps SS_FFFFFF.npz of the sequences 00 01 02 03 04 05 07 09 10, got none of 10" in done.stderr
+    done = run("train_segmentation.py", tmp_path, "--config", "huge", "--device", "cpu")
+    assert done.returncode == 1
+    assert "huge" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("library", ["torch", "jax"])

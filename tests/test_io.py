@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gpu3d.io
-from gpu3d.io import read_points
+from gpu3d.io import read_intensity, read_points
 
 # Columns, signs and magnitudes differ, so that a swapped axis or a lost row shows. Non-finite rows stay.
 POINTS = np.array(
@@ -242,7 +242,7 @@ def test_pcd_that_ends_between_two_points(tmp_path, encoding):
     assert "truncated: the header promises 5 points, the file holds 4" in error_of(path)
 
 
-def write_las(path, points, scale=0.01):
+def write_las(path, points, scale=0.01, intensity=0):
     laspy = pytest.importorskip("laspy")
     if path.suffix == ".laz":
         pytest.importorskip("lazrs")
@@ -251,6 +251,7 @@ def write_las(path, points, scale=0.01):
     header.offsets = np.floor(points.min(axis=0))
     las = laspy.LasData(header)
     las.xyz = points
+    las.intensity = np.broadcast_to(np.uint16(intensity), len(points))
     las.write(str(path))
 
 
@@ -269,6 +270,64 @@ def test_las_that_ends_between_two_points(tmp_path):
     write_las(path, MAP_POINTS)
     truncate(path, -28)  # the size of a record of point format 1
     assert "truncated: the header promises 3 points, the file holds 2" in error_of(path)
+
+
+# ---- intensity
+
+INTENSITY = np.array([3, 0, 200, 255, 17])
+
+
+def write_with_intensity(path):
+    """Five points with INTENSITY, in the dtype that the format has for it; return the dtype."""
+    if path.suffix == ".bin":
+        ring = [np.full(5, 99)] * path.name.endswith(".pcd.bin")
+        np.column_stack([POINTS, INTENSITY, *ring]).astype("<f4").tofile(path)
+        return np.float32
+    if path.suffix == ".npy":
+        np.save(path, np.column_stack([POINTS, INTENSITY]))
+        return np.float64
+    if path.suffix == ".npz":
+        np.savez(path, points=POINTS, remission=INTENSITY.astype(np.uint8), label=np.zeros(5))
+        return np.uint8
+    if path.suffix == ".ply":
+        plyfile = pytest.importorskip("plyfile")
+        vertices = np.zeros(5, [("x", "f4"), ("y", "f4"), ("intensity", "u1"), ("z", "f4")])
+        vertices["intensity"] = INTENSITY
+        plyfile.PlyData([plyfile.PlyElement.describe(vertices, "vertex")]).write(str(path))
+        return np.uint8
+    if path.suffix == ".pcd":
+        pypcd4 = pytest.importorskip("pypcd4")
+        fields, dtypes = ("x", "y", "z", "intensity"), [np.float32] * 4
+        pypcd4.PointCloud.from_points([*POINTS.T, INTENSITY.astype(np.float32)], fields, dtypes).save(str(path))
+        return np.float32
+    write_las(path, np.ones((5, 3)), intensity=INTENSITY)
+    return np.uint16
+
+
+@pytest.mark.parametrize("name", ["a.bin", "a.pcd.bin", "a.npy", "a.npz", "a.ply", "a.pcd", "a.las", "a.laz"])
+def test_intensity(tmp_path, name):
+    dtype = write_with_intensity(tmp_path / name)
+    intensity = read_intensity(tmp_path / name)
+    assert intensity.dtype == dtype and intensity.tolist() == INTENSITY.tolist()
+    assert len(read_points(tmp_path / name)) == 5
+
+
+def test_files_without_intensity(tmp_path):
+    POINTS.tofile(tmp_path / "sweep.bin")
+    assert read_intensity(tmp_path / "sweep.bin", columns=3) is None
+    np.save(tmp_path / "scan.npy", np.column_stack([POINTS, POINTS]))  # the fourth of six columns can be anything
+    np.savez(tmp_path / "scan.npz", points=POINTS)
+    for name in ("scan.npy", "scan.npz"):
+        assert read_intensity(tmp_path / name) is None
+    for name, write in (("scan.ply", write_ply), ("scan.pcd", lambda path, points: write_pcd(path, points, "binary"))):
+        write(tmp_path / name, POINTS)
+        assert read_intensity(tmp_path / name) is None
+
+
+def test_intensity_of_a_broken_file(tmp_path):
+    np.ones(30, np.float32).tofile(tmp_path / "sweep.bin")
+    with pytest.raises(ValueError, match=r"cannot read intensity from .*sweep.bin: 120 bytes are no whole number"):
+        read_intensity(tmp_path / "sweep.bin")
 
 
 # ---- what goes wrong in any format

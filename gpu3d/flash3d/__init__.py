@@ -12,9 +12,29 @@ Examples
 (500, 3)
 """
 
-from gpu3d.flash3d.checkpoint import load, save
+from gpu3d.flash3d.checkpoint import load, load_task, save
 from gpu3d.flash3d.config import Config, presets
+from gpu3d.flash3d.data import Task, augment, crop, features, voxel_subset
 from gpu3d.flash3d.model import Batch, compile, forward, loss_and_grad
 from gpu3d.flash3d.params import count, init
+from gpu3d.flash3d.train import Trainer
 
-__all__ = ["Batch", "Config", "compile", "count", "forward", "init", "load", "loss_and_grad", "presets", "save"]
+__all__ = [
+    "Batch",
+    "Config",
+    "Task",
+    "Trainer",
+    "augment",
+    "compile",
+    "count",
+    "crop",
+    "features",
+    "forward",
+    "init",
+    "load",
+    "load_task",
+    "loss_and_grad",
+    "presets",
+    "save",
+    "voxel_subset",
+]

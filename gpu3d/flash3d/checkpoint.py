@@ -3,7 +3,7 @@
 
 The file is the length of the header (8 bytes, little-endian), the header in JSON, and the float32 values of all tensors
 one after another. The config stands in the header's metadata. The format is simple enough to be read and written here,
-so that saving a model needs no further package.
+so that saving a model needs no further package. `Trainer` writes the moments of the optimizer into the same file.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,16 @@ import numpy as np
 
 from gpu3d import _arrays
 from gpu3d.flash3d.config import Config
+from gpu3d.flash3d.data import Task, default_task
 from gpu3d.flash3d.params import check_fit, check_params, pack
 
-CONFIG = "gpu3d.flash3d"  # the metadata's key
+CONFIG = "gpu3d.flash3d"  # the metadata's key for the config
+TASK = "gpu3d.flash3d.task"
+OPTIMIZER = "optimizer."  # begins the names of tensors that are no parameters
 LENGTH_BYTES = 8  # of the header's length
 
 
-def save(path: str | os.PathLike[str], params: dict[str, Any], config: Config) -> None:
+def save(path: str | os.PathLike[str], params: dict[str, Any], config: Config, *, task: Task | None = None) -> None:
     """Write parameters and their config to a file.
 
     The file is written beside `path` first and then moved there, so `path` holds either the old file or the whole new
@@ -41,11 +45,13 @@ def save(path: str | os.PathLike[str], params: dict[str, Any], config: Config) -
         library, stored as float32. Copying from a GPU synchronizes.
     config : Config
         The config of the params.
+    task : Task, optional
+        What the features are, what the classes are called, and how scans were thinned. `gpu3d segment` reads it.
 
     Raises
     ------
     TypeError, ValueError
-        The params do not fit the config; the first mismatch is named.
+        The params or the task do not fit the config; the first mismatch is named.
     OSError
         The file cannot be written.
 
@@ -61,8 +67,16 @@ def save(path: str | os.PathLike[str], params: dict[str, Any], config: Config) -
     >>> loaded_config == config, bool((loaded["stem"]["weight"] == params["stem"]["weight"]).all())
     (True, True)
     """
-    arrays = check_params(params, config)
-    header: dict[str, Any] = {"__metadata__": {CONFIG: json.dumps(dataclasses.asdict(config))}}
+    metadata = {CONFIG: json.dumps(dataclasses.asdict(config))}
+    if task is not None:
+        task.check(config)
+        metadata[TASK] = json.dumps(dataclasses.asdict(task))
+    write(path, check_params(params, config), metadata)
+
+
+def write(path: str | os.PathLike[str], arrays: dict[str, Any], metadata: dict[str, str]) -> None:
+    """Write tensors, as float32, and metadata. `path` holds the old file until the new one is whole."""
+    header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, array in arrays.items():
         begin, end = end, end + 4 * math.prod(array.shape)
@@ -86,7 +100,7 @@ def save(path: str | os.PathLike[str], params: dict[str, Any], config: Config) -
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Config]:
-    """Read what `save` wrote.
+    """Read what `save` or `Trainer.save` wrote.
 
     Parameters
     ----------
@@ -117,13 +131,61 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Config]:
     >>> params["head"]["weight"].shape, loaded_config.classes
     ((7, 32), 7)
     """
+    with reading(path) as (arrays, metadata):
+        config = config_of(metadata)
+        weights = {name: array for name, array in arrays.items() if not name.startswith(OPTIMIZER)}
+        check_fit(weights, config)
+        return pack(weights, config, np.float32), config
+
+
+def load_task(path: str | os.PathLike[str]) -> Task:
+    """The task that `save` wrote beside the parameters.
+
+    Parameters
+    ----------
+    path : str or path-like
+
+    Returns
+    -------
+    Task
+        If `save` was given none: coordinates as features if there are 3 of them, coordinates and intensity if there
+        are 4, numbers as names of the classes, and no thinning.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ValueError
+        As in `load`, or the file has no task and its features are neither 3 nor 4.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from gpu3d import flash3d
+    >>> config = flash3d.presets["tiny"].replace(classes=2)
+    >>> task = flash3d.Task(features=("x", "y", "z", "intensity"), classes=("ground", "other"), voxel=0.2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     flash3d.save(f"{folder}/tiny.safetensors", flash3d.init(config), config, task=task)
+    ...     flash3d.load_task(f"{folder}/tiny.safetensors") == task
+    True
+    """
+    with reading(path) as (_, metadata):
+        config = config_of(metadata)
+        if TASK not in metadata:
+            return default_task(config)
+        task = Task(**json.loads(metadata[TASK]))
+        task.check(config)
+        return task
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, np.ndarray], dict[str, str]]]:
+    """The tensors of a file, and its metadata. Errors about what they hold name the file."""
     content = Path(path).read_bytes()
     try:
         header, data = _split(content)
-        config = _config(header.pop("__metadata__", {}))
-        arrays = {name: _tensor(name, entry, data) for name, entry in header.items()}
-        check_fit(arrays, config)
-        return pack(arrays, config, np.float32), config
+        metadata = header.pop("__metadata__", {})
+        yield {name: _tensor(name, entry, data) for name, entry in header.items()}, metadata
     except (TypeError, ValueError) as error:
         raise ValueError(f"cannot load {os.fspath(path)}: {error}") from error
 
@@ -148,7 +210,8 @@ def _split(content: bytes) -> tuple[dict[str, Any], memoryview]:
     return header, data
 
 
-def _config(metadata: dict[str, str]) -> Config:
+def config_of(metadata: dict[str, str]) -> Config:
+    """The config in the metadata of a file."""
     if CONFIG not in metadata:
         raise ValueError(f"flash3d.save did not write it, because its metadata has no {CONFIG!r}.")
     fields, known = json.loads(metadata[CONFIG]), {field.name for field in dataclasses.fields(Config)}

@@ -18,7 +18,7 @@ from gpu3d.flash3d.config import Config
 from gpu3d.flash3d.geometry import geometry
 from gpu3d.flash3d.graphs import Graphs
 from gpu3d.flash3d.losses import check_device_labels, check_labels
-from gpu3d.flash3d.params import arena_of, arena_size, check_params, flat, pack, views
+from gpu3d.flash3d.params import arena_of, arena_size, check_params, flat, host_arena, pack, views
 from gpu3d.reference import flash3d as reference
 
 
@@ -114,7 +114,7 @@ def forward(params: dict[str, Any], batch: Batch, config: Config) -> Any:
     >>> flash3d.forward(flash3d.init(config), batch, config).shape
     (300, 19)
     """
-    given = _check(params, batch, config)
+    given = check_call(params, batch, config)
     if not isinstance(batch.points, np.ndarray):
         return _forward_on_gpu(given, batch, config)
     exact = pack(given, config, np.float64)
@@ -173,20 +173,36 @@ def loss_and_grad(
     >>> grads["head"]["weight"].shape, bool(1 < loss < 1.5)
     ((2, 32), True)
     """
-    given = _check(params, batch, config)
+    given = check_call(params, batch, config)
     if not isinstance(batch.points, np.ndarray):
         return _loss_and_grad_on_gpu(given, batch, labels, config, ignore)
-    exact = pack(given, config, np.float64)
+    loss, gradient = loss_and_gradient(given, batch, labels, config, ignore)
+    return loss, views(gradient, config)
+
+
+def loss_and_gradient(
+    params: dict[str, Any],
+    batch: Batch,
+    labels: Any,
+    config: Config,
+    ignore: int,
+    training: reference.Training | None = None,
+) -> tuple[np.float32, np.ndarray]:
+    """What `loss_and_grad` returns on the host, with the gradients as an arena. With `training` there is drop path.
+
+    The parameters are given by path, as `check_call` returns them.
+    """
+    exact = pack(params, config, np.float64)
     checked = check_labels(labels, len(batch.points), config.classes, ignore)
     with np.errstate(over="ignore", invalid="ignore"):
         levels = geometry(batch.points, config, batch.lengths)
-        logits, tape = reference.forward(exact, levels, batch.features, config)
+        logits, tape = reference.forward(exact, levels, batch.features, config, training)
         loss, dlogits = reference.segmentation_loss(logits, checked, ignore)
         _, exact_grads = reference.backward(dlogits, tape, exact, levels, config)
-        return np.float32(loss), pack(flat(exact_grads), config, np.float32)
+        return np.float32(loss), host_arena(flat(exact_grads), config, np.float32)
 
 
-def _check(params: Any, batch: Any, config: Any) -> dict[str, Any]:
+def check_call(params: Any, batch: Any, config: Any) -> dict[str, Any]:
     """The parameters by path, with all arguments checked."""
     if not isinstance(batch, Batch):
         raise TypeError(
@@ -252,7 +268,7 @@ def compile(params: dict[str, Any], config: Config) -> Callable[..., Any]:
 
     def predict_on_gpu(points: Any, features: Any, lengths: Sequence[int] | None = None) -> Any:
         batch = Batch(points, features, lengths)
-        _check(params, batch, config)
+        check_call(params, batch, config)
         spec = Spec(batch.features.shape, batch.features.dtype)
         device = launcher.device(masters.data.device_id)
         make = functools.partial(network.forward_call, config, batch.lengths, spec, device)

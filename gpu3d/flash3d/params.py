@@ -264,7 +264,12 @@ def arena_of(arrays: dict[str, Any], config: Config) -> Any:
 
 def pack(arrays: dict[str, Any], config: Config, dtype: Any) -> dict[str, Any]:
     """Parameters, given by path, copied into a new NumPy arena."""
-    params = views(np.zeros(arena_size(config), dtype), config)
-    for path, view in flat(params).items():
+    return views(host_arena(arrays, config, dtype), config)
+
+
+def host_arena(arrays: dict[str, Any], config: Config, dtype: Any) -> np.ndarray:
+    """A new NumPy arena with a copy of parameters that are given by path."""
+    arena = np.zeros(arena_size(config), dtype)
+    for path, view in flat(views(arena, config)).items():
         view[...] = arrays[path]
-    return params
+    return arena
