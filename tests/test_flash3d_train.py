@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import signal
 import sys
 
 import clouds
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from gpu3d import cli, flash3d
-from gpu3d.flash3d import checkpoint, model, optim, train
+from gpu3d.flash3d import checkpoint, graphs, model, optim, train
 from gpu3d.flash3d.params import flat
 
 CONFIG = flash3d.Config(
@@ -266,6 +267,19 @@ def test_an_interrupt_in_a_phase_of_a_step(phase, monkeypatch):
     run(ours, 2)
     run(unbroken, 2)
     assert everything(ours) == everything(unbroken)
+
+
+def test_an_interrupt_waits_until_all_is_launched():
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        with graphs.uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            done.append(1)
+        done.append(2)
+    assert done == [1] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(ValueError, match="own"), graphs.uninterrupted():
+        raise ValueError("own")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # ---- the file ------------------------------------------------------------------------------------------------------

@@ -7,8 +7,11 @@ first one loads its kernels, and most calls with lengths of their own never come
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 from gpu3d._arrays import Spec
@@ -16,6 +19,22 @@ from gpu3d.cuda import launcher
 from gpu3d.cuda.plan import Call
 
 MOST_GRAPHS = 16  # a graph of a training step takes some megabytes
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold back Ctrl-C until the end of this context. Python interrupts the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *args: held.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held and callable(before):
+        before(*held[0])
 
 
 class Graphs:
@@ -40,7 +59,7 @@ class Graphs:
         self._done: Any = None  # an event behind the last run
 
     def run(self, key: Hashable, make: Callable[[], Call], inputs: Sequence[Any], results: Sequence[Spec]) -> list[Any]:
-        """Run the call `make()` on the current stream. The results are valid until the next run.
+        """Run the call `make()` on the current stream; returns new arrays.
 
         Runs with equal keys have the same call, and inputs of the same shapes and dtypes. Inputs are contiguous.
         """
@@ -71,7 +90,8 @@ class Graphs:
             self._workspace = self._cupy.empty(0, "u1")
             self._workspace = self._cupy.empty(call.plan.workspace, "u1")
         arrays = *inputs, *self._fixed, *results, self._workspace
-        launcher.run(call, [array.data.ptr for array in arrays], self._ordinal, stream.ptr)
+        with uninterrupted():  # half of a training step would change half of the weights
+            launcher.run(call, [array.data.ptr for array in arrays], self._ordinal, stream.ptr)
 
     def _capture(self, key: Hashable, call: Call, inputs: Sequence[Any], results: Sequence[Spec]) -> list[Any]:
         own = [self._cupy.empty_like(array) for array in inputs]
@@ -93,4 +113,4 @@ class Graphs:
         for buffer, array in zip(own, inputs, strict=True):
             buffer.data.copy_from_device_async(array.data, array.nbytes)
         graph.launch()
-        return made
+        return [array.copy() for array in made]
