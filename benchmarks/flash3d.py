@@ -124,11 +124,11 @@ def _arenas(config: flash3d.Config) -> tuple[Any, Any]:
 def _prepared(call: Call, arrays: list[Any], held: int = 0) -> Prepared:
     import cupy
 
-    workspace = cupy.empty(call.plan.workspace, np.uint8)
-    memories = [array.data.ptr for array in (*arrays, workspace)]
+    kept = [*arrays, cupy.empty(call.plan.workspace, np.uint8)]
 
     def run() -> None:
-        launcher.run(call, memories, workspace.data.device_id, cupy.cuda.get_current_stream().ptr)
+        memories = [array.data.ptr for array in kept]
+        launcher.run(call, memories, kept[0].data.device_id, cupy.cuda.get_current_stream().ptr)
 
     return Prepared(run, call.plan.workspace + held)
 

@@ -70,8 +70,11 @@ class Batch:
             )
         _arrays.check_floats(features, "features")
         _arrays.check_same_device(points=points.origin, features=features.origin)
-        object.__setattr__(self, "points", points.array.reshape(-1, 3).astype(np.float32, copy=False))
-        object.__setattr__(self, "features", features.array.reshape(-1, features.shape[-1]))
+        for name, array in (
+            ("points", points.array.reshape(-1, 3).astype(np.float32, copy=False)),
+            ("features", features.array.reshape(-1, features.shape[-1])),
+        ):
+            object.__setattr__(self, name, array if array.flags.c_contiguous else array.copy())
         object.__setattr__(self, "lengths", lengths)
 
 
@@ -273,8 +276,7 @@ def compile(params: dict[str, Any], config: Config) -> Callable[..., Any]:
         device = launcher.device(masters.data.device_id)
         make = functools.partial(network.forward_call, config, batch.lengths, spec, device)
         results = [Spec((len(batch.points), config.classes), FLOAT32)]
-        inputs = batch.points, np.ascontiguousarray(batch.features)
-        (logits,) = graphs.run((batch.lengths, spec), make, inputs, results)
+        (logits,) = graphs.run((batch.lengths, spec), make, (batch.points, batch.features), results)
         return logits.argmax(axis=1).astype(np.int32)
 
     return predict_on_gpu

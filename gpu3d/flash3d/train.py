@@ -313,7 +313,6 @@ def _step_on_gpu(graphs: Graphs, config: Config, options: Options, batch: Batch,
     given = check_device_labels(labels, len(batch.points))
     points = _arrays.read(batch.points, "points")
     _arrays.check_same_device(points=points.origin, labels=given.origin)
-    inputs = [np.ascontiguousarray(array) for array in (batch.points, batch.features)]
     spec = Spec(batch.features.shape, batch.features.dtype)
 
     def make() -> Call:
@@ -324,7 +323,7 @@ def _step_on_gpu(graphs: Graphs, config: Config, options: Options, batch: Batch,
         return Call(call.plan, call.numbers | numbers)
 
     key = batch.lengths, spec, given.dtype
-    loss, _ = graphs.run(key, make, [*inputs, given.array], [Spec((), FLOAT32), Spec((), FLOAT32)])
+    loss, _ = graphs.run(key, make, (batch.points, batch.features, given.array), [Spec((), FLOAT32)] * 2)
     return loss
 
 
