@@ -129,6 +129,46 @@ def test_a_cloud_alone_and_in_a_batch(cp):
             start += n
 
 
+@pytest.mark.parametrize("lengths", LENGTHS[:2], ids=len)
+def test_compiled(cp, lengths):
+    """Launched, captured and replayed: the same classes as those of the largest logits."""
+    params, batch, _ = given(cp, SMALL, lengths)
+    expected = flash3d.forward(params, batch, SMALL).argmax(axis=1).get()
+    predict = flash3d.compile(params, SMALL, max_points=100)
+    for _ in range(4):
+        classes = predict(batch.points, batch.features, batch.lengths)
+        assert classes.dtype == np.int32 and (classes.get() == expected).all()
+        other = predict(batch.points[:90], batch.features[:90])
+        assert (
+            other.get()
+            == flash3d.forward(params, flash3d.Batch(batch.points[:90], batch.features[:90]), SMALL)
+            .argmax(axis=1)
+            .get()
+        ).all()
+    for view in arenas.flat(params).values():
+        view[...] = 0  # a copy is used
+    assert (predict(batch.points, batch.features, batch.lengths).get() == expected).all()
+
+
+def test_out_of_memory(cp, monkeypatch):
+    """The error says how much is needed; a smaller batch runs afterwards."""
+    params, batch, _ = given(cp, SMALL, LENGTHS[0])
+    predict = flash3d.compile(params, SMALL, max_points=100)
+    expected = predict(batch.points[:50], batch.features[:50]).get()
+    empty = cp.empty
+
+    def fails(shape, *args, **kwargs):
+        if isinstance(shape, int) and shape > 1 << 20:
+            raise MemoryError
+        return empty(shape, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cp, "empty", fails)
+        with pytest.raises(MemoryError, match=r"needs \d+\.\d\d GB of workspace, which cuda:0 does not have"):
+            predict(batch.points, batch.features)
+    assert (predict(batch.points[:50], batch.features[:50]).get() == expected).all()
+
+
 def test_no_points(cp):
     params, batch, labels = given(cp, SMALL, (0, 0))
     assert flash3d.forward(params, batch, SMALL).shape == (0, SMALL.classes)

@@ -269,7 +269,15 @@ def test_an_interrupt_in_a_phase_of_a_step(phase, monkeypatch):
     assert everything(ours) == everything(unbroken)
 
 
-def test_an_interrupt_waits_until_all_is_launched():
+@pytest.fixture
+def interrupts():
+    """Ctrl-C raises KeyboardInterrupt, which a shell turns off for what it runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_waits_until_all_is_launched(interrupts):
     done = []
     with pytest.raises(KeyboardInterrupt):
         with graphs.uninterrupted():

@@ -84,11 +84,28 @@ class Graphs:
             self._seen.clear()
         self._seen.add(key)
 
-    def _launch(self, call: Call, inputs: Sequence[Any], results: Sequence[Any], stream: Any) -> None:
-        if call.plan.workspace > self._workspace.size:
+    def reserve(self, size: int) -> None:
+        """Make the workspace at least `size` bytes.
+
+        Raises
+        ------
+        MemoryError
+            The GPU does not have them. What is kept stays as it is, except for a smaller workspace and its graphs.
+        """
+        if size > self._workspace.size:
             self._kept.clear()  # these graphs hold the old workspace
             self._workspace = self._cupy.empty(0, "u1")
-            self._workspace = self._cupy.empty(call.plan.workspace, "u1")
+            with self._cupy.cuda.Device(self._ordinal):
+                try:
+                    self._workspace = self._cupy.empty(size, "u1")
+                except MemoryError as error:
+                    raise MemoryError(
+                        f"this batch needs {size / 1e9:.2f} GB of workspace, which cuda:{self._ordinal} does not have: "
+                        "pass fewer points at a time, or take a config with fewer channels or blocks."
+                    ) from error
+
+    def _launch(self, call: Call, inputs: Sequence[Any], results: Sequence[Any], stream: Any) -> None:
+        self.reserve(call.plan.workspace)
         arrays = *inputs, *self._fixed, *results, self._workspace
         with uninterrupted():  # half of a training step would change half of the weights
             launcher.run(call, [array.data.ptr for array in arrays], self._ordinal, stream.ptr)

@@ -225,7 +225,7 @@ def check_call(params: Any, batch: Any, config: Any) -> dict[str, Any]:
     return given
 
 
-def compile(params: dict[str, Any], config: Config) -> Callable[..., Any]:
+def compile(params: dict[str, Any], config: Config, max_points: int = 40_000) -> Callable[..., Any]:
     """A function that predicts the class of every point.
 
     On a GPU it keeps a copy of the parameters in the config's dtype, and one workspace. A batch whose lengths it has
@@ -235,6 +235,8 @@ def compile(params: dict[str, Any], config: Config) -> Callable[..., Any]:
     ----------
     params, config
         As in `forward`. Later changes of the parameters have no effect.
+    max_points : int
+        The workspace for a cloud of this size is allocated at once. A larger batch allocates a larger one.
 
     Returns
     -------
@@ -257,6 +259,9 @@ def compile(params: dict[str, Any], config: Config) -> Callable[..., Any]:
     (300,)
     """
     given = check_params(params, config)
+    max_points = _arrays.check_integer(max_points, "max_points")
+    if max_points < 1:
+        raise ValueError(f"max_points must be at least 1, got {max_points}.")
     if all(isinstance(array, np.ndarray) for array in given.values()):
         kept = pack(given, config, np.float32)
 
@@ -266,18 +271,21 @@ def compile(params: dict[str, Any], config: Config) -> Callable[..., Any]:
         return predict_on_host
 
     masters = arena_of(given, config).copy()
-    params = views(masters, config)
+    params, origin = views(masters, config), _arrays.read(masters, "params").origin
+    device = launcher.device(origin.device)
     graphs = Graphs([masters, _weights(_arrays.read(masters, "params"), config).array])
+    largest = network.forward_call(config, (max_points,), Spec((max_points, config.in_channels), FLOAT32), device)
+    graphs.reserve(largest.plan.workspace)
 
     def predict_on_gpu(points: Any, features: Any, lengths: Sequence[int] | None = None) -> Any:
         batch = Batch(points, features, lengths)
         check_call(params, batch, config)
         spec = Spec(batch.features.shape, batch.features.dtype)
-        device = launcher.device(masters.data.device_id)
         make = functools.partial(network.forward_call, config, batch.lengths, spec, device)
         results = [Spec((len(batch.points), config.classes), FLOAT32)]
         (logits,) = graphs.run((batch.lengths, spec), make, (batch.points, batch.features), results)
-        return logits.argmax(axis=1).astype(np.int32)
+        with _arrays.on(origin):
+            return logits.argmax(axis=1).astype(np.int32)
 
     return predict_on_gpu
 
