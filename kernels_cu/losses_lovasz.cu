@@ -22,24 +22,15 @@
 #define TILE 4096    // points a tile
 #define ITEMS (TILE / THREADS)
 #define WARPS (THREADS / 32)
-#define DIGITS 256
 #define PASSES 4  // mirrored by gpu3d/cuda/losses.py
-#define WINDOW 8  // tiles that the look-back reads at once
 
+#include "digits.cuh"
 #include "losses.cuh"
 #include "scan.cuh"
 #include "warp.cuh"
 
 static_assert(THREADS >= DIGITS, "one thread a digit");
 static_assert(WARPS * DIGITS <= TILE, "the words of the ranking use the records' memory");
-static_assert(WARPS % 8 == 0, "the counts of the warps are summed eight at a time");
-
-// What a tile publishes for each digit: 0 at first, then its own count, then the count of its class up to and including
-// itself.
-#define COUNT_BITS 30
-#define COUNT ((1u << COUNT_BITS) - 1)
-#define STATE_OWN (1u << COUNT_BITS)
-#define STATE_SUM (2u << COUNT_BITS)
 
 #define LABEL_BIT 0x80000000u
 
@@ -140,54 +131,14 @@ __device__ __forceinline__ void move_tile(
     const u32 place = scan_of_block<WARPS>(own, unused);
     u32 before = 0;
     if (d < DIGITS && tile > 0) {
-        for (int t = tile - 1; t >= 0;) {
-            u32 word[WINDOW];
-#pragma unroll
-            for (int k = 0; k < WINDOW; ++k) word[k] = board[(long long)max(t - k, 0) * DIGITS + d];
-#pragma unroll
-            for (int k = 0; k < WINDOW; ++k) {
-                if (!(word[k] >> COUNT_BITS)) break;  // not published yet: read again
-                before += word[k] & COUNT;
-                --t;
-                if (word[k] & STATE_SUM) {  // true for the class's first tile
-                    t = -1;
-                    break;
-                }
-            }
-        }
+        before = look_back(board, 0, tile, d);
         board[(long long)tile * DIGITS + d] = STATE_SUM | (before + own);
     }
 
-    // Rank inside the warp, in record order. Lanes with equal digits find each other through a word of shared memory
-    // for each digit: each lane sets its bit in the low half, and the high half counts earlier items. The words use the
-    // records' memory.
-    u64 *words = record + warp * DIGITS;
-#pragma unroll
-    for (int k = 0; k < ITEMS; ++k) {
-        const u32 digit = seat[k];
-        atomicOr((u32 *)&words[digit], 1u << lane);
-        __syncwarp();
-        const u64 word = words[digit];
-        const u32 same = (u32)word, earlier = (u32)(word >> 32);
-        __syncwarp();
-        // The last lane counts for the next item.
-        if (same >> lane == 1) words[digit] = (u64)(earlier + __popc(same)) << 32;
-        __syncwarp();
-        seat[k] |= earlier + rank_in(same, lane) << 8;
-    }
+    rank_digits(record + warp * DIGITS, seat, lane);  // the words use the records' memory
     __syncthreads();
     if (d < DIGITS) {
-        u32 at = place;
-        for (int w = 0; w < WARPS; w += 8) {  // eight loads in flight
-            u32 warp_count[8];
-#pragma unroll
-            for (int k = 0; k < 8; ++k) warp_count[k] = (u32)(record[(w + k) * DIGITS + d] >> 32);
-#pragma unroll
-            for (int k = 0; k < 8; ++k) {
-                start[w + k][d] = at;
-                at += warp_count[k];
-            }
-        }
+        start_of_warps<WARPS>(record, start, d, place);
         target[d] = bin + before - place;
     }
     __syncthreads();
