@@ -17,7 +17,6 @@ Besides kernels of ours, a step can be a product of matrices by cuBLASLt (`Gemm`
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import functools
 import re
@@ -376,56 +375,63 @@ def _check_gemm(gemm: Gemm) -> None:
 # ---- sharing memory ------------------------------------------------------------------------------------------------
 
 
+def _pieces(step: Step) -> Iterator[str]:
+    """The pieces of the workspace that a step uses."""
+    values: list[Any] = []
+    if isinstance(step, Launch):
+        values += step.args
+    elif isinstance(step, Gemm):
+        values += [matrix.pointer for matrix in (step.a, step.b, step.c, step.d, step.aux) if matrix is not None]
+        values += [step.bias, step.workspace]
+    elif isinstance(step, (Clear, Table)):
+        values.append(step.pointer)
+    for value in values:  # grows
+        if isinstance(value, Packed):
+            values += value.fields
+        elif isinstance(value, Pointer) and value.memory == "workspace":
+            yield value.index
+
+
 def _spans(steps: list[Step]) -> dict[str, tuple[int, int]]:
     """The first and the last step during which each piece of the workspace is used.
 
     A step of branch 1 may run at any time between the last wait there, and the next one on branch 0.
     """
     spans: dict[str, tuple[int, int]] = {}
-    waiting: list[str] = []  # pieces that branch 1 uses
+    beside: set[str] = set()  # pieces that branch 1 uses
     branch = fork = 0
-
-    def use(value: Any, first: int, last: int) -> None:
-        if isinstance(value, Pointer):
-            if value.memory == "workspace":
-                before = spans.get(value.index, (first, last))
-                spans[value.index] = min(first, before[0]), max(last, before[1])
-                if branch:
-                    waiting.append(value.index)
-        elif isinstance(value, tuple):
-            for part in value:
-                use(part, first, last)
-
     for number, step in enumerate(steps):
         if isinstance(step, Branch):
             branch = step.number
+        elif isinstance(step, Wait) and branch:
+            fork = number
         elif isinstance(step, Wait):
+            spans |= {name: (spans[name][0], number) for name in beside}
+            beside.clear()
+        for name in _pieces(step):
+            first = fork if branch else number
+            spans[name] = min(first, spans.get(name, (first, 0))[0]), number
             if branch:
-                fork = number
-            else:
-                for name in waiting:
-                    spans[name] = spans[name][0], number
-                waiting.clear()
-        else:
-            use(tuple(step), fork if branch else number, number)
+                beside.add(name)
     return spans
 
 
 def _shared(pieces: dict[str, Piece], spans: dict[str, tuple[int, int]]) -> tuple[dict[str, Piece], int]:
     """Places for pieces, the largest first: each at the lowest offset that is free while it is used. Also the end."""
     placed: dict[str, Piece] = {}
-    taken: list[tuple[int, int, int, int]] = []  # offset, end, first step, last step
+    taken = np.empty((0, 4), np.int64)  # offset, end, first step, last step; by offset
     for name in sorted(spans, key=lambda name: -pieces[name].size):
         size, (first, last) = pieces[name].size, spans[name]
         room = -(-size // PIECE) * PIECE + GAP
-        offset = 0
-        for begin, end, since, until in taken:  # by offset
-            if since <= last and first <= until and begin < offset + room:
-                offset = max(offset, end)
+        others = taken[(taken[:, 2] <= last) & (taken[:, 3] >= first)]
+        free = np.maximum.accumulate(np.append(0, others[:, 1]))  # behind the first 0, 1, 2, ... of the others
+        fits = others[:, 0] - free[:-1] >= room
+        offset = int(free[fits.argmax() if fits.any() else -1])
         placed[name] = Piece(offset, size)
         if size:
-            bisect.insort(taken, (offset, offset + room, first, last))
-    return placed, max([end for _, end, _, _ in taken], default=0)
+            at = int(taken[:, 0].searchsorted(offset))
+            taken = np.concatenate([taken[:at], [[offset, offset + room, first, last]], taken[at:]])
+    return placed, int(taken[:, 1].max(initial=0))
 
 
 # ---- signatures ----------------------------------------------------------------------------------------------------
