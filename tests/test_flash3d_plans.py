@@ -68,6 +68,17 @@ def test_gradients_are_each_written_once():
     assert sorted(written) == sorted(4 * parameter.offset for parameter in layout(config))
 
 
+def test_batches_with_as_many_buckets_share_a_plan():
+    config, device = CONFIGS["46m"], DEVICES["sm_90a"]
+    calls = [
+        network.forward_call(config, (n, 70), Spec((n + 70, 4), FLOAT32), device) for n in (34_600, 34_688, 30_000)
+    ]
+    assert calls[0].plan is calls[1].plan is not calls[2].plan
+    assert calls[0].numbers["points"] == 34_670 != calls[1].numbers["points"]
+    strided = Spec((34_670, 4), FLOAT32, (32, 4))
+    assert network.forward_call(config, (34_600, 70), strided, device).plan is not calls[0].plan
+
+
 def test_no_points():
     config = CONFIGS["tiny"]
     features = specs_of(config, (0, 0))[1]

@@ -213,22 +213,22 @@ class Shape(NamedTuple):
 
 
 def shape_of(
-    lengths: tuple[int, ...],
+    count: int,
+    largest: int,
     bucket_size: int,
     q: tuple[int, ...],
     dtype: np.dtype,
     table: tuple[int, ...],
     device: Device,
-) -> tuple[Shape, clouds.Table]:
-    """The Shape for q and the scopes' table of these shapes, and the table of the clouds, whose tiles are buckets."""
+) -> Shape:
+    """The Shape for q and the scopes' table of these shapes, and `count` clouds of at most `largest` buckets."""
     if dtype == FLOAT64:
         raise TypeError("attention on a GPU takes float16, bfloat16 and float32, got float64.")
-    batch, largest = layout_of(lengths, bucket_size)
     _, heads, dim = q
     scopes, width = table
-    many = len(lengths) if len(lengths) > clouds.INLINE_CLOUDS else 0
+    many = count if count > clouds.INLINE_CLOUDS else 0
     hopper = device.arch == "sm_90a"
-    return Shape(dtype, heads, dim, bucket_size, scopes, width, min(width, largest), many, hopper), batch
+    return Shape(dtype, heads, dim, bucket_size, scopes, width, min(width, largest), many, hopper)
 
 
 @clouds.remembered
@@ -385,7 +385,8 @@ def _attention(
     copied: arrays.Strided | None,
     return_lse: bool,
 ) -> Call:
-    shape, batch = shape_of(lengths, bucket_size, q, dtype, table, device)
+    batch, largest = layout_of(lengths, bucket_size)
+    shape = shape_of(len(lengths), largest, bucket_size, q, dtype, table, device)
     numbers = {"clouds": batch, "scale_log2": _scale_log2(scale, dtype)}
     return Call(_forward_plan(shape, readings, copied, return_lse), numbers)
 
@@ -416,7 +417,8 @@ def attention_backward(
     device: Device,
 ) -> Call:
     """Inputs: dout, q, k, v, out, lse, the scopes' table. Results: dq, dk, dv."""
-    shape, batch = shape_of(lengths, bucket_size, q.shape, q.dtype, table.shape, device)
+    batch, largest = layout_of(lengths, bucket_size)
+    shape = shape_of(len(lengths), largest, bucket_size, q.shape, q.dtype, table.shape, device)
     readings = _reading(dout), _reading(q), _reading(k), _reading(v), _reading(out)
     plan = _backward_plan(shape, readings, q.shape[0], arrays.copied(lse), arrays.copied(table))
     return Call(plan, {"clouds": batch, "scale_log2": _scale_log2(scale, q.dtype), "scale": scale})

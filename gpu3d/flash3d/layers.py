@@ -292,9 +292,10 @@ class Network:
 
     def attention(self, level: Level, heads: int, odd: int, columns: int) -> attention.Shape:
         """What the attention of a block depends on."""
-        slots, config = (level.slots, heads, columns // heads), self.config
-        table = level.scopes[odd], config.scope
-        return attention.shape_of(level.lengths, config.bucket_size, slots, self.dtype, table, self.device)[0]
+        sizes, config = level.sizes, self.config
+        q, table = (level.slots, heads, columns // heads), (sizes.scopes[odd], config.scope)
+        clouds = sizes.clouds, sizes.largest
+        return attention.shape_of(*clouds, config.bucket_size, q, self.dtype, table, self.device)
 
     def branch(self, x: Matrix, path: str, residual: Matrix, number: int, which: int) -> Matrix:
         """The residual plus the linear layer, some of whose rows are dropped in training."""

@@ -281,7 +281,7 @@ def compile(params: dict[str, Any], config: Config, max_points: int = 40_000) ->
         batch = Batch(points, features, lengths)
         check_call(params, batch, config)
         spec = Spec(batch.features.shape, batch.features.dtype)
-        make = functools.partial(network.forward_call, config, batch.lengths, spec, device)
+        make = functools.partial(network.forward_call, config, tuple(batch.lengths or ()), spec, device)
         results = [Spec((len(batch.points), config.classes), FLOAT32)]
         (logits,) = graphs.run((batch.lengths, spec), make, (batch.points, batch.features), results)
         with _arrays.on(origin):
@@ -299,7 +299,7 @@ def _forward_on_gpu(params: dict[str, Any], batch: Batch, config: Config) -> Any
     _arrays.check_same_device(points=points.origin, params=masters.origin)
     device = launcher.device(points.device)
     results = (Spec((len(batch.points), config.classes), FLOAT32),)
-    call = network.forward_call(config, batch.lengths, features.spec, device)
+    call = network.forward_call(config, tuple(batch.lengths or ()), features.spec, device)
     (logits,) = launcher.launch(call, (points, features, masters, _weights(masters, config)), results)
     return logits
 

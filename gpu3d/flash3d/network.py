@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the backbone launches on a GPU, as plans: geometry, forward, loss, backward and optimizer.
 
-A plan is of the lengths of a batch. Its workspace holds everything that is not an input or a result, and pieces that
-are not needed at the same time share memory.
+The workspace holds everything that is not an input or a result, and pieces that are not needed at the same time share
+memory. A forward's plan depends on how many buckets the clouds of a batch have in each level, so batches with nearly
+the same numbers of points share it.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import numpy as np
 
 from gpu3d._arrays import FLOAT32, Spec
 from gpu3d.cuda import arrays, buckets, linear, losses, optim, pooling
-from gpu3d.cuda.plan import Call, Device, Input, Matrix, Number, Pointer, Result, Steps
+from gpu3d.cuda.plan import Call, Device, Input, Matrix, Number, Plan, Pointer, Result, Steps
 from gpu3d.flash3d.config import Config
 from gpu3d.flash3d.layers import Block, Coded, Network
-from gpu3d.flash3d.levels import Level, add_geometry
+from gpu3d.flash3d.levels import Level, Sizes, add_geometry, sizes_of
 from gpu3d.flash3d.params import ALIGNMENT, arena_size, decayed_size
 
 # ---- forward and backward ------------------------------------------------------------------------------------------
@@ -159,21 +160,30 @@ def cast_call(config: Config) -> Call:
     return Call(steps.plan(), {})
 
 
-def _features(steps: Steps, features: Spec) -> Pointer:
-    """Input 1 as contiguous float32."""
-    return arrays.add_rows(steps, Input(1), arrays.rows(features, FLOAT32, features.shape[1]))
+def _features(steps: Steps, features: Spec, number: Number | None = None) -> Pointer:
+    """Input 1 as contiguous float32. `number`: of its rows, if the spec has only an upper bound."""
+    return arrays.add_rows(steps, Input(1), arrays.rows(features, FLOAT32, features.shape[1]), number=number)
 
 
-@functools.lru_cache(maxsize=8)
 def forward_call(config: Config, lengths: tuple[int, ...], features: Spec, device: Device) -> Call:
-    """Inputs: points float32, features, the arena of parameters, the same in the config's dtype. Result: logits."""
-    steps = Steps(inputs=4, results=1)
+    """Inputs: points float32, features, the arena of parameters, the same in the config's dtype. Result: logits.
+
+    Features are contiguous.
+    """
     if not sum(lengths):
-        return Call(steps.plan(), {})
+        return Call(Steps(inputs=4, results=1).plan(), {})
+    sizes, numbers = sizes_of(config, lengths, device)
+    plan = _forward_plan(config, sizes, arrays.canonical(features, sizes[0].sort.slots), device)
+    return Call(plan, numbers | {"points": sum(lengths)})
+
+
+@functools.lru_cache(maxsize=32)
+def _forward_plan(config: Config, sizes: tuple[Sizes, ...], features: Spec, device: Device) -> Plan:
+    steps, count = Steps(inputs=4, results=1), Number("points")
     points, _, masters, weights = map(Input, range(4))
-    levels, numbers = add_geometry(steps, config, lengths, points, device)
+    levels = add_geometry(steps, config, sizes, points)
     net = Network(steps, config, device, masters, weights)
-    normed, _ = add_forward(net, levels, _features(steps, features))
+    normed, _ = add_forward(net, levels, _features(steps, features, count))
     slots, classes = levels[0].slots, config.classes
     logits = net.rows("logits", slots, classes, FLOAT32)
     linear.forward(steps, normed, net.weight("head"), logits, bias=net.master("head.bias"))
@@ -184,13 +194,13 @@ def forward_call(config: Config, lengths: tuple[int, ...], features: Spec, devic
         packed,
         levels[0].point_to_slot,
         Result(0),
-        rows=sum(lengths),
+        rows=count,
         most=slots,
         row_bytes=4 * classes,
         word=4,
         fill=bytes(buckets.PATTERN_BYTES),
     )
-    return Call(steps.plan(share=True), numbers)
+    return steps.plan(share=True)
 
 
 @functools.lru_cache(maxsize=8)
@@ -255,7 +265,8 @@ def _add_gradients(
 ) -> dict[str, Any]:
     """Add forward, loss and backward; returns the numbers. Inputs: points, features, labels, parameters, their copy."""
     points, features, labels, masters, weights = inputs
-    levels, numbers = add_geometry(steps, config, lengths, points, device)
+    sizes, numbers = sizes_of(config, lengths, device)
+    levels = add_geometry(steps, config, sizes, points)
     net = Network(steps, config, device, masters, weights, gradients, step)
     normed, tape = add_forward(net, levels, features)
     logits = net.linear(normed, "head")
