@@ -58,7 +58,9 @@ def check_packed(cp, lengths, bucket_size, window, dim, dtype, device, heads=3):
     call = attention.attention_backward(*[spec] * 5, of_lse, of_table, *options, device)
     gradients = launched(cp, call, (dout, q, k, v, out, lse, table), attention_backward_results(spec))
 
-    shape, batch = attention.shape_of(host.lengths, bucket_size, q.shape, dtype, table.shape, device)
+    batch, largest = attention.layout_of(host.lengths, bucket_size)
+    count = len(host.lengths)
+    shape = attention.shape_of(count, largest, bucket_size, q.shape, dtype, table.shape, device)
     numbers, qkv = {"level 2": batch}, np.stack([q, k, v], 1)
 
     def add(steps, given, made):

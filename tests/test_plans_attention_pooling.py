@@ -308,7 +308,9 @@ def test_pooling_of_float64_is_refused():
 def packed_calls(lengths, bucket_size, dtype, arch, dim, heads=3):
     """Attention of q, k and v side by side, and its backward, each as a plan of its own."""
     slots, table = num_slots(lengths, bucket_size), table_of(lengths, bucket_size)
-    shape, batch = cuda_attention.shape_of(lengths, bucket_size, (slots, heads, dim), dtype, table.shape, DEVICES[arch])
+    batch, largest = cuda_attention.layout_of(lengths, bucket_size)
+    q, device = (slots, heads, dim), DEVICES[arch]
+    shape = cuda_attention.shape_of(len(lengths), largest, bucket_size, q, dtype, table.shape, device)
     rows, packed_rows = Spec((slots, heads, dim), dtype), Spec((slots, 3, heads, dim), dtype)
     lse = Spec((slots, heads), _arrays.FLOAT32)
 
