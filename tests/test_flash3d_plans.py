@@ -52,6 +52,26 @@ def test_training_step(config, lengths):
     assert not plans.check(call, (*given, *changed), [scalar, scalar], DEVICES["sm_90a"], shared=True)
 
 
+def test_recompute():
+    """A step of eight sweeps fits 4 GB beside the parameters, and each attention is launched a second time."""
+    config, lengths = CONFIGS["46m"], (34_688,) * 8
+    given = specs_of(config, lengths)
+    calls = [
+        network.step_call(config, lengths, given[1], UINT8, 255, DEVICES["sm_90a"], recompute)
+        for recompute in (False, True)
+    ]
+    once, twice = (
+        [step.kernel.function for step in call.plan.steps if isinstance(step, Launch)].count("attention_forward")
+        for call in calls
+    )
+    assert (once, twice) == (22, 44)
+    assert calls[1].plan.workspace < 4e9 < calls[0].plan.workspace / 3
+    scalar, arena = Spec((), FLOAT32), given[3]
+    changed = arena, arena, arena, Spec((2,), np.dtype(np.uint32))
+    call = Call(calls[1].plan, {**calls[1].numbers, **OPTIONS})
+    assert not plans.check(call, (*given, *changed), [scalar, scalar], DEVICES["sm_90a"], shared=True)
+
+
 def test_gradients_are_each_written_once():
     """Every parameter has one place that writes its gradient, and no two places overlap."""
     config, lengths = CONFIGS["129m, other hashes"], (700, 0, 1, 5000)

@@ -71,6 +71,8 @@ def test_two_trainings_and_a_resumed_one_give_the_same_bits(cp, tmp_path):
     assert begun + run(cp, two) == losses
     assert everything(one) == everything(two)
     assert everything(trainer(seed=4)) != everything(one)
+    again = trainer(recompute=True)
+    assert run(cp, again) == losses and everything(again) == everything(one)
     with pytest.raises(ValueError, match="all 6 steps are done"):
         two.step(*on_gpu(cp, 0))
 

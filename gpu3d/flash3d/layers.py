@@ -82,6 +82,9 @@ class Network:
         The arena of the gradients, float32. Without it, nothing is kept for a backward.
     step : Pointer, optional
         uint32: the number of the training step, for drop path. Without it, no row is dropped.
+    recompute : bool
+        Whether a backward computes what is inside a block again, from its input. What is kept takes an eighth of the
+        memory then. The same launches compute it, so the bits are the same.
     """
 
     def __init__(
@@ -93,8 +96,9 @@ class Network:
         weights: Pointer,
         gradients: Pointer | None = None,
         step: Pointer | None = None,
+        recompute: bool = False,
     ) -> None:
-        self.steps, self.config, self.device = steps, config, device
+        self.steps, self.config, self.device, self.recompute = steps, config, device, recompute
         self.dtype = np.dtype(config.dtype)
         self.masters, self.weights, self.gradients, self.step = masters, weights, gradients, step
         self.places: dict[str, Parameter] = {parameter.path: parameter for parameter in layout(config)}
@@ -335,6 +339,11 @@ class Network:
         self, x: Matrix, code: Matrix, path: str, level: Level, heads: int, odd: int, number: int
     ) -> tuple[Matrix, Block]:
         """Attention and MLP, each behind a norm and beside the identity."""
+        tape = self.inside(x, code, path, level, heads, odd, number)
+        return self.branch(tape.active, f"{path}.fc2", tape.middle, number, 1), tape
+
+    def inside(self, x: Matrix, code: Matrix, path: str, level: Level, heads: int, odd: int, number: int) -> Block:
+        """A block without its last linear layer."""
         normed, first = self.norm(x, f"{path}.norm1", code=code)
         qkv = self.linear(normed, f"{path}.qkv")
         attended = self.rows(f"{path} attended", x.rows, x.columns)
@@ -347,9 +356,8 @@ class Network:
         middle = self.branch(attended, f"{path}.proj", x, number, 0)
         again, second = self.norm(middle, f"{path}.norm2")
         active, hidden = self.linear_gelu(again, f"{path}.fc1")
-        out = self.branch(active, f"{path}.fc2", middle, number, 1)
         kept = qkv, attended, lse, middle, hidden, active
-        return out, Block(path, number, odd, heads, x, (first, second), (normed, again), *kept)
+        return Block(path, number, odd, heads, x, (first, second), (normed, again), *kept)
 
     def block_backward(
         self, dout: Matrix, tape: Block, code: Matrix, dcode: Matrix, first: bool, level: Level
@@ -357,6 +365,8 @@ class Network:
         """The gradient of x; that of the code is added to dcode, or written if it is the first."""
         path = tape.path
         self.steps.join()  # so that what the gradients of the block before read need not be kept
+        if self.recompute:
+            tape = self.inside(tape.x, code, path, level, tape.heads, tape.odd, tape.number)
         dy = self.branch_backward(dout, tape.number, 1)
         self.linear_gradients(dy, tape.active, f"{path}.fc2")
         dhidden = self.linear_backward(dy, f"{path}.fc2", aux=tape.hidden)

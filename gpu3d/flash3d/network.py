@@ -222,7 +222,13 @@ def gradient_call(
 
 @functools.lru_cache(maxsize=8)
 def step_call(
-    config: Config, lengths: tuple[int, ...], features: Spec, label_dtype: np.dtype, ignore: int, device: Device
+    config: Config,
+    lengths: tuple[int, ...],
+    features: Spec,
+    label_dtype: np.dtype,
+    ignore: int,
+    device: Device,
+    recompute: bool = False,
 ) -> Call:
     """A training step. Inputs: points, features, labels, then what it changes; results: loss, norm of the gradients.
 
@@ -233,7 +239,7 @@ def step_call(
     points, _, labels, masters, weights, m, v, gradients, state = map(Input, range(9))
     inputs = points, _features(steps, features), labels, masters, weights
     options = label_dtype, ignore, Result(0), gradients
-    numbers = _add_gradients(steps, config, lengths, device, inputs, *options, step=state)
+    numbers = _add_gradients(steps, config, lengths, device, inputs, *options, step=state, recompute=recompute)
     optim.add_adamw(
         steps,
         gradients,
@@ -262,12 +268,13 @@ def _add_gradients(
     loss: Pointer,
     gradients: Pointer,
     step: Pointer | None,
+    recompute: bool = False,
 ) -> dict[str, Any]:
     """Add forward, loss and backward; returns the numbers. Inputs: points, features, labels, parameters, their copy."""
     points, features, labels, masters, weights = inputs
     sizes, numbers = sizes_of(config, lengths, device)
     levels = add_geometry(steps, config, sizes, points)
-    net = Network(steps, config, device, masters, weights, gradients, step)
+    net = Network(steps, config, device, masters, weights, gradients, step, recompute)
     normed, tape = add_forward(net, levels, features)
     logits = net.linear(normed, "head")
     dlogits = net.rows("d logits", logits.rows, logits.columns)

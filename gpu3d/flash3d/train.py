@@ -36,6 +36,7 @@ class Options(NamedTuple):
     clip: float
     seed: int
     ignore: int
+    recompute: bool
 
 
 class TrainingState(NamedTuple):
@@ -77,6 +78,9 @@ class Trainer:
         Of drop path, from 0 to 2**64 - 1. Its random numbers depend on seed, step, layer and row only.
     ignore : int
         The label of points that do not count.
+    recompute : bool
+        Whether a step on a GPU computes the inside of each block a second time in its backward, in place of keeping it.
+        The bits are the same. A step takes less memory and more time.
 
     Attributes
     ----------
@@ -112,6 +116,7 @@ class Trainer:
         clip: float = 1.0,
         seed: int = 0,
         ignore: int = 255,
+        recompute: bool = False,
     ) -> None:
         self.options = Options(
             _integer(steps, "steps", 1, 2**32 - 1),
@@ -120,6 +125,7 @@ class Trainer:
             _number(clip, "clip", math.inf),
             _integer(seed, "seed", 0, 2**64 - 1),
             _arrays.check_integer(ignore, "ignore"),
+            _arrays.check_flag(recompute, "recompute"),
         )
         self.config = config
         given = {path: _arrays.read(array, path) for path, array in check_params(params, config).items()}
@@ -317,7 +323,8 @@ def _step_on_gpu(graphs: Graphs, config: Config, options: Options, batch: Batch,
 
     def make() -> Call:
         device = launcher.device(points.device)
-        call = network.step_call(config, batch.lengths, spec, given.dtype, options.ignore, device)
+        what = config, batch.lengths, spec, given.dtype, options.ignore, device, options.recompute
+        call = network.step_call(*what)
         numbers = {"seed": options.seed, "rate": options.lr, "steps": options.steps}
         numbers |= {"decay": options.weight_decay, "clip": options.clip}
         return Call(call.plan, call.numbers | numbers)
