@@ -12,6 +12,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take 3/4 of the GPU's memory
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores. With a thread for each core in each of them, torch's threads mostly wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _why_no_gpu() -> str | None:
