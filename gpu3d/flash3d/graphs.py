@@ -18,7 +18,8 @@ from gpu3d._arrays import Spec
 from gpu3d.cuda import launcher
 from gpu3d.cuda.plan import Call
 
-MOST_GRAPHS = 16  # a graph of a training step takes some megabytes
+MOST_GRAPHS = 16
+MOST_BYTES = 1 << 30  # of their inputs and results together
 
 
 @contextlib.contextmanager
@@ -38,7 +39,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 class Graphs:
-    """The graphs of one network on one GPU. The least recently used are dropped.
+    """The graphs of one network on one GPU. The least recently used are dropped, by number and by bytes.
 
     Only one run is in flight at a time: runs follow each other on the caller's streams, since they share a workspace.
 
@@ -120,9 +121,12 @@ class Graphs:
         finally:
             graph = stream.end_capture()
         self._kept[key] = graph, own, made
-        if len(self._kept) > MOST_GRAPHS:
+        while len(self._kept) > 1 and (len(self._kept) > MOST_GRAPHS or self._bytes() > MOST_BYTES):
             self._kept.popitem(last=False)
         return self._replay(key, inputs)
+
+    def _bytes(self) -> int:
+        return sum([array.nbytes for _, own, made in self._kept.values() for array in (*own, *made)])
 
     def _replay(self, key: Hashable, inputs: Sequence[Any]) -> list[Any]:
         self._kept.move_to_end(key)
