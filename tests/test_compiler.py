@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -406,6 +407,19 @@ def test_the_compiler_log_is_read():
     assert kernels == {"wide": (79, 8, 16, 42020, 96), "narrow": (12, 0, 0, 0, 0)}
     with pytest.raises(RuntimeError, match="no registers reported"):
         compile_kernels.parse("ptxas info    : 0 bytes gmem")
+
+
+@pytest.mark.parametrize(("capability", "arch"), [("75", None), ("80", "sm_80"), ("90", "sm_90a"), ("120", "sm_120")])
+def test_the_target_of_a_device(monkeypatch, capability, arch):
+    device = types.SimpleNamespace(compute_capability=capability)
+    cuda = types.SimpleNamespace(Device=lambda ordinal: device)
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda))
+    if arch:
+        assert nvrtc_compiler.device_arch.__wrapped__(0) == arch
+    else:
+        message = r"needs a GPU of compute capability 8\.0 or newer .*, and cuda:0 has 7\.5: pass NumPy arrays"
+        with pytest.raises(RuntimeError, match=message):
+            nvrtc_compiler.device_arch.__wrapped__(0)
 
 
 def test_make_kernels(compiler, monkeypatch, tmp_path, capsys):

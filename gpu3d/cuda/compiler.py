@@ -222,12 +222,20 @@ def _write(path: Path, content: bytes) -> Path:
 # ---- kernels -------------------------------------------------------------------------------------------------------
 
 
+OLDEST = 80  # compute capability, times 10
+
+
 @functools.cache
 def device_arch(device: int) -> str:
     """The target to compile for. On Hopper sm_90a, because plain sm_90 lacks wgmma and setmaxnreg."""
     import cupy
 
     capability = cupy.cuda.Device(device).compute_capability
+    if int(capability) < OLDEST:
+        raise RuntimeError(
+            f"gpu3d needs a GPU of compute capability {OLDEST / 10} or newer (Ampere, with bfloat16), and "
+            f"cuda:{device} has {int(capability) / 10}: pass NumPy arrays, which run on the CPU."
+        )
     return "sm_90a" if capability == "90" else f"sm_{capability}"
 
 
