@@ -18,7 +18,7 @@ from gpu3d import flash3d as plain  # noqa: E402
 from gpu3d.flash3d.geometry import geometry  # noqa: E402
 from gpu3d.flash3d.params import flat, pack  # noqa: E402
 from gpu3d.interop.jax import flash3d  # noqa: E402
-from gpu3d.interop.jax.flash3d import pool, unpool  # noqa: E402
+from gpu3d.interop.jax.backbone import pool, unpool  # noqa: E402
 from gpu3d.reference import flash3d as reference  # noqa: E402
 
 

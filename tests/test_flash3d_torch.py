@@ -17,7 +17,7 @@ from gpu3d import flash3d  # noqa: E402
 from gpu3d.flash3d.geometry import geometry  # noqa: E402
 from gpu3d.flash3d.params import flat, layout, pack  # noqa: E402
 from gpu3d.interop.torch import Flash3D  # noqa: E402
-from gpu3d.interop.torch import flash3d as of_torch  # noqa: E402
+from gpu3d.interop.torch import backbone as of_torch  # noqa: E402
 from gpu3d.reference import flash3d as reference  # noqa: E402
 
 # torch warns about its own modules while it compiles. Its warning about caches is about one of ours.

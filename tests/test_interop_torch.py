@@ -39,7 +39,7 @@ from torch_cases import (  # noqa: E402
 
 import gpu3d  # noqa: E402
 from gpu3d.interop import torch as g  # noqa: E402
-from gpu3d.interop.torch import flash3d, functions, modules, operators  # noqa: E402
+from gpu3d.interop.torch import backbone, functions, modules, operators  # noqa: E402
 
 MANY = tuple(range(1, 81))  # more clouds than are passed as integers
 every = pytest.mark.parametrize("name", CASES)
@@ -669,7 +669,7 @@ def test_training_with_a_block_learns():
 def test_docstrings():
     names = {name: getattr(g, name) for name in g.__all__}
     finder, globs = doctest.DocTestFinder(), {"torch": torch, **names}
-    tests = [test for module in (modules, flash3d) for test in finder.find(module, globs=globs) if test.examples]
+    tests = [test for module in (modules, backbone) for test in finder.find(module, globs=globs) if test.examples]
     assert len(tests) > 3
     for test in tests:
         test_docs.run(test)

@@ -29,7 +29,7 @@ if jax.__version_info__ < (0, 6):
 
 from gpu3d.buckets import Buckets, Scopes
 from gpu3d.interop.jax import program
-from gpu3d.interop.jax.flash3d import flash3d
+from gpu3d.interop.jax.backbone import flash3d
 from gpu3d.interop.jax.functions import (
     apml,
     bucket_attention,

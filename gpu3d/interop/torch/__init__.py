@@ -4,7 +4,7 @@
 A plain `gpu3d` call on tensors comes here, so both names do the same. Each function is an operator of
 `torch.ops.gpu3d` (`operators.py`). It runs the kernels of the plain call on torch's current stream with torch's memory.
 torch.compile, torch.export, the profiler and modes that intercept operators know it. `functions.py` checks arguments
-and wraps results, `modules.py` has an attention block and two losses, `flash3d.py` has the Flash3D backbone, and
+and wraps results, `modules.py` has an attention block and two losses, `backbone.py` has the Flash3D backbone, and
 `memory.py` is for programs that also use CuPy.
 
 Only reverse mode is supported: `backward`, `torch.autograd.grad`, `torch.func.grad`, `vjp` and `jacrev`, also under
@@ -71,7 +71,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import the backbone when it is asked for: it makes up a quarter of the time of this import."""
     if name == "Flash3D":
-        from gpu3d.interop.torch.flash3d import Flash3D
+        from gpu3d.interop.torch.backbone import Flash3D
 
         return Flash3D
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
