@@ -4,7 +4,7 @@
 //                  u = xhat weight + bias;  out = u, or GELU(u)
 //   norm_backward  du = dout, or dout GELU'(u);  g = du weight
 //                  dz = rstd (g - mean(g) - xhat mean(g xhat));  dx = dres + dz;  dpos = dpos_before + dz
-//                  and a block's sums of du xhat and du over its rows, which sum_partials (layers_bias.cu) adds up to
+//                  and a block's sums of du xhat and du over its rows, which sum_partials (layers_sums.cu) adds up to
 //                  the gradients of weight and bias
 // GELU is the tanh form of gelu.cuh.
 //

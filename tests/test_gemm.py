@@ -66,23 +66,21 @@ def test_forward_steps(options, epilogue):
 
 
 def test_gradient_steps():
-    steps, x, weight, dy = layer()
+    steps, x, weight, dy = layer(inputs=5)
     dy, dx, dweight = matrix(Input(2), 512, 192), matrix(Result(0), 512, 64), matrix(Input(3), 192, 64, FLOAT32)
-    aux, bias_gradient = matrix(Input(4), 512, 64), Input(5)
+    bias_gradient = Input(4)
     linear.input_gradient(steps, dy, weight, dx)
     linear.input_gradient(steps, dy, weight, dx, added=dx)
-    linear.input_gradient(steps, dy, weight, dx, aux=aux)
-    linear.input_gradient(steps, dy, weight, dx, aux=aux, bias_gradient=bias_gradient)
     linear.weight_gradient(steps, dy, x, dweight)
     linear.weight_gradient(steps, dy, x, dweight, bias_gradient=bias_gradient, accumulate=True)
     plan = steps.plan()
-    epilogues = ["DEFAULT", "DEFAULT", "DGELU", "DGELU_BGRAD", "DEFAULT", "BGRADB"]
+    epilogues = ["DEFAULT", "DEFAULT", "DEFAULT", "BGRADB"]
     assert [step.epilogue for step in plan.steps] == epilogues
-    assert [step.pinned for step in plan.steps] == [True] * 4 + [False] * 2
+    assert [step.pinned for step in plan.steps] == [True] * 2 + [False] * 2
     assert all(step.workspace is not None for step in plan.steps)
     assert [piece.size for piece in plan.pieces.values()] == [SMALL_GEMM_WORKSPACE, GEMM_WORKSPACE]  # shared
     shapes = ((512, 64), BFLOAT16), ((192, 64), BFLOAT16), ((512, 192), BFLOAT16), ((192, 64), FLOAT32)
-    inputs = [Spec(*shape) for shape in (*shapes, ((512, 64), BFLOAT16), ((192,), FLOAT32))]
+    inputs = [Spec(*shape) for shape in (*shapes, ((192,), FLOAT32))]
     plans.check(Call(plan, {}), inputs, [Spec((512, 64), BFLOAT16)], SM90)
 
 
@@ -92,10 +90,9 @@ def test_no_rows():
     linear.forward(steps, x, weight, y, bias=Input(2))
     linear.input_gradient(steps, y, weight, x)
     assert not steps.plan().steps
-    linear.input_gradient(steps, y, weight, x, aux=x, bias_gradient=Input(2))
     linear.weight_gradient(steps, y, x, matrix(Input(3), 192, 64, FLOAT32), bias_gradient=Input(4))
     linear.weight_gradient(steps, y, x, matrix(Input(3), 192, 64, FLOAT32), accumulate=True)
-    assert steps.plan().steps == (Clear(Input(2), 128), Clear(Input(4), 768), Clear(Input(3), 4 * 192 * 64))
+    assert steps.plan().steps == (Clear(Input(4), 768), Clear(Input(3), 4 * 192 * 64))
 
 
 def test_errors():
@@ -134,10 +131,6 @@ def test_errors():
         linear.forward(steps, x, weight, y, gelu=True)
     with pytest.raises(ValueError, match="aux is what gelu is applied to"):
         linear.forward(steps, x, weight, y, bias=bias, aux=y)
-    with pytest.raises(ValueError, match="bias_gradient needs aux"):
-        linear.input_gradient(steps, y, weight, x, bias_gradient=bias)
-    with pytest.raises(ValueError, match="aux takes no added"):
-        linear.input_gradient(steps, y, weight, x, aux=x, added=x)
     with pytest.raises(ValueError, match="must follow one another"):
         linear.weight_gradient(steps, y, x, matrix(Input(3), 192, 64, FLOAT32, 68))
 

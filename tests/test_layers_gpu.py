@@ -144,7 +144,6 @@ def test_small_layers(cp):
     for dtype, columns in itertools.product((FLOAT32, BFLOAT16), (32, 72, 1536)):
         check_norm(cp, 33, columns, dtype, True, True)
         check_norm_backward(cp, 33, columns, dtype, True, True, True)
-    check_bias(cp, 70, 96, BFLOAT16)
     check_residual(cp, 40, 64, BFLOAT16, 0.3, True)
     check_fourier(cp, 40, BFLOAT16, 4, 136)
     check_compose(cp, (5, 0, 40), 16, 2)
@@ -180,30 +179,6 @@ def test_a_row_of_equal_numbers(cp):
 
     (got,) = run(cp, add, [x, np.ones(64, np.float32), bias], [((3, 64), BFLOAT16)])
     assert (got == bias.astype(BFLOAT16)).all()
-
-
-# ---- bias ----------------------------------------------------------------------------------------------------------
-
-
-def check_bias(cp, rows, columns, dtype):
-    dout = random((rows, columns), dtype, 8, 1, 0.1)
-
-    def add(steps, given, made):
-        layers.add_bias_gradient(steps, *given, *made, rows=rows, columns=columns, dtype=dtype)
-
-    (got,) = run(cp, add, [dout], [((columns,), FLOAT32)])
-    exact = dout.astype(np.float64).sum(0)
-    if rows:
-        assert_accurate(got, dout.astype(np.float32).sum(0), exact, f"{rows} x {columns} {dtype}")
-    else:
-        assert not got.any()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_bias_gradient(cp, dtype):
-    for rows, columns in itertools.product((*ROWS, 34_688), (8, 32, 64, 768, 1000, 6144)):
-        if rows * columns < 1 << 26:
-            check_bias(cp, rows, columns, dtype)
 
 
 # ---- residual ------------------------------------------------------------------------------------------------------

@@ -35,8 +35,6 @@ CUBLASLT_EPILOGUE = {
     "BIAS": 4,
     "GELU_BIAS": 32 | 4,
     "GELU_AUX_BIAS": 32 | 128 | 4,
-    "DGELU": 64 | 128,
-    "DGELU_BGRAD": 64 | 128 | 16,
     "BGRADB": 512,
 }
 

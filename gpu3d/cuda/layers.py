@@ -10,28 +10,25 @@ from __future__ import annotations
 
 import functools
 import math
-import struct
 from typing import Any
 
 import numpy as np
 
-from gpu3d._arrays import FLOAT32, FLOAT64, FLOATS
+from gpu3d._arrays import FLOAT64, FLOATS
 from gpu3d.cuda import clouds
 from gpu3d.cuda.compiler import Configuration
 from gpu3d.cuda.plan import Kernel, Macros, Number, Pointer, Steps
+from gpu3d.reference.flash3d import POSITION_FEATURES, WAVES, wave_numbers
 
 NORM_THREADS = 256
 RESIDUAL_THREADS = 256
 GELU_THREADS, GELU_ITEMS = 256, 4
 FOURIER_THREADS, FOURIER_ROWS = 256, 4
-FOURIER_WAVES, FOURIER_AXIS_WAVES = 64, 21
-BIAS_THREADS, BIAS_ROWS = 256, 4
-BIAS_SUM_THREADS = 1024
+SUM_THREADS = 1024
 COMPOSE_THREADS = 256
 RATIOS = (2, 4, 8)
 
 MOST_COLUMNS = 1536  # so that norm_backward's sums fit the registers of a warp, and 48 KB of shared memory
-FOURIER_COLUMNS = 2 * FOURIER_WAVES
 
 _WORD = 16  # bytes
 _LANES = (4, 8, 16, 32)  # threads of a row that share it in a norm
@@ -43,10 +40,9 @@ _SIGNATURES = {
     "norm_rows": "QQQQiifQQ",
     "norm_backward": "QQQQQQQQiiQQQ",
     "sum_partials": "QiiQQ",
-    "bias_partials": "QiiiiQ",
     "gelu_backward": "QQqQ",
     "residual_rows": "QQiiiIfIQQQ",
-    "fourier_rows": f"QQQ{4 * FOURIER_WAVES}siiiQ",
+    "fourier_rows": f"QQQ{4 * sum(WAVES)}siiiQ",
     "pack_positions": "QcQ",
     "compose_members": "QQQQccQ",
 }
@@ -64,8 +60,9 @@ def configurations() -> list[Configuration]:
     for dtype in types:
         shapes = dict.fromkeys(_shape(dtype, columns) for columns in range(8, MOST_COLUMNS + 1, 8))
         found += [Configuration("layers_norm", _norm_macros(dtype, *s, gelu)) for gelu in (False, True) for s in shapes]
-    for source in ("layers_residual", "layers_gelu", "layers_fourier", "layers_bias"):
+    for source in ("layers_residual", "layers_gelu", "layers_fourier"):
         found += [Configuration(source, _element(dtype)) for dtype in types]
+    found.append(Configuration("layers_sums", ()))
     return [*found, *(Configuration("layers_compose", (("RATIO", ratio),)) for ratio in RATIOS)]
 
 
@@ -155,38 +152,13 @@ def add_norm_backward(
     args = dout, x, pos, statistics, weight, bias, dres, dpos_before, rows, _row_words(dtype, columns), dx, dpos
     kernel = _kernel("layers_norm", "norm_backward", _norm_macros(dtype, lanes, words, gelu))
     steps.launch(kernel, grid=blocks, block=NORM_THREADS, args=(*args, partials))
-    _add_sum(steps, partials, blocks, columns, dweight, dbias)
-
-
-def _add_sum(
-    steps: Steps, partials: Pointer, count: int, columns: int, first: Pointer, second: Pointer | None = None
-) -> None:
-    """Add the sum of `count` rows of partial sums, for one result or for two side by side."""
-    if not count:
-        for pointer in (first, second):
-            if pointer is not None:
-                steps.clear(pointer, 4 * columns)
-        return
-    kernel = _kernel("layers_bias", "sum_partials", _element(FLOAT32))
-    grid = -(-columns * (1 if second is None else 2) // 32)
-    steps.launch(kernel, grid=grid, block=BIAS_SUM_THREADS, args=(partials, count, columns, first, second))
-
-
-# ---- bias ----------------------------------------------------------------------------------------------------------
-
-
-def add_bias_gradient(steps: Steps, dout: Pointer, dbias: Pointer, *, rows: int, columns: int, dtype: np.dtype) -> None:
-    """Add the sums of dout's columns. Here columns have no upper bound."""
-    words = _row_words(dtype, columns)
-    lane_bits = _lane_bits(words, 5)
-    side_by_side = -(-words // (1 << lane_bits))
-    groups = BIAS_THREADS >> lane_bits
-    parts = min(max(1, _PARTS // side_by_side), -(-rows // (groups * BIAS_ROWS)))
-    partials = steps.workspace("bias sums", 4 * parts * columns)
-    kernel = _kernel("layers_bias", "bias_partials", _element(dtype))
-    args = dout, rows, words, lane_bits, side_by_side, partials
-    steps.launch(kernel, grid=parts * side_by_side, block=BIAS_THREADS, args=args)
-    _add_sum(steps, partials, parts, columns, dbias)
+    if blocks:
+        kernel = _kernel("layers_sums", "sum_partials")
+        sums = partials, blocks, columns, dweight, dbias
+        steps.launch(kernel, grid=-(-2 * columns // 32), block=SUM_THREADS, args=sums)
+    else:
+        steps.clear(dweight, 4 * columns)
+        steps.clear(dbias, 4 * columns)
 
 
 # ---- GELU ----------------------------------------------------------------------------------------------------------
@@ -237,17 +209,6 @@ def add_residual(
 # ---- fourier -------------------------------------------------------------------------------------------------------
 
 
-def frequencies(wavelengths: tuple[float, float]) -> np.ndarray:
-    """2 pi / wavelength of each wave, float32 [64]: 21 of x, 21 of y, 22 of z.
-
-    The wavelengths of an axis go from the first to the second in equal ratios.
-    """
-    counts = FOURIER_AXIS_WAVES, FOURIER_AXIS_WAVES, FOURIER_WAVES - 2 * FOURIER_AXIS_WAVES
-    first, last = wavelengths
-    waves = [first * (last / first) ** (np.arange(count) / (count - 1)) for count in counts]
-    return (2 * np.pi / np.concatenate(waves)).astype(np.float32)
-
-
 def add_fourier(
     steps: Steps,
     points: Pointer,
@@ -259,15 +220,15 @@ def add_fourier(
     index: Pointer | None = None,
     features: Pointer | None = None,
     channels: int = 0,
-    columns: int = FOURIER_COLUMNS,
+    columns: int = POSITION_FEATURES,
 ) -> None:
     """Add the rows [features, sines, cosines, zeros] of points float32 [N, 3] and features float32 [N, channels].
 
     Row i is that of point index[i] (int32; -1 in padding), or of point i. `columns` is the width of a row.
     """
-    if columns < channels + FOURIER_COLUMNS:
-        raise ValueError(f"columns must be at least {FOURIER_COLUMNS} + channels ({channels}), got {columns}.")
-    waves = struct.pack(f"<{FOURIER_WAVES}f", *frequencies(wavelengths).tolist())
+    if columns < channels + POSITION_FEATURES:
+        raise ValueError(f"columns must be at least {POSITION_FEATURES} + channels ({channels}), got {columns}.")
+    waves = wave_numbers(wavelengths).astype("<f4").tobytes()
     args = points, features, index, waves, rows, channels, columns, out
     kernel = _kernel("layers_fourier", "fourier_rows", _element(dtype))
     rows_a_block = FOURIER_THREADS // 32 * FOURIER_ROWS

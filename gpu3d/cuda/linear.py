@@ -45,21 +45,10 @@ def input_gradient(
     weight: Matrix,
     dx: Matrix,
     *,
-    aux: Matrix | None = None,
-    bias_gradient: Pointer | None = None,
     added: Matrix | None = None,
 ) -> None:
-    """Set dx = dy W + added, or dx = (dy W) gelu'(aux) and bias_gradient = the sums of dx's columns.
-
-    With aux, x = gelu(aux) is the result of the layer before, and `bias_gradient` is the gradient of that layer's bias.
-    `added` may be dx.
-    """
-    if (bias_gradient and not aux) or (aux and added):
-        raise ValueError("bias_gradient needs aux, and aux takes no added.")
-    if bias_gradient is not None and not dx.rows:
-        steps.clear(bias_gradient, dx.columns * dx.dtype.itemsize)
-    epilogue = "DEFAULT" if aux is None else "DGELU" if bias_gradient is None else "DGELU_BGRAD"
-    steps.gemm(Gemm(dy, weight, dx, c=added, epilogue=epilogue, bias=bias_gradient, aux=aux))
+    """Set dx = dy W + added. `added` may be dx."""
+    steps.gemm(Gemm(dy, weight, dx, c=added))
 
 
 def weight_gradient(

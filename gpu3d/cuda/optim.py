@@ -12,7 +12,6 @@ from gpu3d.cuda.plan import Kernel, Number, Pointer, Steps
 ADAMW_THREADS = 256
 ADAMW_QUADS = 2
 ADAMW_SUM_BLOCKS = 1024
-STATE_BYTES = 8  # struct State: uint32 step, uint32 skipped
 
 _UPDATE_BYTES = 20  # struct Update
 _SIGNATURES = {"sum_squares": "QqQ", "prepare_step": "QiQdIddQQQ", "adamw": "QQqqQQQQ"}

@@ -161,7 +161,7 @@ class Matrix(NamedTuple):
 class Gemm(NamedTuple):
     """A product of matrices by cuBLASLt: d = epilogue(a b + c), where a, b or both may be transposed.
 
-    `epilogue` is a name of cublasLtEpilogue_t: DEFAULT, BIAS, GELU_BIAS, GELU_AUX_BIAS, DGELU, DGELU_BGRAD or BGRADB.
+    `epilogue` is a name of cublasLtEpilogue_t: DEFAULT, BIAS, GELU_BIAS, GELU_AUX_BIAS or BGRADB.
     `bias` has the dtype of d. It has an element for each column of d, but for BGRADB, which writes the sums of a's
     columns to it, one for each row of d. `aux` has the shape and dtype of d.
 
@@ -336,8 +336,6 @@ EPILOGUES = {
     "BIAS": (True, False),
     "GELU_BIAS": (True, False),
     "GELU_AUX_BIAS": (True, True),
-    "DGELU": (False, True),
-    "DGELU_BGRAD": (True, True),
     "BGRADB": (True, False),
 }
 
