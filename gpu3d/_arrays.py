@@ -316,7 +316,8 @@ def leave(array: Any, origin: Origin) -> Any:
         return plain.view(torch_dtype(array.dtype))
     jax = sys.modules["jax"]
     if origin.device is not None:
-        return jax.dlpack.from_dlpack(array)
+        with on(origin):  # JAX makes the array's device current
+            return jax.dlpack.from_dlpack(array)
     return jax.device_put(array, origin.place or jax.devices("cpu")[0])
 
 
