@@ -26,10 +26,12 @@ import numpy as np
 from benchmarks import data, timing
 from benchmarks.table import Peer, Row, Setting, measured_peer
 from gpu3d import flash3d
-from gpu3d._arrays import FLOAT32, UINT8, Spec
+from gpu3d._arrays import FLOAT32, UINT8
 from gpu3d.cuda import launcher
+from gpu3d.cuda.clouds import ROW_BYTES
 from gpu3d.cuda.plan import Call
 from gpu3d.flash3d import network
+from gpu3d.flash3d.levels import Layout, layout_of
 from gpu3d.flash3d.params import arena_size, flat
 
 SWEEP, KITTI, MILLION = 34_688, 124_668, 1_000_000
@@ -143,26 +145,33 @@ def _prepared(call: Call, arrays: list[Any], held: int = 0) -> Prepared:
 def _forward(inputs: Inputs) -> Prepared:
     import cupy
 
-    config, n = inputs.config, len(inputs.points)
-    call = network.forward_call(config, inputs.lengths, _spec(inputs), launcher.device(0))
-    logits = cupy.empty((n, config.classes), np.float32)
-    return _prepared(call, [inputs.points, inputs.features, *_arenas(config), logits])
+    config, device = inputs.config, launcher.device(0)
+    layout = layout_of(inputs.lengths, config, device)
+    plan = network.forward_plan(config, layout.sizes, FLOAT32, device)
+    logits = cupy.empty((layout.slots, config.classes), np.float32)
+    arrays = [inputs.points, inputs.features, _tables(layout), *_arenas(config), logits]
+    return _prepared(Call(plan, {"points": len(inputs.points)}), arrays)
+
+
+def _tables(layout: Layout) -> Any:
+    import cupy
+
+    tables = cupy.empty(layout.rows * ROW_BYTES, np.uint8)
+    launcher.write_table(layout.tables, tables.data.ptr, tables.data.device_id, cupy.cuda.get_current_stream().ptr)
+    return tables
 
 
 def _step(inputs: Inputs, recompute: bool = False) -> Prepared:
     import cupy
 
-    config, size = inputs.config, arena_size(inputs.config)
-    call = network.step_call(config, inputs.lengths, _spec(inputs), UINT8, IGNORE, launcher.device(0), recompute)
-    options = {"seed": 0, "rate": 2e-3, "steps": 100_000, "decay": 5e-3, "clip": 1.0}
+    config, size, device = inputs.config, arena_size(inputs.config), launcher.device(0)
+    layout = layout_of(inputs.lengths, config, device)
+    plan = network.step_plan(config, layout.sizes, FLOAT32, UINT8, IGNORE, device, recompute)
+    options = {"points": len(inputs.points), "seed": 0, "rate": 2e-3, "steps": 100_000, "decay": 5e-3, "clip": 1.0}
     moments = [cupy.zeros(size, np.float32) for _ in range(3)]
     state = cupy.zeros(2, np.uint32), *(cupy.empty((), np.float32) for _ in range(2))
-    arrays = [inputs.points, inputs.features, inputs.labels, *_arenas(config), *moments, *state]
-    return _prepared(Call(call.plan, {**call.numbers, **options}), arrays, held=(4 * 4 + 2) * size)
-
-
-def _spec(inputs: Inputs) -> Spec:
-    return Spec(inputs.features.shape, FLOAT32)
+    arrays = [inputs.points, inputs.features, inputs.labels, _tables(layout), *_arenas(config), *moments, *state]
+    return _prepared(Call(plan, options), arrays, held=(4 * 4 + 2) * size)
 
 
 def _new_lengths(setting: Setting) -> float:

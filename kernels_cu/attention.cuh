@@ -16,7 +16,8 @@
 //   dkdv     stationary K and V, streamed Q and dO
 //
 // A position counts the slots of a scope: position p is slot p % bucket_size of the scope's bucket p / bucket_size.
-// Only a cloud's last bucket has padding, so the positions of a scope have at most one hole.
+// Only a cloud's last bucket has padding, so the positions of a scope have at most one hole. But a cloud without points
+// may have buckets, which are all padding.
 //
 // Products are mma.sync m16n8k16 with float32 accumulation or, on Hopper, warpgroup products (wgmma). Both lay out
 // their results alike, and only this file knows which is used: a lane holds row lane / 4 (and that + 8) and columns 2 *
@@ -142,13 +143,14 @@ scope_at(const Clouds &clouds, const int *table, int width, int index, const Div
     Scope scope = {table + (size_t)index * width, size, 0, 0, 0};
     const Cloud *rows = rows_of(clouds);
     const int lane = threadIdx.x & 31;
-    int count = 0, last = 0, filled = 0;  // the last bucket of the scope's cloud, and its points
+    int count = 0, points = 0, last = 0, filled = 0;  // points of the scope's cloud; its last bucket, and its points
     for (int base = 0; base < width; base += 32) {
         const int bucket = base + lane < width ? scope.buckets[base + lane] : -1;
         if (base == 0) {
             const int b = cloud_of<&Cloud::tile>(clouds, __shfl_sync(FULL, bucket, 0));  // tiles are buckets here
             last = rows[b + 1].tile - 1;
-            filled = rows[b + 1].point - rows[b].point - (last - rows[b].tile) * size.by;
+            points = rows[b + 1].point - rows[b].point;
+            filled = points - (last - rows[b].tile) * size.by;
         }
         const u32 listed = __ballot_sync(FULL, bucket >= 0), short_one = __ballot_sync(FULL, bucket == last);
         count += __popc(listed);
@@ -159,6 +161,10 @@ scope_at(const Clouds &clouds, const int *table, int width, int index, const Div
         if (listed != FULL) break;
     }
     scope.end = count * size.by;
+    if (!points) {
+        scope.hole = 0;
+        scope.hole_end = scope.end;
+    }
     return scope;
 }
 

@@ -41,7 +41,7 @@ typedef u8 label_t;
 // What both kernels read.
 struct Logits {
     const element_t *logits;   // [rows, classes], rows `pitch` elements apart
-    const label_t *labels;     // [points]
+    const label_t *labels;     // [points] of those with a row
     const int *point_to_slot;  // [points] row of each point, or -1 to ignore it; null if point i has row i
     long long pitch;
     int points;
@@ -64,9 +64,11 @@ __device__ __forceinline__ Point load_point(const Logits &in) {
     float *tile = rows + (threadIdx.x & ~31) * width;  // the warp's
     Point point = {(int)(blockIdx.x * THREADS + threadIdx.x), -1, 0, tile + lane * width, 0};
     if (point.index < in.points) {
-        const int label = in.labels[point.index];
         point.row = in.point_to_slot ? in.point_to_slot[point.index] : point.index;
-        if (label >= 0 && label < in.classes && label != in.ignore && point.row >= 0) point.label = label;
+        if (point.row >= 0) {  // otherwise there may be no label
+            const int label = in.labels[point.index];
+            if (label >= 0 && label < in.classes && label != in.ignore) point.label = label;
+        }
     }
     const u32 counting = __ballot_sync(FULL, point.label >= 0);
     for (int base = 0; base < 32; base += TOGETHER) {

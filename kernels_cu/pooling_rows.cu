@@ -145,8 +145,9 @@ __device__ __forceinline__ Floats sum_of(const Word words[RATIO], const Members 
 
 // Clears the parent's padding. Its rows follow the children in the grid.
 __device__ __forceinline__ void clear_padding(
-    const Part &part, const Clouds &parents, long long children, long long padding, Word *rows, long long words
+    const Part &part, const Clouds &parents, long long children, Word *rows, long long words
 ) {
+    const int padding = groups_of(parents);
     for (int k = 0; k < ROWS; ++k) {
         const long long row = part.row + k * part.step - children;
         if (row < 0 || row >= padding) continue;
@@ -234,8 +235,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void spread_sums(
     long long stride,
     const Members *__restrict__ members,  // [children]; children include padding slots
     long long children,
-    long long padding,                       // rows of the parent that hold no point
-    const __grid_constant__ Clouds parents,  // read if there is padding
+    const __grid_constant__ Clouds parents,
     long long words,
     int lane_bits,
     int mean,                     // 1: each member gets its share
@@ -260,7 +260,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void spread_sums(
                 if (its[k].slot[m] >= 0) dfeatures[its[k].slot[m] * words + c] = rows[k];
         }
     }
-    if (padding) clear_padding(part, parents, children, padding, dfeatures, words);
+    clear_padding(part, parents, children, dfeatures, words);
 }
 
 extern "C" __global__ __launch_bounds__(THREADS) void spread_extremes(
@@ -269,8 +269,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void spread_extremes(
     const Places *__restrict__ argmember,  // [children, words]
     const Members *__restrict__ members,   // [children]; children include padding slots
     long long children,
-    long long padding,                       // rows of the parent that hold no point
-    const __grid_constant__ Clouds parents,  // read if there is padding
+    const __grid_constant__ Clouds parents,
     long long words,
     int lane_bits,
     Word *__restrict__ dfeatures  // [parent slots, words]
@@ -294,7 +293,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void spread_extremes(
                 dfeatures[its[k].slot[m] * words + c] = out;
             }
     }
-    if (padding) clear_padding(part, parents, children, padding, dfeatures, words);
+    clear_padding(part, parents, children, dfeatures, words);
 }
 
 extern "C" __global__ __launch_bounds__(THREADS) void unpool_rows(
@@ -304,8 +303,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void unpool_rows(
     long long skip_stride,
     const Members *__restrict__ members,  // [children]; children include padding slots
     long long children,
-    long long padding,                       // rows of the parent that hold no point
-    const __grid_constant__ Clouds parents,  // read if there is padding
+    const __grid_constant__ Clouds parents,
     long long words,
     int lane_bits,
     Word *__restrict__ out  // [parent slots, words]
@@ -333,7 +331,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void unpool_rows(
                 out[its[k].slot[m] * words + c] = sum;
             }
     }
-    if (padding) clear_padding(part, parents, children, padding, out, words);
+    clear_padding(part, parents, children, out, words);
 }
 
 extern "C" __global__ __launch_bounds__(THREADS) void unpool_sums(
@@ -341,8 +339,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void unpool_sums(
     long long stride,
     const Members *__restrict__ members,  // [children]; children include padding slots
     long long children,
-    long long padding,                       // rows of the parent that hold no point
-    const __grid_constant__ Clouds parents,  // read if there is padding
+    const __grid_constant__ Clouds parents,
     long long words,
     int lane_bits,
     Word *__restrict__ dchild,  // [children, words]
@@ -364,5 +361,5 @@ extern "C" __global__ __launch_bounds__(THREADS) void unpool_sums(
                 if (its[k].slot[m] >= 0) dskip[its[k].slot[m] * words + c] = loaded[k][m];
         }
     }
-    if (padding) clear_padding(part, parents, children, padding, dskip, words);
+    clear_padding(part, parents, children, dskip, words);
 }

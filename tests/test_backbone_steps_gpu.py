@@ -164,12 +164,12 @@ class Pooled:
         return (of.slots, self.columns), self.dtype
 
     def numbers(self, level):
-        return {f"parents {level}": self.layout.parents, f"padding {level}": self.layout.parents.groups}
+        return {f"parents {level}": self.layout.parents}
 
-    def to_parents(self, steps, level):
-        """The arguments of steps that write to the parents' slots."""
+    def batch_of_parents(self, steps, level):
+        """The struct Clouds of the parents."""
         shape = self.layout.shape
-        return clouds.argument(steps, f"parents {level}", shape.clouds, shape.bucket_size), Number(f"padding {level}")
+        return clouds.argument(steps, f"parents {level}", shape.clouds, shape.bucket_size)
 
 
 def check_pooling(cp, lengths, bucket_size, ratio, columns, dtype):
@@ -185,7 +185,7 @@ def check_pooling(cp, lengths, bucket_size, ratio, columns, dtype):
             pooling.add_pool(steps, shape, *given, *made, **case.sizes, mean=mean)
 
         def add_pool_backward(steps, given, made, mean=mean):
-            args = *given, *case.to_parents(steps, 0), *made
+            args = *given, case.batch_of_parents(steps, 0), *made
             pooling.add_pool_backward(steps, shape, *args, **case.sizes, mean=mean)
 
         (got,) = run(cp, add_pool, [features, members], [case.made(case.children)])
@@ -195,7 +195,7 @@ def check_pooling(cp, lengths, bucket_size, ratio, columns, dtype):
         assert not got[case.parents.slot_to_point < 0].view(np.uint8).any()
 
     def add_unpool(steps, given, made):
-        pooling.add_unpool(steps, shape, *given, *case.to_parents(steps, 0), *made, **case.sizes)
+        pooling.add_unpool(steps, shape, *given, case.batch_of_parents(steps, 0), *made, **case.sizes)
 
     for skipped in (None, skip):
         (got,) = run(cp, add_unpool, [child, members, skipped], [case.made(case.parents)], numbers)
@@ -230,9 +230,9 @@ def check_levels(cp, lengths, ratio, columns, dtype):
         first, second, up = (steps.workspace("rows", of.slots * columns * dtype.itemsize) for of in layouts)
         for case, source, its, out in ((upper, features, members[0], first), (lower, first, members[1], second)):
             pooling.add_pool(steps, case.layout.shape, source, its, out, **case.sizes)
-        args = lower.layout.shape, second, members[1], first, *lower.to_parents(steps, 1), up
+        args = lower.layout.shape, second, members[1], first, lower.batch_of_parents(steps, 1), up
         pooling.add_unpool(steps, *args, **lower.sizes)
-        args = upper.layout.shape, up, members[0], features, *upper.to_parents(steps, 0), *made
+        args = upper.layout.shape, up, members[0], features, upper.batch_of_parents(steps, 0), *made
         pooling.add_unpool(steps, *args, **upper.sizes)
 
     numbers = {**upper.numbers(0), **lower.numbers(1)}

@@ -10,6 +10,7 @@ import pytest
 
 from gpu3d import flash3d
 from gpu3d.flash3d import params as arenas
+from gpu3d.flash3d.graphs import Graphs
 
 pytestmark = pytest.mark.gpu
 
@@ -28,7 +29,7 @@ SMALL = flash3d.Config(
     scope=4,
     drop_path=0.0,
 )
-LENGTHS = [(1500,), (300, 0, 1, 77, 640), (5,) * 70]
+LENGTHS = [(1500,), (300, 0, 1, 77, 640), (5,) * 70, (1030, 420)]  # the last has a bucket that rounding adds
 
 
 def scene(lengths, seed=0):
@@ -129,7 +130,7 @@ def test_a_cloud_alone_and_in_a_batch(cp):
             start += n
 
 
-@pytest.mark.parametrize("lengths", LENGTHS[:2], ids=len)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_compiled(cp, lengths):
     """Launched, captured and replayed: the same classes as those of the largest logits."""
     params, batch, _ = given(cp, SMALL, lengths)
@@ -148,6 +149,24 @@ def test_compiled(cp, lengths):
     for view in arenas.flat(params).values():
         view[...] = 0  # a copy is used
     assert (predict(batch.points, batch.features, batch.lengths).get() == expected).all()
+
+
+def test_one_graph_serves_batches_of_nearly_the_same_size(cp, monkeypatch):
+    """It gives the bits of a batch that is launched, whatever was in its memory before."""
+    params, batch, _ = given(cp, SMALL, (5000,))
+    predict, captured, capture = flash3d.compile(params, SMALL, max_points=100), [], Graphs._capture
+    monkeypatch.setattr(Graphs, "_capture", lambda self, key, *rest: captured.append(key) or capture(self, key, *rest))
+    replayed, replay = [], Graphs._replay
+    monkeypatch.setattr(Graphs, "_replay", lambda self, *args: replayed.append(1) or replay(self, *args))
+    for n in (4992, 4870, 4992, 4990, 4865, 4900, 4992):  # 153 to 156 buckets, rounded up to 156
+        points, features = batch.points[:n], batch.features[:n]
+        expected = flash3d.forward(params, flash3d.Batch(points, features), SMALL).argmax(axis=1)
+        assert (predict(points, features) == expected).all()
+    assert len(captured) == 1 and len(replayed) == 6
+    half = batch.features[:4900].astype(np.float16)
+    expected = flash3d.forward(params, flash3d.Batch(batch.points[:4900], half), SMALL).argmax(axis=1)
+    for _ in range(3):
+        assert (predict(batch.points[:4900], half) == expected).all()
 
 
 def test_out_of_memory(cp, monkeypatch):

@@ -10,9 +10,13 @@ from ml_dtypes import bfloat16
 
 from gpu3d import flash3d
 from gpu3d._arrays import FLOAT32, UINT8, Spec
+from gpu3d.cuda import buckets, clouds
 from gpu3d.cuda.plan import DEVICES, Call, Gemm, Launch, Steps
+from gpu3d.cuda.pooling import GROUP_TILE
 from gpu3d.flash3d import network
-from gpu3d.flash3d.params import arena_size, layout
+from gpu3d.flash3d.levels import EVEN, KINDS, ODD, POOL, SORT, Layout, layout_of, rounded_up
+from gpu3d.flash3d.params import arena_size
+from gpu3d.flash3d.params import layout as layout_of_parameters
 
 CONFIGS = {
     "tiny": flash3d.presets["tiny"],
@@ -20,92 +24,154 @@ CONFIGS = {
     "129m, other hashes": flash3d.presets["flash3d_129m"].replace(hashes=("xor_mod",) * 5, in_channels=1, classes=7),
 }
 LENGTHS = {"one sweep": (34_688,), "ragged": (700, 0, 1, 5000), "many": (30,) * 70, "large": (300_000,)}
+HOPPER = DEVICES["sm_90a"]
 OPTIONS = {"seed": 1, "rate": 1e-3, "steps": 10, "decay": 0.0, "clip": 1.0}
 
 
-def specs_of(config, lengths):
-    """Points, features, labels, masters, weights."""
+def given_of(config, lengths, device=HOPPER):
+    """The layout, and the specs of points, features, labels, tables, masters and weights."""
+    layout = layout_of(lengths, config, device)
     n, arena = sum(lengths), (arena_size(config),)
     rows = Spec((n, 3), FLOAT32), Spec((n, config.in_channels), FLOAT32), Spec((n,), UINT8)
-    return *rows, Spec(arena, FLOAT32), Spec(arena, np.dtype(bfloat16))
+    tables = Spec((layout.rows, clouds.ROW_BYTES), UINT8)
+    return layout, (*rows, tables, Spec(arena, FLOAT32), Spec(arena, np.dtype(bfloat16)))
+
+
+def step_of(config, lengths, recompute=False):
+    """The call of a training step, and the specs of its inputs."""
+    layout, given = given_of(config, lengths)
+    plan = network.step_plan(config, layout.sizes, FLOAT32, UINT8, 255, HOPPER, recompute)
+    arena = given[4]
+    return Call(plan, OPTIONS), (*given, arena, arena, arena, Spec((2,), np.dtype(np.uint32)))
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_forward(config, lengths, arch):
-    points, features, _, masters, weights = specs_of(config, lengths)
-    call = network.forward_call(config, lengths, features, DEVICES[arch])
-    results = [Spec((sum(lengths), config.classes), FLOAT32)]
-    unused = plans.check(call, (points, features, masters, weights), results, DEVICES[arch], shared=True)
-    assert not unused
+    device = DEVICES[arch]
+    layout, (points, features, _, *rest) = given_of(config, lengths, device)
+    call = Call(network.forward_plan(config, layout.sizes, FLOAT32, device), {})
+    results = [Spec((layout.slots, config.classes), FLOAT32)]
+    assert not plans.check(call, (points, features, *rest), results, device, shared=True)
 
 
 @pytest.mark.parametrize("lengths", list(LENGTHS.values())[:3], ids=list(LENGTHS)[:3])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_training_step(config, lengths):
-    given = specs_of(config, lengths)
-    scalar, arena = Spec((), FLOAT32), given[3]
-    call = network.step_call(config, lengths, given[1], UINT8, 255, DEVICES["sm_90a"])
-    changed = arena, arena, arena, Spec((2,), np.dtype(np.uint32))
-    call = Call(call.plan, {**call.numbers, **OPTIONS})
-    assert not plans.check(call, (*given, *changed), [scalar, scalar], DEVICES["sm_90a"], shared=True)
+    call, given = step_of(config, lengths)
+    assert not plans.check(call, given, [Spec((), FLOAT32)] * 2, HOPPER, shared=True)
+
+
+def test_features_of_another_dtype():
+    config, lengths = CONFIGS["tiny"], (700, 0, 1, 5000)
+    layout, (points, features, _, *rest) = given_of(config, lengths)
+    call = Call(network.forward_plan(config, layout.sizes, np.dtype(np.float16), HOPPER), {"points": sum(lengths)})
+    results = [Spec((layout.slots, config.classes), FLOAT32)]
+    given = points, features._replace(dtype=np.dtype(np.float16)), *rest
+    assert not plans.check(call, given, results, HOPPER, shared=True)
 
 
 def test_recompute():
     """A step of eight sweeps fits 4 GB beside the parameters, and each attention is launched a second time."""
     config, lengths = CONFIGS["46m"], (34_688,) * 8
-    given = specs_of(config, lengths)
-    calls = [
-        network.step_call(config, lengths, given[1], UINT8, 255, DEVICES["sm_90a"], recompute)
-        for recompute in (False, True)
-    ]
+    (first, _), (second, given) = (step_of(config, lengths, recompute) for recompute in (False, True))
+    calls = first, second
     once, twice = (
         [step.kernel.function for step in call.plan.steps if isinstance(step, Launch)].count("attention_forward")
         for call in calls
     )
     assert (once, twice) == (22, 44)
     assert calls[1].plan.workspace < 4e9 < calls[0].plan.workspace / 3
-    scalar, arena = Spec((), FLOAT32), given[3]
-    changed = arena, arena, arena, Spec((2,), np.dtype(np.uint32))
-    call = Call(calls[1].plan, {**calls[1].numbers, **OPTIONS})
-    assert not plans.check(call, (*given, *changed), [scalar, scalar], DEVICES["sm_90a"], shared=True)
+    assert not plans.check(second, given, [Spec((), FLOAT32)] * 2, HOPPER, shared=True)
 
 
 def test_gradients_are_each_written_once():
     """Every parameter has one place that writes its gradient, and no two places overlap."""
     config, lengths = CONFIGS["129m, other hashes"], (700, 0, 1, 5000)
-    given = specs_of(config, lengths)
-    call = network.gradient_call(config, lengths, given[1], UINT8, 255, DEVICES["sm_90a"])
-    results = Spec((), FLOAT32), given[3]
-    assert not plans.check(call, given, results, DEVICES["sm_90a"], shared=True)
+    layout, given = given_of(config, lengths)
+    plan = network.gradient_plan(config, layout.sizes, FLOAT32, UINT8, 255, HOPPER)
+    results = Spec((), FLOAT32), given[4]
+    assert not plans.check(Call(plan, {}), given, results, HOPPER, shared=True)
     written = []
-    for step in call.plan.steps:
+    for step in plan.steps:
         pointers = (
             [step.d.pointer, step.bias] if isinstance(step, Gemm) else step.args if isinstance(step, Launch) else []
         )
         written += [p.offset for p in pointers if getattr(p, "memory", None) == "result" and p.index == 1]
-    assert sorted(written) == sorted(4 * parameter.offset for parameter in layout(config))
-
-
-def test_batches_with_as_many_buckets_share_a_plan():
-    config, device = CONFIGS["46m"], DEVICES["sm_90a"]
-    calls = [
-        network.forward_call(config, (n, 70), Spec((n + 70, 4), FLOAT32), device) for n in (34_600, 34_688, 30_000)
-    ]
-    assert calls[0].plan is calls[1].plan is not calls[2].plan
-    assert calls[0].numbers["points"] == 34_670 != calls[1].numbers["points"]
-    strided = Spec((34_670, 4), FLOAT32, (32, 4))
-    assert network.forward_call(config, (34_600, 70), strided, device).plan is not calls[0].plan
+    assert sorted(written) == sorted(4 * parameter.offset for parameter in layout_of_parameters(config))
 
 
 def test_no_points():
     config = CONFIGS["tiny"]
-    features = specs_of(config, (0, 0))[1]
-    call = network.forward_call(config, (0, 0), features, DEVICES["sm_90a"])
-    assert not call.plan.steps
-    call = network.gradient_call(config, (0, 0), features, UINT8, 255, DEVICES["sm_90a"])
-    assert [step.size for step in call.plan.steps] == [4 * arena_size(config), 4]
+    layout, _ = given_of(config, (0, 0))
+    assert layout == Layout((), [], 0) and layout.slots == 0
+    assert not network.forward_plan(config, (), FLOAT32, HOPPER).steps
+    plan = network.gradient_plan(config, (), FLOAT32, UINT8, 255, HOPPER)
+    assert [step.size for step in plan.steps] == [4 * arena_size(config), 4]
+
+
+# ---- layouts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 1, 31, 32, 33, 34, 63, 65, 1000, 2**20 + 1])
+def test_counts_are_rounded_up(count):
+    rounded = rounded_up(count)
+    assert count <= rounded <= count + count // 16 and rounded_up(rounded) == rounded
+
+
+def test_batches_of_nearly_the_same_size_share_a_plan():
+    config = CONFIGS["46m"]
+    layouts = [layout_of(lengths, config, HOPPER) for lengths in ((32_800,), (34_688,), (33_500,), (34_820,))]
+    plan, same, less, other = (network.forward_plan(config, x.sizes, FLOAT32, HOPPER) for x in layouts)
+    assert plan is same is less is not other
+    assert layouts[0].tables != layouts[1].tables
+    # A stream of sweeps needs few plans.
+    assert len({layout_of((n,), config, HOPPER).sizes for n in range(30_000, 40_000, 7)}) == 7
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("seed", range(30))
+def test_tables(seed, arch):
+    """Each level's tables cover its slots, and bounds hold what the clouds need."""
+    rng, device = np.random.default_rng(seed), DEVICES[arch]
+    config = CONFIGS["46m"].replace(bucket_size=int(rng.choice([16, 64, 512])), scope=int(rng.choice([1, 2, 8])))
+    largest = [40, 3000, 200_000, 800_000][seed % 4]
+    lengths = tuple(int(n) for n in rng.integers(0, largest, rng.integers(1, 90 if seed % 4 < 2 else 4)))
+    layout, size = layout_of(lengths, config, device), config.bucket_size
+    if not sum(lengths):
+        return
+    rows = np.frombuffer(b"".join(part[: 16 * count] for part, _, count in layout.tables), np.int32)
+    tables = rows.reshape(config.levels, len(KINDS), -1, 4)
+    n = np.array(lengths)
+    for depth, (own, table) in enumerate(zip(layout.sizes, tables, strict=True)):
+        counts = np.diff(table, axis=1)
+        assert (table[:, 0] == 0).all() and (counts >= 0).all() and own.clouds == counts.shape[1]
+        assert (counts[:, : len(n), 0] == n).all() and (counts[:, len(n) :, 0] == 0).all()
+        held = counts[EVEN, :, 1]
+        assert (counts[:, :, 3] == held * size).all() and (held[: len(n)] == -(-n // size)).all()
+        assert (held[len(n) : -1] == 0).all()
+        assert table[EVEN, -1, 3] == own.sort.slots == rounded_up(int((-(-n // size)).sum())) * size
+        ends = table[:, -1, 1:3]
+        assert ends[SORT, 0] <= own.sort.tiles and ends[SORT, 1] <= own.sort.groups
+        assert ends[EVEN, 1] <= own.scopes[0] and ends[ODD, 1] <= own.scopes[1]
+        for kind, stride in ((EVEN, 1), (ODD, config.strides[depth])):
+            expected = [buckets.scopes_of([int(count)], size, config.scope, stride).groups for count in held]
+            assert (counts[kind, :, 2] == expected).all()
+        if own.sort.method != "cloud":
+            tiles, groups = buckets.parts(own.sort, n)
+            assert (counts[SORT, : len(n), 1] == tiles).all() and (counts[SORT, : len(n), 2] == groups).all()
+            assert (counts[SORT, -1, 1:3] == 1).all()
+        if depth + 1 < config.levels:
+            shape, pooled = layout.sizes[depth + 1].pooled, counts[POOL]
+            assert ends[POOL, 0] <= shape.tiles and ends[POOL, 1] <= shape.padding
+            assert (pooled[:, 2] == held * size - counts[EVEN, :, 0]).all()
+            assert (pooled[: len(n), 1] == -(-n // GROUP_TILE)).all() and pooled[-1, 1] == 1
+            assert shape.slots == layout.sizes[depth + 1].sort.slots
+        n = -(-n // config.ratio)
+
+
+# ---- sharing memory ------------------------------------------------------------------------------------------------
 
 
 def test_pieces_share_memory_only_if_they_are_not_needed_at_once():

@@ -100,6 +100,21 @@ def test_a_step_that_is_not_finite_is_skipped(cp, step):
     assert (ours._state.masters.get() != before[0]).any()
 
 
+def test_a_training_with_ragged_batches(cp):
+    """Launched and replayed steps give the same bits: two trainings, of which one captures its graphs earlier."""
+    lengths = [(1200, 0, 1, 400), (1180, 3, 5, 390), (700, 600), (1201, 9, 1, 380), (1190, 1, 1, 385)]
+    one, two = trainer(steps=20), trainer(steps=20)
+    for some in lengths:
+        points, features, *rest = on_gpu(cp, 0, lengths=some)
+        two.step(points, features * np.float32(np.nan), *rest)
+    assert two.skipped == len(lengths)
+    for step in range(10):
+        losses = [float(of.step(*on_gpu(cp, step, lengths=lengths[step % 5]))) for of in (one, two)]
+        assert np.isfinite(losses[0]) and losses[0] == losses[1]
+    for got, expected in zip(one._state[:3], two._state[:3], strict=True):
+        assert (got == expected).all()
+
+
 def test_the_loss_of_a_step_outlives_the_next(cp):
     ours = trainer(steps=50)
     losses = [ours.step(*on_gpu(cp, 0)) for _ in range(50)]

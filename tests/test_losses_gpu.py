@@ -86,14 +86,14 @@ def compute(cp, logits, labels, *, point_to_slot=None, rows=None, pitch=None, ig
     rows, pitch = n if rows is None else rows, classes if pitch is None else pitch
     given = np.full((rows, pitch), np.nan, logits.dtype)  # what belongs to no point is not read
     place = np.arange(n) if point_to_slot is None else point_to_slot
-    given[place[place >= 0], :classes] = logits[place >= 0]
+    given[place[:n][place[:n] >= 0], :classes] = logits[place[:n] >= 0]
 
     def add(steps, inputs, results):
         *both, places = inputs
         losses.add_loss(
             steps,
             *(*both, *results),
-            points=n,
+            points=len(place),
             rows=rows,
             classes=classes,
             dtype=given.dtype,
@@ -177,12 +177,16 @@ def test_random_logits(cp, dtype):
 @pytest.mark.parametrize("label_dtype", LABELS, ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_rows_in_slots(cp, dtype, label_dtype):
-    """Points lie in any rows of wider logits, and some have none. The same gradients, and 0 everywhere else."""
+    """Points lie in any rows of wider logits, and some have none; the last have no label either.
+
+    The same gradients, and 0 everywhere else.
+    """
     n, classes, rows, pitch = 5000, 19, 5632, 24
     logits, labels = cases(n, classes, dtype, label_dtype)
     place = np.random.default_rng(6).permutation(rows)[:n]
     place[::50] = -1
-    loss, dlogits = compute(cp, logits, labels, point_to_slot=place, rows=rows, pitch=pitch)
+    longer = np.concatenate([place, np.full(700, -1)])
+    loss, dlogits = compute(cp, logits, labels, point_to_slot=longer, rows=rows, pitch=pitch)
     counted = np.where(place >= 0, labels, IGNORE).astype(label_dtype)
     expected_loss, expected = compute(cp, logits, counted)
     assert loss == expected_loss

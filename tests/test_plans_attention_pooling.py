@@ -245,8 +245,8 @@ def check_pooling_grid(step, lengths, bucket_size, ratio, row_bytes):
 def test_padding_is_counted_at_run_time():
     lengths, bucket_size = (700, 1, 0, 16), 64
     for call, *_ in list(pool_calls(lengths, bucket_size, DTYPES[0], 2, "sum"))[1:]:
-        assert call.numbers["padding"] == sum(-n % bucket_size for n in lengths)
-        assert Number("padding") in launches(call)[0].args
+        assert call.numbers["parents"].groups == sum(-n % bucket_size for n in lengths)
+        assert Number("parents") in launches(call)[0].args
 
 
 def test_one_plan_serves_all_lengths_of_the_same_buckets():
@@ -359,9 +359,8 @@ def levels_call(lengths, bucket_size, dtype, ratio, columns, skipped):
     sizes = {"columns": columns, "dtype": dtype}
     for level in range(2):
         layout, slots = cuda_pooling.layout_of(lengths, bucket_size, ratio), num_slots(lengths, bucket_size)
-        shape, padding = layout.shape, Number(f"padding {level}")
+        shape = layout.shape
         numbers |= {f"parents {level}": layout.parents, f"children {level}": layout.children}
-        numbers[padding.name] = layout.parents.groups
         lengths = pooling.child_lengths(lengths, ratio)
         children = num_slots(lengths, bucket_size)
         assert children == shape.slots
@@ -383,9 +382,9 @@ def levels_call(lengths, bucket_size, dtype, ratio, columns, skipped):
         results += [Spec(shape, INT32) for shape in ((children,), (sum(lengths),), ())]
         cuda_pooling.add_groups(steps, shape, points, _arrays.FLOAT32, parents, of_children, tuple(groups))
         cuda_pooling.add_pool(steps, shape, parent, members, pooled, **sizes)
-        cuda_pooling.add_pool_backward(steps, shape, child, members, parents, padding, dparent, **sizes, mean=False)
+        cuda_pooling.add_pool_backward(steps, shape, child, members, parents, dparent, **sizes, mean=False)
         skip = parent if skipped else None
-        cuda_pooling.add_unpool(steps, shape, child, members, skip, parents, padding, out, **sizes)
+        cuda_pooling.add_unpool(steps, shape, child, members, skip, parents, out, **sizes)
         cuda_pooling.add_unpool_backward(steps, shape, parent, members, dchild, **sizes)
     return Call(steps.plan(), numbers), inputs, results
 

@@ -100,25 +100,36 @@ class Sort(NamedTuple):
 def sorting(lengths: Sequence[int] | np.ndarray, bucket_size: int, device: Device) -> tuple[Sort, clouds.Table]:
     """How clouds, not all of them empty, are sorted into buckets; and the table of the clouds."""
     n: Any = clouds.array(lengths) if len(lengths) > clouds.INLINE_CLOUDS else lengths
-    largest = _largest(n)
+    most = _each(lambda n: -(-n // bucket_size) * bucket_size, n)
+    sort = sort_of(n, most, bucket_size, device)
+    return sort, clouds.table(n, bucket_size, *parts(sort, n))
+
+
+def sort_of(n: Any, most: Any, bucket_size: int, device: Device) -> Sort:
+    """How clouds of n points, whose buckets can hold `most`, are sorted. Both are lists or arrays."""
+    largest, slots = _largest(n), total(most)
     if largest > RADIX_MAX:
         raise ValueError(f"a cloud on a GPU has at most 2**30 - 1 points, got {largest}. Cut it into several clouds.")
-    most = _each(lambda n: -(-n // bucket_size) * bucket_size, n)  # points that the buckets of a cloud can hold
-    slots = total(most)
     if largest <= MERGE_TILES[-1]:
         tile = next(t for t in MERGE_TILES if t >= largest)
-        sort = Sort("cloud", len(lengths), bucket_size, slots, tile, 0, 0)
-        return sort, clouds.table(n, bucket_size, None, None)
+        return Sort("cloud", len(n), bucket_size, slots, tile, 0, 0)
     if largest <= MERGE_MAX_TILES * MERGE_TILES[-1]:
         tile = next(t for t in MERGE_TILES if MERGE_MAX_TILES * t >= largest)
-        partitions = functools.partial(_partitions, tile=tile)
-        table = clouds.table(n, bucket_size, _each(lambda n: -(-n // tile), n), _each(partitions, n))
-        tiles, groups = (total(_each(bound, most)) for bound in (lambda n: -(-n // tile), partitions))
-        return Sort("merge", len(lengths), bucket_size, slots, tile, tiles, groups), table
-    tile, group = _radix_tile(device, most), _radix_group(slots)
-    table = clouds.table(n, bucket_size, _each(lambda n: -(-n // tile), n), _each(lambda n: -(-n // group), n))
-    tiles, groups = (total(_each(lambda n, by=by: -(-n // by), most)) for by in (tile, group))
-    return Sort("radix", len(lengths), bucket_size, slots, tile, tiles, groups, group, largest > RADIX_NARROW), table
+        sort = Sort("merge", len(n), bucket_size, slots, tile, 0, 0)
+    else:
+        tile, group = _radix_tile(device, most), _radix_group(slots)
+        sort = Sort("radix", len(n), bucket_size, slots, tile, 0, 0, group, largest > RADIX_NARROW)
+    tiles, groups = map(total, parts(sort, most))
+    return sort._replace(tiles=tiles, groups=groups)
+
+
+def parts(sort: Sort, n: Any) -> tuple[Any, Any]:
+    """How many tiles and groups each cloud of n points has; None where the sort has none."""
+    if sort.method == "cloud":
+        return None, None
+    if sort.method == "merge":
+        return _each(lambda n: -(-n // sort.tile), n), _each(functools.partial(_partitions, tile=sort.tile), n)
+    return _each(lambda n: -(-n // sort.tile), n), _each(lambda n: -(-n // sort.group), n)
 
 
 def _each(function: Any, n: Any) -> Any:
@@ -175,13 +186,12 @@ def add_sort(
     slot_to_point: Pointer,
     point_to_slot: Pointer,
     moved: Pointer | None,
-    table: str = "clouds",
+    batch: Any,
 ) -> None:
     """Add the launches that sort contiguous keys: points, or with KEY_GIVEN in `macros` bucket numbers.
 
-    `table` is the number that holds the table of `sorting`. The word at `moved` is set to 0.
+    `batch` is the struct Clouds of `sorting`. The word at `moved` is set to 0.
     """
-    batch = clouds.argument(steps, table, sort.clouds, sort.bucket_size)
     given = macros[1][1] == KEY_GIVEN
     results = slot_to_point, point_to_slot, moved
     if sort.method == "cloud":
@@ -333,7 +343,8 @@ def _spill_plan(sort: Sort, dtype: np.dtype, copied: arrays.Strided | None, key:
     steps = Steps(inputs=1, results=3)
     points = arrays.add_copy(steps, Input(0), copied)
     macros = ("POINT", FLOATS.index(dtype)), ("KEY", key)
-    add_sort(steps, sort, points, macros, Number("cell"), Result(0), Result(1), Result(2))
+    batch = clouds.argument(steps, "clouds", sort.clouds, sort.bucket_size)
+    add_sort(steps, sort, points, macros, Number("cell"), Result(0), Result(1), Result(2), batch)
     return steps.plan()
 
 
@@ -363,7 +374,8 @@ def _probe_plan(
     scratch = arrived, totals, counts, rooms, cursors, left, voxels, proposal
     args = points, frames, batch, Number("candidates"), *scratch, home, moved
     steps.launch(_kernel("probe_buckets", macros, cooperative=True), grid=blocks, block=PROBE_THREADS, args=args)
-    add_sort(steps, sort, home, (("POINT", 0), ("KEY", KEY_GIVEN)), 0.0, Result(0), Result(1), None)
+    batch = clouds.argument(steps, "clouds", sort.clouds, sort.bucket_size)
+    add_sort(steps, sort, home, (("POINT", 0), ("KEY", KEY_GIVEN)), 0.0, Result(0), Result(1), None, batch)
     return steps.plan()
 
 
@@ -447,9 +459,14 @@ def scopes(bucket_offsets: tuple[int, ...], bucket_size: int, size: int, shift: 
 
 def scopes_of(counts: Sequence[int], bucket_size: int, size: int, stride: int) -> clouds.Table:
     """The table of clouds with these numbers of buckets, whose groups are their scopes."""
-    chunk = size * stride
-    groups = [count // chunk * stride + min(count % chunk, stride) for count in counts]
+    groups = [scopes_in(count, size, stride) for count in counts]
     return clouds.table([count * bucket_size for count in counts], bucket_size, None, groups)
+
+
+def scopes_in(count: Any, size: int, stride: Any) -> Any:
+    """How many scopes a cloud of `count` buckets has; arrays give an array."""
+    chunks, rest = divmod(count, size * stride)
+    return chunks * stride + (np.minimum(rest, stride) if isinstance(count, np.ndarray) else min(rest, stride))
 
 
 @functools.lru_cache(maxsize=256)

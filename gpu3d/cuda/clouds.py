@@ -17,16 +17,16 @@ import numpy as np
 
 from gpu3d import _arrays
 from gpu3d.cuda.compiler import Configuration
-from gpu3d.cuda.plan import Kernel, Number, Packed, Result, Steps
+from gpu3d.cuda.plan import Kernel, Number, Packed, Pointer, Result, Steps
 
 INLINE_CLOUDS = 64  # the same constant as in clouds.cuh
 CLOUDS_A_LAUNCH = 240  # the same constants as in clouds.cu
 CLOUDS_THREADS = 256
 
-_ROW_BYTES = 16  # struct Cloud: int point, tile, group, slot
+ROW_BYTES = 16  # struct Cloud: int point, tile, group, slot
 _HEADER = struct.Struct("<Qii")  # struct Clouds: table, count, bucket_size; then INLINE_CLOUDS + 1 rows
-_BYTES = _HEADER.size + (INLINE_CLOUDS + 1) * _ROW_BYTES
-_PART_BYTES = CLOUDS_A_LAUNCH * _ROW_BYTES
+_BYTES = _HEADER.size + (INLINE_CLOUDS + 1) * ROW_BYTES
+_PART_BYTES = CLOUDS_A_LAUNCH * ROW_BYTES
 
 FORMAT = f"{_BYTES}s"  # struct Clouds in a kernel's signature
 STRUCT = "<" + FORMAT
@@ -127,9 +127,12 @@ def parts_of(table: np.ndarray, rows: int) -> list[tuple[bytes, int, int]]:
 
 def argument(steps: Steps, name: str, count: int, bucket_size: int) -> Number | Packed:
     """The struct Clouds of `count` clouds as a kernel's argument. Their table is the number `name` of the call."""
-    if count <= INLINE_CLOUDS:
-        return Number(name)
-    return Packed(f"<Qii{_BYTES - _HEADER.size}x", (steps.table(name, count + 1, _ROW_BYTES), count, bucket_size))
+    return Number(name) if count <= INLINE_CLOUDS else at(steps.table(name, count + 1, ROW_BYTES), count, bucket_size)
+
+
+def at(table: Pointer, count: int, bucket_size: int) -> Packed:
+    """The struct Clouds of `count` clouds, whose table is in device memory."""
+    return Packed(f"<Qii{_BYTES - _HEADER.size}x", (table, count, bucket_size))
 
 
 # The struct Clouds for kernels that do not read it.

@@ -105,7 +105,7 @@ class _Template(NamedTuple):
     moved: tuple[tuple[int, int, int, str], ...]  # word, memory, offset, and the name of the number to add
     numbers: tuple[tuple[str, Any, int], ...]  # name, packer (None for a table of clouds), byte of the buffer
     streams: tuple[tuple[int, ...], tuple[int, ...]]  # 8-byte words of the buffer that hold each branch's stream
-    # (config, function, parameter table), (address, size) of a clear, (Table, address), (Matmul, address), and
+    # (config, function, parameter table), (address, Clear), (Table, address), (Matmul, address), and
     # (Wait, a word with the stream of this branch, and one with that of the other)
     launches: tuple[Any, ...]
     tables: tuple[tuple[int, tuple[int, ...]], ...]  # word of a table of parameters, and words of its arguments
@@ -208,7 +208,7 @@ def _template(plan: Plan, ordinal: int) -> _Template:
             at = grow(16)
             put_pointer(step.pointer, at)
             streams[branch].append(at // 8 + 1)
-            launches.append((at, step.size))
+            launches.append((at, step))
         elif isinstance(step, Gemm):
             _make_context_current()
             at = grow(8 * cublaslt.WORDS)
@@ -261,10 +261,11 @@ def _ready(template: _Template) -> _Ready:
             ready.changes += changes
             ready.calls.append(call)
         elif len(launch) == 2:
-            at, size = launch
+            at, clear = launch
             address = ctypes.c_uint64.from_buffer(buffer, at)
             stream = ctypes.c_void_p.from_buffer(buffer, at + 8)
-            ready.calls.append((driver().cuMemsetD8Async, (address, 0, ctypes.c_size_t(size), stream)))
+            args = address, ctypes.c_ubyte(clear.value), ctypes.c_size_t(clear.size), stream
+            ready.calls.append((driver().cuMemsetD8Async, args))
         else:
             at, function, table = launch
             count = _Config.from_buffer(buffer, at).count
@@ -300,7 +301,7 @@ def run(call: Call, memories: Sequence[int], ordinal: int, stream: int) -> None:
     for function, args in ready.calls:
         if function is None:
             table, at = args
-            _write_table(numbers[table.name], ready.words[at // 8], ready.words[at // 8 + 1], ordinal)
+            write_table(numbers[table.name].parts, ready.words[at // 8], ordinal, ready.words[at // 8 + 1])
         elif status := function(*args):
             _raise(status)
     template.spare.append(ready)
@@ -335,8 +336,9 @@ def _fill(template: _Template, ready: _Ready, numbers: dict[str, Any], memories:
             ready.numbers = numbers
 
 
-def _write_table(table: clouds.Table, address: int, stream: int, ordinal: int) -> None:
-    for part, first, rows in table.parts:
+def write_table(parts: Sequence[tuple[bytes, int, int]], address: int, ordinal: int, stream: int) -> None:
+    """Write the parts of `clouds.parts_of` to an address of the current device, which is `ordinal`."""
+    for part, first, rows in parts:
         run(Call(clouds.write, {"part": part, "first": first, "rows": rows}), (address,), ordinal, stream)
 
 

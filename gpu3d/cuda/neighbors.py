@@ -213,7 +213,8 @@ def add_order(steps: Steps, points: Pointer, dtype: np.dtype, name: str, layout:
     if layout.sort is None:
         return None
     order, inverse = steps.workspace("order", 4 * layout.slots), steps.workspace("inverse", 4 * layout.points)
-    buckets.add_sort(steps, layout.sort, points, (_of(dtype), _ZORDER_DIV), 0.0, order, inverse, None, f"{name} sort")
+    batch = clouds.argument(steps, f"{name} sort", layout.sort.clouds, layout.sort.bucket_size)
+    buckets.add_sort(steps, layout.sort, points, (_of(dtype), _ZORDER_DIV), 0.0, order, inverse, None, batch)
     return order
 
 

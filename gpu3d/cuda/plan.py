@@ -131,10 +131,11 @@ class Launch(NamedTuple):
 
 
 class Clear(NamedTuple):
-    """A step that sets memory to zero."""
+    """A step that sets each byte of some memory to a value."""
 
     pointer: Pointer
     size: int  # bytes
+    value: int = 0
 
 
 class Table(NamedTuple):
@@ -282,10 +283,10 @@ class Steps:
         if grid:
             self._steps.append(Launch(kernel, grid, block, args, cluster))
 
-    def clear(self, pointer: Pointer, size: int) -> None:
-        """Add a step that sets `size` bytes at a pointer to zero."""
+    def clear(self, pointer: Pointer, size: int, value: int = 0) -> None:
+        """Add a step that sets `size` bytes at a pointer to zero, or to a value."""
         if size:
-            self._steps.append(Clear(pointer, size))
+            self._steps.append(Clear(pointer, size, value))
 
     def table(self, name: str, rows: int, row_bytes: int) -> Pointer:
         """Add a step that writes the table `Number(name)`; returns its device memory."""

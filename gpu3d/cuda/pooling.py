@@ -17,7 +17,7 @@ import numpy as np
 from gpu3d._arrays import FLOAT64, FLOATS, Given, Spec
 from gpu3d.cuda import arrays, clouds
 from gpu3d.cuda.compiler import Configuration
-from gpu3d.cuda.plan import Call, Input, Kernel, Macros, Number, Plan, Pointer, Result, Steps
+from gpu3d.cuda.plan import Call, Input, Kernel, Macros, Plan, Pointer, Result, Steps
 from gpu3d.reference import pooling as reference
 
 GROUP_TILE, GROUP_VOXELS = reference.TILE, reference.VOXELS
@@ -29,10 +29,10 @@ _SIGNATURES = {
     "pool_groups": "QcciQQQQQ",
     "pool_sums": "QqQqqiiQ",
     "pool_extremes": "QqQqqiiQQ",
-    "spread_sums": "QqQqqcqiiQ",
-    "spread_extremes": "QqQQqqcqiQ",
-    "unpool_rows": "QqQqQqqcqiQ",
-    "unpool_sums": "QqQqqcqiQQ",
+    "spread_sums": "QqQqcqiiQ",
+    "spread_extremes": "QqQQqcqiQ",
+    "unpool_rows": "QqQqQqcqiQ",
+    "unpool_sums": "QqQqcqiQQ",
 }
 
 
@@ -77,11 +77,6 @@ class Layout(NamedTuple):
     shape: Shape
     parents: clouds.Table  # its tiles are tiles of pooling, and its groups are rows of padding
     children: clouds.Table
-
-    @property
-    def numbers(self) -> dict[str, Any]:
-        """The numbers of calls that write to the parents' slots."""
-        return {"parents": self.parents, "padding": self.parents.groups}
 
 
 @clouds.remembered
@@ -172,18 +167,16 @@ def _source(steps: Steps, source: Pointer, rows: _Rows, walk: _Walk) -> tuple[Po
 # ---- launches ------------------------------------------------------------------------------------------------------
 
 _Source = tuple[Pointer, int]  # where rows are, and their stride in words
-_Parents = tuple[Any, Number | int]  # the struct Clouds of the parents, and their rows of padding
 
 
-def _parents(steps: Steps, shape: Shape) -> _Parents:
-    """The parents in calls whose numbers are `Layout.numbers`."""
-    return clouds.argument(steps, "parents", shape.clouds, shape.bucket_size), Number("padding")
+def _parents(steps: Steps, shape: Shape) -> Any:
+    """The struct Clouds of the parents, whose table is the number "parents"."""
+    return clouds.argument(steps, "parents", shape.clouds, shape.bucket_size)
 
 
-def _sizes(shape: Shape, walk: _Walk, parents: _Parents) -> tuple[Any, ...]:
-    """The arguments of kernels that write to the parents' slots: children, padding, parents, words, lane_bits."""
-    batch, padding = parents
-    return shape.slots, padding, batch, walk.words, walk.lane_bits
+def _sizes(shape: Shape, walk: _Walk, parents: Any) -> tuple[Any, ...]:
+    """The arguments of kernels that write to the parents' slots: children, parents, words, lane_bits."""
+    return shape.slots, parents, walk.words, walk.lane_bits
 
 
 def _add_sums(
@@ -200,7 +193,7 @@ def _add_spread(
     walk: _Walk,
     dchild: _Source,
     members: Pointer,
-    parents: _Parents,
+    parents: Any,
     out: Pointer,
     mean: bool,
 ) -> None:
@@ -216,7 +209,7 @@ def _add_rows(
     child: _Source,
     members: Pointer,
     skip: _Source | None,
-    parents: _Parents,
+    parents: Any,
     out: Pointer,
 ) -> None:
     """Add the rows of the children at their members, plus skip."""
@@ -228,7 +221,7 @@ def _add_rows(
 #
 # Rows are contiguous and begin at multiples of 16 bytes. Each slot of the parents that holds a point is in `members`,
 # int32 [children, ratio], once. These may be of the layouts of `add_groups`, or of others with the same lengths.
-# `parents` is the struct Clouds of a `Layout`, and `padding` its number of groups.
+# `parents` is the struct Clouds of a `Layout`.
 
 
 def add_groups(
@@ -269,7 +262,6 @@ def add_pool_backward(
     dchild: Pointer,
     members: Pointer,
     parents: Any,
-    padding: Number | int,
     out: Pointer,
     *,
     columns: int,
@@ -278,7 +270,7 @@ def add_pool_backward(
 ) -> None:
     """Add the gradient of `add_pool`, [parents, columns], 0 in padding."""
     walk = _walk(dtype, columns, shape.ratio)
-    _add_spread(steps, shape, walk, (dchild, walk.words), members, (parents, padding), out, mean)
+    _add_spread(steps, shape, walk, (dchild, walk.words), members, parents, out, mean)
 
 
 def add_unpool(
@@ -288,7 +280,6 @@ def add_unpool(
     members: Pointer,
     skip: Pointer | None,
     parents: Any,
-    padding: Number | int,
     out: Pointer,
     *,
     columns: int,
@@ -297,7 +288,7 @@ def add_unpool(
     """Add the rows of the children at their members, plus skip [parents, columns] if there is one; 0 in padding."""
     walk = _walk(dtype, columns, shape.ratio)
     added = None if skip is None else (skip, walk.words)
-    _add_rows(steps, shape, walk, (child, walk.words), members, added, (parents, padding), out)
+    _add_rows(steps, shape, walk, (child, walk.words), members, added, parents, out)
 
 
 def add_unpool_backward(
@@ -373,7 +364,7 @@ def pool_backward(
         assert argmember is not None
         copied[1] = arrays.copied(argmember, 8)  # struct Places has up to 8 bytes
     plan = _pool_backward_plan(layout.shape, dchild.dtype, columns, rows, *copied, reduce)
-    return Call(plan, layout.numbers)
+    return Call(plan, {"parents": layout.parents})
 
 
 @functools.lru_cache(maxsize=512)
@@ -412,7 +403,7 @@ def unpool(
     added = None if skip is None else _rows(skip)
     copied = _members(members, ratio)
     plan = _unpool_plan(layout.shape, child.dtype, child.shape[1], _rows(child), copied, added)
-    return Call(plan, layout.numbers)
+    return Call(plan, {"parents": layout.parents})
 
 
 @functools.lru_cache(maxsize=512)
@@ -434,7 +425,7 @@ def unpool_backward(dout: Spec, members: Spec, lengths: tuple[int, ...], bucket_
     layout = layout_of(lengths, bucket_size, ratio)
     copied = _members(members, ratio)
     plan = _unpool_backward_plan(layout.shape, dout.dtype, dout.shape[1], _rows(dout), copied)
-    return Call(plan, layout.numbers)
+    return Call(plan, {"parents": layout.parents})
 
 
 @functools.lru_cache(maxsize=512)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls of a network that come again are replayed as CUDA graphs, over one workspace.
 
-A network has hundreds of launches, and a graph of them costs the host one. A call is captured at its second run: the
-first one loads its kernels, and most calls with lengths of their own never come again.
+A network has hundreds of launches, and a graph of them costs the host one. A graph serves all batches whose layouts
+have the same sizes. It is captured when they come for the second time: the first time loads the kernels, and some sizes
+never come again.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import signal
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpu3d._arrays import Spec
-from gpu3d.cuda import launcher
+from gpu3d.cuda import clouds, launcher
 from gpu3d.cuda.plan import Call
+from gpu3d.flash3d.levels import Layout
 
-MOST_GRAPHS = 16
+MOST_GRAPHS = 32
 MOST_BYTES = 1 << 30  # of their inputs and results together
 
 
@@ -36,6 +38,19 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if held and callable(before):
         before(*held[0])
+
+
+class _Kept(NamedTuple):
+    """A graph and its memory."""
+
+    graph: Any
+    inputs: list[Any]  # with a row for each slot
+    tables: Any
+    results: list[Any]
+
+    @property
+    def nbytes(self) -> int:
+        return sum([array.nbytes for array in (*self.inputs, self.tables, *self.results)])
 
 
 class Graphs:
@@ -56,29 +71,43 @@ class Graphs:
         self._ordinal = self._fixed[0].data.device_id
         self._workspace = cupy.empty(0, "u1")
         self._seen: set[Hashable] = set()
-        self._kept: OrderedDict[Hashable, tuple[Any, list[Any], list[Any]]] = OrderedDict()
+        self._kept: OrderedDict[Hashable, _Kept] = OrderedDict()
         self._done: Any = None  # an event behind the last run
 
-    def run(self, key: Hashable, make: Callable[[], Call], inputs: Sequence[Any], results: Sequence[Spec]) -> list[Any]:
-        """Run the call `make()` on the current stream; returns new arrays.
+    def run(
+        self,
+        key: Hashable,
+        make: Callable[[int], Call],
+        inputs: Sequence[Any],
+        layout: Layout,
+        results: Sequence[Spec],
+    ) -> list[Any]:
+        """Run the call `make(points)` on the current stream; returns new arrays.
 
-        Runs with equal keys have the same call, and inputs of the same shapes and dtypes. Inputs are contiguous.
+        Inputs are contiguous, and their rows are points. The call's next inputs are the tables of the layout and the
+        fixed ones. Calls with equal keys differ in their numbers of points only. Results that have rows have one for
+        each slot.
         """
         cuda = self._cupy.cuda
         with cuda.Device(self._ordinal):
             stream = cuda.get_current_stream()
             if self._done is not None:
                 stream.wait_event(self._done)
+            if key in self._seen and key not in self._kept:
+                self._capture(key, make(layout.slots), inputs, layout, results)
             if key in self._kept:
-                made = self._replay(key, inputs)
-            elif key in self._seen:
-                made = self._capture(key, make(), inputs, results)
+                made = self._replay(key, inputs, layout, stream)
             else:
                 self._remember(key)
                 made = [self._cupy.empty(spec.shape, spec.dtype) for spec in results]
-                self._launch(make(), inputs, made, stream)
+                tables = self._empty_tables(layout)
+                launcher.write_table(layout.tables, tables.data.ptr, self._ordinal, stream.ptr)
+                self._launch(make(len(inputs[0])), [*inputs, tables], made, stream)
             self._done = stream.record()
             return made
+
+    def _empty_tables(self, layout: Layout) -> Any:
+        return self._cupy.empty(layout.rows * clouds.ROW_BYTES, "u1")
 
     def _remember(self, key: Hashable) -> None:
         if len(self._seen) >= 64 * MOST_GRAPHS:
@@ -111,27 +140,31 @@ class Graphs:
         with uninterrupted():  # half of a training step would change half of the weights
             launcher.run(call, [array.data.ptr for array in arrays], self._ordinal, stream.ptr)
 
-    def _capture(self, key: Hashable, call: Call, inputs: Sequence[Any], results: Sequence[Spec]) -> list[Any]:
-        own = [self._cupy.empty_like(array) for array in inputs]
-        made = [self._cupy.empty(spec.shape, spec.dtype) for spec in results]
+    def _capture(
+        self, key: Hashable, call: Call, inputs: Sequence[Any], layout: Layout, results: Sequence[Spec]
+    ) -> None:
+        empty = self._cupy.empty
+        own = [empty((layout.slots, *array.shape[1:]), array.dtype) for array in inputs]
+        tables, made = self._empty_tables(layout), [empty(spec.shape, spec.dtype) for spec in results]
+        self.reserve(call.plan.workspace)  # before the capture, in which no memory can be allocated
         stream = self._cupy.cuda.Stream(non_blocking=True)
         stream.begin_capture()
         try:
-            self._launch(call, own, made, stream)
+            self._launch(call, [*own, tables], made, stream)
         finally:
             graph = stream.end_capture()
-        self._kept[key] = graph, own, made
+        self._kept[key] = _Kept(graph, own, tables, made)
         while len(self._kept) > 1 and (len(self._kept) > MOST_GRAPHS or self._bytes() > MOST_BYTES):
             self._kept.popitem(last=False)
-        return self._replay(key, inputs)
 
     def _bytes(self) -> int:
-        return sum([array.nbytes for _, own, made in self._kept.values() for array in (*own, *made)])
+        return sum([kept.nbytes for kept in self._kept.values()])
 
-    def _replay(self, key: Hashable, inputs: Sequence[Any]) -> list[Any]:
+    def _replay(self, key: Hashable, inputs: Sequence[Any], layout: Layout, stream: Any) -> list[Any]:
         self._kept.move_to_end(key)
-        graph, own, made = self._kept[key]
-        for buffer, array in zip(own, inputs, strict=True):
+        kept = self._kept[key]
+        for buffer, array in zip(kept.inputs, inputs, strict=True):
             buffer.data.copy_from_device_async(array.data, array.nbytes)
-        graph.launch()
-        return [array.copy() for array in made]
+        launcher.write_table(layout.tables, kept.tables.data.ptr, self._ordinal, stream.ptr)
+        kept.graph.launch()
+        return [array.copy() for array in kept.results]

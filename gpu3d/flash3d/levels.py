@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The geometry of the backbone on a GPU, as steps of a plan: what `gpu3d.flash3d.geometry` computes from arrays."""
+"""The geometry of the backbone on a GPU, as steps of a plan: what `gpu3d.flash3d.geometry` computes from arrays.
+
+What a plan depends on is rounded up, and the lengths of the clouds reach the kernels in tables in device memory. So one
+plan, and one CUDA graph of it, serves all batches of nearly the same size. Behind the clouds of a batch lies one that
+has no point, but the buckets that rounding has added: they are padding, and blocks of padding alone return early.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+import itertools
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from gpu3d._arrays import FLOAT32, FLOATS
-from gpu3d.cuda import attention, buckets, clouds, layers, pooling
+from gpu3d.cuda import buckets, clouds, layers, pooling
 from gpu3d.cuda.plan import Device, Pointer, Steps
 from gpu3d.flash3d.config import Config
 from gpu3d.flash3d.geometry import LOCAL_HASH
@@ -18,34 +25,111 @@ from gpu3d.flash3d.geometry import LOCAL_HASH
 
 
 class Sizes(NamedTuple):
-    """What the launches of a level depend on: how many buckets the clouds have, and not how many points."""
+    """What the launches of a level depend on. All counts are upper bounds, see `rounded_up`."""
 
-    clouds: int
+    clouds: int  # the one without points included
     sort: buckets.Sort
-    largest: int  # buckets of the largest cloud
+    largest: int  # buckets that a scope can have
     scopes: tuple[int, int]  # how many even and odd blocks have
     pooled: pooling.Shape | None  # of the level above and this one; None in level 0
 
 
-def sizes_of(config: Config, lengths: tuple[int, ...], device: Device) -> tuple[tuple[Sizes, ...], dict[str, Any]]:
-    """The sizes of the levels, and the numbers of the steps of `add_geometry`. Not all clouds are empty."""
-    size, n = config.bucket_size, lengths
+class Layout(NamedTuple):
+    """The layout of a batch.
+
+    Attributes
+    ----------
+    sizes : tuple of Sizes
+        Of each level. Without any point there is none.
+    tables : sequence of (bytes, int, int)
+        Tables of clouds, as parts for `launcher.write_table`: those of KINDS for each level in turn.
+    rows : int
+        How many rows the tables have together.
+    """
+
+    sizes: tuple[Sizes, ...]
+    tables: list[tuple[bytes, int, int]]
+    rows: int
+
+    @property
+    def slots(self) -> int:
+        """How many slots level 0 has."""
+        return self.sizes[0].sort.slots if self.sizes else 0
+
+
+SORT, POOL, EVEN, ODD = KINDS = range(4)
+# What tiles and groups are in the tables of a level:
+#   SORT   those of the sort
+#   POOL   tiles of pooling to the next level, and rows of padding
+#   EVEN   buckets, and scopes of even blocks
+#   ODD    scopes of odd blocks are the groups
+
+
+def _step(count: int) -> int:
+    return 1 << max(count.bit_length() - 5, 0)
+
+
+def rounded_up(count: int) -> int:
+    """The smallest number that is not smaller and has at most five significant bits: up to 1/16 larger."""
+    return -(-count // _step(count)) * _step(count)
+
+
+@clouds.remembered
+def layout_of(lengths: tuple[int, ...], config: Config, device: Device) -> Layout:
+    """The layout of clouds of these lengths."""
+    if not any(lengths):
+        return Layout((), [], 0)
+    size, count = config.bucket_size, rounded_up(len(lengths)) + 1
+    points = np.zeros((config.levels, count), np.int64)
+    points[0, : len(lengths)] = lengths
+    for above, below in itertools.pairwise(points):
+        below[:] = -(-above // config.ratio)
+    held = -(-points // size)  # buckets
+    # What sizes are counted for: the largest cloud has the buckets that rounding adds.
+    most, level, largest = held.copy(), np.arange(config.levels), held.argmax(axis=1)
+    held[:, -1] = [rounded_up(total) - total for total in held.sum(axis=1).tolist()]
+    most[level, largest] += held[:, -1]
+
+    tables = np.zeros((config.levels, len(KINDS), count + 1, 4), np.int32)
+    point, tile, group, slot = (tables[:, :, 1:, column] for column in range(4))
+    point[:] = points.cumsum(axis=1)[:, None]
+    slot[:] = (held * size).cumsum(axis=1)[:, None]
+    tile[:, EVEN] = held.cumsum(axis=1)
+    group[:, POOL] = (held * size - points).cumsum(axis=1)
+    tiles = -(-points // pooling.GROUP_TILE)
+    tiles[:, -1] = 1  # who writes the padding of the children
+    tile[:, POOL] = tiles.cumsum(axis=1)
+    for which, strides in ((EVEN, 1), (ODD, np.array(config.strides)[:, None])):
+        group[:, which] = buckets.scopes_in(held, config.scope, strides).cumsum(axis=1)
     found: list[Sizes] = []
-    numbers: dict[str, Any] = {}
     for depth, stride in enumerate(config.strides):
-        name, shape = f"level {depth}", None
+        sort = buckets.sort_of(most[depth] * size, most[depth] * size, size, device)
+        if sort.method != "cloud":
+            tiles, groups = buckets.parts(sort, points[depth])
+            tiles[-1] = groups[-1] = 1  # who writes the padding
+            tile[depth, SORT], group[depth, SORT] = tiles.cumsum(), groups.cumsum()
+            sort = sort._replace(tiles=rounded_up(sort.tiles + 1), groups=rounded_up(sort.groups + 1))
+        scopes = _most_scopes(most[depth], config.scope, 1), _most_scopes(most[depth], config.scope, stride)
+        shape = None
         if depth:
-            pooled = pooling.layout_of(n, size, config.ratio)
-            numbers |= {f"{name} parents": pooled.parents, f"{name} children": pooled.children}
-            numbers[f"{name} padding"] = pooled.parents.groups
-            n, shape = tuple([-(-x // config.ratio) for x in n]), pooled.shape
-        sort, numbers[f"{name} sort"] = buckets.sorting(n, size, device)
-        numbers[f"{name} buckets"], largest = attention.layout_of(n, size)
-        counts = [-(-x // size) for x in n]
-        even, odd = (buckets.scopes_of(counts, size, config.scope, step) for step in (1, stride))
-        numbers |= {f"{name} even scopes": even, f"{name} odd scopes": odd}
-        found.append(Sizes(len(n), sort, largest, (even.groups, odd.groups), shape))
-    return tuple(found), numbers
+            above = most[depth - 1]
+            tiles_above = int((-(-above * size // pooling.GROUP_TILE)).sum()) + 1
+            padding = (count - 1) * (size - 1) + (_step(int(above.sum())) - 1) * size
+            shape = pooling.Shape(count, size, config.ratio, sort.slots, rounded_up(tiles_above), padding)
+        found.append(Sizes(count, sort, min(config.scope, int(most[depth].max())), scopes, shape))
+    rows = tables.size // 4
+    in_parts = np.zeros((clouds.whole_parts(rows), 4), np.int32)
+    in_parts[:rows] = tables.reshape(-1, 4)
+    return Layout(tuple(found), clouds.parts_of(in_parts, rows), rows)
+
+
+def _most_scopes(most: np.ndarray, size: int, stride: int) -> int:
+    """How many scopes there are at most, if any number of buckets that rounding can add is in a cloud of its own."""
+    largest, total = int(most.max()), int(most.sum())
+    moved = np.arange(min(_step(total), largest + 1))
+    both = buckets.scopes_in(largest - moved, size, stride) + buckets.scopes_in(moved, size, stride)
+    others = int(buckets.scopes_in(most, size, stride).sum()) - int(both[0])
+    return rounded_up(others + int(both.max()))
 
 
 # ---- steps ---------------------------------------------------------------------------------------------------------
@@ -59,7 +143,7 @@ class Level(NamedTuple):
     slot_to_point: Pointer  # int32 [slots]
     point_to_slot: Pointer  # int32 [N]
     batch: Any  # the struct Clouds, with buckets as tiles
-    tables: tuple[Pointer, Pointer]  # scopes of even and of odd blocks
+    tables: tuple[Pointer, Pointer]  # of scopes, of even and of odd blocks
     # Of pooling to the next level; None in the deepest.
     shape: Any = None  # pooling.Shape
     parents: Any = None  # the struct Clouds
@@ -78,33 +162,37 @@ class _Local(NamedTuple):
     members: Any  # Pointer to those of the level above, by local slots of both; None in level 0
 
 
-def add_geometry(steps: Steps, config: Config, sizes: tuple[Sizes, ...], points: Pointer) -> list[Level]:
-    """Add everything that depends on the points alone; returns the levels.
+def add_geometry(
+    steps: Steps, config: Config, sizes: tuple[Sizes, ...], points: Pointer, tables: Pointer
+) -> list[Level]:
+    """Add everything that depends on the points alone; returns the levels. `tables` are those of the batch's Layout.
 
     What level 0 does not need is added `beside`: join before the steps of level 1.
     """
     levels: list[Level] = []
     local: Any = None
+    count = sizes[0].clouds
 
-    def batch_of(name: str) -> Any:
-        return clouds.argument(steps, name, sizes[0].clouds, config.bucket_size)
+    def batch_of(depth: int, kind: int) -> Any:
+        row = (depth * len(KINDS) + kind) * (count + 1)
+        return clouds.at(tables + clouds.ROW_BYTES * row, count, config.bucket_size)
 
     with contextlib.ExitStack() as beside:
         for depth, (hash, own) in enumerate(zip(config.hashes, sizes, strict=True)):
             name = f"level {depth}"
             if depth == 1:
                 beside.enter_context(steps.beside())
+            batch = batch_of(depth, EVEN)
             if depth:
-                parents, children = (batch_of(f"{name} {which}") for which in ("parents", "children"))
-                local, points = _add_pooling(steps, own.pooled, name, local, parents, children)
-            layout = functools.partial(_add_layout, steps, own.sort, name, points)
+                parents = batch_of(depth - 1, POOL)
+                local, points = _add_pooling(steps, own.pooled, name, local, parents, batch)
+            layout = functools.partial(_add_layout, steps, own.sort, depth, points, batch_of(depth, SORT))
             if not depth:
                 stage = first = layout(LOCAL_HASH)
                 local = _Local(_add_positions(steps, points, first[0], own.sort.slots), None)
             if depth or hash != LOCAL_HASH:
                 stage = layout(hash)
-            batch = batch_of(f"{name} buckets")
-            tables = _add_scopes(steps, config, depth, own, batch_of)
+            scopes = _add_scopes(steps, config, depth, own, batch, batch_of(depth, ODD))
             if depth:
                 members = steps.workspace(f"{name} members", 4 * config.ratio * own.sort.slots)
                 layers.add_compose(
@@ -120,7 +208,7 @@ def add_geometry(steps: Steps, config: Config, sizes: tuple[Sizes, ...], points:
                     local_points=first[0] if depth == 1 else None,
                 )
                 levels[-1] = levels[-1]._replace(shape=own.pooled, parents=parents, members=members)
-            levels.append(Level(own, points, *stage, batch, tables))
+            levels.append(Level(own, points, *stage, batch, scopes))
     return levels
 
 
@@ -132,27 +220,30 @@ def _add_positions(steps: Steps, points: Pointer, slot_to_point: Pointer, slots:
     return out
 
 
-def _add_layout(steps: Steps, sort: buckets.Sort, name: str, points: Pointer, hash: str) -> tuple[Pointer, Pointer]:
-    """Add a bucket layout: slot_to_point and point_to_slot."""
-    slots, back, moved = (steps.workspace(f"{name} {which}", 4 * sort.slots) for which in ("slots", "points", "moved"))
+def _add_layout(
+    steps: Steps, sort: buckets.Sort, depth: int, points: Pointer, batch: Any, hash: str
+) -> tuple[Pointer, Pointer]:
+    """Add a bucket layout: slot_to_point and point_to_slot. In level 0 the latter is -1 behind the points."""
+    names = (f"level {depth} {which}" for which in ("slots", "points", "moved"))
+    slots, back, moved = (steps.workspace(name, 4 * sort.slots) for name in names)
     macros = ("POINT", FLOATS.index(FLOAT32)), ("KEY", buckets.HASHES.index(hash))
-    buckets.add_sort(steps, sort, points, macros, 0.0, slots, back, moved, table=f"{name} sort")
+    if not depth:
+        steps.clear(back, 4 * sort.slots, 0xFF)
+    buckets.add_sort(steps, sort, points, macros, 0.0, slots, back, moved, batch)
     return slots, back
 
 
-def _add_scopes(
-    steps: Steps, config: Config, depth: int, sizes: Sizes, batch_of: Callable[[str], Any]
-) -> tuple[Pointer, Pointer]:
+def _add_scopes(steps: Steps, config: Config, depth: int, sizes: Sizes, even: Any, odd: Any) -> tuple[Pointer, Pointer]:
     """Add the tables of the scopes of even and of odd blocks."""
 
-    def add(which: str, count: int, shift: int, stride: int) -> Pointer:
-        name = f"level {depth} {which} scopes"
-        table = steps.workspace(name, 4 * count * config.scope)
-        buckets.add_scopes(steps, batch_of(name), count, config.scope, shift, stride, table)
+    def add(which: str, batch: Any, count: int, shift: int, stride: int) -> Pointer:
+        table = steps.workspace(f"level {depth} {which} scopes", 4 * count * config.scope)
+        buckets.add_scopes(steps, batch, count, config.scope, shift, stride, table)
         return table
 
-    even, odd = sizes.scopes
-    return add("even", even, 0, 1), add("odd", odd, config.scope // 2, config.strides[depth])
+    first, second = sizes.scopes
+    shifted = config.scope // 2, config.strides[depth]
+    return add("even", even, first, 0, 1), add("odd", odd, second, *shifted)
 
 
 def _add_pooling(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +11,13 @@ import numpy as np
 
 from gpu3d import _arrays
 from gpu3d._arrays import FLOAT32, Given, Spec
-from gpu3d.cuda import launcher
+from gpu3d.cuda import clouds, launcher
+from gpu3d.cuda.plan import Call
 from gpu3d.flash3d import network
 from gpu3d.flash3d.config import Config
 from gpu3d.flash3d.geometry import geometry
 from gpu3d.flash3d.graphs import Graphs
+from gpu3d.flash3d.levels import Layout, layout_of
 from gpu3d.flash3d.losses import check_device_labels, check_labels
 from gpu3d.flash3d.params import arena_of, arena_size, check_params, flat, host_arena, pack, views
 from gpu3d.reference import flash3d as reference
@@ -228,8 +229,8 @@ def check_call(params: Any, batch: Any, config: Any) -> dict[str, Any]:
 def compile(params: dict[str, Any], config: Config, max_points: int = 40_000) -> Callable[..., Any]:
     """A function that predicts the class of every point.
 
-    On a GPU it keeps a copy of the parameters in the config's dtype, and one workspace. A batch whose lengths it has
-    met twice runs as one CUDA graph from then on.
+    On a GPU it keeps a copy of the parameters in the config's dtype, and one workspace. The second batch of about the
+    same size runs as one CUDA graph, and so do all later ones, whatever their lengths.
 
     Parameters
     ----------
@@ -274,18 +275,21 @@ def compile(params: dict[str, Any], config: Config, max_points: int = 40_000) ->
     params, origin = views(masters, config), _arrays.read(masters, "params").origin
     device = launcher.device(origin.device)
     graphs = Graphs([masters, _weights(_arrays.read(masters, "params"), config).array])
-    largest = network.forward_call(config, (max_points,), Spec((max_points, config.in_channels), FLOAT32), device)
-    graphs.reserve(largest.plan.workspace)
+    sizes = layout_of((max_points,), config, device).sizes
+    graphs.reserve(network.forward_plan(config, sizes, FLOAT32, device).workspace)
 
     def predict_on_gpu(points: Any, features: Any, lengths: Sequence[int] | None = None) -> Any:
         batch = Batch(points, features, lengths)
         check_call(params, batch, config)
-        spec = Spec(batch.features.shape, batch.features.dtype)
-        make = functools.partial(network.forward_call, config, tuple(batch.lengths or ()), spec, device)
-        results = [Spec((len(batch.points), config.classes), FLOAT32)]
-        (logits,) = graphs.run((batch.lengths, spec), make, (batch.points, batch.features), results)
+        layout, dtype = layout_of(tuple(batch.lengths or ()), config, device), batch.features.dtype
+
+        def make(points: int) -> Call:
+            return Call(network.forward_plan(config, layout.sizes, dtype, device), {"points": points})
+
+        results = [Spec((layout.slots, config.classes), FLOAT32)]
+        (logits,) = graphs.run((layout.sizes, dtype), make, (batch.points, batch.features), layout, results)
         with _arrays.on(origin):
-            return logits.argmax(axis=1).astype(np.int32)
+            return logits[: len(batch.points)].argmax(axis=1).astype(np.int32)
 
     return predict_on_gpu
 
@@ -298,10 +302,11 @@ def _forward_on_gpu(params: dict[str, Any], batch: Batch, config: Config) -> Any
     masters = _arrays.read(arena_of(params, config), "params")
     _arrays.check_same_device(points=points.origin, params=masters.origin)
     device = launcher.device(points.device)
-    results = (Spec((len(batch.points), config.classes), FLOAT32),)
-    call = network.forward_call(config, tuple(batch.lengths or ()), features.spec, device)
-    (logits,) = launcher.launch(call, (points, features, masters, _weights(masters, config)), results)
-    return logits
+    layout = layout_of(tuple(batch.lengths or ()), config, device)
+    call = Call(network.forward_plan(config, layout.sizes, features.dtype, device), {"points": len(batch.points)})
+    inputs = points, features, _tables(layout, points.origin), masters, _weights(masters, config)
+    (logits,) = launcher.launch(call, inputs, (Spec((layout.slots, config.classes), FLOAT32),))
+    return logits[: len(batch.points)]
 
 
 def _loss_and_grad_on_gpu(
@@ -313,10 +318,23 @@ def _loss_and_grad_on_gpu(
     _arrays.check_same_device(points=points.origin, params=masters.origin, labels=given.origin)
     device = launcher.device(points.device)
     results = Spec((), FLOAT32), Spec((arena_size(config),), FLOAT32)
-    call = network.gradient_call(config, batch.lengths, features.spec, given.dtype, ignore, device)
-    inputs = points, features, given, masters, _weights(masters, config)
+    layout = layout_of(tuple(batch.lengths or ()), config, device)
+    plan = network.gradient_plan(config, layout.sizes, features.dtype, given.dtype, ignore, device)
+    call = Call(plan, {"points": len(batch.points)})
+    inputs = points, features, given, _tables(layout, points.origin), masters, _weights(masters, config)
     loss, gradients = launcher.launch(call, inputs, results)
     return loss, views(gradients, config)
+
+
+def _tables(layout: Layout, origin: _arrays.Origin) -> Given:
+    """The layout's tables on the GPU."""
+    ordinal: Any = origin.device
+    addresses: list[int] = []
+    with _arrays.on(origin):
+        spec = Spec((layout.rows, clouds.ROW_BYTES), _arrays.UINT8)
+        (made,), _ = _arrays.empty([spec], 0, origin, addresses)
+        launcher.write_table(layout.tables, addresses[0], ordinal, _arrays.current_stream(origin))
+    return _arrays.read(made, "tables")
 
 
 def _weights(masters: Given, config: Config) -> Given:

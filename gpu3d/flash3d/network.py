@@ -2,8 +2,7 @@
 """What the backbone launches on a GPU, as plans: geometry, forward, loss, backward and optimizer.
 
 The workspace holds everything that is not an input or a result, and pieces that are not needed at the same time share
-memory. A forward's plan depends on how many buckets the clouds of a batch have in each level, so batches with nearly
-the same numbers of points share it.
+memory. Batches of nearly the same size share a plan.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from gpu3d.cuda import arrays, buckets, linear, losses, optim, pooling
 from gpu3d.cuda.plan import Call, Device, Input, Matrix, Number, Plan, Pointer, Result, Steps
 from gpu3d.flash3d.config import Config
 from gpu3d.flash3d.layers import Block, Coded, Network
-from gpu3d.flash3d.levels import Level, Sizes, add_geometry, sizes_of
+from gpu3d.flash3d.levels import Level, Sizes, add_geometry
 from gpu3d.flash3d.params import ALIGNMENT, arena_size, decayed_size
 
 # ---- forward and backward ------------------------------------------------------------------------------------------
@@ -83,7 +82,6 @@ def add_forward(net: Network, levels: list[Level], features: Pointer) -> tuple[M
             level.members,
             skip.pointer,
             level.parents,
-            Number(f"level {number + 1} padding"),
             x.pointer,
             columns=x.columns,
             dtype=net.dtype,
@@ -138,7 +136,6 @@ def add_backward(net: Network, levels: list[Level], dlogits: Matrix, tape: _Tape
                 dpooled.pointer,
                 above.members,
                 above.parents,
-                Number(f"level {number} padding"),
                 d.pointer,
                 columns=d.columns,
                 dtype=net.dtype,
@@ -149,6 +146,10 @@ def add_backward(net: Network, levels: list[Level], dlogits: Matrix, tape: _Tape
 
 
 # ---- plans ---------------------------------------------------------------------------------------------------------
+#
+# Plans depend on the sizes of a batch's Layout, see levels.py. Points, features and labels have as many rows as the
+# number "points" says, and so have logits, in memory for as many rows as level 0 has slots. Without any point, sizes
+# is ().
 
 
 @functools.cache
@@ -160,86 +161,74 @@ def cast_call(config: Config) -> Call:
     return Call(steps.plan(), {})
 
 
-def _features(steps: Steps, features: Spec, number: Number | None = None) -> Pointer:
-    """Input 1 as contiguous float32. `number`: of its rows, if the spec has only an upper bound."""
-    return arrays.add_rows(steps, Input(1), arrays.rows(features, FLOAT32, features.shape[1]), number=number)
-
-
-def forward_call(config: Config, lengths: tuple[int, ...], features: Spec, device: Device) -> Call:
-    """Inputs: points float32, features, the arena of parameters, the same in the config's dtype. Result: logits.
-
-    Features are contiguous.
-    """
-    if not sum(lengths):
-        return Call(Steps(inputs=4, results=1).plan(), {})
-    sizes, numbers = sizes_of(config, lengths, device)
-    plan = _forward_plan(config, sizes, arrays.canonical(features, sizes[0].sort.slots), device)
-    return Call(plan, numbers | {"points": sum(lengths)})
+def _features(steps: Steps, config: Config, sizes: tuple[Sizes, ...], dtype: np.dtype) -> Pointer:
+    """Input 1, contiguous, as float32."""
+    channels = config.in_channels
+    spec = Spec((sizes[0].sort.slots, channels), dtype)
+    return arrays.add_rows(steps, Input(1), arrays.rows(spec, FLOAT32, channels), number=Number("points"))
 
 
 @functools.lru_cache(maxsize=32)
-def _forward_plan(config: Config, sizes: tuple[Sizes, ...], features: Spec, device: Device) -> Plan:
-    steps, count = Steps(inputs=4, results=1), Number("points")
-    points, _, masters, weights = map(Input, range(4))
-    levels = add_geometry(steps, config, sizes, points)
+def forward_plan(config: Config, sizes: tuple[Sizes, ...], dtype: np.dtype, device: Device) -> Plan:
+    """Inputs: points float32, features, tables of clouds, the parameters, their copy. Result: logits.
+
+    `dtype` is that of the features.
+    """
+    steps = Steps(inputs=5, results=1)
+    points, _, tables, masters, weights = map(Input, range(5))
+    if not sizes:
+        return steps.plan()
+    levels = add_geometry(steps, config, sizes, points, tables)
     net = Network(steps, config, device, masters, weights)
-    normed, _ = add_forward(net, levels, _features(steps, features, count))
+    normed, _ = add_forward(net, levels, _features(steps, config, sizes, dtype))
     slots, classes = levels[0].slots, config.classes
     logits = net.rows("logits", slots, classes, FLOAT32)
     linear.forward(steps, normed, net.weight("head"), logits, bias=net.master("head.bias"))
     rows = arrays.strided_layout((slots, classes), (4 * logits.stride, 4), 4) if logits.stride > classes else None
     packed = arrays.add_copy(steps, logits.pointer, rows)
-    buckets.add_move(
-        steps,
-        packed,
-        levels[0].point_to_slot,
-        Result(0),
-        rows=count,
-        most=slots,
-        row_bytes=4 * classes,
-        word=4,
-        fill=bytes(buckets.PATTERN_BYTES),
-    )
+    index, fill = levels[0].point_to_slot, bytes(buckets.PATTERN_BYTES)
+    sizes_of_move = {"rows": slots, "most": slots, "row_bytes": 4 * classes, "word": 4}
+    buckets.add_move(steps, packed, index, Result(0), **sizes_of_move, fill=fill)
     return steps.plan(share=True)
 
 
 @functools.lru_cache(maxsize=8)
-def gradient_call(
-    config: Config, lengths: tuple[int, ...], features: Spec, label_dtype: np.dtype, ignore: int, device: Device
-) -> Call:
-    """Inputs: those of `forward_call`, with labels behind the features. Results: loss, the arena of gradients."""
-    steps = Steps(inputs=5, results=2)
+def gradient_plan(
+    config: Config, sizes: tuple[Sizes, ...], dtype: np.dtype, label_dtype: np.dtype, ignore: int, device: Device
+) -> Plan:
+    """Inputs: those of `forward_plan`, with labels behind the features. Results: loss, the arena of gradients."""
+    steps = Steps(inputs=6, results=2)
     steps.clear(Result(1), 4 * arena_size(config))  # between the gradients
-    if not sum(lengths):
+    if not sizes:
         steps.clear(Result(0), 4)
-        return Call(steps.plan(), {})
-    points, _, labels, masters, weights = map(Input, range(5))
-    inputs = points, _features(steps, features), labels, masters, weights
-    options = label_dtype, ignore, Result(0), Result(1)
-    numbers = _add_gradients(steps, config, lengths, device, inputs, *options, step=None)
-    return Call(steps.plan(share=True), numbers)
+        return steps.plan()
+    points, _, labels, tables, masters, weights = map(Input, range(6))
+    inputs = points, _features(steps, config, sizes, dtype), labels, tables, masters, weights
+    _add_gradients(steps, config, sizes, device, inputs, label_dtype, ignore, Result(0), Result(1), step=None)
+    return steps.plan(share=True)
 
 
 @functools.lru_cache(maxsize=8)
-def step_call(
+def step_plan(
     config: Config,
-    lengths: tuple[int, ...],
-    features: Spec,
+    sizes: tuple[Sizes, ...],
+    dtype: np.dtype,
     label_dtype: np.dtype,
     ignore: int,
     device: Device,
     recompute: bool = False,
-) -> Call:
-    """A training step. Inputs: points, features, labels, then what it changes; results: loss, norm of the gradients.
+) -> Plan:
+    """A training step of a batch that has points.
 
-    It changes the parameters, their copy in the config's dtype, AdamW's m and v, the gradients (0 at the beginning),
-    and the state of `optim.add_adamw`. Numbers that the caller adds: seed, rate, steps, decay, clip.
+    Inputs: points, features, labels, tables, then what it changes; results: loss, norm of the gradients. It changes the
+    parameters, their copy in the config's dtype, AdamW's m and v, the gradients (0 at the beginning), and the state of
+    `optim.add_adamw`. Numbers that the caller adds: seed, rate, steps, decay, clip.
     """
-    steps = Steps(inputs=9, results=2)
-    points, _, labels, masters, weights, m, v, gradients, state = map(Input, range(9))
-    inputs = points, _features(steps, features), labels, masters, weights
+    steps = Steps(inputs=10, results=2)
+    points, _, labels, tables, masters, weights, m, v, gradients, state = map(Input, range(10))
+    inputs = points, _features(steps, config, sizes, dtype), labels, tables, masters, weights
     options = label_dtype, ignore, Result(0), gradients
-    numbers = _add_gradients(steps, config, lengths, device, inputs, *options, step=state, recompute=recompute)
+    _add_gradients(steps, config, sizes, device, inputs, *options, step=state, recompute=recompute)
     optim.add_adamw(
         steps,
         gradients,
@@ -254,13 +243,13 @@ def step_call(
         copy=None if config.dtype == "float32" else weights,
         copy_dtype=np.dtype(config.dtype),
     )
-    return Call(steps.plan(share=True), numbers)
+    return steps.plan(share=True)
 
 
 def _add_gradients(
     steps: Steps,
     config: Config,
-    lengths: tuple[int, ...],
+    sizes: tuple[Sizes, ...],
     device: Device,
     inputs: tuple[Pointer, ...],
     label_dtype: np.dtype,
@@ -269,11 +258,10 @@ def _add_gradients(
     gradients: Pointer,
     step: Pointer | None,
     recompute: bool = False,
-) -> dict[str, Any]:
-    """Add forward, loss and backward; returns the numbers. Inputs: points, features, labels, parameters, their copy."""
-    points, features, labels, masters, weights = inputs
-    sizes, numbers = sizes_of(config, lengths, device)
-    levels = add_geometry(steps, config, sizes, points)
+) -> None:
+    """Add forward, loss and backward. Inputs: points, features, labels, tables, parameters, their copy."""
+    points, features, labels, tables, masters, weights = inputs
+    levels = add_geometry(steps, config, sizes, points, tables)
     net = Network(steps, config, device, masters, weights, gradients, step, recompute)
     normed, tape = add_forward(net, levels, features)
     logits = net.linear(normed, "head")
@@ -284,7 +272,7 @@ def _add_gradients(
         labels,
         dlogits.pointer,
         loss,
-        points=sum(lengths),
+        points=logits.rows,  # those behind the last one have no row
         rows=logits.rows,
         classes=config.classes,
         dtype=net.dtype,
@@ -294,4 +282,3 @@ def _add_gradients(
         pitch=logits.stride,
     )
     add_backward(net, levels, dlogits, tape)
-    return numbers

@@ -18,6 +18,7 @@ from gpu3d.cuda.plan import Call
 from gpu3d.flash3d import checkpoint, network, optim
 from gpu3d.flash3d.config import Config
 from gpu3d.flash3d.graphs import Graphs
+from gpu3d.flash3d.levels import layout_of
 from gpu3d.flash3d.losses import check_device_labels
 from gpu3d.flash3d.model import Batch, check_call, loss_and_gradient
 from gpu3d.flash3d.params import check_fit, check_params, decayed_size, flat, host_arena, views
@@ -308,7 +309,7 @@ def _step_on_host(
 
 
 def _graphs(state: TrainingState, weights: np.ndarray, origin: _arrays.Origin) -> Graphs:
-    """The graphs of steps, with the last inputs of `network.step_call`. Weights are masters in the config's dtype."""
+    """The graphs of steps, with the last inputs of `network.step_plan`. Weights are masters in the config's dtype."""
     of_step = state.masters if weights.dtype == FLOAT32 else _arrays.upload(weights, origin)
     gradients = _arrays.upload(np.zeros(weights.shape, np.float32), origin)
     return Graphs([state.masters, of_step, state.first, state.second, gradients, state.counts])
@@ -319,18 +320,17 @@ def _step_on_gpu(graphs: Graphs, config: Config, options: Options, batch: Batch,
     given = check_device_labels(labels, len(batch.points))
     points = _arrays.read(batch.points, "points")
     _arrays.check_same_device(points=points.origin, labels=given.origin)
-    spec = Spec(batch.features.shape, batch.features.dtype)
+    device = launcher.device(points.device)
+    layout = layout_of(tuple(batch.lengths or ()), config, device)
+    what = config, layout.sizes, batch.features.dtype, given.dtype, options.ignore, device, options.recompute
 
-    def make() -> Call:
-        device = launcher.device(points.device)
-        what = config, batch.lengths, spec, given.dtype, options.ignore, device, options.recompute
-        call = network.step_call(*what)
+    def make(points: int) -> Call:
         numbers = {"seed": options.seed, "rate": options.lr, "steps": options.steps}
         numbers |= {"decay": options.weight_decay, "clip": options.clip}
-        return Call(call.plan, call.numbers | numbers)
+        return Call(network.step_plan(*what), {"points": points, **numbers})
 
-    key = batch.lengths, spec, given.dtype
-    loss, _ = graphs.run(key, make, (batch.points, batch.features, given.array), [Spec((), FLOAT32)] * 2)
+    inputs = batch.points, batch.features, given.array
+    loss, _ = graphs.run(what, make, inputs, layout, [Spec((), FLOAT32)] * 2)
     return loss
 
 
