@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gpu3d._arrays import FLOAT32
+
 Macros = tuple[tuple[str, int], ...]
 
 # Pieces of a workspace begin at multiples of PIECE bytes, with gaps of GAP bytes. If pieces are powers of two apart,
@@ -348,7 +350,7 @@ def _check_gemm(gemm: Gemm) -> None:
     others = [matrix for matrix in (gemm.c, gemm.aux) if matrix is not None]
     if (d.rows, d.columns) != (rows, columns) or inner != depth or not inner:
         raise ValueError(f"the shapes of a product must fit together, with at least one product in a sum, got {gemm}.")
-    if any(x[1:4] != d[1:4] for x in others) or a.dtype != b.dtype or d.dtype not in (a.dtype, np.float32):
+    if any(x[1:4] != d[1:4] for x in others) or a.dtype != b.dtype or d.dtype not in (a.dtype, FLOAT32):
         raise ValueError(
             f"a and b must have one dtype, d that dtype or float32, c and aux the shape and dtype of d, got {gemm}."
         )
@@ -418,19 +420,23 @@ def _spans(steps: list[Step]) -> dict[str, tuple[int, int]]:
 def _shared(pieces: dict[str, Piece], spans: dict[str, tuple[int, int]]) -> tuple[dict[str, Piece], int]:
     """Places for pieces, the largest first: each at the lowest offset that is free while it is used. Also the end."""
     placed: dict[str, Piece] = {}
-    taken = np.empty((0, 4), np.int64)  # offset, end, first step, last step; by offset
+    taken, count = np.empty((len(spans), 4), np.int64), 0  # offset, end, first step, last step; by offset
     for name in sorted(spans, key=lambda name: -pieces[name].size):
         size, (first, last) = pieces[name].size, spans[name]
         room = -(-size // PIECE) * PIECE + GAP
-        others = taken[(taken[:, 2] <= last) & (taken[:, 3] >= first)]
-        free = np.maximum.accumulate(np.append(0, others[:, 1]))  # behind the first 0, 1, 2, ... of the others
-        fits = others[:, 0] - free[:-1] >= room
+        offsets, ends, firsts, lasts = taken[:count].T
+        at_once = (firsts <= last) & (lasts >= first)
+        free = np.zeros(np.count_nonzero(at_once) + 1, np.int64)  # behind the first 0, 1, 2, ... of the others
+        np.maximum.accumulate(ends[at_once], out=free[1:])
+        fits = offsets[at_once] - free[:-1] >= room
         offset = int(free[fits.argmax() if fits.any() else -1])
         placed[name] = Piece(offset, size)
         if size:
-            at = int(taken[:, 0].searchsorted(offset))
-            taken = np.concatenate([taken[:at], [[offset, offset + room, first, last]], taken[at:]])
-    return placed, int(taken[:, 1].max(initial=0))
+            at = int(offsets.searchsorted(offset))
+            taken[at + 1 : count + 1] = taken[at:count]
+            taken[at] = offset, offset + room, first, last
+            count += 1
+    return placed, int(taken[:count, 1].max(initial=0))
 
 
 # ---- signatures ----------------------------------------------------------------------------------------------------
