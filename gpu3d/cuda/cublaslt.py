@@ -191,7 +191,13 @@ def _workspace_size(gemm: Gemm) -> int:
 def _layouts(gemm: Gemm) -> list[_Object]:
     """The layouts of A, B, C and D."""
     matrices = gemm.b, gemm.a, gemm.d if gemm.c is None else gemm.c, gemm.d
-    return [_Object("MatrixLayout", CUDA_TYPES[x.dtype.name], x.columns, x.rows, x.stride) for x in matrices]
+    return [_layout(x.dtype.name, x.rows, x.columns, x.stride) for x in matrices]
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(dtype: str, rows: int, columns: int, stride: int) -> _Object:
+    """The layout of a matrix. Products share it: most matrices of a network are as large as some others."""
+    return _Object("MatrixLayout", CUDA_TYPES[dtype], columns, rows, stride)
 
 
 def _descriptor(gemm: Gemm) -> _Object:
@@ -222,20 +228,22 @@ def canonical_rows(gemm: Gemm) -> int:
 
 def algorithm(gemm: Gemm, ordinal: int) -> cublasLtMatmulAlgo_t:
     """The algorithm of a product on the current device, which is `ordinal`."""
-    problem = _without_addresses(gemm)
-    if not gemm.pinned:
-        return _best(problem, ordinal)
-    found, result = _best(_with_rows(problem, canonical_rows(gemm)), ordinal), cublasLtMatmulHeuristicResult_t()
+    return (_pinned if gemm.pinned else _best)(_without_addresses(gemm), ordinal)
+
+
+@functools.lru_cache(maxsize=4096)
+def _pinned(problem: Gemm, ordinal: int) -> cublasLtMatmulAlgo_t:
+    """The best algorithm for `canonical_rows`, if it takes the number of rows of this problem."""
+    rows = canonical_rows(problem)
+    found, result = _best(_with_rows(problem, rows), ordinal), cublasLtMatmulHeuristicResult_t()
     try:
         library().cublasLtMatmulAlgoCheck(
-            handle(ordinal), _descriptor(gemm), *_layouts(gemm), ctypes.byref(found), ctypes.byref(result)
+            handle(ordinal), _descriptor(problem), *_layouts(problem), ctypes.byref(found), ctypes.byref(result)
         )
     except Error as error:
-        raise Error(
-            f"the algorithm for {canonical_rows(gemm)} rows does not take this number of rows: {gemm}"
-        ) from error
-    if result.workspaceSize > _workspace_size(gemm):
-        raise Error(f"the algorithm needs {result.workspaceSize} bytes of workspace: {gemm}")
+        raise Error(f"the algorithm for {rows} rows does not take this number of rows: {problem}") from error
+    if result.workspaceSize > _workspace_size(problem):
+        raise Error(f"the algorithm needs {result.workspaceSize} bytes of workspace: {problem}")
     return found
 
 
