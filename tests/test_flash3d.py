@@ -811,6 +811,10 @@ def test_bad_calls():
 # ---- optimizer -----------------------------------------------------------------------------------------------------
 
 
+def new_state(arena):
+    return optim.State(np.zeros_like(arena), np.zeros_like(arena))
+
+
 @pytest.mark.parametrize("steps", [1, 2, 25, 26, 100, 2500])
 def test_one_cycle_is_that_of_torch(steps):
     torch = pytest.importorskip("torch")
@@ -836,7 +840,7 @@ def test_adamw_is_that_of_torch():
     parameters = [torch.tensor(part, dtype=torch.float64, requires_grad=True) for part in np.split(arena, [decayed])]
     groups = [{"params": [p], "weight_decay": decay} for p, decay in zip(parameters, (0.1, 0), strict=True)]
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
-    state, clipped = optim.new_state(arena), set()
+    state, clipped = new_state(arena), set()
     for step in range(20):
         gradient = (rng.standard_normal(300) * (3, 1e-5, 1e-6)[step % 3]).astype(np.float32)
         for parameter, own in zip(parameters, np.split(gradient, [decayed]), strict=True):
@@ -854,7 +858,7 @@ def test_adamw_is_that_of_torch():
 @pytest.mark.parametrize(("loss", "bad"), [(float("nan"), 1.0), (1.0, float("nan")), (1.0, float("inf"))])
 def test_a_step_that_is_not_finite_is_skipped(loss, bad):
     arena, gradient = np.ones(10, np.float32), np.ones(10, np.float32)
-    state, options = optim.new_state(arena), {"lr": 0.1, "weight_decay": 0.1, "decayed": 5, "clip": 1.0}
+    state, options = new_state(arena), {"lr": 0.1, "weight_decay": 0.1, "decayed": 5, "clip": 1.0}
     assert optim.update(arena, gradient, 1.0, state, **options)
     kept = arena.copy(), state.first.copy(), state.second.copy()
     gradient[7] = bad
@@ -872,7 +876,7 @@ def test_the_gaps_of_an_arena_stay_zero():
         arena,
         grads["stem"]["weight"].base,
         1.0,
-        optim.new_state(arena),
+        new_state(arena),
         lr=0.1,
         weight_decay=0.1,
         decayed=500,
@@ -889,7 +893,7 @@ def test_training_lowers_the_loss():
     labels = (points[:, 0] > 0).astype(int)
     params, batch = flash3d.init(CONFIG), flash3d.Batch(points, features, LENGTHS)
     arena = params["stem"]["weight"].base
-    state, losses = optim.new_state(arena), []
+    state, losses = new_state(arena), []
     for step in range(25):
         loss, grads = flash3d.loss_and_grad(params, batch, labels, CONFIG)
         losses.append(loss)

@@ -77,7 +77,7 @@ def test_a_step_by_its_parts():
     ours, (points, features, labels, lengths) = trainer(weight_decay=0.2, clip=0.5), batch()
     arena = ours._state.masters.copy()
     params = flash3d.params.views(arena, CONFIG)
-    moments = optim.new_state(arena)
+    moments = optim.State(np.zeros_like(arena), np.zeros_like(arena))
     for step in range(3):
         loss, gradient = model.loss_and_gradient(
             flat(params), flash3d.Batch(points, features, lengths), labels, CONFIG, 255, train.Training(3, step)

@@ -48,11 +48,6 @@ class State:
     skipped: int = 0  # because the loss or the norm was not finite
 
 
-def new_state(arena: np.ndarray) -> State:
-    """The state before the first step."""
-    return State(np.zeros_like(arena), np.zeros_like(arena))
-
-
 def global_norm(gradient: np.ndarray) -> float:
     """The Euclidean norm of a flat gradient; the same bits for the same gradient."""
     return math.sqrt(np.square(gradient, dtype=np.float64).sum())  # np.dot's order depends on the number of threads

@@ -127,9 +127,12 @@ def _linear(x: jax.Array, params: Params) -> jax.Array:
 
 
 def _layer_norm(x: jax.Array, params: Params, epsilon: float) -> jax.Array:
-    centred = x - x.mean(axis=1, keepdims=True)
+    """LayerNorm. It is rounded once: between its steps it has at least float32."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - wide.mean(axis=1, keepdims=True)
     variance = (centred * centred).mean(axis=1, keepdims=True)
-    return centred * jax.lax.rsqrt(variance + epsilon) * params["weight"] + params["bias"]
+    normalized = centred * jax.lax.rsqrt(variance + epsilon)
+    return (normalized * params["weight"] + params["bias"]).astype(x.dtype)
 
 
 def _gelu(x: jax.Array) -> jax.Array:
