@@ -137,7 +137,7 @@ def test_errors():
 
 def test_rows_that_an_algorithm_is_chosen_for():
     """It depends on the layer and not on the number of its rows."""
-    for columns, inner, rows in ((64, 64, 32768), (256, 64, 32768), (128, 512, 16384), (768, 3072, 2560)):
+    for columns, inner, rows in ((16, 64, 34816), (256, 64, 34816), (128, 512, 17408), (512, 2048, 4608)):
         for n in (1, 34816):
             _, x, weight, y = layer(n, columns, inner)
             assert cublaslt.canonical_rows(Gemm(x, weight, y, transpose_b=True)) == rows
@@ -246,7 +246,7 @@ def test_how_algorithms_are_chosen(library):
         linear.forward(steps, x, weight, y, bias=Input(2))
         launcher.run(Call(steps.plan(), {}), (16, 32, 48, 64, 80, 96, 112), 0, 1)
     ((attributes, layouts, preferred),) = library.asked  # once for both
-    assert attributes[8] == 16 and [layout[2] for layout in layouts] == [192, 32768, 32768, 32768]
+    assert attributes[8] == 16 and [layout[2] for layout in layouts] == [192, 34816, 34816, 34816]
     assert preferred == {1: 0, 3: 0, 5: 16, 6: 16, 7: 16, 8: 16}
     assert [layouts[3][2] for _, layouts, _ in library.checked] == [512, 34816]
     assert {algo for *_, algo in library.checked} == {8}  # the first that the library does not rule out
@@ -323,7 +323,7 @@ def test_errors_name_the_product(library):
     with pytest.raises(cublaslt.Error, match=rf"needs {SMALL_GEMM_WORKSPACE + 1} bytes of workspace: {what}"):
         run()
     library.status = 15
-    with pytest.raises(cublaslt.Error, match=rf"for 32768 rows does not take this number of rows: {what}"):
+    with pytest.raises(cublaslt.Error, match=rf"for 34816 rows does not take this number of rows: {what}"):
         run()
 
 

@@ -214,10 +214,13 @@ def _descriptor(gemm: Gemm) -> _Object:
 def canonical_rows(gemm: Gemm) -> int:
     """The number of rows that a pinned algorithm is chosen for.
 
-    In a backbone there are half as many points where there are twice as many channels. This is what a scan of some
-    33,000 points has, in buckets of 512.
+    In a backbone there are half as many points where there are twice as many channels. This is what a sweep of nuScenes
+    has: 34,688 points fill 68 buckets of 512 at 64 channels, 34 at 128, and so on.
+
+    Tiles that just fill the GPU at one number of rows need another round for a few more. What is best for 4096 rows of
+    512 columns, with 2048 products a sum, takes 22 us for 4608 rows on an H200; what is best for 4608 takes 16.
     """
-    return min(1 << 15, max(1, (1 << 21) // min(gemm.d.columns, gemm.inner) // 512) * 512)
+    return 512 * min(68, -(-68 * 64 // min(gemm.d.columns, gemm.inner)))
 
 
 def algorithm(gemm: Gemm, ordinal: int) -> cublasLtMatmulAlgo_t:
