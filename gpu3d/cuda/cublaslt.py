@@ -35,7 +35,6 @@ CUBLASLT_EPILOGUE = {
     "BIAS": 4,
     "GELU_BIAS": 32 | 4,
     "GELU_AUX_BIAS": 32 | 128 | 4,
-    "BGRADB": 512,
 }
 
 # cublasLtMatmulPreferenceAttributes_t
@@ -185,7 +184,7 @@ class Matmul:
 
 
 def _workspace_size(gemm: Gemm) -> int:
-    return GEMM_WORKSPACE if gemm.splits else SMALL_GEMM_WORKSPACE
+    return SMALL_GEMM_WORKSPACE if gemm.pinned else GEMM_WORKSPACE
 
 
 def _layouts(gemm: Gemm) -> list[_Object]:
@@ -249,7 +248,7 @@ def _best(problem: Gemm, ordinal: int) -> cublasLtMatmulAlgo_t:
     mask = CUBLASLT_REDUCTION_SCHEME_NONE if problem.pinned else CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE
     # An algorithm without workspace has nowhere to keep parts of sums, so it does not split them. (For other numbers of
     # rows it may want some bytes all the same.)
-    most = GEMM_WORKSPACE if problem.splits else 0
+    most = 0 if problem.pinned else GEMM_WORKSPACE
     preference.set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, ctypes.c_uint64(most))
     preference.set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, ctypes.c_uint32(mask))
     for attribute in CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_BYTES:
