@@ -97,8 +97,7 @@ def check(call, inputs, results, device, *, shared=False):
                 elements = (matrix.rows - 1) * matrix.stride + matrix.columns
                 point(matrix.pointer, elements * matrix.dtype.itemsize)
             if step.bias is not None:
-                elements = step.d.rows if step.epilogue == "BGRADB" else step.d.columns
-                point(step.bias, elements * step.d.dtype.itemsize)
+                point(step.bias, step.d.columns * step.d.dtype.itemsize)
             point(step.workspace, cublaslt._workspace_size(step))
         elif isinstance(step, Branch):
             assert step.number == 1 - branch

@@ -11,6 +11,7 @@ from steps import assert_accurate, run
 
 from gpu3d._arrays import BFLOAT16, FLOAT32, FLOATS, INT32
 from gpu3d.cuda import clouds, layers
+from gpu3d.cuda.plan import Matrix
 from gpu3d.reference import flash3d as reference
 
 pytestmark = pytest.mark.gpu
@@ -108,7 +109,7 @@ def check_norm_backward(cp, rows, columns, dtype, with_gelu, with_pos, with_dres
     def add(steps, given, made):
         dout, x, pos, statistics, weight, bias = given
         dx, dpos, dweight, dbias = made
-        layers.add_norm_backward(
+        sums = layers.add_norm_backward(
             steps,
             *(dout, x, statistics, weight, bias, dx, dweight, dbias),
             rows=rows,
@@ -120,6 +121,7 @@ def check_norm_backward(cp, rows, columns, dtype, with_gelu, with_pos, with_dres
             dpos=dpos if with_pos else None,
             dpos_before=dpos if before is not None else None,
         )
+        layers.add_sums(steps, sums)
 
     made = [dres if with_dres else empty, before if before is not None else empty]
     made += [((columns,), FLOAT32)] * 2
@@ -139,12 +141,63 @@ def check_norm_backward(cp, rows, columns, dtype, with_gelu, with_pos, with_dres
         assert_accurate(dbias, naive[3], exact[3], note + " dbias")
 
 
+SEED = 0x123456789ABCDEF0
+
+
+def check_fused(cp, rows, columns, dtype, with_gelu, with_pos):
+    """A norm with drop path before it has the bits of both, one after the other; so has its backward."""
+    x, pos, weight, bias = norm_inputs(rows, columns, dtype, with_pos)
+    y, dout, dres = (random((rows, columns), dtype, seed) for seed in (8, 9, 10))
+    sizes = {"rows": rows, "columns": columns, "dtype": dtype}
+    note = f"{rows} x {columns} {dtype} gelu {with_gelu} pos {with_pos}"
+    matrix, step = ((rows, columns), dtype), np.array([17], np.uint32)
+
+    def add(steps, given, made):
+        x, y, pos, weight, bias, step = given
+        drop = layers.Drop(0.3, 3, step, SEED)
+        options = {"epsilon": EPSILON, "gelu": with_gelu, "pos": pos}
+        for fused in (True, False):
+            total, out, statistics = made[:3] if fused else made[3:]
+            own = {"statistics": statistics, **options, **sizes}
+            if fused:
+                layers.add_norm(steps, x, weight, bias, out, y=y, drop=drop, total=total, **own)
+            else:
+                layers.add_residual(steps, x, y, total, drop=drop, **sizes)
+                layers.add_norm(steps, total, weight, bias, out, **own)
+
+    made = [matrix, matrix, ((rows, 2), FLOAT32)]
+    got = run(cp, add, [x, y, pos, weight, bias, step], made * 2)
+    assert [a.tobytes() for a in got[:3]] == [a.tobytes() for a in got[3:]], note
+
+    def add_backward(steps, given, made):
+        dout, x, pos, statistics, weight, bias, dres, step = given
+        drop = layers.Drop(0.3, 3, step, SEED)
+        sums = []
+        for fused in (True, False):
+            dx, dy, dweight, dbias, dpos = made[:5] if fused else made[5:]
+            options = {"gelu": with_gelu, "pos": pos, "dres": dres, "dpos": dpos if with_pos else None}
+            own = {"dy": dy, "drop": drop} if fused else {}
+            args = dout, x, statistics, weight, bias, dx, dweight, dbias
+            sums += layers.add_norm_backward(steps, *args, **options, **own, **sizes)
+            if not fused:
+                layers.add_residual(steps, None, dx, dy, drop=drop, **sizes)
+        layers.add_sums(steps, sums)
+
+    made = [matrix, matrix, *[((columns,), FLOAT32)] * 2, matrix]
+    inputs = [dout, got[0], pos, got[2], weight, bias, dres, step]
+    got = run(cp, add_backward, inputs, made * 2)
+    assert [a.tobytes() for a in got[:5]] == [a.tobytes() for a in got[5:]], note
+
+
 def test_small_layers(cp):
     """For compute-sanitizer: every kernel, with few rows."""
     for dtype, columns in itertools.product((FLOAT32, BFLOAT16), (32, 72, 1536)):
         check_norm(cp, 33, columns, dtype, True, True)
         check_norm_backward(cp, 33, columns, dtype, True, True, True)
+        check_fused(cp, 33, columns, dtype, False, True)
     check_residual(cp, 40, 64, BFLOAT16, 0.3, True)
+    check_gelu_backward(cp, 40, 64, BFLOAT16, True)
+    check_column_sums(cp, 40, 24, BFLOAT16, 24)
     check_fourier(cp, 40, BFLOAT16, 4, 136)
     check_compose(cp, (5, 0, 40), 16, 2)
 
@@ -169,6 +222,15 @@ def test_norm_backward(cp, dtype, with_gelu, with_pos, with_dres):
     check_norm_backward(cp, 5000, 768, dtype, with_gelu, with_pos, with_dres)
 
 
+@pytest.mark.parametrize("with_pos", [False, True])
+@pytest.mark.parametrize("with_gelu", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_fused(cp, dtype, with_gelu, with_pos):
+    for rows, columns in itertools.product(ROWS, COLUMNS):
+        check_fused(cp, rows, columns, dtype, with_gelu, with_pos)
+    check_fused(cp, 34_688, 64, dtype, with_gelu, with_pos)
+
+
 def test_a_row_of_equal_numbers(cp):
     """The variance is 0, and the output is the bias."""
     x, bias = np.full((3, 64), 7, BFLOAT16), random(64, FLOAT32)
@@ -179,6 +241,54 @@ def test_a_row_of_equal_numbers(cp):
 
     (got,) = run(cp, add, [x, np.ones(64, np.float32), bias], [((3, 64), BFLOAT16)])
     assert (got == bias.astype(BFLOAT16)).all()
+
+
+# ---- sums over rows ------------------------------------------------------------------------------------------------
+
+
+def check_column_sums(cp, rows, columns, dtype, stride):
+    """Columns between the rows are not summed: they are NaN."""
+    x = random((rows, stride), dtype, 20, 1, 0.3)
+    x[:, columns:] = np.nan
+
+    def add(steps, given, made):
+        matrix = Matrix(*given, rows, columns, dtype, stride)
+        layers.add_sums(steps, [layers.add_column_sums(steps, matrix, *made)])
+
+    (got,) = run(cp, add, [x], [((columns,), FLOAT32)])
+    whole = x[:, :columns]
+    if rows == 0:
+        assert not got.any()
+    else:
+        naive = whole.astype(np.float32).sum(0)
+        assert_accurate(got, naive, whole.astype(np.float64).sum(0), f"{rows} x {columns} {dtype}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_column_sums(cp, dtype):
+    for rows, columns in itertools.product(ROWS, (*COLUMNS, 3, 19, 2304, 6144)):
+        check_column_sums(cp, rows, columns, dtype, -(-columns // 8) * 8)
+    check_column_sums(cp, 1000, 64, dtype, 192)
+    check_column_sums(cp, 34_688, 64, dtype, 64)
+    check_column_sums(cp, 34_688, 256, dtype, 256)
+
+
+def test_sums_of_many_vectors(cp):
+    """More than one launch takes: each is what it is alone."""
+    columns = [1 + i * i % 300 for i in range(2 * layers.MOST_VECTORS + 1)]
+    x = random((1000, 304), BFLOAT16, 21)
+
+    def sums(which):
+        def add(steps, given, made):
+            matrices = [Matrix(*given, 1 + 3 * columns[i], columns[i], BFLOAT16, 304) for i in which]
+            vectors = [layers.add_column_sums(steps, *each) for each in zip(matrices, made, strict=True)]
+            layers.add_sums(steps, vectors)
+
+        return run(cp, add, [x], [((columns[i],), FLOAT32) for i in which])
+
+    together = sums(range(len(columns)))
+    for i in (0, 1, 63, 64, 119, 120, 121, 239, 240):
+        assert sums([i])[0].tobytes() == together[i].tobytes()
 
 
 # ---- residual ------------------------------------------------------------------------------------------------------
@@ -204,13 +314,13 @@ def test_philox_oracle():
     assert [int(x) for x in philox(*pi)] == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
 
 
-def check_residual(cp, rows, columns, dtype, rate, forward, layer=3, step=17, seed=0x123456789ABCDEF0):
+def check_residual(cp, rows, columns, dtype, rate, forward, layer=3, step=17, seed=SEED):
     x, y = random((rows, columns), dtype, 9), random((rows, columns), dtype, 10)
 
     def add(steps, given, made):
         x, y, step = given
-        options = {"rate": rate, "layer": layer, "step": step, "seed": seed}
-        layers.add_residual(steps, x, y, *made, rows=rows, columns=columns, dtype=dtype, **options)
+        drop = layers.Drop(rate, layer, step, seed)
+        layers.add_residual(steps, x, y, *made, rows=rows, columns=columns, dtype=dtype, drop=drop)
 
     inputs = [x if forward else None, y, np.array([step], np.uint32)]
     (got,) = run(cp, add, inputs, [((rows, columns), dtype)])
@@ -236,20 +346,25 @@ def test_residual(cp, dtype, forward):
             check_residual(cp, rows, columns, dtype, rate, forward)
 
 
+def check_gelu_backward(cp, rows, columns, dtype, in_place):
+    dy, x = random((rows, columns), dtype, 21), random((rows, columns), dtype, 22, 2.0)
+
+    def add(steps, given, made):
+        sizes = {"rows": rows, "columns": columns, "dtype": dtype}
+        layers.add_gelu_backward(steps, made[0] if in_place else given[0], given[1], *made, **sizes)
+
+    dx, active = run(cp, add, [dy, x], [dy if in_place else (dy.shape, dtype), (dy.shape, dtype)])
+    wide, single = (dy.astype(np.float64), x.astype(np.float64)), (dy.astype(np.float32), x.astype(np.float32))
+    exact, naive = reference.gelu_backward(*wide), reference.gelu_backward(*single).astype(dtype)
+    assert_accurate(dx, naive, exact, f"{rows} x {columns}")
+    assert_accurate(active, gelu(single[1]).astype(dtype), gelu(wide[1]), f"GELU of {rows} x {columns}")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("in_place", [False, True])
 def test_gelu_backward(cp, dtype, in_place):
     for rows, columns in (*itertools.product(ROWS, (8, 256)), (1000, 1536)):
-        dy, x = random((rows, columns), dtype, 21), random((rows, columns), dtype, 22, 2.0)
-
-        def add(steps, given, made, rows=rows, columns=columns):
-            source = made[0] if in_place else given[0]
-            layers.add_gelu_backward(steps, source, given[1], made[0], rows=rows, columns=columns, dtype=dtype)
-
-        (got,) = run(cp, add, [dy, x], [dy if in_place else (dy.shape, dtype)])
-        exact = reference.gelu_backward(dy.astype(np.float64), x.astype(np.float64))
-        naive = reference.gelu_backward(dy.astype(np.float32), x.astype(np.float32)).astype(dtype)
-        assert_accurate(got, naive, exact, f"{rows} x {columns}")
+        check_gelu_backward(cp, rows, columns, dtype, in_place)
 
 
 def test_drop_path_depends_on_layer_step_and_seed(cp):

@@ -13,7 +13,7 @@ from gpu3d import _kernels
 from gpu3d._arrays import BFLOAT16, FLOAT32, FLOAT64, FLOATS, INT32, UINT8, Spec
 from gpu3d.cuda import clouds, layers, losses, optim
 from gpu3d.cuda.compiler import Configuration
-from gpu3d.cuda.plan import DEVICES, Call, Clear, Input, Launch, Result, Steps
+from gpu3d.cuda.plan import DEVICES, Call, Clear, Input, Launch, Matrix, Result, Steps
 from gpu3d.reference.flash3d import wave_numbers
 
 DTYPES = [dtype for dtype in FLOATS if dtype != FLOAT64]
@@ -39,24 +39,28 @@ def check(add, inputs, results, numbers=None):
 def test_norm(dtype):
     for rows, columns, gelu in itertools.product(ROWS, COLUMNS, (False, True)):
         x, row, moments = Spec((rows, columns), dtype), Spec((columns,), FLOAT32), Spec((rows, 2), FLOAT32)
+        step = Spec((1,), np.dtype(np.uint32))
         sizes = {"rows": rows, "columns": columns, "dtype": dtype, "gelu": gelu}
 
         def add(steps, given, made, sizes=sizes):
-            x, pos, weight, bias = given
-            out, statistics = made
+            x, pos, weight, bias, y, step = given
+            out, statistics, total = made
             options = {"epsilon": 1e-5, "pos": pos, "statistics": statistics}
-            layers.add_norm(steps, x, weight, bias, out, **sizes, **options)
+            drop = {"y": y, "drop": layers.Drop(0.3, 7, step, 2**64 - 1), "total": total}
+            layers.add_norm(steps, x, weight, bias, out, **sizes, **options, **drop)
 
-        forward = check(add, [x, x, row, row], [x, moments])
+        forward = check(add, [x, x, row, row, x, step], [x, moments, x])
         assert len(forward) == (rows > 0)
 
         def add_backward(steps, given, made, sizes=sizes):
-            *given, pos, dres = given
-            dx, dweight, dbias, dpos = made
+            *given, pos, dres, step = given
+            dx, dweight, dbias, dpos, dy = made
             options = {"pos": pos, "dres": dres, "dpos": dpos, "dpos_before": dpos}
-            layers.add_norm_backward(steps, *given, dx, dweight, dbias, **sizes, **options)
+            drop = {"dy": dy, "drop": layers.Drop(0.3, 7, step, 2**64 - 1)}
+            sums = layers.add_norm_backward(steps, *given, dx, dweight, dbias, **sizes, **options, **drop)
+            layers.add_sums(steps, sums)
 
-        check(add_backward, [x, x, moments, row, row, x, x], [x, row, row, x])
+        check(add_backward, [x, x, moments, row, row, x, x, step], [x, row, row, x, x])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
@@ -76,7 +80,7 @@ def test_residual_gelu_and_fourier(dtype):
 
         def add_residual(steps, given, made, sizes=sizes):
             x, y, step = given
-            layers.add_residual(steps, x, y, *made, **sizes, rate=0.3, layer=7, step=step, seed=2**64 - 1)
+            layers.add_residual(steps, x, y, *made, **sizes, drop=layers.Drop(0.3, 7, step, 2**64 - 1))
 
         check(add_residual, [x, x, Spec((1,), np.dtype(np.uint32))], [x])
         check(add_residual, [None, x, Spec((1,), np.dtype(np.uint32))], [x])
@@ -84,7 +88,13 @@ def test_residual_gelu_and_fourier(dtype):
         def add_gelu(steps, given, made, sizes=sizes):
             layers.add_gelu_backward(steps, *given, *made, **sizes)
 
-        check(add_gelu, [x, x], [x])
+        check(add_gelu, [x, x], [x, x])
+
+        def add_column_sums(steps, given, made, rows=rows, columns=columns):
+            matrix = Matrix(*given, rows, columns, dtype, columns)
+            layers.add_sums(steps, [layers.add_column_sums(steps, matrix, *made)])
+
+        check(add_column_sums, [x], [Spec((columns,), FLOAT32)])
     for rows in ROWS:
 
         def add_fourier(steps, given, made, rows=rows):
@@ -168,7 +178,7 @@ def test_what_does_not_fit_is_an_error():
         with pytest.raises(ValueError, match=message):
             layers.add_norm(steps, x, x, x, x, columns=columns, epsilon=1e-5, **sizes)
     with pytest.raises(ValueError, match="at least 0 and below 1, got 1"):
-        layers.add_residual(steps, x, x, x, columns=8, rate=1.0, layer=0, step=x, seed=0, **sizes)
+        layers.add_residual(steps, x, x, x, columns=8, drop=layers.Drop(1.0, 0, x, 0), **sizes)
     with pytest.raises(ValueError, match=r"at least 128 \+ channels \(4\), got 130"):
         layers.add_fourier(steps, x, x, channels=4, columns=130, wavelengths=(0.2, 200.0), **sizes)
     for classes, points in ((0, 1), (65, 1), (3, 2**30)):

@@ -35,7 +35,6 @@ CUBLASLT_EPILOGUE = {
     "BIAS": 4,
     "GELU_BIAS": 32 | 4,
     "GELU_AUX_BIAS": 32 | 128 | 4,
-    "BGRADB": 512,
 }
 
 # cublasLtMatmulPreferenceAttributes_t
@@ -185,7 +184,7 @@ class Matmul:
 
 
 def _workspace_size(gemm: Gemm) -> int:
-    return GEMM_WORKSPACE if gemm.splits else SMALL_GEMM_WORKSPACE
+    return SMALL_GEMM_WORKSPACE if gemm.pinned else GEMM_WORKSPACE
 
 
 def _layouts(gemm: Gemm) -> list[_Object]:
@@ -220,10 +219,13 @@ def _descriptor(gemm: Gemm) -> _Object:
 def canonical_rows(gemm: Gemm) -> int:
     """The number of rows that a pinned algorithm is chosen for.
 
-    In a backbone there are half as many points where there are twice as many channels. This is what a scan of some
-    33,000 points has, in buckets of 512.
+    In a backbone there are half as many points where there are twice as many channels. This is what a sweep of nuScenes
+    has: 34,688 points fill 68 buckets of 512 at 64 channels, 34 at 128, and so on.
+
+    Tiles that just fill the GPU at one number of rows need another round for a few more. What is best for 4096 rows of
+    512 columns, with 2048 products a sum, takes 22 us for 4608 rows on an H200; what is best for 4608 takes 16.
     """
-    return min(1 << 15, max(1, (1 << 21) // min(gemm.d.columns, gemm.inner) // 512) * 512)
+    return 512 * min(68, -(-68 * 64 // min(gemm.d.columns, gemm.inner)))
 
 
 def algorithm(gemm: Gemm, ordinal: int) -> cublasLtMatmulAlgo_t:
@@ -254,7 +256,7 @@ def _best(problem: Gemm, ordinal: int) -> cublasLtMatmulAlgo_t:
     mask = CUBLASLT_REDUCTION_SCHEME_NONE if problem.pinned else CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE
     # An algorithm without workspace has nowhere to keep parts of sums, so it does not split them. (For other numbers of
     # rows it may want some bytes all the same.)
-    most = GEMM_WORKSPACE if problem.splits else 0
+    most = 0 if problem.pinned else GEMM_WORKSPACE
     preference.set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, ctypes.c_uint64(most))
     preference.set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, ctypes.c_uint32(mask))
     for attribute in CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_BYTES:

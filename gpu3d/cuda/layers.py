@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+import struct
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpu3d._arrays import FLOAT64, FLOATS
 from gpu3d.cuda import clouds
 from gpu3d.cuda.compiler import Configuration
-from gpu3d.cuda.plan import Kernel, Macros, Number, Pointer, Steps
+from gpu3d.cuda.plan import Kernel, Macros, Matrix, Number, Packed, Pointer, Steps
 from gpu3d.reference.flash3d import POSITION_FEATURES, WAVES, wave_numbers
 
 NORM_THREADS = 256
 RESIDUAL_THREADS = 256
 GELU_THREADS, GELU_ITEMS = 256, 4
 FOURIER_THREADS, FOURIER_ROWS = 256, 4
-SUM_THREADS = 1024
+COLUMN_THREADS = 256
+SUM_THREADS, MOST_VECTORS = 1024, 120
 COMPOSE_THREADS = 256
 RATIOS = (2, 4, 8)
 
@@ -35,13 +37,18 @@ _LANES = (4, 8, 16, 32)  # threads of a row that share it in a norm
 _WORDS = (1, 2, 3, 4, 6, 8, 12)  # words of a row that each of them has; more than one with 32 threads only
 _PARTS = 528  # blocks that sum over rows: four for each multiprocessor of an H100 or H200
 
+_VECTOR = "QQiiii"  # struct Vector of layers_sums.cu
+_DROP = "IfIxxxxQQ"  # struct Drop of drop.cuh
+_NO_DROP = bytes(struct.calcsize(_DROP))
+
 # The parameters of each kernel as formats of the module struct; c stands for struct Clouds.
 _SIGNATURES = {
-    "norm_rows": "QQQQiifQQ",
-    "norm_backward": "QQQQQQQQiiQQQ",
-    "sum_partials": "QiiQQ",
-    "gelu_backward": "QQqQ",
-    "residual_rows": "QQiiiIfIQQQ",
+    "norm_rows": f"QQQQQiif{len(_NO_DROP)}sQQQ",
+    "norm_backward": f"QQQQQQQQii{len(_NO_DROP)}sQQQQ",
+    "column_sums": "QiiiiiQ",
+    "sum_partials": f"{MOST_VECTORS * struct.calcsize(_VECTOR)}si",
+    "gelu_backward": "QQqQQ",
+    "residual_rows": f"QQiii{len(_NO_DROP)}sQ",
     "fourier_rows": f"QQQ{4 * sum(WAVES)}siiiQ",
     "pack_positions": "QcQ",
     "compose_members": "QQQQccQ",
@@ -60,7 +67,7 @@ def configurations() -> list[Configuration]:
     for dtype in types:
         shapes = dict.fromkeys(_shape(dtype, columns) for columns in range(8, MOST_COLUMNS + 1, 8))
         found += [Configuration("layers_norm", _norm_macros(dtype, *s, gelu)) for gelu in (False, True) for s in shapes]
-    for source in ("layers_residual", "layers_gelu", "layers_fourier"):
+    for source in ("layers_residual", "layers_gelu", "layers_columns", "layers_fourier"):
         found += [Configuration(source, _element(dtype)) for dtype in types]
     found.append(Configuration("layers_sums", ()))
     return [*found, *(Configuration("layers_compose", (("RATIO", ratio),)) for ratio in RATIOS)]
@@ -90,9 +97,34 @@ def _shape(dtype: np.dtype, columns: int) -> tuple[int, int]:
     return lanes, next(n for n in _WORDS if n * lanes >= words)
 
 
+def _packed(drop: Drop | None) -> Packed | bytes:
+    return _NO_DROP if drop is None else drop.packed
+
+
 def _lane_bits(words: int, most: int) -> int:
     """The logarithm of the number of threads that share a row."""
     return min(most, (words - 1).bit_length())
+
+
+class Drop(NamedTuple):
+    """Drop path: keep(row) is 1 / (1 - rate), or 0 with probability `rate`.
+
+    The random number of a row depends on the seed (64 bits), on the step (uint32 in device memory), on `layer` and on
+    the row.
+    """
+
+    rate: float
+    layer: int
+    step: Pointer
+    seed: int | Number
+
+    @property
+    def packed(self) -> Packed:
+        """The struct Drop of drop.cuh."""
+        if not 0 <= self.rate < 1:
+            raise ValueError(f"rate must be at least 0 and below 1, got {self.rate}.")
+        fields = math.floor(self.rate * 2**32), 1 / (1 - self.rate), self.layer, self.seed, self.step
+        return Packed(_DROP, fields)
 
 
 # ---- norm ----------------------------------------------------------------------------------------------------------
@@ -112,10 +144,16 @@ def add_norm(
     gelu: bool = False,
     pos: Pointer | None = None,
     statistics: Pointer | None = None,
+    y: Pointer | None = None,
+    drop: Drop | None = None,
+    total: Pointer | None = None,
 ) -> None:
-    """Add LayerNorm of x, or of x + pos, and GELU behind it. `statistics`: float32 [rows, 2] for the backward."""
+    """Add LayerNorm of x, or of x + pos, and GELU behind it. `statistics`: float32 [rows, 2] for the backward.
+
+    With y, the norm is that of total = x + keep(row) y, which is written too, as `add_residual` does.
+    """
     lanes, words = _shape(dtype, columns)
-    args = x, pos, weight, bias, rows, _row_words(dtype, columns), epsilon, out, statistics
+    args = x, y, pos, weight, bias, rows, _row_words(dtype, columns), epsilon, _packed(drop), total, out, statistics
     kernel = _kernel("layers_norm", "norm_rows", _norm_macros(dtype, lanes, words, gelu))
     steps.launch(kernel, grid=-(-rows // (NORM_THREADS // lanes)), block=NORM_THREADS, args=args)
 
@@ -139,39 +177,82 @@ def add_norm_backward(
     dres: Pointer | None = None,
     dpos: Pointer | None = None,
     dpos_before: Pointer | None = None,
-) -> None:
+    dy: Pointer | None = None,
+    drop: Drop | None = None,
+) -> list[Partials]:
     """Add the backward of `add_norm`: dx = dres + dz and dpos = dpos_before + dz, where dz is the gradient of x + pos.
 
-    What is left out counts as 0. dx may be dres, and dpos may be dpos_before.
+    What is left out counts as 0. dx may be dres, and dpos may be dpos_before. With dy, also dy = keep(row) dx.
+    The gradients of weight and bias are written by `add_sums`, which takes the result.
     """
     lanes, words = _shape(dtype, columns)
     width = words * _WORD // dtype.itemsize  # columns a thread: with more, fewer blocks fit on a multiprocessor
     most = _PARTS if width <= 8 else _PARTS // 2 if width <= 24 else _PARTS // 4
     blocks = min(most, -(-rows // (NORM_THREADS // lanes)))
-    partials = steps.workspace("norm sums", 8 * blocks * columns)
-    args = dout, x, pos, statistics, weight, bias, dres, dpos_before, rows, _row_words(dtype, columns), dx, dpos
+    partials = steps.workspace("norm sums", 8 * max(1, blocks) * columns)
+    args = dout, x, pos, statistics, weight, bias, dres, dpos_before, rows, _row_words(dtype, columns)
+    results = _packed(drop), dx, dpos, dy, partials
     kernel = _kernel("layers_norm", "norm_backward", _norm_macros(dtype, lanes, words, gelu))
-    steps.launch(kernel, grid=blocks, block=NORM_THREADS, args=(*args, partials))
-    if blocks:
-        kernel = _kernel("layers_sums", "sum_partials")
-        sums = partials, blocks, columns, dweight, dbias
-        steps.launch(kernel, grid=-(-2 * columns // 32), block=SUM_THREADS, args=sums)
-    else:
-        steps.clear(dweight, 4 * columns)
-        steps.clear(dbias, 4 * columns)
+    steps.launch(kernel, grid=blocks, block=NORM_THREADS, args=(*args, *results))
+    parts = ((partials, dweight), (partials + 4 * columns, dbias))
+    return [Partials(sums, out, blocks, columns, 2 * columns) for sums, out in parts]
+
+
+# ---- sums over rows ------------------------------------------------------------------------------------------------
+
+
+class Partials(NamedTuple):
+    """The sums of a vector over the rows of each block. `add_sums` adds them up."""
+
+    sums: Pointer  # float32 [blocks, columns], rows `pitch` elements apart
+    out: Pointer  # float32 [columns]
+    blocks: int
+    columns: int
+    pitch: int
+
+
+def add_column_sums(steps: Steps, x: Matrix, out: Pointer) -> Partials:
+    """Add the sums of x's columns over the rows of each block. `out` is where `add_sums` writes those over all rows.
+
+    The stride of x is a multiple of 16 bytes. What lies between the rows is read, but belongs to no sum.
+    """
+    per = _WORD // x.dtype.itemsize
+    words = -(-x.columns // per)
+    lane_bits = _lane_bits(words, 5)
+    tiles = -(-words >> lane_bits)
+    parts = min(-(-_PARTS // 2 // tiles), -(-x.rows // (COLUMN_THREADS >> lane_bits)))
+    sums = steps.workspace("column sums", 4 * parts * words * per)
+    args = x.pointer, x.rows, words, x.stride // per, lane_bits, tiles, sums
+    kernel = _kernel("layers_columns", "column_sums", _element(x.dtype))
+    steps.launch(kernel, grid=tiles * parts, block=COLUMN_THREADS, args=args)
+    return Partials(sums, out, parts, x.columns, words * per)
+
+
+def add_sums(steps: Steps, vectors: list[Partials]) -> None:
+    """Add the sums of all vectors over their blocks, with one launch for MOST_VECTORS of them."""
+    for start in range(0, len(vectors), MOST_VECTORS):
+        fields: list[Any] = []
+        grid = 0
+        part = vectors[start : start + MOST_VECTORS]
+        for vector in part:
+            fields += [vector.sums, vector.out, vector.blocks, vector.columns, vector.pitch, grid]
+            grid += -(-vector.columns // 32)
+        unused = struct.calcsize(_VECTOR) * (MOST_VECTORS - len(part))
+        packed = Packed(_VECTOR * len(part) + f"{unused}x", tuple(fields))
+        steps.launch(_kernel("layers_sums", "sum_partials"), grid=grid, block=SUM_THREADS, args=(packed, len(part)))
 
 
 # ---- GELU ----------------------------------------------------------------------------------------------------------
 
 
 def add_gelu_backward(
-    steps: Steps, dy: Pointer, x: Pointer, dx: Pointer, *, rows: int, columns: int, dtype: np.dtype
+    steps: Steps, dy: Pointer, x: Pointer, dx: Pointer, active: Pointer, *, rows: int, columns: int, dtype: np.dtype
 ) -> None:
-    """Add dx = dy gelu'(x), where gelu is the tanh form. dx may be dy."""
+    """Add dx = dy gelu'(x) and active = gelu(x), where gelu is the tanh form. dx may be dy."""
     words = rows * _row_words(dtype, columns)
     kernel = _kernel("layers_gelu", "gelu_backward", _element(dtype))
     grid = -(-words // (GELU_THREADS * GELU_ITEMS))
-    steps.launch(kernel, grid=grid, block=GELU_THREADS, args=(dy, x, words, dx))
+    steps.launch(kernel, grid=grid, block=GELU_THREADS, args=(dy, x, words, dx, active))
 
 
 # ---- residual ------------------------------------------------------------------------------------------------------
@@ -186,22 +267,12 @@ def add_residual(
     rows: int,
     columns: int,
     dtype: np.dtype,
-    rate: float,
-    layer: int,
-    step: Pointer,
-    seed: int | Number,
+    drop: Drop,
 ) -> None:
-    """Add out = x + keep(row) y; without x, the backward dy = keep(row) dout. out may be x or y.
-
-    A row is dropped with probability `rate`. Its random number depends on the seed (64 bits), on the step (uint32 in
-    device memory), on `layer` and on the row.
-    """
-    if not 0 <= rate < 1:
-        raise ValueError(f"rate must be at least 0 and below 1, got {rate}.")
+    """Add out = x + keep(row) y; without x, the backward dy = keep(row) dout. out may be x or y."""
     words = _row_words(dtype, columns)
     lane_bits = _lane_bits(words, 8)
-    threshold = math.floor(rate * 2**32)
-    args = x, y, rows, words, lane_bits, threshold, 1 / (1 - rate), layer, seed, step, out
+    args = x, y, rows, words, lane_bits, drop.packed, out
     kernel = _kernel("layers_residual", "residual_rows", _element(dtype))
     steps.launch(kernel, grid=-(-rows // (RESIDUAL_THREADS >> lane_bits)), block=RESIDUAL_THREADS, args=args)
 

@@ -57,21 +57,12 @@ def weight_gradient(
     x: Matrix,
     dweight: Matrix,
     *,
-    bias_gradient: Pointer | None = None,
     accumulate: bool = False,
 ) -> None:
-    """Set dW = dy^T x, or add it to dW, and set bias_gradient = the sums of dy's columns, in the dtype of dW.
-
-    The bias gradient is never added to what was there.
-    """
+    """Set dW = dy^T x, or add it to dW. The gradient of the bias comes from `layers.add_column_sums`."""
     if dweight.stride != dweight.columns:
         raise ValueError(f"the rows of a weight's gradient must follow one another, got {dweight}.")
-    if not dy.rows:
-        if bias_gradient is not None:
-            steps.clear(bias_gradient, dweight.rows * dweight.dtype.itemsize)
-        if not accumulate:
-            steps.clear(dweight.pointer, dweight.rows * dweight.columns * dweight.dtype.itemsize)
-        return
-    epilogue, c = "DEFAULT" if bias_gradient is None else "BGRADB", dweight if accumulate else None
-    gemm = Gemm(dy, x, dweight, transpose_a=True, c=c, epilogue=epilogue, bias=bias_gradient, pinned=False)
-    steps.gemm(gemm)
+    if dy.rows:
+        steps.gemm(Gemm(dy, x, dweight, transpose_a=True, c=dweight if accumulate else None, pinned=False))
+    elif not accumulate:
+        steps.clear(dweight.pointer, dweight.rows * dweight.columns * dweight.dtype.itemsize)

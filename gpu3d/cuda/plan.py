@@ -164,9 +164,8 @@ class Matrix(NamedTuple):
 class Gemm(NamedTuple):
     """A product of matrices by cuBLASLt: d = epilogue(a b + c), where a, b or both may be transposed.
 
-    `epilogue` is a name of cublasLtEpilogue_t: DEFAULT, BIAS, GELU_BIAS, GELU_AUX_BIAS or BGRADB.
-    `bias` has the dtype of d. It has an element for each column of d, but for BGRADB, which writes the sums of a's
-    columns to it, one for each row of d. `aux` has the shape and dtype of d.
+    `epilogue` is a name of cublasLtEpilogue_t: DEFAULT, BIAS, GELU_BIAS or GELU_AUX_BIAS. `bias` has the dtype of d and
+    an element for each column of d. `aux` has the shape and dtype of d.
 
     If a product is `pinned`, its algorithm does not depend on the number of rows of d, and no sum is split. So a row
     of d has the same bits whatever other rows there are.
@@ -188,11 +187,6 @@ class Gemm(NamedTuple):
         names = ("a", self.a), ("b", self.b), ("c", self.c), ("d", self.d), ("aux", self.aux)
         ops = f"d = {self.epilogue}(a{'^T' * self.transpose_a} b{'^T' * self.transpose_b}{' + c' * bool(self.c)}), "
         return ops + "; ".join(f"{name} is {matrix}" for name, matrix in names if matrix)
-
-    @property
-    def splits(self) -> bool:
-        """Whether sums may be split: those of the result, or those over rows that make a bias gradient."""
-        return not self.pinned or "BGRAD" in self.epilogue
 
     @property
     def inner(self) -> int:
@@ -300,7 +294,7 @@ class Steps:
         """Add a product of matrices, or nothing if its result has no elements. The workspace is put in here."""
         _check_gemm(gemm)
         if gemm.d.rows and gemm.d.columns:
-            size = GEMM_WORKSPACE if gemm.splits else SMALL_GEMM_WORKSPACE
+            size = SMALL_GEMM_WORKSPACE if gemm.pinned else GEMM_WORKSPACE
             key = self._branch, size
             if key not in self._gemm_workspaces:
                 self._gemm_workspaces[key] = self.workspace("cuBLASLt", size)
@@ -339,7 +333,6 @@ EPILOGUES = {
     "BIAS": (True, False),
     "GELU_BIAS": (True, False),
     "GELU_AUX_BIAS": (True, True),
-    "BGRADB": (True, False),
 }
 
 

@@ -7,6 +7,7 @@ are float32.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +42,6 @@ class Coded(NamedTuple):
     """What the backward of a level's position code reads."""
 
     waves: Matrix
-    active: Matrix
     hidden: Matrix | None
 
 
@@ -60,7 +60,14 @@ class Block(NamedTuple):
     lse: Any
     middle: Matrix
     hidden: Matrix | None  # before GELU
-    active: Matrix
+
+
+class Sum(NamedTuple):
+    """x + keep(row) y, which the next norm computes and writes."""
+
+    x: Matrix
+    y: Matrix
+    drop: layers.Drop
 
 
 # ---- the layers ----------------------------------------------------------------------------------------------------
@@ -83,8 +90,8 @@ class Network:
     step : Pointer, optional
         uint32: the number of the training step, for drop path. Without it, no row is dropped.
     recompute : bool
-        Whether a backward computes what is inside a block again, from its input. What is kept takes an eighth of the
-        memory then. The same launches compute it, so the bits are the same.
+        Whether a backward computes what is inside a block again, from its input. A step takes about a
+        quarter of the memory then. The same launches compute it, so the bits are the same.
     """
 
     def __init__(
@@ -102,6 +109,7 @@ class Network:
         self.dtype = np.dtype(config.dtype)
         self.masters, self.weights, self.gradients, self.step = masters, weights, gradients, step
         self.places: dict[str, Parameter] = {parameter.path: parameter for parameter in layout(config)}
+        self.partials: list[layers.Partials] = []
 
     # -- where things lie --
 
@@ -150,40 +158,64 @@ class Network:
         rows, columns = self.places[f"{path}.weight"].shape
         dweight = Matrix(self.gradient(f"{path}.weight"), rows, columns, FLOAT32, columns)
         with self.steps.beside():  # nothing waits for them
-            linear.weight_gradient(self.steps, dy, x, dweight, bias_gradient=self.gradient(f"{path}.bias"))
+            linear.weight_gradient(self.steps, dy, x, dweight)
+            self.bias_gradient(dy, path)
 
-    def linear_backward(self, dy: Matrix, path: str, aux: Matrix | None = None, added: Matrix | None = None) -> Matrix:
-        """The gradient of x, through GELU where `aux` is given, plus `added`."""
+    def bias_gradient(self, dy: Matrix, path: str) -> None:
+        """The gradient of a linear layer's bias, which `sums` writes."""
+        self.partials.append(layers.add_column_sums(self.steps, dy, self.gradient(f"{path}.bias")))
+
+    def sums(self) -> None:
+        """The gradients of all vectors of parameters: those of norms, and biases."""
+        layers.add_sums(self.steps, self.partials)
+
+    def linear_backward(self, dy: Matrix, path: str, added: Matrix | None = None) -> Matrix:
+        """The gradient of x, plus `added`."""
         dx = self.rows(f"d {path}", dy.rows, self.weight(path).columns)
         linear.input_gradient(self.steps, dy, self.weight(path), dx, added=added)
-        if aux is not None:
-            sizes = {"rows": dx.rows, "columns": dx.columns}
-            layers.add_gelu_backward(self.steps, dx.pointer, aux.pointer, dx.pointer, **sizes, dtype=self.dtype)
         return dx
+
+    def gelu_linear_backward(self, dy: Matrix, hidden: Matrix | None, path: str) -> Matrix:
+        """The gradient of `hidden` in linear(GELU(hidden)); those of the parameters are written."""
+        assert hidden is not None
+        d = self.linear_backward(dy, path)
+        active = self.rows(f"{path} active", d.rows, d.columns)
+        pointers = d.pointer, hidden.pointer, d.pointer, active.pointer
+        layers.add_gelu_backward(self.steps, *pointers, rows=d.rows, columns=d.columns, dtype=self.dtype)
+        self.linear_gradients(dy, active, path)
+        return d
 
     # -- norm --
 
     def norm(
-        self, x: Matrix, path: str, gelu: bool = False, code: Matrix | None = None
-    ) -> tuple[Matrix, Pointer | None]:
-        """LayerNorm of x, or of x plus the code, and GELU behind it; and the statistics that a backward reads."""
-        y = self.rows(path, x.rows, x.columns)
-        statistics = None if self.gradients is None else self.steps.workspace(f"{path} statistics", 8 * x.rows)
+        self, x: Matrix | Sum, path: str, gelu: bool = False, code: Matrix | None = None
+    ) -> tuple[Matrix, Matrix, Pointer | None]:
+        """Three things: x, which is written here if it is a sum; the norm; and the statistics that a backward reads.
+
+        The norm is LayerNorm of x, or of x plus the code, and GELU behind it.
+        """
+        base, y, drop = x if isinstance(x, Sum) else (x, None, None)
+        out = self.rows(path, base.rows, base.columns)
+        total = base if y is None else self.rows(f"{path} x", base.rows, base.columns)
+        statistics = None if self.gradients is None else self.steps.workspace(f"{path} statistics", 8 * base.rows)
         layers.add_norm(
             self.steps,
-            x.pointer,
+            base.pointer,
             self.master(f"{path}.weight"),
             self.master(f"{path}.bias"),
-            y.pointer,
-            rows=x.rows,
-            columns=x.columns,
+            out.pointer,
+            rows=base.rows,
+            columns=base.columns,
             dtype=self.dtype,
             epsilon=self.config.epsilon,
             gelu=gelu,
             pos=code and code.pointer,
             statistics=statistics,
+            y=y and y.pointer,
+            drop=drop,
+            total=y and total.pointer,
         )
-        return y, statistics
+        return total, out, statistics
 
     def norm_backward(
         self,
@@ -197,11 +229,16 @@ class Network:
         code: Matrix | None = None,
         dcode: Matrix | None = None,
         first: bool = False,
-    ) -> Matrix:
-        """The gradient of x, plus `added`. That of the code is added to dcode, or written if it is the first."""
+        drop: layers.Drop | None = None,
+    ) -> tuple[Matrix, Matrix]:
+        """The gradient dx of x, with `added` in it; and keep(row) dx, which is dx without drop path.
+
+        The gradient of the code is added to dcode, or written if it is the first.
+        """
         assert statistics is not None
         dx = self.rows(f"d {path}", x.rows, x.columns)
-        layers.add_norm_backward(
+        kept = dx if drop is None else self.rows(f"d {path} kept", x.rows, x.columns)
+        self.partials += layers.add_norm_backward(
             self.steps,
             dy.pointer,
             x.pointer,
@@ -219,20 +256,22 @@ class Network:
             dres=added and added.pointer,
             dpos=dcode and dcode.pointer,
             dpos_before=None if first or dcode is None else dcode.pointer,
+            dy=drop and kept.pointer,
+            drop=drop,
         )
-        return dx
+        return dx, kept
 
     # -- GELU(norm(linear(x))) --
 
     def project(self, x: Matrix, path: str) -> tuple[Matrix, Projected]:
         """GELU(norm(linear(x)))."""
         y = self.linear(x, path)
-        out, statistics = self.norm(y, f"{path}.norm", gelu=True)
+        _, out, statistics = self.norm(y, f"{path}.norm", gelu=True)
         return out, Projected(x, y, statistics)
 
     def project_backward(self, dout: Matrix, tape: Projected, path: str) -> Matrix:
         """The gradient of the linear layer's result; those of the parameters are written."""
-        dy = self.norm_backward(dout, tape.linear, tape.statistics, f"{path}.norm", gelu=True)
+        dy, _ = self.norm_backward(dout, tape.linear, tape.statistics, f"{path}.norm", gelu=True)
         self.linear_gradients(dy, tape.x, path)
         return dy
 
@@ -260,12 +299,11 @@ class Network:
         """The position code of a level."""
         waves = self.waves(level)
         active, hidden = self.linear_gelu(waves, f"{path}.0")
-        return self.linear(active, f"{path}.1"), Coded(waves, active, hidden)
+        return self.linear(active, f"{path}.1"), Coded(waves, hidden)
 
     def code_backward(self, dcode: Matrix, tape: Coded, path: str) -> None:
         """The gradients of the parameters of `code`."""
-        self.linear_gradients(dcode, tape.active, f"{path}.1")
-        self.linear_gradients(self.linear_backward(dcode, f"{path}.1", aux=tape.hidden), tape.waves, f"{path}.0")
+        self.linear_gradients(self.gelu_linear_backward(dcode, tape.hidden, f"{path}.1"), tape.waves, f"{path}.0")
 
     # -- stem --
 
@@ -281,12 +319,12 @@ class Network:
         linear.forward(self.steps, x, weight, y, bias=self.bias("stem"))
         return y, x
 
-    def stem_gradients(self, dy: Matrix, x: Matrix) -> None:
-        """The gradients of the stem's weight, whose rows need not be aligned, and of its bias."""
+    def stem_gradient(self, dy: Matrix, x: Matrix) -> None:
+        """The gradient of the stem's weight, whose rows need not be aligned."""
         rows, columns = self.places["stem.weight"].shape
         whole = x._replace(columns=x.stride)  # what is behind the columns is 0
         dweight = self.rows("d stem", rows, x.stride, FLOAT32)
-        linear.weight_gradient(self.steps, dy, whole, dweight, bias_gradient=self.gradient("stem.bias"))
+        linear.weight_gradient(self.steps, dy, whole, dweight)
         spec = Spec((rows, columns), FLOAT32, (4 * x.stride, 4))
         arrays.add_rows(
             self.steps, dweight.pointer, arrays.rows(spec, FLOAT32, columns), out=self.gradient("stem.weight")
@@ -301,50 +339,62 @@ class Network:
         clouds = sizes.clouds, sizes.largest
         return attention.shape_of(*clouds, config.bucket_size, q, self.dtype, table, self.device)
 
-    def branch(self, x: Matrix, path: str, residual: Matrix, number: int, which: int) -> Matrix:
-        """The residual plus the linear layer, some of whose rows are dropped in training."""
+    def drop(self, number: int, which: int) -> layers.Drop | None:
+        """The drop path of a branch of a block: 0 is attention, 1 is the MLP. None if no row is dropped."""
         rate = drop_rate(number, self.config)
         if self.step is None or not rate:
+            return None
+        return layers.Drop(rate, 2 * number + which, self.step, Number("seed"))
+
+    def branch(self, x: Matrix, path: str, residual: Matrix, drop: layers.Drop | None) -> Matrix | Sum:
+        """The residual plus the linear layer, some of whose rows are dropped in training."""
+        if drop is None:
             return self.linear(x, path, residual)
-        y, out = self.linear(x, path), self.rows(f"{path} kept", x.rows, residual.columns)
-        self._drop(residual.pointer, y, out, rate, 2 * number + which)
+        return Sum(residual, self.linear(x, path), drop)
+
+    def written(self, x: Matrix | Sum) -> Matrix:
+        """The rows of a sum that no norm computes."""
+        if not isinstance(x, Sum):
+            return x
+        out = self.rows("sum", x.x.rows, x.x.columns)
+        self._drop(x.x.pointer, x.y, out, x.drop)
         return out
 
-    def branch_backward(self, dout: Matrix, number: int, which: int) -> Matrix:
-        """The gradient of the branch's linear layer's result."""
-        rate = drop_rate(number, self.config)
-        if self.step is None or not rate:
-            return dout
-        dy = self.rows("d kept", dout.rows, dout.columns)
-        self._drop(None, dout, dy, rate, 2 * number + which)
-        return dy
+    def kept(self, d: Matrix, drop: layers.Drop | None) -> Matrix:
+        """keep(row) d, where d is a gradient that no norm's backward computes."""
+        if drop is None:
+            return d
+        out = self.rows("d kept", d.rows, d.columns)
+        self._drop(None, d, out, drop)
+        return out
 
-    def _drop(self, x: Pointer | None, y: Matrix, out: Matrix, rate: float, layer: int) -> None:
-        assert self.step is not None
-        layers.add_residual(
-            self.steps,
-            x,
-            y.pointer,
-            out.pointer,
-            rows=y.rows,
-            columns=y.columns,
-            dtype=self.dtype,
-            rate=rate,
-            layer=layer,
-            step=self.step,
-            seed=Number("seed"),
-        )
+    def _drop(self, x: Pointer | None, y: Matrix, out: Matrix, drop: layers.Drop) -> None:
+        sizes = {"rows": y.rows, "columns": y.columns}
+        layers.add_residual(self.steps, x, y.pointer, out.pointer, **sizes, dtype=self.dtype, drop=drop)
+
+    def blocks(
+        self, x: Matrix, code: Matrix, path: str, level: Level, heads: int, numbers: Iterable[int]
+    ) -> tuple[Matrix | Sum, list[Block]]:
+        """The blocks of a stage: even and odd ones by turns, from an even one on."""
+        out: Matrix | Sum = x
+        tapes = []
+        for i, number in enumerate(numbers):
+            out, tape = self.block(out, code, f"{path}.blocks.{i}", level, heads, i % 2, number)
+            tapes.append(tape)
+        return out, tapes
 
     def block(
-        self, x: Matrix, code: Matrix, path: str, level: Level, heads: int, odd: int, number: int
-    ) -> tuple[Matrix, Block]:
+        self, x: Matrix | Sum, code: Matrix, path: str, level: Level, heads: int, odd: int, number: int
+    ) -> tuple[Matrix | Sum, Block]:
         """Attention and MLP, each behind a norm and beside the identity."""
-        tape = self.inside(x, code, path, level, heads, odd, number)
-        return self.branch(tape.active, f"{path}.fc2", tape.middle, number, 1), tape
+        active, tape = self.inside(x, code, path, level, heads, odd, number)
+        return self.branch(active, f"{path}.fc2", tape.middle, self.drop(number, 1)), tape
 
-    def inside(self, x: Matrix, code: Matrix, path: str, level: Level, heads: int, odd: int, number: int) -> Block:
-        """A block without its last linear layer."""
-        normed, first = self.norm(x, f"{path}.norm1", code=code)
+    def inside(
+        self, start: Matrix | Sum, code: Matrix, path: str, level: Level, heads: int, odd: int, number: int
+    ) -> tuple[Matrix, Block]:
+        """The input of a block's last linear layer."""
+        x, normed, first = self.norm(start, f"{path}.norm1", code=code)
         qkv = self.linear(normed, f"{path}.qkv")
         attended = self.rows(f"{path} attended", x.rows, x.columns)
         lse = None if self.gradients is None else self.steps.workspace(f"{path} lse", 4 * x.rows * heads)
@@ -353,27 +403,48 @@ class Network:
         attention.add_packed(
             self.steps, shape, qkv.pointer, level.tables[odd], level.batch, scale, attended.pointer, lse
         )
-        middle = self.branch(attended, f"{path}.proj", x, number, 0)
-        again, second = self.norm(middle, f"{path}.norm2")
+        total = self.branch(attended, f"{path}.proj", x, self.drop(number, 0))
+        middle, again, second = self.norm(total, f"{path}.norm2")
         active, hidden = self.linear_gelu(again, f"{path}.fc1")
-        kept = qkv, attended, lse, middle, hidden, active
-        return Block(path, number, odd, heads, x, (first, second), (normed, again), *kept)
+        kept = qkv, attended, lse, middle, hidden
+        return active, Block(path, number, odd, heads, x, (first, second), (normed, again), *kept)
+
+    def blocks_backward(
+        self, dout: Matrix, dy: Matrix, blocks: list[Block], code: Matrix, dcode: Matrix, first: bool, level: Level
+    ) -> Matrix:
+        """The gradient of the input of a stage. dout is that of its output, and dy is keep(row) dout of the last block.
+
+        The gradient of the code is added to dcode, or written if `first`.
+        """
+        for block, before in zip(reversed(blocks), [*reversed(blocks[:-1]), None], strict=True):
+            drop = before and self.drop(before.number, 1)
+            dout, dy = self.block_backward(dout, dy, block, code, dcode, first, level, drop)
+            first = False
+        return dout
 
     def block_backward(
-        self, dout: Matrix, tape: Block, code: Matrix, dcode: Matrix, first: bool, level: Level
-    ) -> Matrix:
-        """The gradient of x; that of the code is added to dcode, or written if it is the first."""
+        self,
+        dout: Matrix,
+        dy: Matrix,
+        tape: Block,
+        code: Matrix,
+        dcode: Matrix,
+        first: bool,
+        level: Level,
+        drop: layers.Drop | None,
+    ) -> tuple[Matrix, Matrix]:
+        """The gradient dx of x, and keep(row) dx. dy is keep(row) dout.
+
+        The former belongs to the MLP of the block before, whose drop path is `drop`; the latter to this block's MLP.
+        """
         path = tape.path
-        self.steps.join()  # so that what the gradients of the block before read need not be kept
         if self.recompute:
-            tape = self.inside(tape.x, code, path, level, tape.heads, tape.odd, tape.number)
-        dy = self.branch_backward(dout, tape.number, 1)
-        self.linear_gradients(dy, tape.active, f"{path}.fc2")
-        dhidden = self.linear_backward(dy, f"{path}.fc2", aux=tape.hidden)
+            _, tape = self.inside(tape.x, code, path, level, tape.heads, tape.odd, tape.number)
+        dhidden = self.gelu_linear_backward(dy, tape.hidden, f"{path}.fc2")
         self.linear_gradients(dhidden, tape.normed[1], f"{path}.fc1")
         dnormed = self.linear_backward(dhidden, f"{path}.fc1")
-        dmiddle = self.norm_backward(dnormed, tape.middle, tape.statistics[1], f"{path}.norm2", added=dout)
-        dy = self.branch_backward(dmiddle, tape.number, 0)
+        where = dnormed, tape.middle, tape.statistics[1], f"{path}.norm2"
+        dmiddle, dy = self.norm_backward(*where, added=dout, drop=self.drop(tape.number, 0))
         self.linear_gradients(dy, tape.attended, f"{path}.proj")
         dattended = self.linear_backward(dy, f"{path}.proj")
         dqkv = self.rows(f"d {path} qkv", dout.rows, 3 * dout.columns)
@@ -390,7 +461,10 @@ class Network:
             shape.dim**-0.5,
             dqkv.pointer,
         )
+        # What the gradients of weights have read so far need not be kept any longer. They ran beside the attention, so
+        # this waits for none of them.
+        self.steps.join()
         self.linear_gradients(dqkv, tape.normed[0], f"{path}.qkv")
         dnormed = self.linear_backward(dqkv, f"{path}.qkv")
         where = dnormed, tape.x, tape.statistics[0], f"{path}.norm1"
-        return self.norm_backward(*where, added=dmiddle, code=code, dcode=dcode, first=first)
+        return self.norm_backward(*where, added=dmiddle, code=code, dcode=dcode, first=first, drop=drop)

@@ -8,6 +8,7 @@ memory. Batches of nearly the same size share a plan.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,19 +61,18 @@ def add_forward(net: Network, levels: list[Level], features: Pointer) -> tuple[M
             )
             x, tape = net.project(pooled, f"{path}.down")
         down.append(tape if number else None)
-        blocks = []
-        for i in range(config.depths[number]):
-            where = f"{path}.blocks.{i}", level, config.heads[number], i % 2
-            x, block = net.block(x, codes[number][0], *where, next(numbers))
-            blocks.append(block)
+        own = itertools.islice(numbers, config.depths[number])
+        total, blocks = net.blocks(x, codes[number][0], path, level, config.heads[number], own)
         encoder.append(blocks)
+        x = net.written(total)
         skips.append(x)
+    total = x
     ups: list[Any] = [None] * (config.levels - 1)
     skipped: list[Any] = [None] * (config.levels - 1)
     decoder: list[Any] = [None] * (config.levels - 1)
     for number in reversed(range(config.levels - 1)):
         path, level = f"decoder.{number}", levels[number]
-        child, ups[number] = net.project(x, f"{path}.up")
+        child, ups[number] = net.project(net.written(total), f"{path}.up")
         skip, skipped[number] = net.project(skips[number], f"{path}.skip")
         x = net.rows(f"{path} joined", level.slots, child.columns)
         pooling.add_unpool(
@@ -86,14 +86,10 @@ def add_forward(net: Network, levels: list[Level], features: Pointer) -> tuple[M
             columns=x.columns,
             dtype=net.dtype,
         )
-        blocks = []
-        for i in range(config.decoder_depths[number]):
-            where = f"{path}.blocks.{i}", level, config.decoder_heads[number], i % 2
-            x, block = net.block(x, codes[number][0], *where, next(numbers))
-            blocks.append(block)
-        decoder[number] = blocks
-    normed, statistics = net.norm(x, "head.norm")
-    return normed, _Tape(stem, codes, encoder, decoder, down, ups, skipped, x, statistics, normed)
+        own = itertools.islice(numbers, config.decoder_depths[number])
+        total, decoder[number] = net.blocks(x, codes[number][0], path, level, config.decoder_heads[number], own)
+    last, normed, statistics = net.norm(total, "head.norm")
+    return normed, _Tape(stem, codes, encoder, decoder, down, ups, skipped, last, statistics, normed)
 
 
 def add_backward(net: Network, levels: list[Level], dlogits: Matrix, tape: _Tape) -> None:
@@ -102,18 +98,19 @@ def add_backward(net: Network, levels: list[Level], dlogits: Matrix, tape: _Tape
     dcodes = [net.rows(f"d code {i}", level.slots, config.channels[i]) for i, level in enumerate(levels)]
     started = [False] * config.levels
 
-    def blocks_backward(d: Matrix, blocks: list[Block], number: int) -> Matrix:
-        for block in reversed(blocks):
-            d = net.block_backward(d, block, tape.codes[number][0], dcodes[number], not started[number], levels[number])
-            started[number] = True
-        return d
+    def blocks_backward(d: Matrix, blocks: list[Block], number: int, dy: Matrix | None = None) -> Matrix:
+        dy = net.kept(d, net.drop(blocks[-1].number, 1)) if dy is None else dy
+        code, dcode, first = tape.codes[number][0], dcodes[number], not started[number]
+        started[number] = True
+        return net.blocks_backward(d, dy, blocks, code, dcode, first, levels[number])
 
     net.linear_gradients(dlogits, tape.normed, "head")
-    d = net.norm_backward(net.linear_backward(dlogits, "head"), tape.last, tape.statistics, "head.norm")
+    where = net.linear_backward(dlogits, "head"), tape.last, tape.statistics, "head.norm"
+    d, dy = net.norm_backward(*where, drop=net.drop(tape.decoder[0][-1].number, 1))
     skipped = []
     for number in range(config.levels - 1):
         path, level = f"decoder.{number}", levels[number]
-        d = blocks_backward(d, tape.decoder[number], number)
+        d = blocks_backward(d, tape.decoder[number], number, None if number else dy)
         skipped.append(net.project_backward(d, tape.skip[number], f"{path}.skip"))
         dchild = net.rows(f"d {path} child", levels[number + 1].slots, d.columns)
         pooling.add_unpool_backward(
@@ -141,7 +138,10 @@ def add_backward(net: Network, levels: list[Level], dlogits: Matrix, tape: _Tape
                 dtype=net.dtype,
             )
             d = net.linear_backward(skipped[number - 1], f"decoder.{number - 1}.skip", added=d)
-    net.stem_gradients(d, tape.stem)
+    net.bias_gradient(d, "stem")
+    with steps.beside():
+        net.sums()
+    net.stem_gradient(d, tape.stem)
     steps.join()
 
 
