@@ -129,8 +129,9 @@ def test_init():
     config = flash3d.presets["tiny"]
     params = flat(flash3d.init(config, seed=3))
     weight = params["encoder.3.blocks.0.fc1.weight"]
-    assert weight.dtype == np.float32 and 0.039 < np.abs(weight).max() <= np.float32(0.04)
-    assert weight.std() == pytest.approx(0.02 * 0.8796, rel=0.01)  # of a normal cut at two standard deviations
+    assert weight.dtype == np.float32 and 1.99 < np.abs(weight).max() * 16 <= 2  # of 256 inputs
+    assert weight.std() == pytest.approx(0.8796 / 16, rel=0.01)  # of a normal cut at two standard deviations
+    assert params["stem.weight"].std() == pytest.approx(0.8796 / 132**0.5, rel=0.05)
     for path, array in params.items():
         if array.ndim == 1:
             assert (array == (path.endswith("weight"))).all(), path

@@ -20,7 +20,6 @@ from gpu3d.flash3d.config import Config
 from gpu3d.reference.flash3d import POSITION_FEATURES
 
 ALIGNMENT = 64  # elements
-STD = 0.02  # of new weights, before they are cut at 2 standard deviations
 
 
 class Parameter(NamedTuple):
@@ -149,8 +148,9 @@ def _block(path: str, channels: int, mlp: int) -> Iterator[tuple[str, tuple[int,
 def init(config: Config, seed: int = 0, device: int | None = None) -> dict[str, Any]:
     """New parameters.
 
-    Weights of linear layers are normal with standard deviation 0.02; values beyond two standard deviations are drawn
-    again. Biases are 0. Norms have weight 1 and bias 0.
+    Weights of a linear layer with n inputs are normal with standard deviation 1 / sqrt(n), so that its results vary as
+    much as its inputs; values beyond two standard deviations are drawn again. Biases are 0. Norms have weight 1 and
+    bias 0.
 
     Parameters
     ----------
@@ -181,7 +181,7 @@ def init(config: Config, seed: int = 0, device: int | None = None) -> dict[str, 
     for parameter in layout(config):
         values = arena[parameter.offset :][: parameter.size]
         if parameter.decay:
-            values[:] = _truncated_normal(rng, parameter.size)
+            values[:] = _truncated_normal(rng, parameter.size) * np.float32(init_std(parameter.shape[1]))
         elif parameter.path.endswith(".weight"):  # of a norm
             values[:] = 1
     if device is not None:
@@ -191,11 +191,20 @@ def init(config: Config, seed: int = 0, device: int | None = None) -> dict[str, 
     return views(arena, config)
 
 
+def init_std(inputs: int) -> float:
+    """The standard deviation of new weights with this many inputs, before they are cut at two standard deviations.
+
+    With 0.02 for all, as large language models have it, `tiny` learns far more slowly: after 100 steps on two crops its
+    loss is 0.81 in place of 0.17.
+    """
+    return 1 / math.sqrt(inputs)
+
+
 def _truncated_normal(rng: np.random.Generator, size: int) -> np.ndarray:
     values = rng.standard_normal(size, np.float32)
     while len(outside := np.flatnonzero(np.abs(values) > 2)):
         values[outside] = rng.standard_normal(len(outside), np.float32)
-    return values * np.float32(STD)
+    return values
 
 
 def views(arena: Any, config: Config) -> dict[str, Any]:

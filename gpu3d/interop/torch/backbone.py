@@ -18,7 +18,7 @@ from gpu3d import _arrays
 from gpu3d.buckets import Buckets, Scopes
 from gpu3d.flash3d.config import Config
 from gpu3d.flash3d.geometry import Level, geometry
-from gpu3d.flash3d.params import STD, check_params, layout
+from gpu3d.flash3d.params import check_params, init_std, layout
 from gpu3d.interop.torch.functions import bucket_attention, bucket_unpool, gather, scatter
 from gpu3d.pooling import Pooling
 from gpu3d.reference.flash3d import POSITION_FEATURES, WAVES, drop_rate, wave_numbers
@@ -104,7 +104,8 @@ class Flash3D(torch.nn.Module):
         self.register_buffer("wave_numbers", torch.from_numpy(wave_numbers(config.wavelengths)), persistent=False)
         for module in self.modules():
             if isinstance(module, torch.nn.Linear):
-                torch.nn.init.trunc_normal_(module.weight, std=STD, a=-2 * STD, b=2 * STD)
+                std = init_std(module.in_features)
+                torch.nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
                 torch.nn.init.zeros_(module.bias)
 
     @classmethod
