@@ -102,7 +102,7 @@ class Trainer:
     >>> trainer = flash3d.Trainer(config, flash3d.init(config), steps=100)
     >>> points = rng.random((60, 3)) * 20
     >>> loss = trainer.step(points, rng.random((60, 1)), (points[:, 2] > 9).astype(int))
-    >>> bool(1 < loss < 1.5), trainer.done_steps, trainer.skipped
+    >>> bool(1 < loss < 2), trainer.done_steps, trainer.skipped
     (True, 1, 0)
     """
 
