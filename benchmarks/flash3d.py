@@ -17,9 +17,10 @@ training step also drop path, the loss, the backward, clipping and AdamW. Activa
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,9 +31,9 @@ from gpu3d import flash3d
 from gpu3d._arrays import FLOAT32, UINT8
 from gpu3d.cuda import launcher
 from gpu3d.cuda.clouds import ROW_BYTES
-from gpu3d.cuda.plan import Call
+from gpu3d.cuda.plan import Branch, Call, Input, Launch, Plan, Steps
 from gpu3d.flash3d import network
-from gpu3d.flash3d.levels import Layout, layout_of
+from gpu3d.flash3d.levels import Layout, add_geometry, layout_of
 from gpu3d.flash3d.params import arena_size, flat
 
 SWEEP, KITTI, MILLION = 34_688, 124_668, 1_000_000
@@ -58,6 +59,7 @@ UNSEEN = (12, 6)  # ms
 BUCKETS = (60, 62, 64, 68, 72, 76)  # of batches that need a plan each
 MEMORY = {("inference", 1): 0.15, ("training", 1): 2.8, ("training", 8): 14}  # GB
 RECOMPUTE = 4  # GB, of a training step of 8 sweeps
+BUCKETIZE = {"all levels": 0.10, "level 0": 0.03}  # ms; the first blocks wait for level 0 only
 TWIN, SERIALIZED = (1.3, 1.8), (2, 4)  # times as fast
 
 
@@ -87,6 +89,7 @@ def run(setting: Setting) -> Iterator[Row]:
     times = [timing.graph_time(_forward(_inputs(setting, "flash3d_46m", 1, n)).run, calls=1, keep=False) for n in sizes]
     note = f"{times[0]:.2f} and {times[1]:.2f} ms"
     yield Row("flash3d_46m, inference, 600,000 over 100,000", "graph", "x", times[1] / times[0], *targets, note=note)
+    yield from _bucketize(_inputs(setting, "flash3d_46m", 1, SWEEP))
     for what, time_of_call in zip(("larger than every one before", "with new lengths"), _unseen(setting), strict=True):
         yield Row(f"flash3d_46m, a batch {what}: inference", "host", "ms", time_of_call, *UNSEEN)
     timing.free()
@@ -175,6 +178,31 @@ def _step(inputs: Inputs, recompute: bool = False) -> Prepared:
     state = cupy.zeros(2, np.uint32), *(cupy.empty((), np.float32) for _ in range(2))
     arrays = [inputs.points, inputs.features, inputs.labels, _tables(layout), *_arenas(config), *moments, *state]
     return _prepared(Call(plan, options), arrays, held=(4 * 4 + 2) * size)
+
+
+def _bucketize(inputs: Inputs) -> Iterator[Row]:
+    """The sorts of the geometry, one after another, for all levels and for level 0, which the first blocks wait for."""
+    import cupy
+
+    config, device = inputs.config, launcher.device(0)
+    layout = layout_of(inputs.lengths, config, device)
+    steps = Steps(inputs=2, results=0)
+    add_geometry(steps, config, layout.sizes, Input(0), Input(1))
+    steps.join()
+    plan = steps.plan()
+    memory = [inputs.points, _tables(layout), cupy.empty(plan.workspace, np.uint8)]
+
+    def calling(some: Iterable[Any]) -> timing.Call:
+        call = Call(Plan(tuple(some), plan.inputs, plan.results, plan.pieces, plan.workspace), {})
+        addresses = [array.data.ptr for array in memory]
+        return lambda: launcher.run(call, addresses, 0, cupy.cuda.get_current_stream().ptr)
+
+    calling(plan.steps)()  # writes what the sorts read
+    first = itertools.takewhile(lambda step: not isinstance(step, Branch), plan.steps)
+    for what, some in (("all levels", plan.steps), ("level 0", first)):
+        sorts = [step for step in some if isinstance(step, Launch) and step.kernel.source == "buckets_merge"]
+        ours = timing.graph_time(calling(sorts))
+        yield Row(f"flash3d_46m, 34,688 points: bucketize, {what}", "graph", "ms", ours, BUCKETIZE[what])
 
 
 def _unseen(setting: Setting) -> tuple[float, float]:
