@@ -197,7 +197,8 @@ def _segment(scan: Path, weights: Path, out: Path) -> int:
         file = scan
         points = read_points(scan)
         attributes = {}
-        if "intensity" in task.features and (intensity := read_intensity(scan)) is not None:
+        needed = any(name.startswith("intensity") for name in task.features)
+        if needed and (intensity := read_intensity(scan)) is not None:
             if len(intensity) != len(points):
                 raise ValueError(f"{len(points)} points have {len(intensity)} intensities: the file is inconsistent")
             attributes["intensity"] = intensity
@@ -229,18 +230,23 @@ def _predict(
 ) -> np.ndarray:
     """The class of every point, int32; -1 where a coordinate or a feature is not finite."""
     labels = np.full(len(points), -1, np.int32)
-    features = flash3d.features(points, attributes, task.features)
-    kept = np.flatnonzero(np.isfinite(points).all(axis=1) & np.isfinite(features).all(axis=1))
-    if not len(kept):
-        return labels
+    finite = np.isfinite(points).all(axis=1)
+    for values in attributes.values():
+        finite &= np.isfinite(values)
+    kept = np.flatnonzero(finite)
     rows, parents = np.arange(len(kept)), np.arange(len(kept))
     if task.voxel:
         rows, parents = flash3d.voxel_subset(points[kept], task.voxel)
-    inputs = points[kept][rows], features[kept][rows]
+    rows = kept[rows]
+    place = np.asarray if cupy is None else cupy.asarray
+    thinned, known = place(points[rows]), {name: place(values[rows]) for name, values in attributes.items()}
+    features = flash3d.features(thinned, known, task.features)
+    if not len(kept):
+        return labels
     if cupy is None:
-        found = flash3d.compile(params, config)(*inputs)
+        found = flash3d.compile(params, config)(thinned, features)
     else:
-        found = flash3d.compile(_on_gpu(params, cupy), config)(*map(cupy.asarray, inputs)).get()
+        found = flash3d.compile(_on_gpu(params, cupy), config)(thinned, features).get()
     labels[kept] = found[parents]
     return labels
 

@@ -284,9 +284,9 @@ def test_train_segmentation(tmp_path):
     assert 0 < table["mean"].max() <= 100
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"weights.safetensors", "picture.png"}
     _, config = flash3d.load(tmp_path / "out" / "weights.safetensors")
-    assert (config.channels, config.in_channels, config.classes) == ((8, 16), 4, 19)
+    assert (config.channels, config.in_channels, config.classes) == ((8, 16), 16, 19)
     task = flash3d.load_task(tmp_path / "out" / "weights.safetensors")
-    assert task.voxel == 0.2 and task.classes[8] == "road" and task.features[3] == "intensity"
+    assert task.voxel == 0.2 and task.classes[8] == "road" and task.features[1:3] == ("intensity", "linearity_8")
     image = matplotlib.image.imread(tmp_path / "out" / "picture.png")[..., :3]
     truth, prediction = np.array_split(image[110:880], 2, axis=1)
     assert min((np.ptp(panel, axis=-1) > 0.25).sum() for panel in (truth, prediction)) > 500

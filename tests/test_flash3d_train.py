@@ -467,6 +467,92 @@ def test_features():
         flash3d.features(points, {"time": reflected}, ("x", "ring"))
 
 
+def principal(points):
+    """Standard deviations along the principal axes, the largest first, and the third axis."""
+    variances, axes = np.linalg.eigh(np.cov(points.astype(float).T, bias=True))
+    return np.sqrt(np.maximum(variances[::-1], 0)), axes[:, 0]
+
+
+def test_local_features():
+    points, rng = clouds.lidar_like(500), np.random.default_rng(1)
+    intensity = rng.integers(0, 256, 500).astype(np.uint8)
+    names = [f"{name}_{count}" for name in flash3d.data.SHAPE for count in (6, 20)]
+    names += ["intensity_mean_20", "z", "intensity_std_6"]
+    got = dict(zip(names, flash3d.features(points, {"intensity": intensity}, names).T, strict=True))
+    assert (got["z"] == points[:, 2]).all()
+    order = np.linalg.norm(points[:, None] - points, axis=2).argsort(axis=1, kind="stable")
+    for row in range(0, 500, 7):
+        for count in (6, 20):
+            near = order[row, :count]
+            (first, second, third), normal = principal(points[near])
+            heights = points[near, 2].astype(float)
+            expected = {
+                "linearity": (first - second) / first,
+                "planarity": (second - third) / first,
+                "verticality": 1 - abs(normal[2]),
+                "size": first,
+                "extent": np.ptp(heights),
+                "rise": points[row, 2] - heights.mean(),
+            }
+            for name, value in expected.items():
+                assert got[f"{name}_{count}"][row] == pytest.approx(value, abs=2e-5), name
+        share = intensity[order[row]] / 255
+        assert got["intensity_mean_20"][row] == pytest.approx(share[:20].mean(), abs=1e-6)
+        assert got["intensity_std_6"][row] == pytest.approx(share[:6].std(), abs=1e-6)
+
+
+def test_local_features_of_plain_shapes():
+    rng, names = np.random.default_rng(0), [f"{name}_30" for name in flash3d.data.SHAPE]
+    pole = np.outer(np.linspace(0, 10, 200), (0, 0, 1))
+    ground, wall = rng.random((400, 3)) * (5, 5, 0), rng.random((400, 3)) * (5, 0, 5)
+    for points, planar, verticality in ((pole, False, None), (ground, True, 0), (wall, True, 1)):
+        got = flash3d.features(points, {}, names).T
+        # A variance of 0 has an error of 1e-8 of the largest, so its root has one of 1e-4.
+        assert (got[0] + got[1] > 1 - 2e-4).all() and (got[1].max() > 0.5) == planar
+        if verticality is not None:
+            assert abs(got[2] - verticality).max() < 1e-5
+    points = clouds.lidar_like(300)
+    turned = points @ np.array([[0, 1, 0], [-1, 0, 0], [0, 0, 1]], np.float32)
+    np.testing.assert_allclose(flash3d.features(turned, {}, names), flash3d.features(points, {}, names), atol=2e-5)
+
+
+def test_local_features_of_few_points():
+    names = [*(f"{name}_32" for name in flash3d.data.SHAPE), "time_mean_8", "x"]
+    for points in (np.zeros((0, 3)), np.ones((1, 3)), np.ones((40, 3), np.float32), clouds.uniform(5)):
+        got = flash3d.features(points, {"time": points[:, 0] * 2}, names)
+        assert got.shape == (len(points), 8) and np.isfinite(got).all()
+        if len(points) != 5:
+            assert not got[:, :6].any() or (got[:, 2] == 1).all()
+    own = {"size_8": np.arange(5.0)}  # the attributes of the points come first
+    assert (flash3d.features(clouds.uniform(5), own, ["size_8"])[:, 0] == np.arange(5)).all()
+    for name in ("size", "size_0", "width_8", "time_mean_8", "time_mean"):
+        with pytest.raises(ValueError, match=f"the feature '{name}' is needed"):
+            flash3d.features(clouds.uniform(5), {}, [name])
+    with pytest.raises(ValueError, match="k must be"):
+        flash3d.features(clouds.uniform(90), {}, ["size_65"])
+
+
+def test_mix():
+    points, other = clouds.lidar_like(3000), clouds.lidar_like(2000, 1)
+    shares = []
+    for seed in range(20):
+        rows = flash3d.mix(points, other, np.random.default_rng(seed))
+        assert (np.diff(rows) > 0).all()
+        mine, theirs = points[rows[rows < 3000]], other[rows[rows >= 3000] - 3000]
+        angles = [np.sort(np.arctan2(part[:, 1], part[:, 0])) for part in (mine, theirs)]
+        gaps = [np.diff(a, append=a[:1] + 2 * np.pi) for a in angles]
+        widest = gaps[0].max()  # the sector that the first cloud leaves
+        assert np.pi / 4 - 0.01 < widest < np.pi + 0.1 and np.sort(gaps[0])[-2] < 0.1
+        assert widest + gaps[1].max() > 2 * np.pi - 0.2  # the other cloud has that sector, and nothing else
+        begin = angles[0][gaps[0].argmax()]
+        assert ((angles[1] - begin) % (2 * np.pi) < widest).all()
+        shares.append(len(theirs) / 2000)
+    assert np.ptp(shares) > 0.2
+    assert (flash3d.mix(points, other, np.random.default_rng(19)) == rows).all()
+    none = points[:0]
+    assert len(flash3d.mix(none, none, np.random.default_rng(0))) == 0
+
+
 def test_task(tmp_path):
     path = tmp_path / "weights.safetensors"
     task = flash3d.Task(features=["x", "y", "z", "intensity"], classes=("ground", "tree", "car"), voxel=0.5)
@@ -520,6 +606,23 @@ def test_segment(in_a_folder, capsys):
     for number, name in enumerate(task.classes):
         assert table.get(name, "0") == str((labels == number).sum())
     assert table["points"] == "300" and table["not finite"] == "1 (label -1)" and "CPU" in table["device"]
+
+
+def test_segment_computes_local_features_of_the_thinned_scan(in_a_folder):
+    folder, params, _, sweep = in_a_folder
+    names = "z", "size_8", "intensity_mean_8", "verticality_16"
+    task = flash3d.Task(features=names, classes=("ground", "tree", "car"), voxel=4.0)
+    flash3d.save("local.safetensors", params, CONFIG, task=task)
+    sweep[11, 3] = np.nan
+    sweep.tofile("sweep.bin")
+    assert cli.main(["segment", "sweep.bin", "--weights", "local.safetensors"]) == 0
+    labels = np.load(folder / "gpu3d-segment-sweep.npy")
+    kept = np.delete(np.arange(300), (7, 11))
+    rows, parents = flash3d.voxel_subset(sweep[kept, :3], 4.0)
+    points, intensity = sweep[kept][rows, :3], sweep[kept][rows, 3]
+    features = flash3d.features(points, {"intensity": intensity}, names)
+    expected = flash3d.forward(params, flash3d.Batch(points, features), CONFIG).argmax(axis=1)[parents]
+    assert (labels[[7, 11]] == -1).all() and (labels[kept] == expected).all() and len(np.unique(expected)) > 1
 
 
 def test_segment_writes_ply(in_a_folder):

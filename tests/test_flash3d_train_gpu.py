@@ -157,6 +157,13 @@ def test_preparation_is_that_of_numpy(cp):
     reflected = np.arange(5000, dtype=np.uint16)
     got = flash3d.features(there, {"intensity": cp.asarray(reflected)}, ("z", "intensity")).get()
     assert (got == flash3d.features(points, {"intensity": reflected}, ("z", "intensity"))).all()
+    names = [*(f"{name}_{count}" for name in flash3d.data.SHAPE for count in (8, 32)), "intensity_std_32"]
+    got = flash3d.features(there, {"intensity": cp.asarray(reflected)}, names).get()
+    np.testing.assert_allclose(got, flash3d.features(points, {"intensity": reflected}, names), atol=1e-5)
+    other = clouds.lidar_like(4000, 1)
+    rows = flash3d.mix(there, cp.asarray(other), np.random.default_rng(1)).get()
+    expected = flash3d.mix(points, other, np.random.default_rng(1))
+    assert len(np.setxor1d(rows, expected)) <= 2  # of the points on the edge of the sector
 
 
 def test_augment(cp):

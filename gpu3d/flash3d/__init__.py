@@ -14,7 +14,7 @@ Examples
 
 from gpu3d.flash3d.checkpoint import load, load_task, save
 from gpu3d.flash3d.config import Config, presets
-from gpu3d.flash3d.data import Task, augment, crop, features, voxel_subset
+from gpu3d.flash3d.data import Task, augment, crop, features, mix, voxel_subset
 from gpu3d.flash3d.model import Batch, compile, forward, loss_and_grad
 from gpu3d.flash3d.params import count, init
 from gpu3d.flash3d.train import Trainer
@@ -34,6 +34,7 @@ __all__ = [
     "load",
     "load_task",
     "loss_and_grad",
+    "mix",
     "presets",
     "save",
     "voxel_subset",

@@ -7,6 +7,9 @@ generator that the caller passes, so a seed decides it.
 
 from __future__ import annotations
 
+import functools
+import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +19,14 @@ import numpy as np
 
 from gpu3d import _arrays
 from gpu3d.flash3d.config import Config
+from gpu3d.neighbors import knn
 
 AXES = ("x", "y", "z")
+SHAPE = "linearity", "planarity", "verticality", "size", "extent", "rise"
+# The names of features that are computed from the nearest points, with their number at the end.
+LOCAL = re.compile(rf"(?:(?P<shape>{'|'.join(SHAPE)})|(?P<attribute>.+)_(?P<statistic>mean|std))_(?P<count>[1-9]\d?)")
 SCALES = 0.95, 1.05  # the smallest and the largest factor of `augment`
+SECTOR = np.pi / 4, np.pi  # the smallest and the largest angle of `mix`
 JITTER, MOST_JITTER = 0.01, 0.05  # standard deviation and bound of an offset, in the unit of the points
 CELL_BITS = 21  # of a voxel's number along one axis; three fit an int64
 
@@ -30,7 +38,8 @@ class Task:
     Attributes
     ----------
     features : tuple of str
-        The name of each input channel: x, y, z, or an attribute of the points such as intensity.
+        The name of each input channel: a coordinate, what `features` computes from the neighbours of a point, or an
+        attribute of the points such as intensity.
     classes : tuple of str
         The name of each class.
     voxel : float
@@ -86,12 +95,13 @@ def features(points: Any, attributes: Mapping[str, Any], names: Sequence[str]) -
     Parameters
     ----------
     points : array [N, 3]
-        After augmentation, if there is any, so that the features x, y and z follow it.
+        One cloud; z is up. Finite.
     attributes : mapping of str to array [N]
         What the points have beside coordinates. Integers count from 0 to 1 of their dtype's range, so an 8-bit
         intensity of 255 becomes 1. Floats stay as they are.
     names : sequence of str
-        x, y, z, or a key of `attributes`, one per channel.
+        One per channel: x, y, z, a key of `attributes`, or a name of the table below with a number of points, such as
+        linearity_32 or intensity_mean_32.
 
     Returns
     -------
@@ -102,6 +112,29 @@ def features(points: Any, attributes: Mapping[str, Any], names: Sequence[str]) -
     ValueError
         The points have no attribute of a name.
 
+    Notes
+    -----
+    A name with a number k describes the k points nearest to a point, itself among them (all points of a smaller cloud).
+    Their standard deviations along their principal axes are s1 >= s2 >= s3. k is at most 64.
+
+    ===============  ===================================================================
+    linearity_k      (s1 - s2) / s1: 1 along a pole or a wire
+    planarity_k      (s2 - s3) / s1: 1 on a wall or on the ground
+    verticality_k    1 - |z| of the unit normal, which is the third axis: 1 on a wall
+    size_k           s1, in the unit of the points
+    extent_k         the largest z minus the smallest
+    rise_k           z of the point minus the mean z
+    ATTRIBUTE_mean_k the mean of an attribute
+    ATTRIBUTE_std_k  its standard deviation
+    ===============  ===================================================================
+
+    Turns about the z axis and mirrors do not change them. So for training, compute them once for a whole scan, and let
+    crops take their rows. They depend on the density: thin a scan before, as `Task.voxel` says.
+
+    References
+    ----------
+    Dimensionality based scale selection in 3D lidar point clouds, Demantke et al., 2011.
+
     Examples
     --------
     >>> from gpu3d import flash3d
@@ -109,21 +142,83 @@ def features(points: Any, attributes: Mapping[str, Any], names: Sequence[str]) -
     >>> flash3d.features(points, {"intensity": np.array([0, 51], np.uint8)}, ["z", "intensity"])
     array([[3. , 0. ],
            [6. , 0.2]], dtype=float32)
+    >>> wall = np.random.default_rng(0).random((500, 3)) * [4, 0, 3]
+    >>> planarity, verticality = flash3d.features(wall, {}, ["planarity_16", "verticality_16"]).T
+    >>> bool(planarity.mean() > 0.6), bool((verticality > 0.99).all())
+    (True, True)
     """
-    columns = _library(points).empty((len(points), len(names)), np.float32)
+    xp = _library(points)
+    columns = xp.empty((len(points), len(names)), np.float32)
+    counts = [int(local["count"]) for local in map(LOCAL.fullmatch, names) if local]
+    nearest = xp.empty((0, 1), np.int32)
+    if counts and len(points):
+        nearest = knn(points, points, min(max(counts), len(points))).indices
+    shape_of = functools.cache(lambda count: _shape(points, nearest[:, :count]))
     for channel, name in enumerate(names):
+        local = LOCAL.fullmatch(name)
         if name in AXES:
             columns[:, channel] = points[:, AXES.index(name)]
         elif name in attributes:
-            values = attributes[name]
-            whole = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1
-            columns[:, channel] = values.astype(np.float32) / np.float32(whole)
+            columns[:, channel] = _as_float(attributes[name])
+        elif local and local["shape"]:
+            columns[:, channel] = shape_of(int(local["count"]))[local["shape"]]
+        elif local and local["attribute"] in attributes:
+            values = _as_float(attributes[local["attribute"]])[nearest[:, : int(local["count"])]]
+            columns[:, channel] = getattr(values, local["statistic"])(axis=1)
         else:
             raise ValueError(
                 f"the feature {name!r} is needed ({', '.join(names)} in all), and the points have only "
                 f"{', '.join((*AXES, *attributes))}: take points that have it, or a network without this feature."
             )
     return columns
+
+
+def _as_float(values: Any) -> Any:
+    """An attribute as float32. Integers become shares of their dtype's range."""
+    whole = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1
+    return values.astype(np.float32) / np.float32(whole)
+
+
+def _shape(points: Any, near: Any) -> dict[str, Any]:
+    """The features SHAPE of every point. `near`: the rows of its nearest points, itself first."""
+    xp = _library(points)
+    offsets = points[near].astype(np.float64) - points[:, None]
+    mean = offsets.mean(axis=1)
+    centred = offsets - mean[:, None]
+    variances, normal_z = _principal(centred.transpose(0, 2, 1) @ centred / near.shape[1])
+    first, second, third = xp.sqrt(xp.maximum(variances, 0))
+    whole = xp.maximum(first, np.finfo(np.float32).tiny)  # equal points have no size
+    height = offsets[:, :, 2]
+    return {
+        "linearity": (first - second) / whole,
+        "planarity": (second - third) / whole,
+        "verticality": 1 - normal_z,
+        "size": first,
+        "extent": height.max(axis=1) - height.min(axis=1),
+        "rise": -mean[:, 2],
+    }
+
+
+def _principal(covariance: Any) -> tuple[Any, Any]:
+    """The eigenvalues [3, n] of symmetric matrices [n, 3, 3], the largest first, and |z| of the last unit eigenvector.
+
+    In closed form (Smith, 1961), which is exact enough in float64, and the same on CPU and GPU but for rounding.
+    """
+    xp = _library(covariance)
+    x, y, z = (covariance[:, i, i] for i in range(3))
+    xy, xz, yz = covariance[:, 0, 1], covariance[:, 0, 2], covariance[:, 1, 2]
+    mean = (x + y + z) / 3
+    a, b, c = x - mean, y - mean, z - mean
+    scale = xp.sqrt((a * a + b * b + c * c + 2 * (xy * xy + xz * xz + yz * yz)) / 6)
+    determinant = a * (b * c - yz * yz) - xy * (xy * c - yz * xz) + xz * (xy * yz - b * xz)
+    tiny = np.finfo(np.float64).tiny
+    angle = xp.arccos(xp.clip(determinant / xp.maximum(2 * scale**3, tiny), -1, 1)) / 3
+    first, last = mean + 2 * scale * xp.cos(angle), mean + 2 * scale * xp.cos(angle + 2 * np.pi / 3)
+    middle = 3 * mean - first - last
+    # The square of an eigenvector's z follows from the eigenvalues and those of the matrix without row and column z.
+    minor = (x - last) * (y - last) - xy * xy
+    normal_z = xp.sqrt(xp.clip(minor / xp.maximum((first - last) * (middle - last), tiny), 0, 1))
+    return xp.stack([first, middle, last]), normal_z
 
 
 def crop(points: Any, size: int, rng: np.random.Generator) -> Any:
@@ -188,13 +283,54 @@ def augment(points: Any, rng: np.random.Generator) -> Any:
     (True, dtype('float32'))
     """
     xp = _library(points)
-    angle, mirror, scale = rng.uniform(0, 2 * np.pi), rng.choice((-1, 1)), rng.uniform(*SCALES)
-    turn = scale * np.array(
-        [[np.cos(angle), np.sin(angle), 0], [-mirror * np.sin(angle), mirror * np.cos(angle), 0], [0, 0, 1]]
-    )
-    jitter = JITTER * _normal(points.shape, rng, xp)
-    moved = points.astype(np.float32) @ xp.asarray(turn.astype(np.float32))
-    return moved + xp.clip(jitter, -MOST_JITTER, MOST_JITTER)
+    angle, mirror, scale = rng.uniform(0, 2 * math.pi), float(rng.choice((-1, 1))), rng.uniform(*SCALES)
+    jitter = xp.clip(JITTER * _normal(points.shape, rng, xp), -MOST_JITTER, MOST_JITTER)
+    # Numbers go to a kernel with its launch. A matrix would have to be copied to the GPU first.
+    cosine, sine = scale * math.cos(angle), scale * math.sin(angle)
+    x, y, z = points.astype(np.float32, copy=False).T
+    y = mirror * y
+    return xp.stack([cosine * x - sine * y, sine * x + cosine * y, scale * z], axis=1) + jitter
+
+
+def mix(points: Any, other: Any, rng: np.random.Generator) -> Any:
+    """Rows of two clouds that make one: a sector of the other cloud takes the place of that of the first.
+
+    The sector is about the z axis. Its direction is random, and its angle is uniform from 45 to 180 degrees.
+
+    Parameters
+    ----------
+    points : array [N, 3]
+        Relative to the sensor. Finite.
+    other : array [M, 3]
+        A cloud of the same sensor, from another place.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    array int64 [K]
+        Rows of the two clouds one after the other, in increasing order: N + i is row i of `other`. On a GPU, K is read
+        on the host (synchronizes).
+
+    References
+    ----------
+    PolarMix: a general data augmentation technique for LiDAR point clouds, Xiao et al., 2022.
+
+    Examples
+    --------
+    >>> from gpu3d import flash3d
+    >>> rng = np.random.default_rng(0)
+    >>> points, other = rng.normal(size=(2, 1000, 3))
+    >>> rows = flash3d.mix(points, other, rng)
+    >>> np.concatenate([points, other])[rows].shape
+    (956, 3)
+    """
+    xp = _library(points)
+    first, angle = rng.uniform(0, 2 * np.pi), rng.uniform(*SECTOR)
+
+    def inside(cloud: Any) -> Any:
+        return (xp.arctan2(cloud[:, 1], cloud[:, 0]) - first) % (2 * np.pi) < angle
+
+    return xp.flatnonzero(xp.concatenate([~inside(points), inside(other)]))
 
 
 def voxel_subset(points: Any, size: float) -> tuple[Any, Any]:
