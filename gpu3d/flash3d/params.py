@@ -194,8 +194,8 @@ def init(config: Config, seed: int = 0, device: int | None = None) -> dict[str, 
 def init_std(inputs: int) -> float:
     """The standard deviation of new weights with this many inputs, before they are cut at two standard deviations.
 
-    With 0.02 for all, as large language models have it, `tiny` learns far more slowly: after 100 steps on two crops its
-    loss is 0.81 in place of 0.17.
+    With 0.02 for all, as large language models have it, `tiny` takes longer to learn: two crops by heart have a loss of
+    0.81 after 100 steps in place of 0.17, and 250 small steps on many sweeps one of 1.84 in place of 1.80.
     """
     return 1 / math.sqrt(inputs)
 
