@@ -3,10 +3,11 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m benchmarks.parallel ddp
     python -m benchmarks.parallel shards
+    python -m benchmarks.parallel shards-gradients
 
 - ddp: the training step of examples/torch_segmentation_block.py, one process per GPU.
-- shards: a layer of attention and pooling in JAX, on the first GPU and on the first two. shard_map distributes the
-  clouds.
+- shards, shards-gradients: a layer of attention and pooling in JAX, on the first GPU and on the first two. shard_map
+  distributes the clouds. One process prints rates, the other the gradient error.
 
 A rate is the points per second of all GPUs together, the median of several rounds. Each GPU has a batch of the same
 size. A gradient error compares one step with the same step of one GPU on the joined batch: the norm of the difference
@@ -35,7 +36,7 @@ EXACT_CLOUDS, EXACT_POINTS = 2, 2048  # for the comparison of gradients, in floa
 
 
 def main() -> None:
-    {"ddp": _ddp, "shards": _shards}[sys.argv[1]]()
+    {"ddp": _ddp, "shards": _shards, "shards-gradients": _shards_gradients}[sys.argv[1]]()
 
 
 # ---- torch ---------------------------------------------------------------------------------------------------------
@@ -94,8 +95,13 @@ def _shards() -> None:
 
     devices = jax.devices()[:2]
     rates = [_sharded_rate([device]) for device in devices]
-    error = _shards_error(devices)
-    print(json.dumps({"one": rates[0], "two": _sharded_rate(devices), "error": error}))
+    print(json.dumps({"one": rates[0], "two": _sharded_rate(devices)}))
+
+
+def _shards_gradients() -> None:
+    import jax
+
+    print(json.dumps({"error": _shards_error(jax.devices()[:2])}))
 
 
 def _step(devices: list[Any], dtype: str) -> Any:
