@@ -6,7 +6,7 @@ are those of `init`. A row counts everything from points and features on: bucket
 training step also drop path, the loss, the backward, clipping and AdamW. Activations are bfloat16.
 
 - The fair twin is `torch_twin.Twin`: the same network on gpu3d's layouts, which are computed before the clock starts,
-  with torch's attention, compiled, in a CUDA graph. So it has no geometry to do.
+  with torch's attention, compiled except for the loss, in a CUDA graph. So it has no geometry to do.
 - The PTv3-like twin is `torch_twin.SerializedTwin`, compiled and timed eagerly, since torch.unique cannot be captured.
 - "a batch larger than every one before", or "with new lengths", is the time from the call to its classes, host and
   device together. The first needs a new plan, and is launched without a graph; the second is served by a graph.

@@ -36,7 +36,6 @@ from sweeps import IGNORED, Sweep, read_sweeps, thin
 Tables = dict[str, np.ndarray]  # the confusion of each sequence
 
 TREES, LEAF, MOST_POINTS = 100, 3, 400_000  # of the floor: trees, points in a leaf, points to train on
-VOXEL = 0.2  # m, of the twin's level 0, like that of the sweeps
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -94,7 +93,6 @@ def twin(folder: Path) -> Callable[[argparse.Namespace], Tables]:
 
     from benchmarks import torch_twin
 
-    torch_twin.VOXEL = VOXEL
     xp = example.library(example.parse([]))
     sequences, _ = example.load(folder, xp)
 
@@ -102,7 +100,7 @@ def twin(folder: Path) -> Callable[[argparse.Namespace], Tables]:
         example.library(arguments)
         training, unseen = example.split(sequences, arguments.fold)
         torch.manual_seed(arguments.seed)
-        model = torch_twin.SerializedTwin(example.read_config(arguments.config), torch.float32)
+        model = torch_twin.SerializedTwin(example.read_config(arguments.config), torch.float32, example.VOXEL)
         model.to(_tensor(training[0].points).device).train()
         optimizer, schedule = _adamw(model, arguments.steps)
         for step in range(arguments.steps):

@@ -37,7 +37,7 @@ from gpu3d.flash3d.geometry import Level, geometry
 from gpu3d.interop.torch import Flash3D, gather, scatter
 
 PATCH = 1024  # points
-VOXEL = 0.05  # m, of level 0; PTv3's for nuScenes
+VOXEL = 0.05  # m; PTv3's for nuScenes
 IGNORE = 255
 RATE, WEIGHT_DECAY = 2e-3, 5e-3  # of AdamW
 # The fastest first. cuDNN's is the fastest on Hopper, where torch has it.
@@ -217,16 +217,17 @@ class PatchAttention(torch.nn.Module):
 
 
 class SerializedTwin(Flash3D):
-    """Takes points, features and lengths."""
+    """Takes points, features and lengths. `voxel` is the side of the voxels of level 0, in metres."""
 
-    def __init__(self, config: Config, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(self, config: Config, dtype: torch.dtype = torch.bfloat16, voxel: float = VOXEL) -> None:
         super().__init__(config)
+        self.voxel = voxel
         _prepare(self, PatchAttention, dtype)
 
     def forward(
         self, points: torch.Tensor, features: torch.Tensor, lengths: Sequence[int] | None = None
     ) -> torch.Tensor:
-        levels = serialize(points, self.config.levels, lengths or [len(points)])
+        levels = serialize(points, self.config.levels, lengths or [len(points)], self.voxel)
         waves = [self.waves(level.positions) for level in levels]
         codes = [stage.position(wave) for stage, wave in zip(self.encoder, waves, strict=True)]
         x = self.stem(torch.cat([features.to(waves[0].dtype), waves[0]], 1))
@@ -249,9 +250,9 @@ def _maximum(x: torch.Tensor, parent: torch.Tensor, count: int) -> torch.Tensor:
 
 
 @torch.compiler.disable  # it reads numbers of points on the host
-def serialize(points: torch.Tensor, levels: int, lengths: Sequence[int]) -> list[Cells]:
+def serialize(points: torch.Tensor, levels: int, lengths: Sequence[int], voxel: float = VOXEL) -> list[Cells]:
     """The levels of a batch of clouds, from level 0 down."""
-    grid = ((points - points.amin(0)) / VOXEL).long()
+    grid = ((points - points.amin(0)) / voxel).long()
     bits = int(grid.max()).bit_length()
     exchanged = grid[:, [1, 0, 2]]
     cloud = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(points.device)

@@ -45,7 +45,7 @@ def everything(of):
 
 
 def run(cp, of, until=STEPS):
-    """The losses of the steps up to one. From the third step on they are replayed from a graph."""
+    """The losses of the steps up to one. From the second step on they are replayed from a graph."""
     losses = [of.step(*on_gpu(cp, step)) for step in range(of.done_steps, until)]
     return [float(loss) for loss in losses]
 
