@@ -71,10 +71,9 @@ def test_gradient_steps():
     linear.input_gradient(steps, dy, weight, dx)
     linear.input_gradient(steps, dy, weight, dx, added=dx)
     linear.weight_gradient(steps, dy, x, dweight)
-    linear.weight_gradient(steps, dy, x, dweight, accumulate=True)
     plan = steps.plan()
     assert {step.epilogue for step in plan.steps} == {"DEFAULT"}
-    assert [step.pinned for step in plan.steps] == [True] * 2 + [False] * 2
+    assert [step.pinned for step in plan.steps] == [True, True, False]
     assert all(step.workspace is not None for step in plan.steps)
     assert [piece.size for piece in plan.pieces.values()] == [SMALL_GEMM_WORKSPACE, GEMM_WORKSPACE]  # shared
     shapes = ((512, 64), BFLOAT16), ((192, 64), BFLOAT16), ((512, 192), BFLOAT16), ((192, 64), FLOAT32)
@@ -88,7 +87,6 @@ def test_no_rows():
     linear.input_gradient(steps, y, weight, x)
     assert not steps.plan().steps
     linear.weight_gradient(steps, y, x, matrix(Input(3), 192, 64, FLOAT32))
-    linear.weight_gradient(steps, y, x, matrix(Input(3), 192, 64, FLOAT32), accumulate=True)
     assert steps.plan().steps == (Clear(Input(3), 4 * 192 * 64),)
 
 
@@ -218,12 +216,13 @@ def test_what_reaches_the_library(library):
     x, aux = x._replace(pointer=Input(0) + 32, stride=72), matrix(Input(3), 512, 192)
     linear.forward(steps, x, weight, y, bias=Input(2) + 16, gelu=True, aux=aux)
     dweight, dy = matrix(Input(4), 192, 64, FLOAT32), matrix(Input(5), 512, 192)
-    linear.weight_gradient(steps, dy, x, dweight, accumulate=True)
+    linear.weight_gradient(steps, dy, x, dweight)
+    linear.input_gradient(steps, dy, weight, x, added=x)
     plan = steps.plan()
     assert plan.workspace >= GEMM_WORKSPACE
     memories = (1000, 2000, 3000, 4000, 5000, 6000, 7000, 1 << 40)
     launcher.run(Call(plan, {}), memories, 0, 77)
-    forward, backward = library.done
+    forward, backward, added = library.done
     addresses, scalars, (attributes, layouts), algo, size = forward
     assert addresses == [2000, 1032, 7000, 7000, 1 << 40, 77] and scalars == (1.0, 0.0)
     assert (algo, size) == (8, SMALL_GEMM_WORKSPACE)
@@ -231,9 +230,10 @@ def test_what_reaches_the_library(library):
     assert layouts == ((14, 64, 192, 64), (14, 64, 512, 72), (14, 192, 512, 192), (14, 192, 512, 192))
     addresses, scalars, (attributes, layouts), algo, size = backward
     second = (1 << 40) + plan.pieces["cuBLASLt 2"].offset
-    assert addresses == [1032, 6000, 5000, 5000, second, 77] and scalars == (1.0, 1.0)
+    assert addresses == [1032, 6000, 5000, 5000, second, 77] and scalars == (1.0, 0.0)
     assert attributes == {3: 0, 4: 1, 7: 1} and size == GEMM_WORKSPACE
     assert layouts == ((14, 64, 512, 72), (14, 192, 512, 192), (0, 64, 192, 64), (0, 64, 192, 64))
+    assert added[0] == [2000, 6000, 1032, 1032, 1 << 40, 77] and added[1] == (1.0, 1.0)
 
 
 def test_how_algorithms_are_chosen(library):

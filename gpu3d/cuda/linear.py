@@ -51,18 +51,11 @@ def input_gradient(
     steps.gemm(Gemm(dy, weight, dx, c=added))
 
 
-def weight_gradient(
-    steps: Steps,
-    dy: Matrix,
-    x: Matrix,
-    dweight: Matrix,
-    *,
-    accumulate: bool = False,
-) -> None:
-    """Set dW = dy^T x, or add it to dW. The gradient of the bias comes from `layers.add_column_sums`."""
+def weight_gradient(steps: Steps, dy: Matrix, x: Matrix, dweight: Matrix) -> None:
+    """Set dW = dy^T x. The gradient of the bias comes from `layers.add_column_sums`."""
     if dweight.stride != dweight.columns:
         raise ValueError(f"the rows of a weight's gradient must follow one another, got {dweight}.")
     if dy.rows:
-        steps.gemm(Gemm(dy, x, dweight, transpose_a=True, c=dweight if accumulate else None, pinned=False))
-    elif not accumulate:
+        steps.gemm(Gemm(dy, x, dweight, transpose_a=True, pinned=False))
+    else:
         steps.clear(dweight.pointer, dweight.rows * dweight.columns * dweight.dtype.itemsize)
