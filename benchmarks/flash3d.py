@@ -30,10 +30,9 @@ from benchmarks.table import Peer, Row, Setting, measured_peer
 from gpu3d import flash3d
 from gpu3d._arrays import FLOAT32, UINT8
 from gpu3d.cuda import launcher
-from gpu3d.cuda.clouds import ROW_BYTES
 from gpu3d.cuda.plan import Branch, Call, Input, Launch, Plan, Steps
 from gpu3d.flash3d import network
-from gpu3d.flash3d.levels import Layout, add_geometry, layout_of
+from gpu3d.flash3d.levels import add_geometry, layout_of, write_tables
 from gpu3d.flash3d.params import arena_size, flat
 
 SWEEP, KITTI, MILLION = 34_688, 124_668, 1_000_000
@@ -158,16 +157,8 @@ def _forward(inputs: Inputs) -> Prepared:
     layout = layout_of(inputs.lengths, config, device)
     plan = network.forward_plan(config, layout.sizes, FLOAT32, device)
     logits = cupy.empty((layout.slots, config.classes), np.float32)
-    arrays = [inputs.points, inputs.features, _tables(layout), *_arenas(config), logits]
+    arrays = [inputs.points, inputs.features, write_tables(layout), *_arenas(config), logits]
     return _prepared(Call(plan, {"points": len(inputs.points)}), arrays)
-
-
-def _tables(layout: Layout) -> Any:
-    import cupy
-
-    tables = cupy.empty(layout.rows * ROW_BYTES, np.uint8)
-    launcher.write_table(layout.tables, tables.data.ptr, tables.data.device_id, cupy.cuda.get_current_stream().ptr)
-    return tables
 
 
 def _step(inputs: Inputs, recompute: bool = False) -> Prepared:
@@ -179,7 +170,7 @@ def _step(inputs: Inputs, recompute: bool = False) -> Prepared:
     options = {"points": len(inputs.points), "seed": 0, "rate": 2e-3, "steps": 100_000, "decay": 5e-3, "clip": 1.0}
     moments = [cupy.zeros(size, np.float32) for _ in range(3)]
     state = cupy.zeros(2, np.uint32), *(cupy.empty((), np.float32) for _ in range(2))
-    arrays = [inputs.points, inputs.features, inputs.labels, _tables(layout), *_arenas(config), *moments, *state]
+    arrays = [inputs.points, inputs.features, inputs.labels, write_tables(layout), *_arenas(config), *moments, *state]
     return _prepared(Call(plan, options), arrays, held=(4 * 4 + 2) * size)
 
 
@@ -193,7 +184,7 @@ def _bucketize(inputs: Inputs) -> Iterator[Row]:
     add_geometry(steps, config, layout.sizes, Input(0), Input(1))
     steps.join()
     plan = steps.plan()
-    memory = [inputs.points, _tables(layout), cupy.empty(plan.workspace, np.uint8)]
+    memory = [inputs.points, write_tables(layout), cupy.empty(plan.workspace, np.uint8)]
 
     def calling(some: Iterable[Any]) -> timing.Call:
         call = Call(Plan(tuple(some), plan.inputs, plan.results, plan.pieces, plan.workspace), {})

@@ -16,9 +16,9 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from gpu3d._arrays import Spec
-from gpu3d.cuda import clouds, launcher
+from gpu3d.cuda import launcher
 from gpu3d.cuda.plan import Call
-from gpu3d.flash3d.levels import Layout
+from gpu3d.flash3d.levels import Layout, write_tables
 
 MOST_GRAPHS = 32
 MOST_BYTES = 1 << 30  # of their inputs and results together
@@ -96,18 +96,13 @@ class Graphs:
             if key in self._seen and key not in self._kept:
                 self._capture(key, make(layout.slots), inputs, layout, results)
             if key in self._kept:
-                made = self._replay(key, inputs, layout, stream)
+                made = self._replay(key, inputs, layout)
             else:
                 self._remember(key)
                 made = [self._cupy.empty(spec.shape, spec.dtype) for spec in results]
-                tables = self._empty_tables(layout)
-                launcher.write_table(layout.tables, tables.data.ptr, self._ordinal, stream.ptr)
-                self._launch(make(len(inputs[0])), [*inputs, tables], made, stream)
+                self._launch(make(len(inputs[0])), [*inputs, write_tables(layout)], made, stream)
             self._done = stream.record()
             return made
-
-    def _empty_tables(self, layout: Layout) -> Any:
-        return self._cupy.empty(layout.rows * clouds.ROW_BYTES, "u1")
 
     def _remember(self, key: Hashable) -> None:
         if len(self._seen) >= 64 * MOST_GRAPHS:
@@ -145,7 +140,7 @@ class Graphs:
     ) -> None:
         empty = self._cupy.empty
         own = [empty((layout.slots, *array.shape[1:]), array.dtype) for array in inputs]
-        tables, made = self._empty_tables(layout), [empty(spec.shape, spec.dtype) for spec in results]
+        tables, made = write_tables(layout), [empty(spec.shape, spec.dtype) for spec in results]
         self.reserve(call.plan.workspace)  # before the capture, in which no memory can be allocated
         stream = self._cupy.cuda.Stream(non_blocking=True)
         stream.begin_capture()
@@ -160,11 +155,11 @@ class Graphs:
     def _bytes(self) -> int:
         return sum([kept.nbytes for kept in self._kept.values()])
 
-    def _replay(self, key: Hashable, inputs: Sequence[Any], layout: Layout, stream: Any) -> list[Any]:
+    def _replay(self, key: Hashable, inputs: Sequence[Any], layout: Layout) -> list[Any]:
         self._kept.move_to_end(key)
         kept = self._kept[key]
         for buffer, array in zip(kept.inputs, inputs, strict=True):
             buffer.data.copy_from_device_async(array.data, array.nbytes)
-        launcher.write_table(layout.tables, kept.tables.data.ptr, self._ordinal, stream.ptr)
+        write_tables(layout, kept.tables)
         kept.graph.launch()
         return [array.copy() for array in kept.results]

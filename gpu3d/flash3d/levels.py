@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu3d._arrays import FLOAT32, FLOATS
-from gpu3d.cuda import buckets, clouds, layers, pooling
+from gpu3d.cuda import buckets, clouds, launcher, layers, pooling
 from gpu3d.cuda.plan import Device, Pointer, Steps
 from gpu3d.flash3d.config import Config
 from gpu3d.flash3d.geometry import LOCAL_HASH
@@ -130,6 +130,17 @@ def _most_scopes(most: np.ndarray, size: int, stride: int) -> int:
     both = buckets.scopes_in(largest - moved, size, stride) + buckets.scopes_in(moved, size, stride)
     others = int(buckets.scopes_in(most, size, stride).sum()) - int(both[0])
     return rounded_up(others + int(both.max()))
+
+
+def write_tables(layout: Layout, tables: Any = None) -> Any:
+    """Write the tables of a layout to the current device, into a new CuPy array or into `tables`; returns the array."""
+    import cupy
+
+    if tables is None:
+        tables = cupy.empty((layout.rows, clouds.ROW_BYTES), "u1")
+    address, ordinal = tables.data.ptr, tables.data.device_id
+    launcher.write_table(layout.tables, address, ordinal, cupy.cuda.get_current_stream().ptr)
+    return tables
 
 
 # ---- steps ---------------------------------------------------------------------------------------------------------

@@ -11,13 +11,13 @@ import numpy as np
 
 from gpu3d import _arrays
 from gpu3d._arrays import FLOAT32, Given, Spec
-from gpu3d.cuda import clouds, launcher
+from gpu3d.cuda import launcher
 from gpu3d.cuda.plan import Call
 from gpu3d.flash3d import network
 from gpu3d.flash3d.config import Config
 from gpu3d.flash3d.geometry import geometry
 from gpu3d.flash3d.graphs import Graphs
-from gpu3d.flash3d.levels import Layout, layout_of
+from gpu3d.flash3d.levels import Layout, layout_of, write_tables
 from gpu3d.flash3d.losses import check_device_labels, check_labels
 from gpu3d.flash3d.params import arena_of, arena_size, check_params, flat, host_arena, pack, views
 from gpu3d.reference import flash3d as reference
@@ -327,14 +327,9 @@ def _loss_and_grad_on_gpu(
 
 
 def _tables(layout: Layout, origin: _arrays.Origin) -> Given:
-    """The layout's tables on the GPU."""
-    ordinal: Any = origin.device
-    addresses: list[int] = []
+    """The layout's tables on the origin's GPU."""
     with _arrays.on(origin):
-        spec = Spec((layout.rows, clouds.ROW_BYTES), _arrays.UINT8)
-        (made,), _ = _arrays.empty([spec], 0, origin, addresses)
-        launcher.write_table(layout.tables, addresses[0], ordinal, _arrays.current_stream(origin))
-    return _arrays.read(made, "tables")
+        return _arrays.read(write_tables(layout), "tables")
 
 
 def _weights(masters: Given, config: Config) -> Given:
