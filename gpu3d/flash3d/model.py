@@ -23,7 +23,7 @@ from gpu3d.flash3d.params import arena_of, arena_size, check_params, flat, host_
 from gpu3d.reference import flash3d as reference
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Batch:
     """A batch of clouds with their features, checked and packed.
 
@@ -53,17 +53,17 @@ class Batch:
 
     points: Any
     features: Any
-    lengths: Sequence[int] | None = None
+    lengths: tuple[int, ...]
 
-    def __post_init__(self) -> None:
-        points, features = _arrays.read(self.points, "points"), _arrays.read(self.features, "features")
+    def __init__(self, points: Any, features: Any, lengths: Sequence[int] | None = None) -> None:
+        points, features = _arrays.read(points, "points"), _arrays.read(features, "features")
         for name, given in (("points", points), ("features", features)):
             if given.origin.library not in ("numpy", "cupy"):
                 raise TypeError(
                     f"{name} must be a NumPy or CuPy array, got {given.origin}: convert by numpy.asarray({name}) or "
                     f"cupy.from_dlpack({name})."
                 )
-        lengths = _arrays.check_points(points, self.lengths)
+        checked = _arrays.check_points(points, lengths)
         if features.shape[:-1] != points.shape[:-1]:
             raise ValueError(
                 f"features must have a row of channels for each point, got shape {list(features.shape)} for points of "
@@ -76,7 +76,7 @@ class Batch:
             ("features", features.array.reshape(-1, features.shape[-1])),
         ):
             object.__setattr__(self, name, array if array.flags.c_contiguous else array.copy())
-        object.__setattr__(self, "lengths", lengths)
+        object.__setattr__(self, "lengths", checked)
 
 
 def forward(params: dict[str, Any], batch: Batch, config: Config) -> Any:
@@ -281,7 +281,7 @@ def compile(params: dict[str, Any], config: Config, max_points: int = 40_000) ->
     def predict_on_gpu(points: Any, features: Any, lengths: Sequence[int] | None = None) -> Any:
         batch = Batch(points, features, lengths)
         check_call(params, batch, config)
-        layout, dtype = layout_of(tuple(batch.lengths or ()), config, device), batch.features.dtype
+        layout, dtype = layout_of(batch.lengths, config, device), batch.features.dtype
 
         def make(points: int) -> Call:
             return Call(network.forward_plan(config, layout.sizes, dtype, device), {"points": points})
@@ -302,7 +302,7 @@ def _forward_on_gpu(params: dict[str, Any], batch: Batch, config: Config) -> Any
     masters = _arrays.read(arena_of(params, config), "params")
     _arrays.check_same_device(points=points.origin, params=masters.origin)
     device = launcher.device(points.device)
-    layout = layout_of(tuple(batch.lengths or ()), config, device)
+    layout = layout_of(batch.lengths, config, device)
     call = Call(network.forward_plan(config, layout.sizes, features.dtype, device), {"points": len(batch.points)})
     inputs = points, features, _tables(layout, points.origin), masters, _weights(masters, config)
     (logits,) = launcher.launch(call, inputs, (Spec((layout.slots, config.classes), FLOAT32),))
@@ -318,7 +318,7 @@ def _loss_and_grad_on_gpu(
     _arrays.check_same_device(points=points.origin, params=masters.origin, labels=given.origin)
     device = launcher.device(points.device)
     results = Spec((), FLOAT32), Spec((arena_size(config),), FLOAT32)
-    layout = layout_of(tuple(batch.lengths or ()), config, device)
+    layout = layout_of(batch.lengths, config, device)
     plan = network.gradient_plan(config, layout.sizes, features.dtype, given.dtype, ignore, device)
     call = Call(plan, {"points": len(batch.points)})
     inputs = points, features, given, _tables(layout, points.origin), masters, _weights(masters, config)

@@ -321,7 +321,7 @@ def _step_on_gpu(graphs: Graphs, config: Config, options: Options, batch: Batch,
     points = _arrays.read(batch.points, "points")
     _arrays.check_same_device(points=points.origin, labels=given.origin)
     device = launcher.device(points.device)
-    layout = layout_of(tuple(batch.lengths or ()), config, device)
+    layout = layout_of(batch.lengths, config, device)
     what = config, layout.sizes, batch.features.dtype, given.dtype, options.ignore, device, options.recompute
 
     def make(points: int) -> Call:
