@@ -79,48 +79,66 @@ def layout_of(lengths: tuple[int, ...], config: Config, device: Device) -> Layou
     """The layout of clouds of these lengths."""
     if not any(lengths):
         return Layout((), [], 0)
-    size, count = config.bucket_size, rounded_up(len(lengths)) + 1
-    points = np.zeros((config.levels, count), np.int64)
+    points = np.zeros((config.levels, rounded_up(len(lengths)) + 1), np.int64)
     points[0, : len(lengths)] = lengths
     for above, below in itertools.pairwise(points):
         below[:] = -(-above // config.ratio)
-    held = -(-points // size)  # buckets
-    # What sizes are counted for: the largest cloud has the buckets that rounding adds.
-    most, level, largest = held.copy(), np.arange(config.levels), held.argmax(axis=1)
-    held[:, -1] = [rounded_up(total) - total for total in held.sum(axis=1).tolist()]
-    most[level, largest] += held[:, -1]
+    held = -(-points // config.bucket_size)  # buckets
+    added = [rounded_up(total) - total for total in held.sum(axis=1).tolist()]
+    most = held.copy()
+    most[range(config.levels), held.argmax(axis=1)] += added
+    held[:, -1] = added  # of the cloud without points
+    sizes = _sizes(most, config, device)
+    tables = _tables(points, held, sizes, config)
+    rows = len(tables)
+    in_parts = np.zeros((clouds.whole_parts(rows), 4), np.int32)
+    in_parts[:rows] = tables
+    return Layout(sizes, clouds.parts_of(in_parts, rows), rows)
 
-    tables = np.zeros((config.levels, len(KINDS), count + 1, 4), np.int32)
-    point, tile, group, slot = (tables[:, :, 1:, column] for column in range(4))
-    point[:] = points.cumsum(axis=1)[:, None]
-    slot[:] = (held * size).cumsum(axis=1)[:, None]
-    tile[:, EVEN] = held.cumsum(axis=1)
-    group[:, POOL] = (held * size - points).cumsum(axis=1)
-    tiles = -(-points // pooling.GROUP_TILE)
-    tiles[:, -1] = 1  # who writes the padding of the children
-    tile[:, POOL] = tiles.cumsum(axis=1)
-    for which, strides in ((EVEN, 1), (ODD, np.array(config.strides)[:, None])):
-        group[:, which] = buckets.scopes_in(held, config.scope, strides).cumsum(axis=1)
-    found: list[Sizes] = []
-    for depth, stride in enumerate(config.strides):
-        sort = buckets.sort_of(most[depth] * size, most[depth] * size, size, device)
-        if sort.method != "cloud":
-            tiles, groups = buckets.parts(sort, points[depth])
-            tiles[-1] = groups[-1] = 1  # who writes the padding
-            tile[depth, SORT], group[depth, SORT] = tiles.cumsum(), groups.cumsum()
+
+def _sizes(most: np.ndarray, config: Config, device: Device) -> tuple[Sizes, ...]:
+    """What the launches of each level depend on, if the clouds have `most` buckets [levels, clouds].
+
+    Their largest cloud has the buckets that rounding adds. Every slot counts as a point. So the method of a sort, and
+    its tile, are the same for all lengths that are rounded up to the same number of buckets.
+    """
+    size, found = config.bucket_size, []
+    for depth, (held, stride) in enumerate(zip(most, config.strides, strict=True)):
+        sort = buckets.sort_of(held * size, held * size, size, device)
+        if sort.method != "cloud":  # the cloud without points has one of each
             sort = sort._replace(tiles=rounded_up(sort.tiles + 1), groups=rounded_up(sort.groups + 1))
-        scopes = _most_scopes(most[depth], config.scope, 1), _most_scopes(most[depth], config.scope, stride)
+        scopes = _most_scopes(held, config.scope, 1), _most_scopes(held, config.scope, stride)
         shape = None
         if depth:
             above = most[depth - 1]
-            tiles_above = int((-(-above * size // pooling.GROUP_TILE)).sum()) + 1
-            padding = (count - 1) * (size - 1) + (_step(int(above.sum())) - 1) * size
-            shape = pooling.Shape(count, size, config.ratio, sort.slots, rounded_up(tiles_above), padding)
-        found.append(Sizes(count, sort, min(config.scope, int(most[depth].max())), scopes, shape))
-    rows = tables.size // 4
-    in_parts = np.zeros((clouds.whole_parts(rows), 4), np.int32)
-    in_parts[:rows] = tables.reshape(-1, 4)
-    return Layout(tuple(found), clouds.parts_of(in_parts, rows), rows)
+            tiles = int((-(-above * size // pooling.GROUP_TILE)).sum()) + 1
+            padding = (len(held) - 1) * (size - 1) + (_step(int(above.sum())) - 1) * size
+            shape = pooling.Shape(len(held), size, config.ratio, sort.slots, rounded_up(tiles), padding)
+        found.append(Sizes(len(held), sort, min(config.scope, int(held.max())), scopes, shape))
+    return tuple(found)
+
+
+def _tables(points: np.ndarray, held: np.ndarray, sizes: tuple[Sizes, ...], config: Config) -> np.ndarray:
+    """The tables int32 [rows, 4] of clouds of `points` in `held` buckets [levels, clouds]."""
+    levels, count = points.shape
+    tables = np.zeros((levels, len(KINDS), count + 1, 4), np.int32)
+    point, tile, group, slot = (tables[:, :, 1:, column] for column in range(4))
+    slots = held * config.bucket_size
+    point[:] = points.cumsum(axis=1)[:, None]
+    slot[:] = slots.cumsum(axis=1)[:, None]
+    tile[:, EVEN] = held.cumsum(axis=1)
+    group[:, POOL] = (slots - points).cumsum(axis=1)
+    pooled = -(-points // pooling.GROUP_TILE)
+    pooled[:, -1] = 1  # who writes the padding of the children
+    tile[:, POOL] = pooled.cumsum(axis=1)
+    for which, strides in ((EVEN, 1), (ODD, np.array(config.strides)[:, None])):
+        group[:, which] = buckets.scopes_in(held, config.scope, strides).cumsum(axis=1)
+    for depth, own in enumerate(sizes):
+        if own.sort.method != "cloud":
+            tiles, groups = buckets.parts(own.sort, points[depth])
+            tiles[-1] = groups[-1] = 1  # who writes the padding
+            tile[depth, SORT], group[depth, SORT] = tiles.cumsum(), groups.cumsum()
+    return tables.reshape(-1, 4)
 
 
 def _most_scopes(most: np.ndarray, size: int, stride: int) -> int:
