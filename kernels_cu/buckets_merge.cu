@@ -357,7 +357,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_partitions(
         slot_to_point[slot] = p;
         point_to_slot[p] = slot;
     }
-    if (partition == next.group - 1)  // padding is at the end of the cloud's last bucket
+    if (partition == next.group - 1)  // padding is behind the cloud's points
         for (int slot = cloud.slot + points + threadIdx.x; slot < next.slot; slot += THREADS) slot_to_point[slot] = -1;
 }
 

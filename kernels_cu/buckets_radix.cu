@@ -249,7 +249,7 @@ __device__ __forceinline__ void move_tile(
             point_to_slot[p] = cloud.slot + at;
         }
     }
-    if (ROLE == LAST && tile == next.tile - 1)  // padding is at the end of the cloud's last bucket
+    if (ROLE == LAST && tile == next.tile - 1)  // padding is behind the cloud's points
         for (int slot = cloud.slot + next.point - cloud.point + threadIdx.x; slot < next.slot; slot += THREADS)
             slot_to_point[slot] = -1;
 }

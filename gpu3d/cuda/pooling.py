@@ -3,7 +3,8 @@
 
 Plans depend on how many buckets the clouds have, not on their lengths. The children of a cloud with b buckets have
 ceil(b / ratio) buckets. Grids are upper bounds: a cloud has at most as many tiles as its slots can fill, and at most
-bucket_size - 1 rows of padding. Blocks without work return.
+bucket_size - 1 rows of padding. Blocks without work return. The cloud without points that the backbone puts behind a
+batch is all padding: `gpu3d.flash3d.levels` makes its tables, and counts it in the bounds.
 """
 
 from __future__ import annotations
