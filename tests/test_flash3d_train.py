@@ -3,18 +3,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
 import signal
 import sys
+from types import SimpleNamespace
 
 import clouds
 import numpy as np
 import pytest
 
 from gpu3d import cli, flash3d
+from gpu3d._arrays import FLOAT32, Spec
 from gpu3d.flash3d import checkpoint, graphs, model, optim, train
 from gpu3d.flash3d.params import flat
 
@@ -288,6 +291,60 @@ def test_an_interrupt_waits_until_all_is_launched(interrupts):
     with pytest.raises(ValueError, match="own"), graphs.uninterrupted():
         raise ValueError("own")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+class Array:
+    """A fake array of CuPy that logs when its memory is freed."""
+
+    def __init__(self, shape, log):
+        self.shape, self.dtype, self.size = shape, FLOAT32, int(np.prod(shape))
+        self.nbytes = 4 * self.size
+        self.data = SimpleNamespace(ptr=0, device_id=0, copy_from_device_async=lambda source, size: None)
+        self.log = log
+
+    def __len__(self):
+        return self.shape[0]
+
+    def copy(self):
+        return Array(self.shape, [])
+
+    def __del__(self):
+        self.log.append(f"free {self.size}")
+
+
+def test_memory_is_freed_after_the_last_run(monkeypatch):
+    """Before a graph or a workspace is freed the host waits, since the pool may give its memory to another stream."""
+    log, made = [], []
+    event = SimpleNamespace(synchronize=lambda: log.append("wait"))
+    stream = SimpleNamespace(
+        ptr=0,
+        wait_event=lambda event: None,
+        record=lambda: event,
+        begin_capture=lambda: None,
+        end_capture=lambda: SimpleNamespace(launch=lambda: log.append("replay")),
+    )
+    cuda = SimpleNamespace(
+        Device=lambda ordinal: contextlib.nullcontext(),
+        Stream=lambda non_blocking: stream,
+        get_current_stream=lambda: stream,
+    )
+    cupy = SimpleNamespace(cuda=cuda, empty=lambda shape, dtype: Array(shape, log))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(graphs.launcher, "run", lambda *launch: None)
+    monkeypatch.setattr(graphs, "write_tables", lambda *tables: Array(0, []))
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 1)
+    of = graphs.Graphs([Array(0, [])])
+
+    def run(key, workspace):
+        log.clear()
+        call, layout = SimpleNamespace(plan=SimpleNamespace(workspace=workspace)), SimpleNamespace(slots=16)
+        made.append(of.run(key, lambda points: call, [Array((4, 3), [])], layout, [Spec((16, 3), FLOAT32)]))
+        return log
+
+    of.reserve(100)
+    assert run("first", 100) == [] and run("first", 100) == ["replay"]  # launched, then captured
+    assert run("second", 100) == [] and run("second", 100) == ["wait", "free 48", "free 48", "replay"]
+    assert run("third", 200) == ["wait", "free 48", "free 48", "free 100", "free 0"]
 
 
 # ---- the file ------------------------------------------------------------------------------------------------------

@@ -118,6 +118,7 @@ class Graphs:
             The GPU does not have them. What is kept stays as it is, except for a smaller workspace and its graphs.
         """
         if size > self._workspace.size:
+            self._wait()
             self._kept.clear()  # these graphs hold the old workspace
             self._workspace = self._cupy.empty(0, "u1")
             with self._cupy.cuda.Device(self._ordinal):
@@ -128,6 +129,11 @@ class Graphs:
                         f"this batch needs {size / 1e9:.2f} GB of workspace, which cuda:{self._ordinal} does not have: "
                         "pass fewer points at a time, or take a config with fewer channels or blocks."
                     ) from error
+
+    def _wait(self) -> None:
+        """Wait for the last run before its memory is freed: the pool may give that to another stream at once."""
+        if self._done is not None:
+            self._done.synchronize()
 
     def _launch(self, call: Call, inputs: Sequence[Any], results: Sequence[Any], stream: Any) -> None:
         self.reserve(call.plan.workspace)
@@ -150,6 +156,7 @@ class Graphs:
             graph = stream.end_capture()
         self._kept[key] = _Kept(graph, own, tables, made)
         while len(self._kept) > 1 and (len(self._kept) > MOST_GRAPHS or self._bytes() > MOST_BYTES):
+            self._wait()
             self._kept.popitem(last=False)
 
     def _bytes(self) -> int:
