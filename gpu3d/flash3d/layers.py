@@ -141,16 +141,17 @@ class Network:
 
     def linear(self, x: Matrix, path: str, residual: Matrix | None = None) -> Matrix:
         """The linear layer, plus the residual."""
-        y = self.rows(path, x.rows, self.weight(path).rows)
-        linear.forward(self.steps, x, self.weight(path), y, bias=self.bias(path), residual=residual)
+        weight = self.weight(path)
+        y = self.rows(path, x.rows, weight.rows)
+        linear.forward(self.steps, x, weight, y, bias=self.bias(path), residual=residual)
         return y
 
     def linear_gelu(self, x: Matrix, path: str) -> tuple[Matrix, Matrix | None]:
         """GELU(linear(x)), and what GELU is applied to, if a backward needs it."""
-        columns = self.weight(path).rows
-        y = self.rows(f"{path} gelu", x.rows, columns)
-        hidden = self.rows(path, x.rows, columns) if self.gradients is not None else None
-        linear.forward(self.steps, x, self.weight(path), y, bias=self.bias(path), gelu=True, aux=hidden)
+        weight = self.weight(path)
+        y = self.rows(f"{path} gelu", x.rows, weight.rows)
+        hidden = self.rows(path, x.rows, weight.rows) if self.gradients is not None else None
+        linear.forward(self.steps, x, weight, y, bias=self.bias(path), gelu=True, aux=hidden)
         return y, hidden
 
     def linear_gradients(self, dy: Matrix, x: Matrix, path: str) -> None:
@@ -171,8 +172,9 @@ class Network:
 
     def linear_backward(self, dy: Matrix, path: str, added: Matrix | None = None) -> Matrix:
         """The gradient of x, plus `added`."""
-        dx = self.rows(f"d {path}", dy.rows, self.weight(path).columns)
-        linear.input_gradient(self.steps, dy, self.weight(path), dx, added=added)
+        weight = self.weight(path)
+        dx = self.rows(f"d {path}", dy.rows, weight.columns)
+        linear.input_gradient(self.steps, dy, weight, dx, added=added)
         return dx
 
     def gelu_linear_backward(self, dy: Matrix, hidden: Matrix | None, path: str) -> Matrix:
