@@ -203,10 +203,10 @@ def library(monkeypatch):
     monkeypatch.setattr(cublaslt, "library", lambda: library)
     monkeypatch.setattr(launcher, "_make_context_current", lambda: None)
     monkeypatch.setattr(launcher._thread, "has_context", True)
-    for cache in (cublaslt.handle, cublaslt._best, cublaslt._product, cublaslt._layout):
+    for cache in (cublaslt.handle, cublaslt._best, cublaslt._asked, cublaslt._product, cublaslt._layout):
         cache.cache_clear()
     yield library
-    for cache in (cublaslt.handle, cublaslt._best, cublaslt._product, cublaslt._layout):
+    for cache in (cublaslt.handle, cublaslt._best, cublaslt._asked, cublaslt._product, cublaslt._layout):
         cache.cache_clear()
 
 
@@ -296,7 +296,7 @@ def test_descriptors_are_destroyed(library):
     launcher.run(Call(plan, {}), (1008, 2000, 3008, 16, 16, 16, 5008), 0, 7)
     plan.ready.clear()
     del plan
-    for cache in (cublaslt._product, cublaslt._layout):  # products share layouts, which are kept up to a number
+    for cache in (cublaslt._best, cublaslt._asked, cublaslt._product, cublaslt._layout):  # what products share
         cache.cache_clear()
     kept = [kind for number, (kind, *_) in library.made.items() if number not in library.destroyed]
     assert kept == [""]  # the handle lives on

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpu3d.cuda.plan import ALIGNMENT, EPILOGUES, GEMM_WORKSPACE, SMALL_GEMM_WORKSPACE, Gemm, Pointer
+from gpu3d.cuda.plan import ALIGNMENT, EPILOGUES, GEMM_WORKSPACE, SMALL_GEMM_WORKSPACE, Gemm
 
 # ---- the library ---------------------------------------------------------------------------------------------------
 
@@ -142,13 +142,7 @@ class _Object:
 # ---- products ------------------------------------------------------------------------------------------------------
 
 
-def pointers(gemm: Gemm) -> tuple[Pointer | None, ...]:
-    """The addresses that a product needs, in the order in which `calls` takes them; after them comes the stream."""
-    c, aux = gemm.d if gemm.c is None else gemm.c, None if gemm.aux is None else gemm.aux.pointer
-    return gemm.b.pointer, gemm.a.pointer, c.pointer, gemm.d.pointer, gemm.workspace, gemm.bias, aux
-
-
-WORDS = 8  # addresses and stream
+WORDS = 8  # of a product: `Gemm.pointers` and the stream
 
 _ZERO, _ONE = ctypes.byref(ctypes.c_float(0)), ctypes.byref(ctypes.c_float(1))
 
@@ -267,13 +261,17 @@ def canonical_rows(columns: int, inner: int) -> int:
     return 512 * min(68, -(-68 * 64 // min(columns, inner)))
 
 
+# The descriptors of questions about algorithms: nothing is set in them any more.
+_asked = functools.cache(descriptor)
+
+
 def _pinned(problem: Problem, ordinal: int) -> cublasLtMatmulAlgo_t:
     """The best algorithm for `canonical_rows`, if it takes the number of rows of this problem."""
     weight, (_, inner, *_), _, (_, columns, *_) = problem.matrices
     rows = canonical_rows(columns, inner)
     canonical = weight, *[(rows, *matrix[1:]) for matrix in problem.matrices[1:]]
     found, result = _best(problem._replace(matrices=canonical), ordinal), cublasLtMatmulHeuristicResult_t()
-    objects = (handle(ordinal), descriptor(problem.operation), *_layouts(problem))
+    objects = (handle(ordinal), _asked(problem.operation), *_layouts(problem))
     try:
         library().cublasLtMatmulAlgoCheck(*objects, ctypes.byref(found), ctypes.byref(result))
     except Error as error:
@@ -296,7 +294,7 @@ def _best(problem: Problem, ordinal: int) -> cublasLtMatmulAlgo_t:
     for attribute in CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_BYTES:
         preference.set(attribute, ctypes.c_uint32(ALIGNMENT))
     results, count = (cublasLtMatmulHeuristicResult_t * 16)(), ctypes.c_int()
-    objects = (handle(ordinal), descriptor(problem.operation), *_layouts(problem), preference)
+    objects = (handle(ordinal), _asked(problem.operation), *_layouts(problem), preference)
     missing = f"cuBLASLt {library().cublasLtGetVersion()} has no algorithm for this product on this GPU"
     try:
         library().cublasLtMatmulAlgoGetHeuristic(*objects, len(results), results, ctypes.byref(count))

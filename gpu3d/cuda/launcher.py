@@ -133,9 +133,9 @@ class _Argument(ctypes.c_void_p):
 
 
 def _template(plan: Plan, ordinal: int) -> _Template:
-    first = {"input": 0, "result": plan.inputs}
+    first, workspace, pieces = {"input": 0, "result": plan.inputs}, plan.inputs + plan.results, plan.pieces
     buffer = bytearray()
-    pointers: list[list[tuple[int, int]]] = [[] for _ in range(plan.inputs + plan.results + 1)]
+    pointers: list[list[tuple[int, int]]] = [[] for _ in range(workspace + 1)]
     moved: list[tuple[int, int, int, str]] = []
     numbers: list[tuple[str, Any, int]] = []
     streams: tuple[list[int], list[int]] = [], []
@@ -144,39 +144,38 @@ def _template(plan: Plan, ordinal: int) -> _Template:
     launches: list[tuple[Any, int, int]] = []
     modules: list[Any] = []
 
-    def put_pointer(pointer: Pointer, at: int) -> None:
-        kind, index, offset, number = pointer
-        if kind == "workspace":
-            memory, offset = plan.inputs + plan.results, plan.pieces[index].offset + offset
-        else:
-            memory = first[kind] + index
-        if number is None:
-            pointers[memory].append((at // 8, offset))
-        else:
-            moved.append((at // 8, memory, offset, number))
-
-    def packed(values: Sequence[Any], places: Sequence[Parameter], packer: struct.Struct, at: int) -> bytes:
+    def packed(values: Sequence[Any], form: tuple[Sequence[Parameter], struct.Struct], at: int) -> bytes:
         """The values as bytes for byte `at` of the buffer, with 0 for pointers and numbers."""
+        places, packer = form
         found = []
         for value, place in zip(values, places, strict=True):
             if isinstance(value, Pointer):
-                put_pointer(value, at + place.offset)
+                kind, index, offset, number = value
+                word = (at + place.offset) // 8
+                if kind == "workspace":
+                    memory, offset = workspace, pieces[index].offset + offset
+                else:
+                    memory = first[kind] + index
+                if number is None:
+                    pointers[memory].append((word, offset))
+                else:
+                    moved.append((word, memory, offset, number))
                 value = 0
             elif isinstance(value, Packed):
-                value = packed(value.fields, *fields(value.format), at + place.offset)
+                value = packed(value.fields, fields(value.format), at + place.offset)
             elif isinstance(value, Number):
-                number = None if place.format.format == clouds.STRUCT else place.format
-                numbers.append((value.name, number, at + place.offset))
+                packs = None if place.format.format == clouds.STRUCT else place.format
+                numbers.append((value.name, packs, at + place.offset))
                 value = place.zero
             elif value is None:
                 value = 0
             found.append(value)
         return packer.pack(*found)
 
-    def add(data: bytes) -> int:
-        """Add bytes to the buffer, a multiple of 8; returns where they lie."""
+    def add(values: Sequence[Any], signature: str) -> int:
+        """Add values to the buffer; returns where they begin, a multiple of 8 bytes."""
         at = len(buffer)
-        buffer.extend(data)
+        buffer.extend(packed(values, parameters(signature), at))
         return at
 
     for step in plan.steps:
@@ -184,41 +183,37 @@ def _template(plan: Plan, ordinal: int) -> _Template:
             kernel = step.kernel
             function, module = compiler.load(kernel, ordinal)
             modules.append(module)
-            places, packer = parameters(kernel.signature)
-            start = add(packed(step.args, places, packer, len(buffer)))
-            table = add(struct.pack(f"<{len(places)}Q", *[start + place.offset for place in places]))
-            own += range(table // 8, len(buffer) // 8)
+            args = add(step.args, kernel.signature)
+            places, _ = parameters(kernel.signature)
+            table = len(buffer)
+            buffer.extend(struct.pack(f"{len(places)}Q", *[args + place.offset for place in places]))
+            config = len(buffer)
             attributes = []
             if kernel.cooperative:
                 attributes.append(_ATTRIBUTE.pack(_COOPERATIVE, 1, 0, 0))
             if step.cluster > 1:
                 attributes.append(_ATTRIBUTE.pack(_CLUSTER, step.cluster, 1, 1))
-            start = len(buffer) + _CONFIG.size
-            config = add(_CONFIG.pack(step.grid, 1, 1, step.block, 1, 1, kernel.shared_mem, 0, start, len(attributes)))
-            add(b"".join(attributes))
-            own.append((config + _ATTRIBUTES) // 8)
+            sizes = step.grid, 1, 1, step.block, 1, 1, kernel.shared_mem
+            buffer.extend(_CONFIG.pack(*sizes, 0, config + _CONFIG.size, len(attributes)) + b"".join(attributes))
+            own += [*range(table // 8, config // 8), (config + _ATTRIBUTES) // 8]
             streams[branch].append((config + _STREAM) // 8)
             launches.append((ctypes.c_void_p(function), config, table))
-        elif isinstance(step, Gemm):
-            _make_context_current()
-            at = add(bytes(8 * cublaslt.WORDS))
-            for i, pointer in enumerate(cublaslt.pointers(step)):
-                if pointer is not None:
-                    put_pointer(pointer, at + 8 * i)
-            streams[branch].append(at // 8 + cublaslt.WORDS - 1)
-            launches.append((cublaslt.product(step, ordinal), at // 8, 0))
         elif isinstance(step, Branch):
             branch = step.number
         elif isinstance(step, Wait):
-            at = add(bytes(16))
-            for i, number in enumerate((branch, 1 - branch)):
-                streams[number].append(at // 8 + i)
-            launches.append((step, at // 8, 0))
-        else:  # Clear or Table
-            at = add(bytes(16))
-            put_pointer(step.pointer, at)
-            streams[branch].append(at // 8 + 1)
-            launches.append((step, at // 8, 0))
+            at = add((0, 0), "QQ") // 8
+            streams[branch].append(at)
+            streams[1 - branch].append(at + 1)
+            launches.append((step, at, 0))
+        else:  # addresses, and the stream behind them
+            what: Any = step
+            addresses: Sequence[Pointer | None] = (step.pointer,) if not isinstance(step, Gemm) else step.pointers
+            if isinstance(step, Gemm):
+                _make_context_current()
+                what = cublaslt.product(step, ordinal)
+            at = add((*addresses, 0), "Q" * (len(addresses) + 1)) // 8
+            streams[branch].append(at + len(addresses))
+            launches.append((what, at, 0))
     large = any(isinstance(step, Table) for step in plan.steps)
     words = tuple(map(tuple, pointers)), tuple(moved), tuple(numbers), (tuple(streams[0]), tuple(streams[1]))
     return _Template(bytes(buffer), *words, np.array(own, np.intp), tuple(launches), tuple(modules), large, [])

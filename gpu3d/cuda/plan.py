@@ -191,9 +191,11 @@ class Gemm(NamedTuple):
         return ops + "; ".join(f"{name} is {matrix}" for name, matrix in names if matrix)
 
     @property
-    def inner(self) -> int:
-        """The number of products in a sum."""
-        return self.a.rows if self.transpose_a else self.a.columns
+    def pointers(self) -> tuple[Pointer | None, ...]:
+        """The addresses that cuBLASLt needs, in the order in which `cublaslt.calls` takes them."""
+        a, b, d, _, _, c, _, bias, aux, _, workspace = self
+        c = d if c is None else c
+        return b.pointer, a.pointer, c.pointer, d.pointer, workspace, bias, aux and aux.pointer
 
 
 class Branch(NamedTuple):
@@ -372,21 +374,22 @@ def _check_gemm(gemm: Gemm) -> None:
 # ---- sharing memory ------------------------------------------------------------------------------------------------
 
 
-def _pieces(step: Step) -> Iterator[str]:
+def _pieces(step: Step) -> list[str]:
     """The pieces of the workspace that a step uses."""
-    values: list[Any] = []
     if isinstance(step, Launch):
-        values += step.args
+        values = list(step.args)
     elif isinstance(step, Gemm):
-        values += [matrix.pointer for matrix in (step.a, step.b, step.c, step.d, step.aux) if matrix is not None]
-        values += [step.bias, step.workspace]
-    elif isinstance(step, (Clear, Table)):
-        values.append(step.pointer)
+        values = list(step.pointers)
+    else:
+        values = [step.pointer] if isinstance(step, (Clear, Table)) else []
+    found = []
     for value in values:  # grows
-        if isinstance(value, Packed):
+        if isinstance(value, Pointer):
+            if value.memory == "workspace":
+                found.append(value.index)
+        elif isinstance(value, Packed):
             values += value.fields
-        elif isinstance(value, Pointer) and value.memory == "workspace":
-            yield value.index
+    return found
 
 
 def _spans(steps: list[Step]) -> dict[str, tuple[int, int]]:
@@ -394,7 +397,8 @@ def _spans(steps: list[Step]) -> dict[str, tuple[int, int]]:
 
     A step of branch 1 may run at any time between the last wait there, and the next one on branch 0.
     """
-    spans: dict[str, tuple[int, int]] = {}
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
     beside: set[str] = set()  # pieces that branch 1 uses
     branch = fork = 0
     for number, step in enumerate(steps):
@@ -403,14 +407,16 @@ def _spans(steps: list[Step]) -> dict[str, tuple[int, int]]:
         elif isinstance(step, Wait) and branch:
             fork = number
         elif isinstance(step, Wait):
-            spans |= {name: (spans[name][0], number) for name in beside}
+            last |= dict.fromkeys(beside, number)
             beside.clear()
         for name in _pieces(step):
-            first = fork if branch else number
-            spans[name] = min(first, spans.get(name, (first, 0))[0]), number
+            last[name] = number
             if branch:
+                first[name] = min(fork, first.get(name, fork))
                 beside.add(name)
-    return spans
+            elif name not in first:
+                first[name] = number
+    return {name: (number, last[name]) for name, number in first.items()}
 
 
 def _shared(pieces: dict[str, Piece], spans: dict[str, tuple[int, int]]) -> tuple[dict[str, Piece], int]:
