@@ -141,9 +141,9 @@ class _Object:
 
 # ---- products ------------------------------------------------------------------------------------------------------
 
-
 WORDS = 8  # of a product: `Gemm.pointers` and the stream
 
+_ADDRESSES = CUBLASLT_MATMUL_DESC_BIAS_POINTER, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER  # as EPILOGUES has them
 _ZERO, _ONE = ctypes.byref(ctypes.c_float(0)), ctypes.byref(ctypes.c_float(1))
 
 
@@ -195,21 +195,22 @@ def _product(problem: Problem, ordinal: int) -> Product:
 def calls(product: Product, descriptor: _Object, words: Any) -> list[tuple[Any, tuple[Any, ...]]]:
     """The calls that compute a product with the addresses and the stream in these words, as (function, arguments).
 
-    Bias and aux are attributes of the descriptor, which is that of `product.operation`. Each product sets them, so all
-    products of a run can have one.
+    `descriptor` is one of `product.operation`. Bias and aux are attributes of it, which each product sets anew. So all
+    products of a run can share it.
     """
     a, b, c, d, workspace, bias, aux, stream = words
-    found = []
+    found: list[tuple[Any, tuple[Any, ...]]] = []
     for attribute, word, given in zip(_ADDRESSES, (bias, aux), EPILOGUES[product.operation[2]], strict=True):
         if given:
-            args = descriptor, attribute, ctypes.byref(word), ctypes.sizeof(word)
-            found.append((library().cublasLtMatmulDescSetAttribute, args))
+            value = ctypes.byref(word), ctypes.sizeof(word)
+            found.append((library().cublasLtMatmulDescSetAttribute, (descriptor, attribute, *value)))
     a_layout, b_layout, c_layout, d_layout = product.layouts
     args = (
         *(product.handle, descriptor, _ONE, a, a_layout, b, b_layout, product.beta, c, c_layout, d, d_layout),
         *(ctypes.byref(product.algorithm), workspace, product.workspace, stream),
     )
-    return [*found, (library().cublasLtMatmul, args)]
+    found.append((library().cublasLtMatmul, args))
+    return found
 
 
 def _workspace_size(product: Gemm | Problem) -> int:
@@ -225,9 +226,6 @@ def _layouts(problem: Problem) -> list[_Object]:
 def _layout(rows: int, columns: int, dtype: np.dtype, stride: int) -> _Object:
     """The layout of a matrix. Problems share it: most matrices of a network are as large as some others."""
     return _Object("MatrixLayout", CUDA_TYPES[dtype.name], columns, rows, stride)
-
-
-_ADDRESSES = CUBLASLT_MATMUL_DESC_BIAS_POINTER, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER
 
 
 def descriptor(operation: tuple[bool, bool, str, int]) -> _Object:

@@ -145,11 +145,12 @@ def _template(plan: Plan, ordinal: int) -> _Template:
     modules: list[Any] = []
 
     def packed(values: Sequence[Any], form: tuple[Sequence[Parameter], struct.Struct], at: int) -> bytes:
-        """The values as bytes for byte `at` of the buffer, with 0 for pointers and numbers."""
+        """The values as bytes for byte `at` of the buffer, with 0 for pointers and numbers, which are noted."""
         places, packer = form
-        found = []
+        found: list[Any] = []
         for value, place in zip(values, places, strict=True):
-            if isinstance(value, Pointer):
+            what = type(value)
+            if what is Pointer:
                 kind, index, offset, number = value
                 word = (at + place.offset) // 8
                 if kind == "workspace":
@@ -160,16 +161,15 @@ def _template(plan: Plan, ordinal: int) -> _Template:
                     pointers[memory].append((word, offset))
                 else:
                     moved.append((word, memory, offset, number))
-                value = 0
-            elif isinstance(value, Packed):
-                value = packed(value.fields, fields(value.format), at + place.offset)
-            elif isinstance(value, Number):
+                found.append(0)
+            elif what is Packed:
+                found.append(packed(value.fields, fields(value.format), at + place.offset))
+            elif what is Number:
                 packs = None if place.format.format == clouds.STRUCT else place.format
                 numbers.append((value.name, packs, at + place.offset))
-                value = place.zero
-            elif value is None:
-                value = 0
-            found.append(value)
+                found.append(place.zero)
+            else:
+                found.append(0 if value is None else value)
         return packer.pack(*found)
 
     def add(values: Sequence[Any], signature: str) -> int:
@@ -178,6 +178,8 @@ def _template(plan: Plan, ordinal: int) -> _Template:
         buffer.extend(packed(values, parameters(signature), at))
         return at
 
+    if any(isinstance(step, Gemm) for step in plan.steps):
+        _make_context_current()  # for cuBLASLt's handle
     for step in plan.steps:
         if isinstance(step, Launch):
             kernel = step.kernel
@@ -205,15 +207,14 @@ def _template(plan: Plan, ordinal: int) -> _Template:
             streams[branch].append(at)
             streams[1 - branch].append(at + 1)
             launches.append((step, at, 0))
-        else:  # addresses, and the stream behind them
-            what: Any = step
-            addresses: Sequence[Pointer | None] = (step.pointer,) if not isinstance(step, Gemm) else step.pointers
-            if isinstance(step, Gemm):
-                _make_context_current()
-                what = cublaslt.product(step, ordinal)
-            at = add((*addresses, 0), "Q" * (len(addresses) + 1)) // 8
-            streams[branch].append(at + len(addresses))
-            launches.append((what, at, 0))
+        elif isinstance(step, Gemm):
+            at = add((*step.pointers, 0), "Q" * cublaslt.WORDS) // 8
+            streams[branch].append(at + cublaslt.WORDS - 1)
+            launches.append((cublaslt.product(step, ordinal), at, 0))
+        else:  # Clear or Table
+            at = add((step.pointer, 0), "QQ") // 8
+            streams[branch].append(at + 1)
+            launches.append((step, at, 0))
     large = any(isinstance(step, Table) for step in plan.steps)
     words = tuple(map(tuple, pointers)), tuple(moved), tuple(numbers), (tuple(streams[0]), tuple(streams[1]))
     return _Template(bytes(buffer), *words, np.array(own, np.intp), tuple(launches), tuple(modules), large, [])
@@ -233,8 +234,8 @@ def _ready(template: _Template) -> _Ready:
     descriptor = functools.cache(cublaslt.descriptor)  # those of this copy
     for what, at, table in template.launches:
         if isinstance(what, ctypes.c_void_p):
-            args = ctypes.c_void_p(base + at), what, ctypes.c_void_p(base + table), None
-            ready.calls.append((driver().cuLaunchKernelEx, args))
+            config, parameters = ctypes.c_void_p(base + at), ctypes.c_void_p(base + table)
+            ready.calls.append((driver().cuLaunchKernelEx, (config, what, parameters, None)))
         elif isinstance(what, cublaslt.Product):
             ready.calls += cublaslt.calls(what, descriptor(what.operation), words[at : at + cublaslt.WORDS])
         elif isinstance(what, Table):
@@ -247,8 +248,8 @@ def _ready(template: _Template) -> _Ready:
             ready.calls.append((driver().cuStreamWaitEvent, (waiting, ctypes.c_void_p(event.ptr), 0)))
         else:
             address, stream = words[at : at + 2]
-            args = address, ctypes.c_ubyte(what.value), ctypes.c_size_t(what.size), stream
-            ready.calls.append((driver().cuMemsetD8Async, args))
+            value, size = ctypes.c_ubyte(what.value), ctypes.c_size_t(what.size)
+            ready.calls.append((driver().cuMemsetD8Async, (address, value, size, stream)))
     return ready
 
 

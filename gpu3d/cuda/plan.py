@@ -429,11 +429,10 @@ def _shared(pieces: dict[str, Piece], spans: dict[str, tuple[int, int]]) -> tupl
         room = -(-size // PIECE) * PIECE + GAP
         offset = 0
         for start, end, since, until in taken:
-            if since <= last and until >= first:
+            if since <= last and until >= first and end > offset:
                 if start - offset >= room:
                     break
-                if end > offset:
-                    offset = end
+                offset = end
         placed[name] = Piece(offset, size)
         if size:
             bisect.insort(taken, (offset, offset + room, first, last))

@@ -17,7 +17,7 @@ from gpu3d.cuda import arrays, attention, layers, linear
 from gpu3d.cuda.plan import Device, Matrix, Number, Pointer, Steps
 from gpu3d.flash3d.config import Config
 from gpu3d.flash3d.levels import Level
-from gpu3d.flash3d.params import Parameter, layout
+from gpu3d.flash3d.params import by_path
 from gpu3d.reference.flash3d import POSITION_FEATURES, drop_rate
 
 COLUMNS = 8  # rows of matrices begin at multiples of this many elements
@@ -108,7 +108,7 @@ class Network:
         self.steps, self.config, self.device, self.recompute = steps, config, device, recompute
         self.dtype = np.dtype(config.dtype)
         self.masters, self.weights, self.gradients, self.step = masters, weights, gradients, step
-        self.places: dict[str, Parameter] = {parameter.path: parameter for parameter in layout(config)}
+        self.places = by_path(config)
         self.partials: list[layers.Partials] = []
 
     # -- where things lie --
