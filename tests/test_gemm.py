@@ -266,6 +266,16 @@ def test_addresses_change(library):
         assert attributes[8] == bias and addresses == [2000, 1008, 5008, 5008, None, stream]
 
 
+def test_products_of_a_run_share_a_descriptor(library):
+    """Each sets a bias of its own before it runs."""
+    steps, x, weight, y = layer()
+    for bias in (Input(2), Input(3)):
+        linear.forward(steps, x, weight, y, bias=bias)
+    launcher.run(Call(steps.plan(), {}), (1008, 2000, 3008, 4000, 16, 16, 5008), 0, 7)
+    assert [attributes[8] for _, _, (attributes, _), *_ in library.done] == [3008, 4000]
+    assert [kind for kind, *_ in library.made.values()].count("MatmulDesc") == 2  # the other asks for the algorithm
+
+
 def test_runs_share_no_descriptor(library):
     """A run during another one sets a bias of its own."""
     steps, x, weight, y = layer()
