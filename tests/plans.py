@@ -68,7 +68,7 @@ def check(call, inputs, results, device, *, shared=False):
             point(value)
         elif isinstance(value, Packed):
             assert text.endswith("s") and struct.calcsize(value.format) == packer.size
-            for field, place in zip(value.fields, fields(value.format), strict=True):
+            for field, place in zip(value.fields, fields(value.format)[0], strict=True):
                 fit(field, place.format, at + place.offset)
         elif isinstance(value, Number):
             number = numbers[value.name]
@@ -82,8 +82,8 @@ def check(call, inputs, results, device, *, shared=False):
 
     for number_of_step, step in enumerate(plan.steps):
         if isinstance(step, Launch):
-            places, size = parameters(step.kernel.signature)
-            assert size <= MAX_PARAMETERS and len(step.args) == len(places), step.kernel
+            places, packer = parameters(step.kernel.signature)
+            assert packer.size <= MAX_PARAMETERS and len(step.args) == len(places), step.kernel
             for value, place in zip(step.args, places, strict=True):
                 fit(value, place.format, place.offset)
             assert 0 < step.grid < 2**31 and 0 < step.block <= 1024 and step.block % 32 == 0

@@ -352,7 +352,7 @@ def test_no_sum_of_a_pinned_product_is_split(cp, columns, inner, dtype):
         arrays, options, _ = make(cp, 31, columns, inner, DTYPES[dtype], kind)
         call = call_of(linear.forward if make is forward else linear.input_gradient, arrays, **options)
         (gemm,) = call.plan.steps
-        algo, found, written = cublaslt.algorithm(gemm, cp.cuda.runtime.getDevice()), [], ctypes.c_size_t()
+        algo, found, written = cublaslt.product(gemm, cp.cuda.runtime.getDevice()).algorithm, [], ctypes.c_size_t()
         for attribute in (2, 3):
             value = ctypes.c_int32()
             assert get(ctypes.byref(algo), attribute, ctypes.byref(value), 4, ctypes.byref(written)) == 0
@@ -454,4 +454,4 @@ def test_threads(cp):
 def test_a_product_that_the_library_does_not_have(cp):
     x = Array(cp, 64, 64, BFLOAT16).matrix(0)
     with pytest.raises(cublaslt.Error, match=r"has no algorithm for this product on this GPU: d = DEFAULT\(a b\)"):
-        cublaslt.algorithm(Gemm(x, x, x._replace(dtype=np.dtype("f2"))), cp.cuda.runtime.getDevice())
+        cublaslt.product(Gemm(x, x, x._replace(dtype=np.dtype("f2"))), cp.cuda.runtime.getDevice())

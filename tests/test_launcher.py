@@ -17,6 +17,25 @@ from gpu3d.cuda.plan import DEVICES, Call, Input, Kernel, Number, Packed, Result
 SM90 = DEVICES["sm_90a"]
 
 
+class Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_uint * 16)]
+
+
+class Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_mem", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("count", ctypes.c_uint),
+    ]
+
+
 class Driver:
     """Stands in for CUDA's driver: records each launch and each clear."""
 
@@ -25,7 +44,7 @@ class Driver:
         self.signatures = {}
         self.cuLaunchKernelEx = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)(self.launch)
         self.cuMemsetD8Async = ctypes.CFUNCTYPE(
-            ctypes.c_int, ctypes.c_uint64, ctypes.c_ubyte, ctypes.c_size_t, ctypes.c_void_p
+            ctypes.c_int, ctypes.c_void_p, ctypes.c_ubyte, ctypes.c_size_t, ctypes.c_void_p
         )(self.clear)
 
     def load(self, kernel, ordinal):
@@ -34,7 +53,7 @@ class Driver:
         return handle, None
 
     def launch(self, config, function, parameters, extra):
-        config = launcher._Config.from_address(config)
+        config = Config.from_address(config)
         kernel = self.signatures[function]
         pointers = (ctypes.c_void_p * 64).from_address(parameters)
         args = []
@@ -42,9 +61,10 @@ class Driver:
         for i, place in enumerate(places):
             (value,) = place.format.unpack(ctypes.string_at(pointers[i], place.size))
             args.append(value)
-        size = ctypes.sizeof(launcher._Attribute)
-        attributes = [launcher._Attribute.from_address(config.attributes + i * size) for i in range(config.count)]
+        size = ctypes.sizeof(Attribute)
+        attributes = [Attribute.from_address(config.attributes + i * size) for i in range(config.count)]
         found = [(a.id, a.value[0]) for a in attributes]
+        assert all(a.value[1] == a.value[2] == (a.id == 4) and not any(a.value[3:]) for a in attributes)
         shape = config.grid[0], config.block[0], config.shared_mem
         self.done.append((kernel.function, shape, config.stream, tuple(args), found))
         assert list(config.grid)[1:] == list(config.block)[1:] == [1, 1] and extra is None
@@ -157,7 +177,7 @@ def test_an_error_of_the_driver_is_raised(driver, monkeypatch):
 
     monkeypatch.setattr(launcher, "_raise", fail)
     driver.cuMemsetD8Async = ctypes.CFUNCTYPE(
-        ctypes.c_int, ctypes.c_uint64, ctypes.c_ubyte, ctypes.c_size_t, ctypes.c_void_p
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_ubyte, ctypes.c_size_t, ctypes.c_void_p
     )(lambda *args: 719)
     with pytest.raises(Failed, match="719"):
         launcher.run(Call(a_plan(), {"scale": 1.0, "bytes": bytes(16)}), (1, 2, 3, 4096), 0, 5)

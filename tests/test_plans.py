@@ -138,8 +138,9 @@ def test_an_argument_that_does_not_fit_is_seen():
 
 
 def test_signatures():
-    places, size = parameters("Qif16s")
-    assert [(place.offset, place.size) for place in places] == [(0, 8), (8, 4), (16, 4), (24, 16)] and size == 40
+    places, packer = parameters("Qif16s")
+    assert [(place.offset, place.size) for place in places] == [(0, 8), (8, 4), (16, 4), (24, 16)]
+    assert packer.pack(1, 2, 0.5, b"3") == struct.pack("<Qi4xf4x16s", 1, 2, 0.5, b"3")
     with pytest.raises(ValueError, match="signature must hold"):
         parameters("Qz")
 

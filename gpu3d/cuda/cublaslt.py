@@ -13,9 +13,11 @@ import ctypes
 import ctypes.util
 import functools
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
-from gpu3d.cuda.plan import ALIGNMENT, GEMM_WORKSPACE, SMALL_GEMM_WORKSPACE, Gemm, Matrix, Pointer
+import numpy as np
+
+from gpu3d.cuda.plan import ALIGNMENT, EPILOGUES, GEMM_WORKSPACE, SMALL_GEMM_WORKSPACE, Gemm
 
 # ---- the library ---------------------------------------------------------------------------------------------------
 
@@ -110,7 +112,7 @@ def library() -> Any:
 
 def _check(status: int, function: Any, arguments: Any) -> int:
     if status:
-        raise Error(f"{function.__name__} failed: {library().cublasLtGetStatusName(status).decode()}.")
+        raise Error(f"{function.__name__} failed: {library().cublasLtGetStatusName(status).decode()}")
     return status
 
 
@@ -139,85 +141,114 @@ class _Object:
 
 # ---- products ------------------------------------------------------------------------------------------------------
 
+WORDS = 8  # of a product: `Gemm.pointers` and the stream
 
-def pointers(gemm: Gemm) -> tuple[Pointer | None, ...]:
-    """The addresses that a product needs, in the order in which a `Matmul` reads them; after them comes the stream."""
-    c, aux = gemm.d if gemm.c is None else gemm.c, None if gemm.aux is None else gemm.aux.pointer
-    return gemm.b.pointer, gemm.a.pointer, c.pointer, gemm.d.pointer, gemm.workspace, gemm.bias, aux
-
-
-WORDS = 8  # addresses and stream
-
-_ZERO, _ONE = ctypes.c_float(0), ctypes.c_float(1)
+_ADDRESSES = CUBLASLT_MATMUL_DESC_BIAS_POINTER, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER  # as EPILOGUES has them
+_ZERO, _ONE = ctypes.byref(ctypes.c_float(0)), ctypes.byref(ctypes.c_float(1))
 
 
-class Matmul:
-    """A product that is prepared for a device: its algorithm, and what describes its matrices."""
+class Problem(NamedTuple):
+    """A product wherever its matrices lie: what its algorithm depends on.
 
-    def __init__(self, gemm: Gemm, ordinal: int) -> None:
-        self.gemm, self.handle, self.algorithm = gemm, handle(ordinal), algorithm(gemm, ordinal)
-        self._layouts = _layouts(gemm)
+    A backbone has hundreds of products and some twenty problems, so this is what is looked up: a small key.
+    """
 
-    def calls(self, buffer: Any, at: int) -> tuple[list[Any], Any]:
-        """The call that computes the product with the addresses and the stream at byte `at` of a buffer.
-
-        Before it come calls that have to be made after addresses were changed. Each is (function, arguments). Bias and
-        aux are attributes of a descriptor, which therefore belongs to this buffer alone.
-        """
-        words = [ctypes.c_void_p.from_buffer(buffer, at + 8 * i) for i in range(WORDS)]
-        a, b, c, d, workspace, bias, aux, stream = words
-        descriptor, changes = _descriptor(self.gemm), []
-        for attribute, word, given in (
-            (CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias, self.gemm.bias),
-            (CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux, self.gemm.aux),
-        ):
-            if given is not None:
-                change = descriptor, attribute, ctypes.byref(word), ctypes.sizeof(word)
-                changes.append((library().cublasLtMatmulDescSetAttribute, change))
-        a_layout, b_layout, c_layout, d_layout = self._layouts
-        args = (
-            *(self.handle, descriptor, ctypes.byref(_ONE), a, a_layout, b, b_layout),
-            *(ctypes.byref(_ZERO if self.gemm.c is None else _ONE), c, c_layout, d, d_layout),
-            *(ctypes.byref(self.algorithm), workspace, _workspace_size(self.gemm), stream),
-        )
-        return changes, (library().cublasLtMatmul, args)
+    matrices: tuple[tuple[Any, ...], ...]  # (rows, columns, dtype, stride) of the library's A, B, C and D
+    operation: tuple[bool, bool, str, int]  # transpose_a, transpose_b, epilogue, stride of aux or 0
+    added: bool  # whether there is a c
+    pinned: bool
 
 
-def _workspace_size(gemm: Gemm) -> int:
-    return SMALL_GEMM_WORKSPACE if gemm.pinned else GEMM_WORKSPACE
+def _problem(gemm: Gemm) -> Problem:
+    a, b, d, transpose_a, transpose_b, c, epilogue, _, aux, pinned, _ = gemm
+    matrices = b[1:], a[1:], (d if c is None else c)[1:], d[1:]
+    operation = transpose_a, transpose_b, epilogue, 0 if aux is None else aux.stride
+    return Problem(matrices, operation, c is not None, pinned)
 
 
-def _layouts(gemm: Gemm) -> list[_Object]:
-    """The layouts of A, B, C and D."""
-    matrices = gemm.b, gemm.a, gemm.d if gemm.c is None else gemm.c, gemm.d
-    return [_layout(x.dtype.name, x.rows, x.columns, x.stride) for x in matrices]
+class Product(NamedTuple):
+    """A problem that is prepared for a device: what `calls` passes to the library beside addresses."""
+
+    handle: ctypes.c_void_p
+    operation: tuple[bool, bool, str, int]
+    layouts: list[_Object]
+    beta: Any
+    algorithm: cublasLtMatmulAlgo_t
+    workspace: int  # bytes
+
+
+def product(gemm: Gemm, ordinal: int) -> Product:
+    """What computes a product on the current device, which is `ordinal`."""
+    try:
+        return _product(_problem(gemm), ordinal)
+    except Error as error:
+        raise Error(f"{error}: {gemm}") from error
 
 
 @functools.lru_cache(maxsize=4096)
-def _layout(dtype: str, rows: int, columns: int, stride: int) -> _Object:
-    """The layout of a matrix. Products share it: most matrices of a network are as large as some others."""
-    return _Object("MatrixLayout", CUDA_TYPES[dtype], columns, rows, stride)
+def _product(problem: Problem, ordinal: int) -> Product:
+    beta, find = _ONE if problem.added else _ZERO, _pinned if problem.pinned else _best
+    algorithm = find(problem, ordinal)
+    return Product(handle(ordinal), problem.operation, _layouts(problem), beta, algorithm, _workspace_size(problem))
 
 
-def _descriptor(gemm: Gemm) -> _Object:
-    descriptor = _Object("MatmulDesc", CUBLAS_COMPUTE_32F, CUDA_R_32F)
-    descriptor.set(CUBLASLT_MATMUL_DESC_TRANSA, ctypes.c_int32(gemm.transpose_b))
-    descriptor.set(CUBLASLT_MATMUL_DESC_TRANSB, ctypes.c_int32(gemm.transpose_a))
-    descriptor.set(CUBLASLT_MATMUL_DESC_EPILOGUE, ctypes.c_uint32(CUBLASLT_EPILOGUE[gemm.epilogue]))
-    # An algorithm is chosen for the alignment of these addresses; they are not read before the product runs.
-    if gemm.bias is not None:
-        descriptor.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, ctypes.c_void_p(ALIGNMENT))
-    if gemm.aux is not None:
-        descriptor.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, ctypes.c_void_p(ALIGNMENT))
-        descriptor.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, ctypes.c_int64(gemm.aux.stride))
-    return descriptor
+def calls(product: Product, descriptor: _Object, words: Any) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The calls that compute a product with the addresses and the stream in these words, as (function, arguments).
+
+    `descriptor` is one of `product.operation`. Bias and aux are attributes of it, which each product sets anew. So all
+    products of a run can share it.
+    """
+    a, b, c, d, workspace, bias, aux, stream = words
+    found: list[tuple[Any, tuple[Any, ...]]] = []
+    for attribute, word, given in zip(_ADDRESSES, (bias, aux), EPILOGUES[product.operation[2]], strict=True):
+        if given:
+            value = ctypes.byref(word), ctypes.sizeof(word)
+            found.append((library().cublasLtMatmulDescSetAttribute, (descriptor, attribute, *value)))
+    a_layout, b_layout, c_layout, d_layout = product.layouts
+    args = (
+        *(product.handle, descriptor, _ONE, a, a_layout, b, b_layout, product.beta, c, c_layout, d, d_layout),
+        *(ctypes.byref(product.algorithm), workspace, product.workspace, stream),
+    )
+    found.append((library().cublasLtMatmul, args))
+    return found
+
+
+def _workspace_size(product: Gemm | Problem) -> int:
+    return SMALL_GEMM_WORKSPACE if product.pinned else GEMM_WORKSPACE
+
+
+def _layouts(problem: Problem) -> list[_Object]:
+    """The layouts of A, B, C and D."""
+    return [_layout(*matrix) for matrix in problem.matrices]
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(rows: int, columns: int, dtype: np.dtype, stride: int) -> _Object:
+    """The layout of a matrix. Problems share it: most matrices of a network are as large as some others."""
+    return _Object("MatrixLayout", CUDA_TYPES[dtype.name], columns, rows, stride)
+
+
+def descriptor(operation: tuple[bool, bool, str, int]) -> _Object:
+    """A new descriptor. One run at a time can use it, because of the addresses that are set in it."""
+    transpose_a, transpose_b, epilogue, aux_stride = operation
+    found = _Object("MatmulDesc", CUBLAS_COMPUTE_32F, CUDA_R_32F)
+    found.set(CUBLASLT_MATMUL_DESC_TRANSA, ctypes.c_int32(transpose_b))
+    found.set(CUBLASLT_MATMUL_DESC_TRANSB, ctypes.c_int32(transpose_a))
+    found.set(CUBLASLT_MATMUL_DESC_EPILOGUE, ctypes.c_uint32(CUBLASLT_EPILOGUE[epilogue]))
+    # An algorithm is chosen for the alignment of these addresses; they are not read before a product runs.
+    for attribute, given in zip(_ADDRESSES, EPILOGUES[epilogue], strict=True):
+        if given:
+            found.set(attribute, ctypes.c_void_p(ALIGNMENT))
+    if aux_stride:
+        found.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, ctypes.c_int64(aux_stride))
+    return found
 
 
 # ---- algorithms ----------------------------------------------------------------------------------------------------
 
 
-def canonical_rows(gemm: Gemm) -> int:
-    """The number of rows that a pinned algorithm is chosen for.
+def canonical_rows(columns: int, inner: int) -> int:
+    """The number of rows that a pinned algorithm is chosen for, with `inner` products a sum.
 
     In a backbone there are half as many points where there are twice as many channels. This is what a sweep of nuScenes
     has: 34,688 points fill 68 buckets of 512 at 64 channels, 34 at 128, and so on.
@@ -225,32 +256,31 @@ def canonical_rows(gemm: Gemm) -> int:
     Tiles that just fill the GPU at one number of rows need another round for a few more. What is best for 4096 rows of
     512 columns, with 2048 products a sum, takes 22 us for 4608 rows on an H200; what is best for 4608 takes 16.
     """
-    return 512 * min(68, -(-68 * 64 // min(gemm.d.columns, gemm.inner)))
+    return 512 * min(68, -(-68 * 64 // min(columns, inner)))
 
 
-def algorithm(gemm: Gemm, ordinal: int) -> cublasLtMatmulAlgo_t:
-    """The algorithm of a product on the current device, which is `ordinal`."""
-    return (_pinned if gemm.pinned else _best)(_without_addresses(gemm), ordinal)
+# The descriptors of questions about algorithms: nothing is set in them any more.
+_asked = functools.cache(descriptor)
 
 
-@functools.lru_cache(maxsize=4096)
-def _pinned(problem: Gemm, ordinal: int) -> cublasLtMatmulAlgo_t:
+def _pinned(problem: Problem, ordinal: int) -> cublasLtMatmulAlgo_t:
     """The best algorithm for `canonical_rows`, if it takes the number of rows of this problem."""
-    rows = canonical_rows(problem)
-    found, result = _best(_with_rows(problem, rows), ordinal), cublasLtMatmulHeuristicResult_t()
+    weight, (_, inner, *_), _, (_, columns, *_) = problem.matrices
+    rows = canonical_rows(columns, inner)
+    canonical = weight, *[(rows, *matrix[1:]) for matrix in problem.matrices[1:]]
+    found, result = _best(problem._replace(matrices=canonical), ordinal), cublasLtMatmulHeuristicResult_t()
+    objects = (handle(ordinal), _asked(problem.operation), *_layouts(problem))
     try:
-        library().cublasLtMatmulAlgoCheck(
-            handle(ordinal), _descriptor(problem), *_layouts(problem), ctypes.byref(found), ctypes.byref(result)
-        )
+        library().cublasLtMatmulAlgoCheck(*objects, ctypes.byref(found), ctypes.byref(result))
     except Error as error:
-        raise Error(f"the algorithm for {rows} rows does not take this number of rows: {problem}") from error
+        raise Error(f"the algorithm for {rows} rows does not take this number of rows") from error
     if result.workspaceSize > _workspace_size(problem):
-        raise Error(f"the algorithm needs {result.workspaceSize} bytes of workspace: {problem}")
+        raise Error(f"the algorithm needs {result.workspaceSize} bytes of workspace")
     return found
 
 
 @functools.lru_cache(maxsize=4096)
-def _best(problem: Gemm, ordinal: int) -> cublasLtMatmulAlgo_t:
+def _best(problem: Problem, ordinal: int) -> cublasLtMatmulAlgo_t:
     """The best algorithm that is allowed, by the library's own judgement."""
     preference = _Object("MatmulPreference")
     mask = CUBLASLT_REDUCTION_SCHEME_NONE if problem.pinned else CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE
@@ -262,44 +292,13 @@ def _best(problem: Gemm, ordinal: int) -> cublasLtMatmulAlgo_t:
     for attribute in CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_BYTES:
         preference.set(attribute, ctypes.c_uint32(ALIGNMENT))
     results, count = (cublasLtMatmulHeuristicResult_t * 16)(), ctypes.c_int()
-    objects = (handle(ordinal), _descriptor(problem), *_layouts(problem), preference)
+    objects = (handle(ordinal), _asked(problem.operation), *_layouts(problem), preference)
+    missing = f"cuBLASLt {library().cublasLtGetVersion()} has no algorithm for this product on this GPU"
     try:
         library().cublasLtMatmulAlgoGetHeuristic(*objects, len(results), results, ctypes.byref(count))
     except Error as error:
-        raise Error(_missing(problem)) from error
+        raise Error(missing) from error
     for result in results[: count.value]:
         if result.state == 0:
             return cublasLtMatmulAlgo_t.from_buffer_copy(result.algo)
-    raise Error(_missing(problem))
-
-
-def _missing(problem: Gemm) -> str:
-    version = library().cublasLtGetVersion()
-    return f"cuBLASLt {version} has no algorithm for this product on this GPU: {problem}"
-
-
-def _without_addresses(gemm: Gemm) -> Gemm:
-    """A product that is equal for all places of its matrices."""
-    nowhere = Pointer("input", 0)
-
-    def moved(matrix: Matrix) -> Matrix:
-        return matrix._replace(pointer=nowhere)
-
-    return gemm._replace(
-        a=moved(gemm.a),
-        b=moved(gemm.b),
-        c=gemm.c and moved(gemm.c),
-        d=moved(gemm.d),
-        bias=gemm.bias and nowhere,
-        aux=gemm.aux and moved(gemm.aux),
-        workspace=gemm.workspace and nowhere,
-    )
-
-
-def _with_rows(gemm: Gemm, rows: int) -> Gemm:
-    """A product whose a is not transposed, with another number of rows."""
-
-    def cut(matrix: Matrix) -> Matrix:
-        return matrix._replace(rows=rows)
-
-    return gemm._replace(a=cut(gemm.a), c=gemm.c and cut(gemm.c), d=cut(gemm.d), aux=gemm.aux and cut(gemm.aux))
+    raise Error(missing)

@@ -14,21 +14,24 @@ import ctypes
 import functools
 import os
 import queue
+import struct
 import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from gpu3d import _arrays
 from gpu3d.cuda import clouds, compiler, cublaslt
 from gpu3d.cuda.plan import (
     Branch,
     Call,
-    Clear,
     Device,
     Gemm,
     Launch,
     Number,
     Packed,
+    Parameter,
     Plan,
     Pointer,
     Table,
@@ -46,27 +49,11 @@ def driver() -> ctypes.CDLL:
     return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
 
 
-class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute: {CUlaunchAttributeID id; char pad[4]; CUlaunchAttributeValue value;}, 72 bytes."""
-
-    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_uint * 16)]
-
-
-class _Config(ctypes.Structure):
-    """CUlaunchConfig: {unsigned gridDimX, .., blockDimZ, sharedMemBytes; CUstream; CUlaunchAttribute *; unsigned}."""
-
-    _fields_ = [
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared_mem", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.c_void_p),
-        ("count", ctypes.c_uint),
-    ]
-
-
+# CUlaunchConfig: gridDimX, .., blockDimZ, sharedMemBytes; CUstream; CUlaunchAttribute *, and how many
+_CONFIG, _STREAM, _ATTRIBUTES = struct.Struct("<7I4xQQI4x"), 32, 40
+# CUlaunchAttribute: CUlaunchAttributeID, and of the 64 bytes of the value those that are used
+_ATTRIBUTE = struct.Struct("<I4x3I52x")
 _CLUSTER, _COOPERATIVE = 4, 2  # CUlaunchAttributeID
-_STREAM = _Config.stream.offset
 
 
 class _Thread(threading.local):
@@ -105,10 +92,11 @@ class _Template(NamedTuple):
     moved: tuple[tuple[int, int, int, str], ...]  # word, memory, offset, and the name of the number to add
     numbers: tuple[tuple[str, Any, int], ...]  # name, packer (None for a table of clouds), byte of the buffer
     streams: tuple[tuple[int, ...], tuple[int, ...]]  # 8-byte words of the buffer that hold each branch's stream
-    # (config, function, parameter table), (address, Clear), (Table, address), (Matmul, address), and
-    # (Wait, a word with the stream of this branch, and one with that of the other)
-    launches: tuple[Any, ...]
-    tables: tuple[tuple[int, tuple[int, ...]], ...]  # word of a table of parameters, and words of its arguments
+    own: np.ndarray  # words that hold places in the buffer itself, counted from its start
+    # What is called, and where in the buffer. A function of ours: the bytes of its config and of its table of
+    # parameters. Others: the word of an address, with the stream behind it; of the addresses of a product; and of the
+    # streams of a Wait, first that of its own branch.
+    launches: tuple[tuple[Any, int, int], ...]
     modules: tuple[Any, ...]  # keeps the kernels loaded
     large: bool  # whether the plan writes the table of a large batch
     spare: list[_Ready]  # copies that no run uses now
@@ -121,159 +109,147 @@ class _Ready:
     ----------
     buffer, words, bytes
         The copy, and views of it as 8-byte words and as bytes.
-    calls : list of (function of the driver, arguments) and (None, Table and the byte where its address lies)
+    calls : list of (function, arguments) and (None, Table and the word of its address)
     kept : list
         The stream of branch 1, and the events that branches wait for.
-    changes : list of (function, arguments)
-        What a product of matrices needs after addresses were changed.
     memories, stream, numbers
         The values of the run before.
     """
 
-    __slots__ = ("buffer", "bytes", "calls", "changes", "kept", "memories", "numbers", "stream", "words")
+    __slots__ = ("buffer", "bytes", "calls", "kept", "memories", "numbers", "stream", "words")
 
-    def __init__(self, buffer: Any, size: int, memories: int) -> None:
-        self.buffer, self.bytes = buffer, memoryview(buffer).cast("B")
-        self.words = self.bytes[:size].cast("Q")
+    def __init__(self, buffer: bytearray, memories: int) -> None:
+        self.buffer, self.bytes = buffer, memoryview(buffer)
+        self.words = self.bytes.cast("Q")
         self.calls: list[tuple[Any, tuple[Any, ...]]] = []
         self.kept: list[Any] = []
-        self.changes: list[tuple[Any, tuple[Any, ...]]] = []
         self.memories: Sequence[Any] = [None] * memories
         self.stream: int | None = None
         self.numbers: dict[str, Any] | None = None
 
 
+class _Argument(ctypes.c_void_p):
+    """A word of a buffer, which a call reads when it is made. Elements of an array of c_void_p itself would be ints."""
+
+
 def _template(plan: Plan, ordinal: int) -> _Template:
-    first = {"input": 0, "result": plan.inputs}
+    first, workspace, pieces = {"input": 0, "result": plan.inputs}, plan.inputs + plan.results, plan.pieces
     buffer = bytearray()
-    pointers: list[list[tuple[int, int]]] = [[] for _ in range(plan.inputs + plan.results + 1)]
+    pointers: list[list[tuple[int, int]]] = [[] for _ in range(workspace + 1)]
     moved: list[tuple[int, int, int, str]] = []
     numbers: list[tuple[str, Any, int]] = []
     streams: tuple[list[int], list[int]] = [], []
     branch = 0
-    launches: list[Any] = []
-    tables: list[tuple[int, tuple[int, ...]]] = []
+    own: list[int] = []
+    launches: list[tuple[Any, int, int]] = []
     modules: list[Any] = []
 
-    def put_pointer(pointer: Pointer, at: int) -> None:
-        if pointer.memory == "workspace":
-            memory, offset = plan.inputs + plan.results, plan.pieces[pointer.index].offset + pointer.offset
-        else:
-            memory, offset = first[pointer.memory] + pointer.index, pointer.offset
-        if pointer.number is None:
-            pointers[memory].append((at // 8, offset))
-        else:
-            moved.append((at // 8, memory, offset, pointer.number))
+    def packed(values: Sequence[Any], form: tuple[Sequence[Parameter], struct.Struct], at: int) -> bytes:
+        """The values as bytes for byte `at` of the buffer, with 0 for pointers and numbers, which are noted."""
+        places, packer = form
+        found: list[Any] = []
+        for value, place in zip(values, places, strict=True):
+            what = type(value)
+            if what is Pointer:
+                kind, index, offset, number = value
+                word = (at + place.offset) // 8
+                if kind == "workspace":
+                    memory, offset = workspace, pieces[index].offset + offset
+                else:
+                    memory = first[kind] + index
+                if number is None:
+                    pointers[memory].append((word, offset))
+                else:
+                    moved.append((word, memory, offset, number))
+                found.append(0)
+            elif what is Packed:
+                found.append(packed(value.fields, fields(value.format), at + place.offset))
+            elif what is Number:
+                packs = None if place.format.format == clouds.STRUCT else place.format
+                numbers.append((value.name, packs, at + place.offset))
+                found.append(place.zero)
+            else:
+                found.append(0 if value is None else value)
+        return packer.pack(*found)
 
-    def put(value: Any, packer: Any, at: int) -> None:
-        if isinstance(value, Pointer):
-            put_pointer(value, at)
-        elif isinstance(value, Packed):
-            for field, place in zip(value.fields, fields(value.format), strict=True):
-                put(field, place.format, at + place.offset)
-        elif isinstance(value, Number):
-            numbers.append((value.name, None if packer.format == clouds.STRUCT else packer, at))
-        else:
-            packer.pack_into(buffer, at, 0 if value is None else value)
-
-    def grow(size: int) -> int:
+    def add(values: Sequence[Any], signature: str) -> int:
+        """Add values to the buffer; returns where they begin, a multiple of 8 bytes."""
         at = len(buffer)
-        buffer.extend(bytes(-(-size // 8) * 8))
+        buffer.extend(packed(values, parameters(signature), at))
         return at
 
+    if any(isinstance(step, Gemm) for step in plan.steps):
+        _make_context_current()  # for cuBLASLt's handle
     for step in plan.steps:
         if isinstance(step, Launch):
             kernel = step.kernel
-            handle, module = compiler.load(kernel, ordinal)
+            function, module = compiler.load(kernel, ordinal)
             modules.append(module)
-            parts, size = parameters(kernel.signature)
-            start = grow(size)
-            for value, place in zip(step.args, parts, strict=True):
-                put(value, place.format, start + place.offset)
-            tables.append((grow(8 * len(parts)), tuple([start + place.offset for place in parts])))
+            args = add(step.args, kernel.signature)
+            places, _ = parameters(kernel.signature)
+            table = len(buffer)
+            buffer.extend(struct.pack(f"{len(places)}Q", *[args + place.offset for place in places]))
+            config = len(buffer)
             attributes = []
             if kernel.cooperative:
-                attributes.append(_Attribute(_COOPERATIVE, b"", (ctypes.c_uint * 16)(1)))
+                attributes.append(_ATTRIBUTE.pack(_COOPERATIVE, 1, 0, 0))
             if step.cluster > 1:
-                attributes.append(_Attribute(_CLUSTER, b"", (ctypes.c_uint * 16)(step.cluster, 1, 1)))
-            config = _Config((step.grid, 1, 1), (step.block, 1, 1), kernel.shared_mem, None, None, len(attributes))
-            at = grow(ctypes.sizeof(_Config))
-            buffer[at : at + ctypes.sizeof(_Config)] = bytes(config)
-            streams[branch].append((at + _STREAM) // 8)
-            for attribute in attributes:
-                extra = grow(ctypes.sizeof(_Attribute))
-                buffer[extra : extra + ctypes.sizeof(_Attribute)] = bytes(attribute)
-            launches.append((at, handle, tables[-1][0]))
-        elif isinstance(step, Clear):
-            at = grow(16)
-            put_pointer(step.pointer, at)
-            streams[branch].append(at // 8 + 1)
-            launches.append((at, step))
-        elif isinstance(step, Gemm):
-            _make_context_current()
-            at = grow(8 * cublaslt.WORDS)
-            for i, address in enumerate(cublaslt.pointers(step)):
-                if address is not None:
-                    put_pointer(address, at + 8 * i)
-            streams[branch].append(at // 8 + cublaslt.WORDS - 1)
-            launches.append((cublaslt.Matmul(step, ordinal), at))
+                attributes.append(_ATTRIBUTE.pack(_CLUSTER, step.cluster, 1, 1))
+            sizes = step.grid, 1, 1, step.block, 1, 1, kernel.shared_mem
+            buffer.extend(_CONFIG.pack(*sizes, 0, config + _CONFIG.size, len(attributes)) + b"".join(attributes))
+            own += [*range(table // 8, config // 8), (config + _ATTRIBUTES) // 8]
+            streams[branch].append((config + _STREAM) // 8)
+            launches.append((ctypes.c_void_p(function), config, table))
         elif isinstance(step, Branch):
             branch = step.number
         elif isinstance(step, Wait):
-            at = grow(16)
-            for i, number in enumerate((branch, 1 - branch)):
-                streams[number].append(at // 8 + i)
-            launches.append((step, at))
-        else:
-            at = grow(16)
-            put_pointer(step.pointer, at)
-            streams[branch].append(at // 8 + 1)
-            launches.append((step, at))
+            at = add((0, 0), "QQ") // 8
+            streams[branch].append(at)
+            streams[1 - branch].append(at + 1)
+            launches.append((step, at, 0))
+        elif isinstance(step, Gemm):
+            at = add((*step.pointers, 0), "Q" * cublaslt.WORDS) // 8
+            streams[branch].append(at + cublaslt.WORDS - 1)
+            launches.append((cublaslt.product(step, ordinal), at, 0))
+        else:  # Clear or Table
+            at = add((step.pointer, 0), "QQ") // 8
+            streams[branch].append(at + 1)
+            launches.append((step, at, 0))
     large = any(isinstance(step, Table) for step in plan.steps)
-    places = tuple(map(tuple, pointers)), tuple(moved), tuple(numbers), (tuple(streams[0]), tuple(streams[1]))
-    return _Template(bytes(buffer), *places, tuple(launches), tuple(tables), tuple(modules), large, [])
+    words = tuple(map(tuple, pointers)), tuple(moved), tuple(numbers), (tuple(streams[0]), tuple(streams[1]))
+    return _Template(bytes(buffer), *words, np.array(own, np.intp), tuple(launches), tuple(modules), large, [])
 
 
 def _ready(template: _Template) -> _Ready:
-    """A new copy, with the addresses of its own arguments in it."""
-    size = len(template.buffer)
-    ready = _Ready(ctypes.create_string_buffer(template.buffer, max(1, size)), size, len(template.pointers))
-    buffer, base = ready.buffer, ctypes.addressof(ready.buffer)
+    """A new copy, with the addresses of its own parts in it."""
+    ready = _Ready(bytearray(template.buffer), len(template.pointers))
+    words = (_Argument * len(ready.words)).from_buffer(ready.buffer)
+    base = ctypes.addressof(words)
+    np.asarray(ready.words)[template.own] += base
     if template.streams[1]:
         beside = _cupy_cuda().Stream(non_blocking=True)
         ready.kept.append(beside)
         for word in template.streams[1]:
             ready.words[word] = beside.ptr
-    for table, places in template.tables:
-        for i, place in enumerate(places):
-            ready.words[table // 8 + i] = base + place
-    for launch in template.launches:
-        if isinstance(launch[0], Table):
-            ready.calls.append((None, launch))
-        elif isinstance(launch[0], Wait):
+    descriptor = functools.cache(cublaslt.descriptor)  # those of this copy
+    for what, at, table in template.launches:
+        if isinstance(what, ctypes.c_void_p):
+            config, parameters = ctypes.c_void_p(base + at), ctypes.c_void_p(base + table)
+            ready.calls.append((driver().cuLaunchKernelEx, (config, what, parameters, None)))
+        elif isinstance(what, cublaslt.Product):
+            ready.calls += cublaslt.calls(what, descriptor(what.operation), words[at : at + cublaslt.WORDS])
+        elif isinstance(what, Table):
+            ready.calls.append((None, (what, at)))
+        elif isinstance(what, Wait):
             event = _cupy_cuda().Event(disable_timing=True)
             ready.kept.append(event)
-            waiting, other = (ctypes.c_void_p.from_buffer(buffer, launch[1] + 8 * i) for i in range(2))
+            waiting, other = words[at : at + 2]
             ready.calls.append((driver().cuEventRecord, (ctypes.c_void_p(event.ptr), other)))
             ready.calls.append((driver().cuStreamWaitEvent, (waiting, ctypes.c_void_p(event.ptr), 0)))
-        elif isinstance(launch[0], cublaslt.Matmul):
-            changes, call = launch[0].calls(buffer, launch[1])
-            ready.changes += changes
-            ready.calls.append(call)
-        elif len(launch) == 2:
-            at, clear = launch
-            address = ctypes.c_uint64.from_buffer(buffer, at)
-            stream = ctypes.c_void_p.from_buffer(buffer, at + 8)
-            args = address, ctypes.c_ubyte(clear.value), ctypes.c_size_t(clear.size), stream
-            ready.calls.append((driver().cuMemsetD8Async, args))
         else:
-            at, function, table = launch
-            count = _Config.from_buffer(buffer, at).count
-            if count:
-                attributes = (at + ctypes.sizeof(_Config) + 7) // 8 * 8
-                _Config.from_buffer(buffer, at).attributes = base + attributes
-            pointers = [ctypes.c_void_p(value) for value in (base + at, function, base + table)]
-            ready.calls.append((driver().cuLaunchKernelEx, (*pointers, None)))
+            address, stream = words[at : at + 2]
+            value, size = ctypes.c_ubyte(what.value), ctypes.c_size_t(what.size)
+            ready.calls.append((driver().cuMemsetD8Async, (address, value, size, stream)))
     return ready
 
 
@@ -300,8 +276,8 @@ def run(call: Call, memories: Sequence[int], ordinal: int, stream: int) -> None:
         _fill(template, ready, numbers, memories, stream)
     for function, args in ready.calls:
         if function is None:
-            table, at = args
-            write_table(numbers[table.name].parts, ready.words[at // 8], ordinal, ready.words[at // 8 + 1])
+            table, word = args
+            write_table(numbers[table.name].parts, ready.words[word], ordinal, ready.words[word + 1])
         elif status := function(*args):
             _raise(status)
     template.spare.append(ready)
@@ -323,8 +299,6 @@ def _fill(template: _Template, ready: _Ready, numbers: dict[str, Any], memories:
     if moved or others:
         for word, memory, offset, name in template.moved:
             words[word] = memories[memory] + offset + numbers[name]
-        for function, args in ready.changes:
-            function(*args)
     if others:
         for name, packer, at in template.numbers:
             if packer is None:

@@ -77,6 +77,7 @@ def _element(dtype: np.dtype) -> Macros:
     return (("ELEMENT", FLOATS.index(dtype)),)
 
 
+@functools.cache
 def _norm_macros(dtype: np.dtype, lanes: int, words: int, gelu: bool) -> Macros:
     return *_element(dtype), ("ROW_THREADS", lanes), ("THREAD_WORDS", words), ("GELU", int(gelu))
 
@@ -88,6 +89,7 @@ def _row_words(dtype: np.dtype, columns: int) -> int:
     return columns * dtype.itemsize // _WORD
 
 
+@functools.cache
 def _shape(dtype: np.dtype, columns: int) -> tuple[int, int]:
     """Threads that share a row of a norm, and words a thread."""
     words = _row_words(dtype, columns)
@@ -280,6 +282,12 @@ def add_residual(
 # ---- fourier -------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def _waves(wavelengths: tuple[float, float]) -> bytes:
+    """The wave numbers, as kernels take them."""
+    return wave_numbers(wavelengths).astype("<f4").tobytes()
+
+
 def add_fourier(
     steps: Steps,
     points: Pointer,
@@ -299,8 +307,7 @@ def add_fourier(
     """
     if columns < channels + POSITION_FEATURES:
         raise ValueError(f"columns must be at least {POSITION_FEATURES} + channels ({channels}), got {columns}.")
-    waves = wave_numbers(wavelengths).astype("<f4").tobytes()
-    args = points, features, index, waves, rows, channels, columns, out
+    args = points, features, index, _waves(wavelengths), rows, channels, columns, out
     kernel = _kernel("layers_fourier", "fourier_rows", _element(dtype))
     rows_a_block = FOURIER_THREADS // 32 * FOURIER_ROWS
     steps.launch(kernel, grid=-(-rows // rows_a_block), block=FOURIER_THREADS, args=args)

@@ -17,6 +17,7 @@ Besides kernels of ours, a step can be a product of matrices by cuBLASLt (`Gemm`
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import re
@@ -74,9 +75,10 @@ class Pointer(NamedTuple):
     number: str | None = None  # the name of a number, if one is added
 
     def __add__(self, offset: int | Number) -> Pointer:  # type: ignore[override]
+        memory, index, before, number = self
         if isinstance(offset, Number):
-            return self._replace(number=offset.name)
-        return self._replace(offset=self.offset + offset)
+            return Pointer(memory, index, before, offset.name)
+        return Pointer(memory, index, before + offset, number)
 
 
 @functools.cache
@@ -189,9 +191,11 @@ class Gemm(NamedTuple):
         return ops + "; ".join(f"{name} is {matrix}" for name, matrix in names if matrix)
 
     @property
-    def inner(self) -> int:
-        """The number of products in a sum."""
-        return self.a.rows if self.transpose_a else self.a.columns
+    def pointers(self) -> tuple[Pointer | None, ...]:
+        """The addresses that cuBLASLt needs, in the order in which `cublaslt.calls` takes them."""
+        a, b, d, _, _, c, _, bias, aux, _, workspace = self
+        c = d if c is None else c
+        return b.pointer, a.pointer, c.pointer, d.pointer, workspace, bias, aux and aux.pointer
 
 
 class Branch(NamedTuple):
@@ -298,7 +302,7 @@ class Steps:
             key = self._branch, size
             if key not in self._gemm_workspaces:
                 self._gemm_workspaces[key] = self.workspace("cuBLASLt", size)
-            self._steps.append(gemm._replace(workspace=self._gemm_workspaces[key]))
+            self._steps.append(Gemm(*gemm[:-1], self._gemm_workspaces[key]))
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
@@ -352,12 +356,13 @@ def _check_gemm(gemm: Gemm) -> None:
     if gemm.pinned and gemm.transpose_a:
         raise ValueError("a product with a transposed cannot be pinned: its sums are over rows.")
     for matrix in (a, b, d, *others):
-        if matrix.stride < matrix.columns:
+        pointer, _, columns, dtype, stride = matrix
+        if stride < columns:
             raise ValueError(f"the rows of a matrix must not overlap, got {matrix}.")
-        if matrix.stride * matrix.dtype.itemsize % ALIGNMENT or matrix.pointer.offset % ALIGNMENT:
+        if stride * dtype.itemsize % ALIGNMENT or pointer.offset % ALIGNMENT:
             raise ValueError(
                 f"matrices of a product, and their rows, must begin at multiples of {ALIGNMENT} bytes, got {matrix} at "
-                f"byte {matrix.pointer.offset}: put the rows a multiple of {ALIGNMENT // matrix.dtype.itemsize} "
+                f"byte {pointer.offset}: put the rows a multiple of {ALIGNMENT // dtype.itemsize} "
                 "elements apart."
             )
     if gemm.bias is not None and gemm.bias.offset % ALIGNMENT:
@@ -369,21 +374,22 @@ def _check_gemm(gemm: Gemm) -> None:
 # ---- sharing memory ------------------------------------------------------------------------------------------------
 
 
-def _pieces(step: Step) -> Iterator[str]:
+def _pieces(step: Step) -> list[str]:
     """The pieces of the workspace that a step uses."""
-    values: list[Any] = []
     if isinstance(step, Launch):
-        values += step.args
+        values = list(step.args)
     elif isinstance(step, Gemm):
-        values += [matrix.pointer for matrix in (step.a, step.b, step.c, step.d, step.aux) if matrix is not None]
-        values += [step.bias, step.workspace]
-    elif isinstance(step, (Clear, Table)):
-        values.append(step.pointer)
+        values = list(step.pointers)
+    else:
+        values = [step.pointer] if isinstance(step, (Clear, Table)) else []
+    found = []
     for value in values:  # grows
-        if isinstance(value, Packed):
+        if isinstance(value, Pointer):
+            if value.memory == "workspace":
+                found.append(value.index)
+        elif isinstance(value, Packed):
             values += value.fields
-        elif isinstance(value, Pointer) and value.memory == "workspace":
-            yield value.index
+    return found
 
 
 def _spans(steps: list[Step]) -> dict[str, tuple[int, int]]:
@@ -391,7 +397,8 @@ def _spans(steps: list[Step]) -> dict[str, tuple[int, int]]:
 
     A step of branch 1 may run at any time between the last wait there, and the next one on branch 0.
     """
-    spans: dict[str, tuple[int, int]] = {}
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
     beside: set[str] = set()  # pieces that branch 1 uses
     branch = fork = 0
     for number, step in enumerate(steps):
@@ -400,69 +407,67 @@ def _spans(steps: list[Step]) -> dict[str, tuple[int, int]]:
         elif isinstance(step, Wait) and branch:
             fork = number
         elif isinstance(step, Wait):
-            spans |= {name: (spans[name][0], number) for name in beside}
+            last |= dict.fromkeys(beside, number)
             beside.clear()
         for name in _pieces(step):
-            first = fork if branch else number
-            spans[name] = min(first, spans.get(name, (first, 0))[0]), number
+            last[name] = number
             if branch:
+                first[name] = min(fork, first.get(name, fork))
                 beside.add(name)
-    return spans
+            elif name not in first:
+                first[name] = number
+    return {name: (number, last[name]) for name, number in first.items()}
 
 
 def _shared(pieces: dict[str, Piece], spans: dict[str, tuple[int, int]]) -> tuple[dict[str, Piece], int]:
     """Places for pieces, the largest first: each at the lowest offset that is free while it is used. Also the end."""
     placed: dict[str, Piece] = {}
-    taken, count = np.empty((len(spans), 4), np.int64), 0  # offset, end, first step, last step; by offset
+    taken: list[tuple[int, int, int, int]] = []  # offset, end, first step, last step; by offset
+    most = 0
     for name in sorted(spans, key=lambda name: -pieces[name].size):
         size, (first, last) = pieces[name].size, spans[name]
         room = -(-size // PIECE) * PIECE + GAP
-        offsets, ends, firsts, lasts = taken[:count].T
-        at_once = (firsts <= last) & (lasts >= first)
-        free = np.zeros(np.count_nonzero(at_once) + 1, np.int64)  # behind the first 0, 1, 2, ... of the others
-        np.maximum.accumulate(ends[at_once], out=free[1:])
-        fits = offsets[at_once] - free[:-1] >= room
-        offset = int(free[fits.argmax() if fits.any() else -1])
+        offset = 0
+        for start, end, since, until in taken:
+            if since <= last and until >= first and end > offset:
+                if start - offset >= room:
+                    break
+                offset = end
         placed[name] = Piece(offset, size)
         if size:
-            at = int(offsets.searchsorted(offset))
-            taken[at + 1 : count + 1] = taken[at:count]
-            taken[at] = offset, offset + room, first, last
-            count += 1
-    return placed, int(taken[:count, 1].max(initial=0))
+            bisect.insort(taken, (offset, offset + room, first, last))
+            most = max(most, offset + room)
+    return placed, most
 
 
 # ---- signatures ----------------------------------------------------------------------------------------------------
 
 
 class Parameter(NamedTuple):
-    """The place of a kernel's parameter among the arguments of a launch."""
+    """The place of a kernel's parameter among the arguments of a launch, or of a field in a struct."""
 
-    offset: int  # bytes, a multiple of 8
+    offset: int  # bytes; a multiple of 8 for a parameter
     size: int
     format: struct.Struct
+    zero: int | bytes  # what the format packs to bytes that are 0
 
 
 @functools.cache
-def parameters(signature: str) -> tuple[tuple[Parameter, ...], int]:
-    """The parameters of a signature, and their size in bytes."""
-    found, end = [], 0
-    for text in re.findall(r"\d*[QqiIfds]", signature):
-        packer = struct.Struct("<" + text)
-        found.append(Parameter(end, packer.size, packer))
-        end += -(-packer.size // 8) * 8
-    if "".join(parameter.format.format[1:] for parameter in found) != signature:
+def parameters(signature: str) -> tuple[tuple[Parameter, ...], struct.Struct]:
+    """The parameters of a signature, and a struct of all of them. They begin at multiples of 8 bytes."""
+    found = re.findall(r"\d*[QqiIfds]", signature)
+    if "".join(found) != signature:
         raise ValueError(f"signature must hold formats Q, q, i, I, f, d and s, got {signature!r}.")
-    return tuple(found), end
+    return fields("".join([f"{text}{-struct.calcsize('<' + text) % 8}x" for text in found]))
 
 
 @functools.cache
-def fields(text: str) -> tuple[Parameter, ...]:
-    """The places of the fields of a `Packed`."""
+def fields(text: str) -> tuple[tuple[Parameter, ...], struct.Struct]:
+    """The places of the fields of a `Packed`, and a struct of all of them."""
     found, at = [], 0
     for part in re.findall(r"\d*[QqiIfdsx]", text):
         packer = struct.Struct("<" + part)
         if not part.endswith("x"):
-            found.append(Parameter(at, packer.size, packer))
+            found.append(Parameter(at, packer.size, packer, b"" if part.endswith("s") else 0))
         at += packer.size
-    return tuple(found)
+    return tuple(found), struct.Struct("<" + text.removeprefix("<"))

@@ -7,6 +7,7 @@ are float32.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from gpu3d.cuda import arrays, attention, layers, linear
 from gpu3d.cuda.plan import Device, Matrix, Number, Pointer, Steps
 from gpu3d.flash3d.config import Config
 from gpu3d.flash3d.levels import Level
-from gpu3d.flash3d.params import Parameter, layout
+from gpu3d.flash3d.params import by_path, layout
 from gpu3d.reference.flash3d import POSITION_FEATURES, drop_rate
 
 COLUMNS = 8  # rows of matrices begin at multiples of this many elements
@@ -73,6 +74,12 @@ class Sum(NamedTuple):
 # ---- the layers ----------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def _places(config: Config, arena: Pointer, itemsize: int) -> dict[str, Pointer]:
+    """Where the parameters lie in an arena, by path."""
+    return {parameter.path: arena + itemsize * parameter.offset for parameter in layout(config)}
+
+
 class Network:
     """Adds the steps of the network; knows where its parameters and gradients lie.
 
@@ -107,30 +114,30 @@ class Network:
     ) -> None:
         self.steps, self.config, self.device, self.recompute = steps, config, device, recompute
         self.dtype = np.dtype(config.dtype)
-        self.masters, self.weights, self.gradients, self.step = masters, weights, gradients, step
-        self.places: dict[str, Parameter] = {parameter.path: parameter for parameter in layout(config)}
+        self.masters, self.weights = _places(config, masters, 4), _places(config, weights, self.dtype.itemsize)
+        self.gradients, self.step = gradients and _places(config, gradients, 4), step
+        self.parameters = by_path(config)
         self.partials: list[layers.Partials] = []
 
     # -- where things lie --
 
     def master(self, path: str) -> Pointer:
         """A parameter in float32."""
-        return self.masters + 4 * self.places[path].offset
+        return self.masters[path]
 
     def gradient(self, path: str) -> Pointer:
         """The gradient of a parameter."""
         assert self.gradients is not None
-        return self.gradients + 4 * self.places[path].offset
+        return self.gradients[path]
 
     def bias(self, path: str) -> Pointer:
         """The bias of a linear layer."""
-        return self.weights + self.dtype.itemsize * self.places[f"{path}.bias"].offset
+        return self.weights[f"{path}.bias"]
 
     def weight(self, path: str) -> Matrix:
         """The weight of a linear layer."""
-        place = self.places[f"{path}.weight"]
-        rows, columns = place.shape
-        return Matrix(self.weights + self.dtype.itemsize * place.offset, rows, columns, self.dtype, columns)
+        rows, columns = self.parameters[f"{path}.weight"].shape
+        return Matrix(self.weights[f"{path}.weight"], rows, columns, self.dtype, columns)
 
     def rows(self, name: str, rows: int, columns: int, dtype: np.dtype | None = None) -> Matrix:
         """New rows in the workspace."""
@@ -141,21 +148,22 @@ class Network:
 
     def linear(self, x: Matrix, path: str, residual: Matrix | None = None) -> Matrix:
         """The linear layer, plus the residual."""
-        y = self.rows(path, x.rows, self.weight(path).rows)
-        linear.forward(self.steps, x, self.weight(path), y, bias=self.bias(path), residual=residual)
+        weight = self.weight(path)
+        y = self.rows(path, x.rows, weight.rows)
+        linear.forward(self.steps, x, weight, y, bias=self.bias(path), residual=residual)
         return y
 
     def linear_gelu(self, x: Matrix, path: str) -> tuple[Matrix, Matrix | None]:
         """GELU(linear(x)), and what GELU is applied to, if a backward needs it."""
-        columns = self.weight(path).rows
-        y = self.rows(f"{path} gelu", x.rows, columns)
-        hidden = self.rows(path, x.rows, columns) if self.gradients is not None else None
-        linear.forward(self.steps, x, self.weight(path), y, bias=self.bias(path), gelu=True, aux=hidden)
+        weight = self.weight(path)
+        y = self.rows(f"{path} gelu", x.rows, weight.rows)
+        hidden = self.rows(path, x.rows, weight.rows) if self.gradients is not None else None
+        linear.forward(self.steps, x, weight, y, bias=self.bias(path), gelu=True, aux=hidden)
         return y, hidden
 
     def linear_gradients(self, dy: Matrix, x: Matrix, path: str) -> None:
         """The gradients of weight and bias."""
-        rows, columns = self.places[f"{path}.weight"].shape
+        rows, columns = self.parameters[f"{path}.weight"].shape
         dweight = Matrix(self.gradient(f"{path}.weight"), rows, columns, FLOAT32, columns)
         with self.steps.beside():  # nothing waits for them
             linear.weight_gradient(self.steps, dy, x, dweight)
@@ -171,8 +179,9 @@ class Network:
 
     def linear_backward(self, dy: Matrix, path: str, added: Matrix | None = None) -> Matrix:
         """The gradient of x, plus `added`."""
-        dx = self.rows(f"d {path}", dy.rows, self.weight(path).columns)
-        linear.input_gradient(self.steps, dy, self.weight(path), dx, added=added)
+        weight = self.weight(path)
+        dx = self.rows(f"d {path}", dy.rows, weight.columns)
+        linear.input_gradient(self.steps, dy, weight, dx, added=added)
         return dx
 
     def gelu_linear_backward(self, dy: Matrix, hidden: Matrix | None, path: str) -> Matrix:
@@ -309,7 +318,7 @@ class Network:
 
     def stem(self, level: Level, features: Pointer) -> tuple[Matrix, Matrix]:
         """The first rows, and what they are made of. The weights are copied to rows that are aligned."""
-        rows, columns = self.places["stem.weight"].shape
+        rows, columns = self.parameters["stem.weight"].shape
         x = self.waves(level, features)
         how = arrays.rows(Spec((rows, columns), FLOAT32), self.dtype, x.stride)
         weight = Matrix(
@@ -321,7 +330,7 @@ class Network:
 
     def stem_gradient(self, dy: Matrix, x: Matrix) -> None:
         """The gradient of the stem's weight, whose rows need not be aligned."""
-        rows, columns = self.places["stem.weight"].shape
+        rows, columns = self.parameters["stem.weight"].shape
         whole = x._replace(columns=x.stride)  # what is behind the columns is 0
         dweight = self.rows("d stem", rows, x.stride, FLOAT32)
         linear.weight_gradient(self.steps, dy, whole, dweight)

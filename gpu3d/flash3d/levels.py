@@ -107,7 +107,7 @@ def _sizes(most: np.ndarray, config: Config, device: Device) -> tuple[Sizes, ...
         sort = buckets.sort_of(held * size, held * size, size, device)
         if sort.method != "cloud":  # the cloud without points has one of each
             sort = sort._replace(tiles=rounded_up(sort.tiles + 1), groups=rounded_up(sort.groups + 1))
-        scopes = _most_scopes(held, config.scope, 1), _most_scopes(held, config.scope, stride)
+        scopes = _most_scopes(held, config.scope, (1, stride))
         shape = None
         if depth:
             above = most[depth - 1]
@@ -141,13 +141,17 @@ def _tables(points: np.ndarray, held: np.ndarray, sizes: tuple[Sizes, ...], conf
     return tables.reshape(-1, 4)
 
 
-def _most_scopes(most: np.ndarray, size: int, stride: int) -> int:
-    """How many scopes there are at most, if any number of buckets that rounding can add is in a cloud of its own."""
-    largest, total = int(most.max()), int(most.sum())
+def _most_scopes(most: np.ndarray, size: int, strides: tuple[int, int]) -> tuple[int, int]:
+    """How many scopes there are at most with each stride.
+
+    Any number of buckets that rounding can add may be in a cloud of its own.
+    """
+    largest, total, by_row = int(most.max()), int(most.sum()), np.array(strides)[:, None]
     moved = np.arange(min(_step(total), largest + 1))
-    both = buckets.scopes_in(largest - moved, size, stride) + buckets.scopes_in(moved, size, stride)
-    others = int(buckets.scopes_in(most, size, stride).sum()) - int(both[0])
-    return rounded_up(others + int(both.max()))
+    both = buckets.scopes_in(largest - moved, size, by_row) + buckets.scopes_in(moved, size, by_row)
+    found = buckets.scopes_in(most, size, by_row).sum(axis=1) - both[:, 0] + both.max(axis=1)
+    even, odd = map(rounded_up, found.tolist())
+    return even, odd
 
 
 def write_tables(layout: Layout, tables: Any = None) -> Any:

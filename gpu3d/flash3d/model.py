@@ -213,6 +213,12 @@ def check_call(params: Any, batch: Any, config: Any) -> dict[str, Any]:
             f"batch must be a flash3d.Batch, got {type(batch).__name__}: make it by flash3d.Batch(points, features)."
         )
     given = check_params(params, config)
+    _check_batch(given, batch, config)
+    return given
+
+
+def _check_batch(given: dict[str, Any], batch: Batch, config: Config) -> None:
+    """Raise an error if a batch does not fit the config, or parameters that fit it."""
     width = batch.features.shape[1]
     if width != config.in_channels:
         raise ValueError(f"features must have the {config.in_channels} channels of config.in_channels, got {width}.")
@@ -223,7 +229,6 @@ def check_call(params: Any, batch: Any, config: Any) -> dict[str, Any]:
                 f"params must be of the batch's library, got {type(array).__module__}.{type(array).__name__} for "
                 f"{path} beside points of {kind.__module__}.{kind.__name__}."
             )
-    return given
 
 
 def compile(params: dict[str, Any], config: Config, max_points: int = 40_000) -> Callable[..., Any]:
@@ -272,7 +277,7 @@ def compile(params: dict[str, Any], config: Config, max_points: int = 40_000) ->
         return predict_on_host
 
     masters = arena_of(given, config).copy()
-    params, origin = views(masters, config), _arrays.read(masters, "params").origin
+    own, origin = flat(views(masters, config)), _arrays.read(masters, "params").origin
     device = launcher.device(origin.device)
     graphs = Graphs([masters, _weights(_arrays.read(masters, "params"), config).array])
     sizes = layout_of((max_points,), config, device).sizes
@@ -280,7 +285,7 @@ def compile(params: dict[str, Any], config: Config, max_points: int = 40_000) ->
 
     def predict_on_gpu(points: Any, features: Any, lengths: Sequence[int] | None = None) -> Any:
         batch = Batch(points, features, lengths)
-        check_call(params, batch, config)
+        _check_batch(own, batch, config)
         layout, dtype = layout_of(batch.lengths, config, device), batch.features.dtype
 
         def make(points: int) -> Call:

@@ -58,6 +58,12 @@ def _layout(config: Config) -> tuple[Parameter, ...]:
     return tuple(found)
 
 
+@functools.cache
+def by_path(config: Config) -> dict[str, Parameter]:
+    """Every parameter by its path."""
+    return {parameter.path: parameter for parameter in layout(config)}
+
+
 def arena_size(config: Config) -> int:
     """Number of elements of the arena, a multiple of 64."""
     last = layout(config)[-1]
@@ -250,7 +256,7 @@ def check_fit(arrays: dict[str, Any], config: Config) -> None:
                 f"the config has {parameter.path} of shape {list(parameter.shape)}, but the params have "
                 f"{'none' if shape is None else list(shape)}: params and config must belong together."
             )
-    known = {parameter.path for parameter in layout(config)}
+    known = by_path(config)
     for path in arrays:
         if path not in known:
             raise ValueError(f"the config has no {path}, but the params do: params and config must belong together.")
