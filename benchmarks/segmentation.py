@@ -9,7 +9,8 @@
 - floor: extremely randomized trees on hand-made features of each point. It needs scikit-learn, and runs on the CPU.
 - flash3d: the training of examples/train_segmentation.py.
 - twin: `torch_twin.SerializedTwin`, the peer like Point Transformer V3, with float32 parameters under autocast. It has
-  the batches, the number of steps, the learning rates, and the clipping of the training above.
+  the batches, the number of steps, the learning rates and the clipping of the training above, and its patches have as
+  many points as the scopes there.
 
 A side trains once per fold and seed, and prints one JSON line after each training. compare prints the scores of one or
 more files, and the exact sign-flip test between the first file and each other one: the p-value is the share of the
@@ -90,6 +91,7 @@ def flash3d(folder: Path) -> Callable[[argparse.Namespace], Tables]:
 def twin(folder: Path) -> Callable[[argparse.Namespace], Tables]:
     """The same with the peer. On a GPU, torch works on the memory of CuPy's arrays."""
     import torch
+    from torch.nn.attention import sdpa_kernel
 
     from benchmarks import torch_twin
 
@@ -100,13 +102,14 @@ def twin(folder: Path) -> Callable[[argparse.Namespace], Tables]:
         example.library(arguments)
         training, unseen = example.split(sequences, arguments.fold)
         torch.manual_seed(arguments.seed)
-        model = torch_twin.SerializedTwin(example.read_config(arguments.config), torch.float32, example.VOXEL)
+        config = example.read_config(arguments.config)
+        patch = config.bucket_size * config.scope
+        model = torch_twin.SerializedTwin(config, torch.float32, example.VOXEL, patch)
         model.to(_tensor(training[0].points).device).train()
         optimizer, schedule = _adamw(model, arguments.steps)
         for step in range(arguments.steps):
             points, features, labels, lengths = example.batch_of(training, step, arguments)
-            with torch.autocast(_tensor(points).device.type, torch.bfloat16):
-                logits = model(_tensor(points), _tensor(features), lengths)
+            logits = autocast(model, _tensor(points), _tensor(features), lengths)
             loss = torch_twin.segmentation_loss(logits, _tensor(labels).long())
             optimizer.zero_grad()
             loss.backward()
@@ -117,9 +120,14 @@ def twin(folder: Path) -> Callable[[argparse.Namespace], Tables]:
         return {name: sum(example.confusion(scan, predict(model, scan)) for scan in unseen[name]) for name in unseen}
 
     def predict(model: Any, scan: example.Scan) -> Any:
-        points, features = _tensor(scan.points), _tensor(scan.features)
-        with torch.no_grad(), torch.autocast(points.device.type, torch.bfloat16):
-            return xp.asarray(model(points, features).argmax(1))
+        with torch.no_grad():
+            return xp.asarray(autocast(model, _tensor(scan.points), _tensor(scan.features)).argmax(1))
+
+    def autocast(model: Any, points: Any, *inputs: Any) -> Any:
+        # Not cuDNN's attention: it prepares itself for each new number of patches, which takes longer than a step.
+        backends = sdpa_kernel(torch_twin.BACKENDS[1:], set_priority=True)
+        with backends, torch.autocast(points.device.type, torch.bfloat16):
+            return model(points, *inputs)
 
     return train
 

@@ -5,10 +5,10 @@
   computes the geometry and the windows, before anything is timed. Windows with the same number of points are one call
   without a mask. A step has no shape that depends on data, so it can be compiled and captured in a CUDA graph.
 - `SerializedTwin` is like Point Transformer V3 (Wu et al., 2024) and does everything by itself: it sorts the points
-  along four curves (z, Hilbert, and both with x and y exchanged), shuffles them, cuts each into patches of 1024 points,
-  which are filled up with points of the patch before, and pools the points of each voxel into their maximum, with
-  voxels that double from level to level. PTv3's sparse convolutions, two thirds of its parameters, are left out in its
-  favour. The position code of Flash3D stands in for them. torch.unique has a result whose size depends on data, so a
+  along four curves (z, Hilbert, and both with x and y exchanged), shuffles them, cuts each into patches, the last of
+  which is filled up with points of the patch before, and pools the points of each voxel into their maximum, with voxels
+  that double from level to level. PTv3's sparse convolutions, two thirds of its parameters, are left out in its favour;
+  the rotary position codes of Flash3D stand in for them. torch.unique has a result whose size depends on data, so a
   step cannot be captured.
 
 Drop path is on in training. Parameters are bfloat16, without float32 masters, which is faster than autocast. But steps
@@ -93,16 +93,17 @@ def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor, ignore: int = 
     logits, valid = logits.float(), labels != ignore
     labels = torch.where(valid, labels, 0)
     cross_entropy = (functional.cross_entropy(logits, labels, reduction="none") * valid).sum() / valid.sum().clamp(1)
-    truth = functional.one_hot(labels, logits.shape[1]) * valid[:, None]
-    errors = (truth - logits.softmax(1)).abs()
+    # A class is a row: torch sums a column with one thread.
+    truth = (functional.one_hot(labels, logits.shape[1]) * valid[:, None]).T.contiguous()
+    errors = (truth - logits.softmax(1).T).abs()
     # Ignored points come last and have error 0.
-    ranked, order = torch.where(valid[:, None], errors, -1.0).sort(dim=0, descending=True, stable=True)
-    foreground, present = truth.gather(0, order), truth.any(0)
-    intersection = truth.sum(0) - foreground.cumsum(0)
-    union = truth.sum(0) + (1 - foreground).cumsum(0)
+    ranked, order = torch.where(valid, errors, -1.0).sort(dim=1, descending=True, stable=True)
+    foreground, present, count = truth.gather(1, order), truth.any(1), truth.sum(1, keepdim=True)
+    intersection = count - foreground.cumsum(1)
+    union = count + (1 - foreground).cumsum(1)
     jaccard = 1 - intersection / union
-    slopes = torch.cat([jaccard[:1], jaccard.diff(dim=0)])
-    losses = (ranked.clamp(min=0) * slopes).sum(0)
+    slopes = torch.cat([jaccard[:, :1], jaccard.diff(dim=1)], 1)
+    losses = (ranked.clamp(min=0) * slopes).sum(1)
     return cross_entropy + torch.where(present, losses, 0).sum() / present.sum().clamp(1)
 
 
@@ -217,30 +218,33 @@ class PatchAttention(torch.nn.Module):
 
 
 class SerializedTwin(Flash3D):
-    """Takes points, features and lengths. `voxel` is the side of the voxels of level 0, in metres."""
+    """Takes points, features and lengths.
 
-    def __init__(self, config: Config, dtype: torch.dtype = torch.bfloat16, voxel: float = VOXEL) -> None:
+    `voxel` is the side of the voxels of level 0 in metres, and `patch` how many points attend to each other.
+    """
+
+    def __init__(
+        self, config: Config, dtype: torch.dtype = torch.bfloat16, voxel: float = VOXEL, patch: int = PATCH
+    ) -> None:
         super().__init__(config)
-        self.voxel = voxel
+        self.voxel, self.patch = voxel, patch
         _prepare(self, PatchAttention, dtype)
 
     def forward(
         self, points: torch.Tensor, features: torch.Tensor, lengths: Sequence[int] | None = None
     ) -> torch.Tensor:
-        levels = serialize(points, self.config.levels, lengths or [len(points)], self.voxel)
-        waves = [self.waves(level.positions) for level in levels]
-        codes = [stage.position(wave) for stage, wave in zip(self.encoder, waves, strict=True)]
-        x = self.stem(torch.cat([features.to(waves[0].dtype), waves[0]], 1))
+        levels = serialize(points, self.config.levels, lengths or [len(points)], self.voxel, self.patch)
+        x = self.stem(features.to(self.stem.weight.dtype))
         skips = []
-        for level, stage, code in zip(levels, self.encoder, codes, strict=True):
+        for level, stage in zip(levels, self.encoder, strict=True):
             if level.parent is not None:
                 x = stage.down(_maximum(x, level.parent, len(level.positions)))
-            x = stage.blocks(x, code, level)
+            x = stage.blocks(x, level)
             skips.append(x)
         for i in reversed(range(len(self.decoder))):
             stage = self.decoder[i]
             x = stage.up(x)[levels[i + 1].parent] + stage.skip(skips[i])
-            x = stage.blocks(x, codes[i], levels[i])
+            x = stage.blocks(x, levels[i])
         return self.head(x)
 
 
@@ -250,7 +254,9 @@ def _maximum(x: torch.Tensor, parent: torch.Tensor, count: int) -> torch.Tensor:
 
 
 @torch.compiler.disable  # it reads numbers of points on the host
-def serialize(points: torch.Tensor, levels: int, lengths: Sequence[int], voxel: float = VOXEL) -> list[Cells]:
+def serialize(
+    points: torch.Tensor, levels: int, lengths: Sequence[int], voxel: float = VOXEL, patch: int = PATCH
+) -> list[Cells]:
     """The levels of a batch of clouds, from level 0 down."""
     grid = ((points - points.amin(0)) / voxel).long()
     bits = int(grid.max()).bit_length()
@@ -258,7 +264,7 @@ def serialize(points: torch.Tensor, levels: int, lengths: Sequence[int], voxel: 
     cloud = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(points.device)
     curves = [curve(x, bits) for curve in (_zorder, _hilbert) for x in (grid, exchanged)]
     codes = torch.stack([cloud << 3 * bits | curve for curve in curves])
-    found = [Cells(points, _patches(codes, lengths), None)]
+    found = [Cells(points, _patches(codes, lengths, patch), None)]
     for _ in range(1, levels):
         bits, codes = max(bits - 1, 0), codes >> 3 if bits else codes
         cells, parent, counts = torch.unique(codes[0], return_inverse=True, return_counts=True)
@@ -267,13 +273,13 @@ def serialize(points: torch.Tensor, levels: int, lengths: Sequence[int], voxel: 
         lengths = torch.bincount(cells >> 3 * bits, minlength=len(lengths)).tolist()
         # All points of a cell have the same codes, so it does not matter whose are kept.
         codes = codes.new_empty(4, len(cells)).scatter(1, parent.expand(4, -1), codes)
-        found.append(Cells(points, _patches(codes, lengths), parent))
+        found.append(Cells(points, _patches(codes, lengths, patch), parent))
     return found
 
 
-def _patches(codes: torch.Tensor, lengths: Sequence[int]) -> tuple[Patches, ...]:
+def _patches(codes: torch.Tensor, lengths: Sequence[int], patch: int) -> tuple[Patches, ...]:
     """The patches of each curve, in random order."""
-    places, groups = _grouped(_patch_rows(lengths))
+    places, groups = _grouped(_patch_rows(lengths, patch))
     places = torch.from_numpy(places).to(codes.device)
     found = []
     for i in torch.randperm(len(codes)).tolist():
@@ -283,12 +289,12 @@ def _patches(codes: torch.Tensor, lengths: Sequence[int]) -> tuple[Patches, ...]
     return tuple(found)
 
 
-def _patch_rows(lengths: Sequence[int]) -> list[np.ndarray]:
+def _patch_rows(lengths: Sequence[int], patch: int) -> list[np.ndarray]:
     """Which points of sorted clouds make up each patch. A last patch that is short begins in the one before."""
     rows, first = [], 0
     for n in lengths:
-        size = min(n, PATCH)
-        for begin in range(0, n, PATCH):
+        size = min(n, patch)
+        for begin in range(0, n, patch):
             begin = min(begin, n - size)
             rows.append(np.arange(first + begin, first + begin + size))
         first += n

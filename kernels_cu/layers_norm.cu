@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// LayerNorm over the columns of each row, forward and backward; optionally of x + pos, and followed by GELU. A residual
-// connection with drop path (drop.cuh) may come before it.
+// LayerNorm over the columns of each row, forward and backward; GELU may follow it, and a residual connection with drop
+// path (drop.cuh) may come before it.
 //   norm_rows      x = base + keep y, if there is a y
-//                  z = x + pos;  xhat = (z - mean(z)) rstd,  rstd = 1 / sqrt(variance(z) + epsilon), biased variance
+//                  xhat = (x - mean(x)) rstd,  rstd = 1 / sqrt(variance(x) + epsilon), biased variance
 //                  u = xhat weight + bias;  out = u, or GELU(u)
 //   norm_backward  du = dout, or dout GELU'(u);  g = du weight
-//                  dz = rstd (g - mean(g) - xhat mean(g xhat));  dx = dres + dz;  dpos = dpos_before + dz
+//                  dx = dres + rstd (g - mean(g) - xhat mean(g xhat))
 //                  dy = keep dx, the gradient of y
 //                  and a block's sums of du xhat and du over its rows, which sum_partials (layers_sums.cu) adds up to
 //                  the gradients of weight and bias
@@ -14,8 +14,8 @@
 // ROW_THREADS threads of a warp share a row and keep it in registers, so each tensor is read once and written once. x
 // and dx are rounded to the type of the activations before they are used, so the bits are those of a norm and
 // residual_rows one after the other. (Those take 8.3 us for 34,816 rows of 64 in bfloat16 on an H200, and norm_rows
-// with y takes 6.1.) z is not rounded. xhat and u are computed again in the backward, from x, pos and the row's mean
-// and rstd, with the same operations.
+// with y takes 6.1.) xhat and u are computed again in the backward, from x and the row's mean and rstd, with the same
+// operations.
 //
 // Numerics: float32; sums of a row go over a lane's columns, then over lanes; the variance is that of differences from
 // the mean. A row's result does not depend on other rows. norm_backward adds rows in an order that depends on the
@@ -55,21 +55,9 @@ __device__ __forceinline__ void load_row(
     }
 }
 
-// Adds the words of another row.
-__device__ __forceinline__ void add_row(
-    Floats z[THREAD_WORDS], const Word *other, long long first, int lane, int words, bool exists
-) {
-#pragma unroll
-    for (int k = 0; k < THREAD_WORDS; ++k) {
-        const int c = lane + k * ROW_THREADS;
-        if (exists && c < words) z[k] = z[k] + widen(other[first + c]);
-    }
-}
-
 extern "C" __global__ __launch_bounds__(THREADS) void norm_rows(
     const Word *__restrict__ base,     // [rows, words]
     const Word *__restrict__ y,        // [rows, words], or null if x is base
-    const Word *__restrict__ pos,      // [rows, words] or null
     const float *__restrict__ weight,  // [words * PER]
     const float *__restrict__ bias,    // [words * PER]
     int rows,
@@ -98,7 +86,6 @@ extern "C" __global__ __launch_bounds__(THREADS) void norm_rows(
             z[k] = widen(word);
         }
     }
-    if (pos) add_row(z, pos, row * words, lane, words, exists);
     float sum = 0;
 #pragma unroll
     for (int k = 0; k < THREAD_WORDS; ++k)
@@ -157,21 +144,18 @@ __device__ __forceinline__ void write_sums(
     __syncthreads();  // of_warp is used again
 }
 
-// dx may be dres, and dpos may be dpos_before: each element is read before it is written, by the same thread.
+// dx may be dres: each element is read before it is written, by the same thread.
 extern "C" __global__ __launch_bounds__(THREADS) void norm_backward(
     const Word *__restrict__ dout,          // [rows, words]
     const Word *__restrict__ x,             // [rows, words]
-    const Word *__restrict__ pos,           // [rows, words] or null
     const float2 *__restrict__ statistics,  // [rows] mean and rstd
     const float *__restrict__ weight,       // [words * PER]
     const float *__restrict__ bias,         // [words * PER] read for GELU only
     const Word *dres,                       // [rows, words] or null
-    const Word *dpos_before,                // [rows, words] or null
     int rows,
     int words,  // words a row; at most ROW_THREADS * THREAD_WORDS
     const Drop drop,
     Word *dx,                     // [rows, words]
-    Word *dpos,                   // [rows, words] or null
     Word *__restrict__ dy,        // [rows, words] or null
     float *__restrict__ partials  // [blocks, 2, words * PER] sums of du xhat, and of du
 ) {
@@ -186,7 +170,6 @@ extern "C" __global__ __launch_bounds__(THREADS) void norm_backward(
         Floats xhat[THREAD_WORDS], g[THREAD_WORDS];
         load_row(xhat, x, first, lane, words, exists);
         load_row(g, dout, first, lane, words, exists);
-        if (pos) add_row(xhat, pos, first, lane, words, exists);
         const float factor = dy ? keep(drop, row) : 0.0f;
         const float2 moments = exists ? statistics[row] : float2{};
         const float mean = moments.x, rstd = moments.y;
@@ -223,10 +206,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void norm_backward(
             Floats dz;
 #pragma unroll
             for (int e = 0; e < PER; ++e) dz.x[e] = rstd * (g[k].x[e] - sum - xhat[k].x[e] * product);
-            const Floats before = dpos_before ? widen(dpos_before[first + c]) : Floats{};
             const Word word = narrow(dres ? widen(dres[first + c]) + dz : dz);
             dx[first + c] = word;
-            if (dpos) dpos[first + c] = narrow(before + dz);
             if (dy) dy[first + c] = narrow(kept(factor, widen(word)));
         }
     }

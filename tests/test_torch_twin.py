@@ -62,10 +62,9 @@ def test_curves():
     assert (grid[code.argsort()].diff(dim=0).abs().sum(1) == 1).all()
 
 
-def test_patches(monkeypatch):
-    monkeypatch.setattr(twin, "PATCH", 16)
+def test_patches():
     points, _ = tensors()
-    levels = twin.serialize(points, 3, LENGTHS)
+    levels = twin.serialize(points, 3, LENGTHS, patch=16)
     assert levels[0].scopes[0].groups == ((9, 16), (1, 1))
     cloud = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
     for above, level in zip([None, *levels], levels, strict=False):

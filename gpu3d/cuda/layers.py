@@ -19,12 +19,12 @@ from gpu3d._arrays import FLOAT64, FLOATS
 from gpu3d.cuda import clouds
 from gpu3d.cuda.compiler import Configuration
 from gpu3d.cuda.plan import Kernel, Macros, Matrix, Number, Packed, Pointer, Steps
-from gpu3d.reference.flash3d import POSITION_FEATURES, WAVES, wave_numbers
+from gpu3d.reference.flash3d import half_turns
 
 NORM_THREADS = 256
 RESIDUAL_THREADS = 256
 GELU_THREADS, GELU_ITEMS = 256, 4
-FOURIER_THREADS, FOURIER_ROWS = 256, 4
+ROTATE_THREADS, ROTATE_PAIRS, ROTATE_HEADS = 256, 64, 2  # the last: heads a thread, of q and of k
 COLUMN_THREADS = 256
 SUM_THREADS, MOST_VECTORS = 1024, 120
 COMPOSE_THREADS = 256
@@ -43,13 +43,13 @@ _NO_DROP = bytes(struct.calcsize(_DROP))
 
 # The parameters of each kernel as formats of the module struct; c stands for struct Clouds.
 _SIGNATURES = {
-    "norm_rows": f"QQQQQiif{len(_NO_DROP)}sQQQ",
-    "norm_backward": f"QQQQQQQQii{len(_NO_DROP)}sQQQQ",
+    "norm_rows": f"QQQQiif{len(_NO_DROP)}sQQQ",
+    "norm_backward": f"QQQQQQii{len(_NO_DROP)}sQQQ",
     "column_sums": "QiiiiiQ",
     "sum_partials": f"{MOST_VECTORS * struct.calcsize(_VECTOR)}si",
     "gelu_backward": "QQqQQ",
     "residual_rows": f"QQiii{len(_NO_DROP)}sQ",
-    "fourier_rows": f"QQQ{4 * sum(WAVES)}siiiQ",
+    "rotate_rows": f"QQ{4 * ROTATE_PAIRS}siiiiifQ",
     "pack_positions": "QcQ",
     "compose_members": "QQQQccQ",
 }
@@ -67,7 +67,7 @@ def configurations() -> list[Configuration]:
     for dtype in types:
         shapes = dict.fromkeys(_shape(dtype, columns) for columns in range(8, MOST_COLUMNS + 1, 8))
         found += [Configuration("layers_norm", _norm_macros(dtype, *s, gelu)) for gelu in (False, True) for s in shapes]
-    for source in ("layers_residual", "layers_gelu", "layers_columns", "layers_fourier"):
+    for source in ("layers_residual", "layers_gelu", "layers_columns", "layers_rotate"):
         found += [Configuration(source, _element(dtype)) for dtype in types]
     found.append(Configuration("layers_sums", ()))
     return [*found, *(Configuration("layers_compose", (("RATIO", ratio),)) for ratio in RATIOS)]
@@ -144,18 +144,17 @@ def add_norm(
     dtype: np.dtype,
     epsilon: float,
     gelu: bool = False,
-    pos: Pointer | None = None,
     statistics: Pointer | None = None,
     y: Pointer | None = None,
     drop: Drop | None = None,
     total: Pointer | None = None,
 ) -> None:
-    """Add LayerNorm of x, or of x + pos, and GELU behind it. `statistics`: float32 [rows, 2] for the backward.
+    """Add LayerNorm of x, and GELU behind it. `statistics`: float32 [rows, 2] for the backward.
 
     With y, the norm is that of total = x + keep(row) y, which is written too, as `add_residual` does.
     """
     lanes, words = _shape(dtype, columns)
-    args = x, y, pos, weight, bias, rows, _row_words(dtype, columns), epsilon, _packed(drop), total, out, statistics
+    args = x, y, weight, bias, rows, _row_words(dtype, columns), epsilon, _packed(drop), total, out, statistics
     kernel = _kernel("layers_norm", "norm_rows", _norm_macros(dtype, lanes, words, gelu))
     steps.launch(kernel, grid=-(-rows // (NORM_THREADS // lanes)), block=NORM_THREADS, args=args)
 
@@ -175,16 +174,12 @@ def add_norm_backward(
     columns: int,
     dtype: np.dtype,
     gelu: bool = False,
-    pos: Pointer | None = None,
     dres: Pointer | None = None,
-    dpos: Pointer | None = None,
-    dpos_before: Pointer | None = None,
     dy: Pointer | None = None,
     drop: Drop | None = None,
 ) -> list[Partials]:
-    """Add the backward of `add_norm`: dx = dres + dz and dpos = dpos_before + dz, where dz is the gradient of x + pos.
+    """Add the backward of `add_norm`, dx = dres + the gradient of x. dx may be dres. With dy, also dy = keep(row) dx.
 
-    What is left out counts as 0. dx may be dres, and dpos may be dpos_before. With dy, also dy = keep(row) dx.
     The gradients of weight and bias are written by `add_sums`, which takes the result.
     """
     lanes, words = _shape(dtype, columns)
@@ -192,8 +187,8 @@ def add_norm_backward(
     most = _PARTS if width <= 8 else _PARTS // 2 if width <= 24 else _PARTS // 4
     blocks = min(most, -(-rows // (NORM_THREADS // lanes)))
     partials = steps.workspace("norm sums", 8 * max(1, blocks) * columns)
-    args = dout, x, pos, statistics, weight, bias, dres, dpos_before, rows, _row_words(dtype, columns)
-    results = _packed(drop), dx, dpos, dy, partials
+    args = dout, x, statistics, weight, bias, dres, rows, _row_words(dtype, columns)
+    results = _packed(drop), dx, dy, partials
     kernel = _kernel("layers_norm", "norm_backward", _norm_macros(dtype, lanes, words, gelu))
     steps.launch(kernel, grid=blocks, block=NORM_THREADS, args=(*args, *results))
     parts = ((partials, dweight), (partials + 4 * columns, dbias))
@@ -279,38 +274,40 @@ def add_residual(
     steps.launch(kernel, grid=-(-rows // (RESIDUAL_THREADS >> lane_bits)), block=RESIDUAL_THREADS, args=args)
 
 
-# ---- fourier -------------------------------------------------------------------------------------------------------
+# ---- rotary position codes -----------------------------------------------------------------------------------------
 
 
 @functools.cache
-def _waves(wavelengths: tuple[float, float]) -> bytes:
-    """The wave numbers, as kernels take them."""
-    return wave_numbers(wavelengths).astype("<f4").tobytes()
+def _turns(dim: int, wavelengths: tuple[float, float]) -> tuple[bytes, int]:
+    """The struct Turns of layers_rotate.cu, and how many pairs an axis has."""
+    turns = half_turns(dim, wavelengths)
+    padded = np.zeros(ROTATE_PAIRS, "<f4")
+    padded[: turns.size] = turns.reshape(-1)
+    return padded.tobytes(), turns.shape[1]
 
 
-def add_fourier(
+def add_rotate(
     steps: Steps,
+    qkv: Pointer,
     points: Pointer,
-    out: Pointer,
+    index: Pointer,
     *,
     rows: int,
+    heads: int,
+    dim: int,
     dtype: np.dtype,
     wavelengths: tuple[float, float],
-    index: Pointer | None = None,
-    features: Pointer | None = None,
-    channels: int = 0,
-    columns: int = POSITION_FEATURES,
+    back: bool = False,
 ) -> None:
-    """Add the rows [features, sines, cosines, zeros] of points float32 [N, 3] and features float32 [N, channels].
+    """Add the rotation of q and k in qkv [rows, 3, heads, dim], in place, or that of their gradients back.
 
-    Row i is that of point index[i] (int32; -1 in padding), or of point i. `columns` is the width of a row.
+    Row i turns by the coordinates of point index[i] of points float32 [N, 3]; with index -1 it stays.
     """
-    if columns < channels + POSITION_FEATURES:
-        raise ValueError(f"columns must be at least {POSITION_FEATURES} + channels ({channels}), got {columns}.")
-    args = points, features, index, _waves(wavelengths), rows, channels, columns, out
-    kernel = _kernel("layers_fourier", "fourier_rows", _element(dtype))
-    rows_a_block = FOURIER_THREADS // 32 * FOURIER_ROWS
-    steps.launch(kernel, grid=-(-rows // rows_a_block), block=FOURIER_THREADS, args=args)
+    words, groups = _row_words(dtype, dim), -(-heads // ROTATE_HEADS)
+    direction = -1.0 if back else 1.0
+    args = points, index, *_turns(dim, wavelengths), rows, heads, words, groups, direction, qkv
+    kernel = _kernel("layers_rotate", "rotate_rows", _element(dtype))
+    steps.launch(kernel, grid=-(-rows // (ROTATE_THREADS // (words * groups))), block=ROTATE_THREADS, args=args)
 
 
 # ---- geometry ------------------------------------------------------------------------------------------------------

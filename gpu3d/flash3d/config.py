@@ -29,7 +29,7 @@ class Config:
     depths : tuple of int
         Blocks of each encoder level, at least 1.
     decoder_channels : tuple of int
-        Channels of each decoder level. They equal those of the encoder, because both share the level's position code.
+        Channels of each decoder level.
     decoder_depths : tuple of int
         Blocks of each decoder level, at least 1.
     heads, decoder_heads : tuple of int
@@ -54,7 +54,7 @@ class Config:
         In training, the rate at which a row skips a branch of the last block, from 0 to below 1. The rate grows
         linearly from 0 in the first block.
     wavelengths : tuple of two floats
-        The shortest and the longest wavelength of the position code, in the unit of the points.
+        The shortest and the longest wavelength of the rotary position codes, in the unit of the points.
     epsilon : float
         Added to the variance in LayerNorm.
     dtype : {"bfloat16", "float16", "float32"}
@@ -88,7 +88,7 @@ class Config:
     ratio: int = 2
     mlp: int = 4
     drop_path: float = 0.3
-    wavelengths: tuple[float, float] = (0.2, 200.0)
+    wavelengths: tuple[float, float] = (0.5, 60.0)
     epsilon: float = 1e-5
     dtype: str = "bfloat16"
 
@@ -116,18 +116,17 @@ class Config:
         if self.wavelengths[0] > self.wavelengths[1]:
             raise ValueError(f"wavelengths must be (shortest, longest), got {self.wavelengths}: exchange the two.")
         _check_heads("channels", self.channels, "heads", self.heads)
-        for level, (own, encoder) in enumerate(zip(self.decoder_channels, self.channels, strict=False)):
-            if own != encoder:
-                raise ValueError(
-                    "decoder_channels must equal channels, because encoder and decoder share the position code of a "
-                    f"level, got {own} for {encoder} at level {level}: pass decoder_channels={self.channels[:-1]}."
-                )
         _check_heads("decoder_channels", self.decoder_channels, "decoder_heads", self.decoder_heads)
 
     @property
     def levels(self) -> int:
         """Number of levels of the encoder."""
         return len(self.channels)
+
+    @property
+    def ascending_channels(self) -> tuple[int, ...]:
+        """Channels of each level on the way up: those of the decoder, and below them those of the deepest level."""
+        return (*self.decoder_channels, self.channels[-1])
 
     def replace(self, **changes: Any) -> Config:
         """The same sizes with some fields changed."""
@@ -186,24 +185,25 @@ DTYPES = ("bfloat16", "float16", "float32")
 _HASHES = ("zorder_div", "xor_div", "zorder_mod", "xor_mod", "zorder_div")
 _STRIDES = (2, 2, 2, 1, 1)  # a stride of 2 needs 16 buckets, which the deeper levels of one sweep do not have
 
+# One level of the decoder is a head wider than in the encoder, so that there are as many parameters as in the paper.
 presets: dict[str, Config] = {
     "flash3d_46m": Config(
         channels=(64, 128, 256, 512, 768),
         depths=(2, 2, 2, 6, 2),
-        decoder_channels=(64, 128, 256, 512),
+        decoder_channels=(64, 128, 256, 544),
         decoder_depths=(2, 2, 2, 2),
         heads=(2, 4, 8, 16, 24),
-        decoder_heads=(2, 4, 8, 16),
+        decoder_heads=(2, 4, 8, 17),
         hashes=_HASHES,
         strides=_STRIDES,
     ),
     "flash3d_129m": Config(
         channels=(64, 192, 384, 768, 1536),
         depths=(2, 2, 2, 6, 2),
-        decoder_channels=(64, 192, 384, 768),
+        decoder_channels=(64, 192, 384, 832),
         decoder_depths=(2, 2, 2, 2),
         heads=(2, 3, 6, 12, 24),
-        decoder_heads=(2, 3, 6, 12),
+        decoder_heads=(2, 3, 6, 13),
         hashes=_HASHES,
         strides=_STRIDES,
     ),

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu3d._arrays import FLOAT32, Spec
-from gpu3d.cuda import arrays, attention, layers, linear
+from gpu3d.cuda import arrays, attention, buckets, layers, linear
 from gpu3d.cuda.plan import Device, Matrix, Number, Pointer, Steps
 from gpu3d.flash3d.config import Config
 from gpu3d.flash3d.levels import Level
 from gpu3d.flash3d.params import by_path, layout
-from gpu3d.reference.flash3d import POSITION_FEATURES, drop_rate
+from gpu3d.reference.flash3d import drop_rate
 
 COLUMNS = 8  # rows of matrices begin at multiples of this many elements
 
@@ -37,13 +37,6 @@ class Projected(NamedTuple):
     x: Matrix
     linear: Matrix
     statistics: Any
-
-
-class Coded(NamedTuple):
-    """What the backward of a level's position code reads."""
-
-    waves: Matrix
-    hidden: Matrix | None
 
 
 class Block(NamedTuple):
@@ -196,12 +189,10 @@ class Network:
 
     # -- norm --
 
-    def norm(
-        self, x: Matrix | Sum, path: str, gelu: bool = False, code: Matrix | None = None
-    ) -> tuple[Matrix, Matrix, Pointer | None]:
-        """Three things: x, which is written here if it is a sum; the norm; and the statistics that a backward reads.
+    def norm(self, x: Matrix | Sum, path: str, gelu: bool = False) -> tuple[Matrix, Matrix, Pointer | None]:
+        """x, which is written here if it is a sum; its norm; and the statistics that a backward reads.
 
-        The norm is LayerNorm of x, or of x plus the code, and GELU behind it.
+        The norm is LayerNorm, and GELU behind it.
         """
         base, y, drop = x if isinstance(x, Sum) else (x, None, None)
         out = self.rows(path, base.rows, base.columns)
@@ -218,7 +209,6 @@ class Network:
             dtype=self.dtype,
             epsilon=self.config.epsilon,
             gelu=gelu,
-            pos=code and code.pointer,
             statistics=statistics,
             y=y and y.pointer,
             drop=drop,
@@ -235,15 +225,9 @@ class Network:
         *,
         gelu: bool = False,
         added: Matrix | None = None,
-        code: Matrix | None = None,
-        dcode: Matrix | None = None,
-        first: bool = False,
         drop: layers.Drop | None = None,
     ) -> tuple[Matrix, Matrix]:
-        """The gradient dx of x, with `added` in it; and keep(row) dx, which is dx without drop path.
-
-        The gradient of the code is added to dcode, or written if it is the first.
-        """
+        """The gradient dx of x, with `added` in it; and keep(row) dx, which is dx without drop path."""
         assert statistics is not None
         dx = self.rows(f"d {path}", x.rows, x.columns)
         kept = dx if drop is None else self.rows(f"d {path} kept", x.rows, x.columns)
@@ -261,10 +245,7 @@ class Network:
             columns=x.columns,
             dtype=self.dtype,
             gelu=gelu,
-            pos=code and code.pointer,
             dres=added and added.pointer,
-            dpos=dcode and dcode.pointer,
-            dpos_before=None if first or dcode is None else dcode.pointer,
             dy=drop and kept.pointer,
             drop=drop,
         )
@@ -284,45 +265,32 @@ class Network:
         self.linear_gradients(dy, tape.x, path)
         return dy
 
-    # -- position code --
-
-    def waves(self, level: Level, features: Pointer | None = None) -> Matrix:
-        """The Fourier features of a level's positions, behind the input features if they are given."""
-        channels = self.config.in_channels if features is not None else 0
-        out = self.rows("waves", level.slots, channels + POSITION_FEATURES)
-        layers.add_fourier(
-            self.steps,
-            level.points,
-            out.pointer,
-            rows=level.slots,
-            dtype=self.dtype,
-            wavelengths=self.config.wavelengths,
-            index=level.slot_to_point,
-            features=features,
-            channels=channels,
-            columns=out.stride,
-        )
-        return out
-
-    def code(self, level: Level, path: str) -> tuple[Matrix, Coded]:
-        """The position code of a level."""
-        waves = self.waves(level)
-        active, hidden = self.linear_gelu(waves, f"{path}.0")
-        return self.linear(active, f"{path}.1"), Coded(waves, hidden)
-
-    def code_backward(self, dcode: Matrix, tape: Coded, path: str) -> None:
-        """The gradients of the parameters of `code`."""
-        self.linear_gradients(self.gelu_linear_backward(dcode, tape.hidden, f"{path}.1"), tape.waves, f"{path}.0")
-
     # -- stem --
 
-    def stem(self, level: Level, features: Pointer) -> tuple[Matrix, Matrix]:
-        """The first rows, and what they are made of. The weights are copied to rows that are aligned."""
-        rows, columns = self.parameters["stem.weight"].shape
-        x = self.waves(level, features)
-        how = arrays.rows(Spec((rows, columns), FLOAT32), self.dtype, x.stride)
+    def stem(self, level: Level, features: Pointer, dtype: np.dtype) -> tuple[Matrix, Matrix]:
+        """The first rows, and the features in slots. `features` are contiguous rows of points, of this dtype.
+
+        Rows of features and of the weights are filled up with zeros, so that they are aligned.
+        """
+        rows, channels = self.parameters["stem.weight"].shape
+        columns = _row(channels)
+        how = arrays.rows(Spec((level.slots, channels), dtype), self.dtype, columns)
+        by_point = arrays.add_rows(self.steps, features, how, number=Number("points"))
+        x = self.rows("features", level.slots, columns)
+        buckets.add_move(
+            self.steps,
+            by_point,
+            level.slot_to_point,
+            x.pointer,
+            rows=level.slots,
+            most=level.slots,
+            row_bytes=columns * self.dtype.itemsize,
+            word=16 if how else self.dtype.itemsize,  # the caller's rows may begin anywhere
+            fill=bytes(buckets.PATTERN_BYTES),
+        )
+        how = arrays.rows(Spec((rows, channels), FLOAT32), self.dtype, columns)
         weight = Matrix(
-            arrays.add_rows(self.steps, self.master("stem.weight"), how), rows, columns, self.dtype, x.stride
+            arrays.add_rows(self.steps, self.master("stem.weight"), how), rows, columns, self.dtype, columns
         )
         y = self.rows("stem", level.slots, rows)
         linear.forward(self.steps, x, weight, y, bias=self.bias("stem"))
@@ -330,14 +298,12 @@ class Network:
 
     def stem_gradient(self, dy: Matrix, x: Matrix) -> None:
         """The gradient of the stem's weight, whose rows need not be aligned."""
-        rows, columns = self.parameters["stem.weight"].shape
-        whole = x._replace(columns=x.stride)  # what is behind the columns is 0
-        dweight = self.rows("d stem", rows, x.stride, FLOAT32)
-        linear.weight_gradient(self.steps, dy, whole, dweight)
-        spec = Spec((rows, columns), FLOAT32, (4 * x.stride, 4))
-        arrays.add_rows(
-            self.steps, dweight.pointer, arrays.rows(spec, FLOAT32, columns), out=self.gradient("stem.weight")
-        )
+        rows, channels = self.parameters["stem.weight"].shape
+        dweight = self.rows("d stem", rows, x.columns, FLOAT32)
+        linear.weight_gradient(self.steps, dy, x, dweight)
+        spec = Spec((rows, channels), FLOAT32, (4 * dweight.stride, 4))
+        how = arrays.rows(spec, FLOAT32, channels)
+        arrays.add_rows(self.steps, dweight.pointer, how, out=self.gradient("stem.weight"))
 
     # -- block --
 
@@ -347,6 +313,22 @@ class Network:
         q, table = (level.slots, heads, columns // heads), (sizes.scopes[odd], config.scope)
         clouds = sizes.clouds, sizes.largest
         return attention.shape_of(*clouds, config.bucket_size, q, self.dtype, table, self.device)
+
+    def rotate(self, qkv: Matrix, level: Level, heads: int, back: bool = False) -> None:
+        """Turn q and k, in place, by the positions of their rows; or turn their gradients back."""
+        dim = qkv.columns // (3 * heads)
+        layers.add_rotate(
+            self.steps,
+            qkv.pointer,
+            level.points,
+            level.slot_to_point,
+            rows=qkv.rows,
+            heads=heads,
+            dim=dim,
+            dtype=self.dtype,
+            wavelengths=self.config.wavelengths,
+            back=back,
+        )
 
     def drop(self, number: int, which: int) -> layers.Drop | None:
         """The drop path of a branch of a block: 0 is attention, 1 is the MLP. None if no row is dropped."""
@@ -382,29 +364,30 @@ class Network:
         layers.add_residual(self.steps, x, y.pointer, out.pointer, **sizes, dtype=self.dtype, drop=drop)
 
     def blocks(
-        self, x: Matrix, code: Matrix, path: str, level: Level, heads: int, numbers: Iterable[int]
+        self, x: Matrix, path: str, level: Level, heads: int, numbers: Iterable[int]
     ) -> tuple[Matrix | Sum, list[Block]]:
         """The blocks of a stage: even and odd ones by turns, from an even one on."""
         out: Matrix | Sum = x
         tapes = []
         for i, number in enumerate(numbers):
-            out, tape = self.block(out, code, f"{path}.blocks.{i}", level, heads, i % 2, number)
+            out, tape = self.block(out, f"{path}.blocks.{i}", level, heads, i % 2, number)
             tapes.append(tape)
         return out, tapes
 
     def block(
-        self, x: Matrix | Sum, code: Matrix, path: str, level: Level, heads: int, odd: int, number: int
+        self, x: Matrix | Sum, path: str, level: Level, heads: int, odd: int, number: int
     ) -> tuple[Matrix | Sum, Block]:
         """Attention and MLP, each behind a norm and beside the identity."""
-        active, tape = self.inside(x, code, path, level, heads, odd, number)
+        active, tape = self.inside(x, path, level, heads, odd, number)
         return self.branch(active, f"{path}.fc2", tape.middle, self.drop(number, 1)), tape
 
     def inside(
-        self, start: Matrix | Sum, code: Matrix, path: str, level: Level, heads: int, odd: int, number: int
+        self, start: Matrix | Sum, path: str, level: Level, heads: int, odd: int, number: int
     ) -> tuple[Matrix, Block]:
         """The input of a block's last linear layer."""
-        x, normed, first = self.norm(start, f"{path}.norm1", code=code)
+        x, normed, first = self.norm(start, f"{path}.norm1")
         qkv = self.linear(normed, f"{path}.qkv")
+        self.rotate(qkv, level, heads)
         attended = self.rows(f"{path} attended", x.rows, x.columns)
         lse = None if self.gradients is None else self.steps.workspace(f"{path} lse", 4 * x.rows * heads)
         shape = self.attention(level, heads, odd, x.columns)
@@ -418,29 +401,18 @@ class Network:
         kept = qkv, attended, lse, middle, hidden
         return active, Block(path, number, odd, heads, x, (first, second), (normed, again), *kept)
 
-    def blocks_backward(
-        self, dout: Matrix, dy: Matrix, blocks: list[Block], code: Matrix, dcode: Matrix, first: bool, level: Level
-    ) -> Matrix:
-        """The gradient of the input of a stage. dout is that of its output, and dy is keep(row) dout of the last block.
+    def blocks_backward(self, dout: Matrix, dy: Matrix, blocks: list[Block], level: Level) -> Matrix:
+        """The gradient of the input of a stage.
 
-        The gradient of the code is added to dcode, or written if `first`.
+        dout is the gradient of its output, and dy is keep(row) dout of the last block.
         """
         for block, before in zip(reversed(blocks), [*reversed(blocks[:-1]), None], strict=True):
             drop = before and self.drop(before.number, 1)
-            dout, dy = self.block_backward(dout, dy, block, code, dcode, first, level, drop)
-            first = False
+            dout, dy = self.block_backward(dout, dy, block, level, drop)
         return dout
 
     def block_backward(
-        self,
-        dout: Matrix,
-        dy: Matrix,
-        tape: Block,
-        code: Matrix,
-        dcode: Matrix,
-        first: bool,
-        level: Level,
-        drop: layers.Drop | None,
+        self, dout: Matrix, dy: Matrix, tape: Block, level: Level, drop: layers.Drop | None
     ) -> tuple[Matrix, Matrix]:
         """The gradient dx of x, and keep(row) dx. dy is keep(row) dout.
 
@@ -448,7 +420,7 @@ class Network:
         """
         path = tape.path
         if self.recompute:
-            _, tape = self.inside(tape.x, code, path, level, tape.heads, tape.odd, tape.number)
+            _, tape = self.inside(tape.x, path, level, tape.heads, tape.odd, tape.number)
         dhidden = self.gelu_linear_backward(dy, tape.hidden, f"{path}.fc2")
         self.linear_gradients(dhidden, tape.normed[1], f"{path}.fc1")
         dnormed = self.linear_backward(dhidden, f"{path}.fc1")
@@ -470,10 +442,11 @@ class Network:
             shape.dim**-0.5,
             dqkv.pointer,
         )
+        self.rotate(dqkv, level, tape.heads, back=True)
         # What the gradients of weights have read so far need not be kept any longer. They ran beside the attention, so
         # this waits for none of them.
         self.steps.join()
         self.linear_gradients(dqkv, tape.normed[0], f"{path}.qkv")
         dnormed = self.linear_backward(dqkv, f"{path}.qkv")
         where = dnormed, tape.x, tape.statistics[0], f"{path}.norm1"
-        return self.norm_backward(*where, added=dmiddle, code=code, dcode=dcode, first=first, drop=drop)
+        return self.norm_backward(*where, added=dmiddle, drop=drop)

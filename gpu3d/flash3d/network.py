@@ -15,9 +15,9 @@ import numpy as np
 
 from gpu3d._arrays import FLOAT32, Spec
 from gpu3d.cuda import arrays, buckets, linear, losses, optim, pooling
-from gpu3d.cuda.plan import Call, Device, Input, Matrix, Number, Plan, Pointer, Result, Steps
+from gpu3d.cuda.plan import Call, Device, Input, Matrix, Plan, Pointer, Result, Steps
 from gpu3d.flash3d.config import Config
-from gpu3d.flash3d.layers import Block, Coded, Network
+from gpu3d.flash3d.layers import Block, Network
 from gpu3d.flash3d.levels import Level, Sizes, add_geometry
 from gpu3d.flash3d.params import ALIGNMENT, arena_size, decayed_size
 
@@ -28,7 +28,6 @@ class _Tape(NamedTuple):
     """What the backward of the network reads."""
 
     stem: Matrix
-    codes: list[tuple[Matrix, Coded]]  # by level
     encoder: list[list[Block]]
     decoder: list[list[Block]]
     down: list[Any]
@@ -39,16 +38,16 @@ class _Tape(NamedTuple):
     normed: Matrix
 
 
-def add_forward(net: Network, levels: list[Level], features: Pointer) -> tuple[Matrix, _Tape]:
-    """Add the network without the last linear layer; returns its input and what a backward reads."""
+def add_forward(net: Network, levels: list[Level], features: Pointer, dtype: np.dtype) -> tuple[Matrix, _Tape]:
+    """Add the network without the last linear layer; returns its input and what a backward reads.
+
+    `dtype` is that of the features.
+    """
     config, steps = net.config, net.steps
     numbers = iter(range(sum(config.depths) + sum(config.decoder_depths)))
     encoder, skips = [], []
     down: list[Any] = []
-    with steps.beside():
-        deeper = [net.code(level, f"encoder.{number}.position") for number, level in enumerate(levels) if number]
-    x, stem = net.stem(levels[0], features)
-    codes = [net.code(levels[0], "encoder.0.position"), *deeper]
+    x, stem = net.stem(levels[0], features, dtype)
     for number, level in enumerate(levels):
         path = f"encoder.{number}"
         if number == 1:
@@ -62,7 +61,7 @@ def add_forward(net: Network, levels: list[Level], features: Pointer) -> tuple[M
             x, tape = net.project(pooled, f"{path}.down")
         down.append(tape if number else None)
         own = itertools.islice(numbers, config.depths[number])
-        total, blocks = net.blocks(x, codes[number][0], path, level, config.heads[number], own)
+        total, blocks = net.blocks(x, path, level, config.heads[number], own)
         encoder.append(blocks)
         x = net.written(total)
         skips.append(x)
@@ -87,22 +86,18 @@ def add_forward(net: Network, levels: list[Level], features: Pointer) -> tuple[M
             dtype=net.dtype,
         )
         own = itertools.islice(numbers, config.decoder_depths[number])
-        total, decoder[number] = net.blocks(x, codes[number][0], path, level, config.decoder_heads[number], own)
+        total, decoder[number] = net.blocks(x, path, level, config.decoder_heads[number], own)
     last, normed, statistics = net.norm(total, "head.norm")
-    return normed, _Tape(stem, codes, encoder, decoder, down, ups, skipped, last, statistics, normed)
+    return normed, _Tape(stem, encoder, decoder, down, ups, skipped, last, statistics, normed)
 
 
 def add_backward(net: Network, levels: list[Level], dlogits: Matrix, tape: _Tape) -> None:
     """Add the backward of the network: every gradient of the parameters is written."""
     config, steps = net.config, net.steps
-    dcodes = [net.rows(f"d code {i}", level.slots, config.channels[i]) for i, level in enumerate(levels)]
-    started = [False] * config.levels
 
     def blocks_backward(d: Matrix, blocks: list[Block], number: int, dy: Matrix | None = None) -> Matrix:
         dy = net.kept(d, net.drop(blocks[-1].number, 1)) if dy is None else dy
-        code, dcode, first = tape.codes[number][0], dcodes[number], not started[number]
-        started[number] = True
-        return net.blocks_backward(d, dy, blocks, code, dcode, first, levels[number])
+        return net.blocks_backward(d, dy, blocks, levels[number])
 
     net.linear_gradients(dlogits, tape.normed, "head")
     where = net.linear_backward(dlogits, "head"), tape.last, tape.statistics, "head.norm"
@@ -121,8 +116,6 @@ def add_backward(net: Network, levels: list[Level], dlogits: Matrix, tape: _Tape
     for number in reversed(range(config.levels)):
         path = f"encoder.{number}"
         d = blocks_backward(d, tape.encoder[number], number)
-        with steps.beside():
-            net.code_backward(dcodes[number], tape.codes[number][1], f"{path}.position")
         if number:
             dy = net.project_backward(d, tape.down[number], f"{path}.down")
             dpooled, above = net.linear_backward(dy, f"{path}.down"), levels[number - 1]
@@ -161,13 +154,6 @@ def cast_call(config: Config) -> Call:
     return Call(steps.plan(), {})
 
 
-def _features(steps: Steps, config: Config, sizes: tuple[Sizes, ...], dtype: np.dtype) -> Pointer:
-    """Input 1, contiguous, as float32."""
-    channels = config.in_channels
-    spec = Spec((sizes[0].sort.slots, channels), dtype)
-    return arrays.add_rows(steps, Input(1), arrays.rows(spec, FLOAT32, channels), number=Number("points"))
-
-
 @functools.lru_cache(maxsize=32)
 def forward_plan(config: Config, sizes: tuple[Sizes, ...], dtype: np.dtype, device: Device) -> Plan:
     """Inputs: points float32, features, tables of clouds, the parameters, their copy. Result: logits.
@@ -175,12 +161,12 @@ def forward_plan(config: Config, sizes: tuple[Sizes, ...], dtype: np.dtype, devi
     `dtype` is that of the features.
     """
     steps = Steps(inputs=5, results=1)
-    points, _, tables, masters, weights = map(Input, range(5))
+    points, features, tables, masters, weights = map(Input, range(5))
     if not sizes:
         return steps.plan()
     levels = add_geometry(steps, config, sizes, points, tables)
     net = Network(steps, config, device, masters, weights)
-    normed, _ = add_forward(net, levels, _features(steps, config, sizes, dtype))
+    normed, _ = add_forward(net, levels, features, dtype)
     slots, classes = levels[0].slots, config.classes
     logits = net.rows("logits", slots, classes, FLOAT32)
     linear.forward(steps, normed, net.weight("head"), logits, bias=net.master("head.bias"))
@@ -202,9 +188,8 @@ def gradient_plan(
     if not sizes:
         steps.clear(Result(0), 4)
         return steps.plan()
-    points, _, labels, tables, masters, weights = map(Input, range(6))
-    inputs = points, _features(steps, config, sizes, dtype), labels, tables, masters, weights
-    _add_gradients(steps, config, sizes, device, inputs, label_dtype, ignore, Result(0), Result(1), step=None)
+    inputs, options = tuple(map(Input, range(6))), (dtype, label_dtype, ignore, Result(0), Result(1))
+    _add_gradients(steps, config, sizes, device, inputs, *options, step=None)
     return steps.plan(share=True)
 
 
@@ -225,10 +210,10 @@ def step_plan(
     `optim.add_adamw`. Numbers that the caller adds: seed, rate, steps, decay, clip.
     """
     steps = Steps(inputs=10, results=2)
-    points, _, labels, tables, masters, weights, m, v, gradients, state = map(Input, range(10))
-    inputs = points, _features(steps, config, sizes, dtype), labels, tables, masters, weights
-    options = label_dtype, ignore, Result(0), gradients
-    _add_gradients(steps, config, sizes, device, inputs, *options, step=state, recompute=recompute)
+    *inputs, m, v, gradients, state = map(Input, range(10))
+    masters, weights = inputs[4:]
+    options = dtype, label_dtype, ignore, Result(0), gradients
+    _add_gradients(steps, config, sizes, device, tuple(inputs), *options, step=state, recompute=recompute)
     optim.add_adamw(
         steps,
         gradients,
@@ -252,6 +237,7 @@ def _add_gradients(
     sizes: tuple[Sizes, ...],
     device: Device,
     inputs: tuple[Pointer, ...],
+    dtype: np.dtype,
     label_dtype: np.dtype,
     ignore: int,
     loss: Pointer,
@@ -263,7 +249,7 @@ def _add_gradients(
     points, features, labels, tables, masters, weights = inputs
     levels = add_geometry(steps, config, sizes, points, tables)
     net = Network(steps, config, device, masters, weights, gradients, step, recompute)
-    normed, tape = add_forward(net, levels, features)
+    normed, tape = add_forward(net, levels, features, dtype)
     logits = net.linear(normed, "head")
     dlogits = net.rows("d logits", logits.rows, logits.columns)
     losses.add_loss(

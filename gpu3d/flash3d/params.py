@@ -17,7 +17,6 @@ import numpy as np
 
 from gpu3d import _arrays
 from gpu3d.flash3d.config import Config
-from gpu3d.reference.flash3d import POSITION_FEATURES
 
 ALIGNMENT = 64  # elements
 
@@ -94,7 +93,7 @@ def count(config: Config) -> int:
     --------
     >>> from gpu3d import flash3d
     >>> flash3d.count(flash3d.presets["flash3d_46m"])
-    46208787
+    45899155
     """
     return sum(parameter.size for parameter in layout(config))
 
@@ -105,23 +104,21 @@ def count(config: Config) -> int:
 def _shapes(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Path and shape of every parameter, in the order in which the forward uses them."""
     channels = config.channels
-    yield from _linear("stem", channels[0], config.in_channels + POSITION_FEATURES)
+    yield from _linear("stem", channels[0], config.in_channels)
     for level, (c, depth) in enumerate(zip(channels, config.depths, strict=True)):
         stage = f"encoder.{level}"
         if level:
             yield from _projection(f"{stage}.down", c, channels[level - 1])
-        yield from _linear(f"{stage}.position.0", c, POSITION_FEATURES)
-        yield from _linear(f"{stage}.position.1", c, c)
         for i in range(depth):
             yield from _block(f"{stage}.blocks.{i}", c, config.mlp)
     for level in reversed(range(config.levels - 1)):
-        stage, c = f"decoder.{level}", channels[level]
-        yield from _projection(f"{stage}.up", c, channels[level + 1])
-        yield from _projection(f"{stage}.skip", c, c)
+        stage, (c, below) = f"decoder.{level}", config.ascending_channels[level : level + 2]
+        yield from _projection(f"{stage}.up", c, below)
+        yield from _projection(f"{stage}.skip", c, channels[level])
         for i in range(config.decoder_depths[level]):
             yield from _block(f"{stage}.blocks.{i}", c, config.mlp)
-    yield from _norm("head.norm", channels[0])
-    yield from _linear("head", config.classes, channels[0])
+    yield from _norm("head.norm", config.ascending_channels[0])
+    yield from _linear("head", config.classes, config.ascending_channels[0])
 
 
 def _linear(path: str, outputs: int, inputs: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -177,7 +174,7 @@ def init(config: Config, seed: int = 0, device: int | None = None) -> dict[str, 
     >>> from gpu3d import flash3d
     >>> params = flash3d.init(flash3d.presets["tiny"], seed=1)
     >>> params["stem"]["weight"].shape
-    (32, 132)
+    (32, 4)
     """
     seed = _arrays.check_integer(seed, "seed")
     if seed < 0:

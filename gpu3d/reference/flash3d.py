@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from gpu3d.flash3d.config import Config
     from gpu3d.flash3d.geometry import Level
 
-WAVES = (21, 21, 22)  # wavelengths of the position code along x, y and z
-POSITION_FEATURES = 2 * sum(WAVES)  # a sine and a cosine of each
-
 Params = dict[str, Any]
 
 # ---- layers --------------------------------------------------------------------------------------------------------
@@ -76,20 +73,34 @@ def layer_norm_backward(dy: np.ndarray, x: np.ndarray, params: Params, epsilon: 
     return dx, {"weight": (dy * normalized).sum(axis=0), "bias": dy.sum(axis=0)}
 
 
-def wave_numbers(wavelengths: tuple[float, float]) -> np.ndarray:
-    """2 pi / wavelength of all waves, float32 [64]. The wavelengths of an axis are geometric, both ends included."""
-    return np.concatenate([2 * math.pi / np.geomspace(*wavelengths, n) for n in WAVES]).astype(np.float32)
+def half_turns(dim: int, wavelengths: tuple[float, float]) -> np.ndarray:
+    """2 / wavelength of the pairs of a head of `dim` channels, float32 [3, pairs of an axis].
+
+    The wavelengths of an axis are geometric, both ends included. Pairs that three axes cannot share stay as they are.
+    """
+    return np.tile(2 / np.geomspace(*wavelengths, dim // 6), (3, 1)).astype(np.float32)
 
 
-def fourier(positions: np.ndarray, wavelengths: tuple[float, float]) -> np.ndarray:
-    """The sines [n, 64] of all waves, then their cosines. Arguments are float32 products, as on a GPU."""
-    axes = np.repeat(np.arange(3), WAVES)
-    arguments = (positions[:, axes] * wave_numbers(wavelengths)).astype(np.float64)
-    return np.concatenate([np.sin(arguments), np.cos(arguments)], axis=1)
+def rotate(qkv: np.ndarray, positions: np.ndarray, heads: int, wavelengths: tuple[float, float]) -> np.ndarray:
+    """Turn q and k by rotary position codes; the columns of qkv [n, 3 C] are q, k, v of all heads.
+
+    Elements 2 p and 2 p + 1 of a head turn by pi * coordinate * half_turns: the first pairs with x, the next with y and
+    z. So the product of q and k depends on the difference of their positions. Arguments are float32 products, as on a
+    GPU. To turn gradients back, negate the positions.
+    """
+    parts = _split(qkv, heads)
+    turns = half_turns(parts.shape[3], wavelengths)
+    arguments = (positions[:, :, None] * turns).astype(np.float64).reshape(len(qkv), 1, turns.size)
+    cosine, sine = np.cos(np.pi * arguments), np.sin(np.pi * arguments)
+    out = parts.copy()
+    even, odd = (parts[:2, :, :, first : 2 * turns.size : 2] for first in (0, 1))
+    out[:2, :, :, 0 : 2 * turns.size : 2] = even * cosine - odd * sine
+    out[:2, :, :, 1 : 2 * turns.size : 2] = even * sine + odd * cosine
+    return out.swapaxes(0, 1).reshape(qkv.shape)
 
 
 def attention(qkv: np.ndarray, buckets: Buckets, scopes: Scopes, heads: int) -> tuple[np.ndarray, np.ndarray]:
-    """Attention [n, C] within scopes, and lse [n, heads]. The columns of qkv [n, 3 C] are q, k, v of all heads."""
+    """Attention [n, C] within scopes, and lse [n, heads]."""
     q, k, v = _split(qkv, heads)
     layout = scopes.table, buckets.bucket_size, buckets.bucket_offsets, buckets.lengths
     out, lse = bucket.bucket_attention(q, k, v, *layout, q.shape[2] ** -0.5)
@@ -235,29 +246,6 @@ def segmentation_loss(logits: np.ndarray, labels: np.ndarray, ignore: int) -> tu
 # ---- parts of the network ------------------------------------------------------------------------------------------
 
 
-class PositionTape(NamedTuple):
-    """What the backward of `position` reads."""
-
-    waves: np.ndarray
-    hidden: np.ndarray
-
-
-def position(
-    positions: np.ndarray, params: Params, wavelengths: tuple[float, float]
-) -> tuple[np.ndarray, PositionTape]:
-    """The position code of a level: an MLP over its Fourier features."""
-    waves = fourier(positions, wavelengths)
-    hidden = linear(waves, params["0"])
-    return linear(gelu(hidden), params["1"]), PositionTape(waves, hidden)
-
-
-def position_backward(dcode: np.ndarray, tape: PositionTape, params: Params) -> Params:
-    """The gradients of the parameters of `position`."""
-    dactive, second = linear_backward(dcode, gelu(tape.hidden), params["1"])
-    _, first = linear_backward(gelu_backward(dactive, tape.hidden), tape.waves, params["0"])
-    return {"0": first, "1": second}
-
-
 class ProjectTape(NamedTuple):
     """What the backward of `project` reads."""
 
@@ -282,18 +270,18 @@ def project_backward(dy: np.ndarray, tape: ProjectTape, params: Params, epsilon:
 class Place(NamedTuple):
     """Where a block runs, and what it has beside its parameters."""
 
-    buckets: Buckets
+    level: Level
     scopes: Scopes
     heads: int
-    epsilon: float
+    config: Config
     keep: tuple[Any, Any]  # factors [n, 1] of the rows of both branches
 
 
 class BlockTape(NamedTuple):
     """What the backward of `block` reads."""
 
-    coded: np.ndarray  # input plus position code
-    qkv: np.ndarray
+    x: np.ndarray
+    qkv: np.ndarray  # turned
     attended: np.ndarray
     lse: np.ndarray
     middle: np.ndarray  # between the branches
@@ -301,41 +289,42 @@ class BlockTape(NamedTuple):
     place: Place
 
 
-def block(x: np.ndarray, code: np.ndarray, params: Params, place: Place) -> tuple[np.ndarray, BlockTape]:
+def block(x: np.ndarray, params: Params, place: Place) -> tuple[np.ndarray, BlockTape]:
     """Attention and MLP, each behind a norm and beside the identity."""
-    coded = x + code
-    qkv = linear(layer_norm(coded, params["norm1"], place.epsilon), params["qkv"])
-    attended, lse = attention(qkv, place.buckets, place.scopes, place.heads)
+    level, epsilon = place.level, place.config.epsilon
+    qkv = linear(layer_norm(x, params["norm1"], epsilon), params["qkv"])
+    qkv = rotate(qkv, level.positions, place.heads, place.config.wavelengths)
+    attended, lse = attention(qkv, level.buckets, place.scopes, place.heads)
     middle = x + place.keep[0] * linear(attended, params["proj"])
-    hidden = linear(layer_norm(middle, params["norm2"], place.epsilon), params["fc1"])
+    hidden = linear(layer_norm(middle, params["norm2"], epsilon), params["fc1"])
     y = middle + place.keep[1] * linear(gelu(hidden), params["fc2"])
-    return y, BlockTape(coded, qkv, attended, lse, middle, hidden, place)
+    return y, BlockTape(x, qkv, attended, lse, middle, hidden, place)
 
 
-def block_backward(dy: np.ndarray, tape: BlockTape, params: Params) -> tuple[np.ndarray, np.ndarray, Params]:
-    """The gradients of x, of the position code and of the parameters."""
+def block_backward(dy: np.ndarray, tape: BlockTape, params: Params) -> tuple[np.ndarray, Params]:
+    """The gradients of `block`."""
     place, grads = tape.place, {}
+    level, epsilon = place.level, place.config.epsilon
     dactive, grads["fc2"] = linear_backward(place.keep[1] * dy, gelu(tape.hidden), params["fc2"])
-    normed = layer_norm(tape.middle, params["norm2"], place.epsilon)
+    normed = layer_norm(tape.middle, params["norm2"], epsilon)
     dnormed, grads["fc1"] = linear_backward(gelu_backward(dactive, tape.hidden), normed, params["fc1"])
-    dmiddle, grads["norm2"] = layer_norm_backward(dnormed, tape.middle, params["norm2"], place.epsilon)
+    dmiddle, grads["norm2"] = layer_norm_backward(dnormed, tape.middle, params["norm2"], epsilon)
     dmiddle += dy
     dattended, grads["proj"] = linear_backward(place.keep[0] * dmiddle, tape.attended, params["proj"])
-    dqkv = attention_backward(dattended, tape.qkv, tape.attended, tape.lse, place.buckets, place.scopes, place.heads)
-    normed = layer_norm(tape.coded, params["norm1"], place.epsilon)
+    dqkv = attention_backward(dattended, tape.qkv, tape.attended, tape.lse, level.buckets, place.scopes, place.heads)
+    dqkv = rotate(dqkv, -level.positions, place.heads, place.config.wavelengths)
+    normed = layer_norm(tape.x, params["norm1"], epsilon)
     dnormed, grads["qkv"] = linear_backward(dqkv, normed, params["qkv"])
-    dcoded, grads["norm1"] = layer_norm_backward(dnormed, tape.coded, params["norm1"], place.epsilon)
-    return dmiddle + dcoded, dcoded, grads
+    dx, grads["norm1"] = layer_norm_backward(dnormed, tape.x, params["norm1"], epsilon)
+    return dmiddle + dx, grads
 
 
-def blocks_backward(dx: np.ndarray, tapes: Sequence[BlockTape], params: Params) -> tuple[np.ndarray, Any, Params]:
-    """The gradients of a stage's blocks, from the last to the first: of x, of the position code, of the parameters."""
-    dcode: Any = 0
+def blocks_backward(dx: np.ndarray, tapes: Sequence[BlockTape], params: Params) -> tuple[np.ndarray, Params]:
+    """The gradients of a stage's blocks, from the last to the first."""
     grads = {}
     for i, tape in reversed(list(enumerate(tapes))):
-        dx, dadded, grads[str(i)] = block_backward(dx, tape, params[str(i)])
-        dcode = dcode + dadded
-    return dx, dcode, grads
+        dx, grads[str(i)] = block_backward(dx, tape, params[str(i)])
+    return dx, grads
 
 
 # ---- the network ---------------------------------------------------------------------------------------------------
@@ -345,7 +334,6 @@ class EncoderTape(NamedTuple):
     """What the backward of an encoder level reads."""
 
     down: ProjectTape | None  # None at level 0
-    code: PositionTape
     blocks: list[BlockTape]
 
 
@@ -373,36 +361,32 @@ def forward(
     epsilon, top = config.epsilon, geometry[0]
     numbers = itertools.count()  # of the blocks, in the order in which they run
 
-    def stage(x: np.ndarray, code: np.ndarray, params: Params, level: Level, heads: int) -> tuple[np.ndarray, list]:
+    def stage(x: np.ndarray, params: Params, level: Level, heads: int) -> tuple[np.ndarray, list]:
         tapes = []
         for i in range(len(params)):
             k = next(numbers)
             rate = drop_rate(k, config)
             keep = drop_path(len(x), 2 * k, rate, training), drop_path(len(x), 2 * k + 1, rate, training)
-            place = Place(level.buckets, level.scopes[i % 2], heads, epsilon, keep)
-            x, tape = block(x, code, params[str(i)], place)
+            x, tape = block(x, params[str(i)], Place(level, level.scopes[i % 2], heads, config, keep))
             tapes.append(tape)
         return x, tapes
 
-    in_slots = top.buckets.scatter(features.astype(np.float64))
-    stem = np.concatenate([in_slots, fourier(top.positions, config.wavelengths)], axis=1)
+    stem = top.buckets.scatter(features.astype(np.float64))
     x = linear(stem, params["stem"])
-    codes, skips, encoder, decoder = [], [], [], []
+    skips, encoder, decoder = [], [], []
     for l, level in enumerate(geometry):
         part, down = params["encoder"][str(l)], None
         if l:
             x, down = project(pool(x, geometry[l - 1].members), part["down"], epsilon)
-        code, code_tape = position(level.positions, part["position"], config.wavelengths)
-        x, tapes = stage(x, code, part["blocks"], level, config.heads[l])
-        codes.append(code)
+        x, tapes = stage(x, part["blocks"], level, config.heads[l])
         skips.append(x)
-        encoder.append(EncoderTape(down, code_tape, tapes))
+        encoder.append(EncoderTape(down, tapes))
     for l in reversed(range(len(geometry) - 1)):
         part, level = params["decoder"][str(l)], geometry[l]
         child, up = project(x, part["up"], epsilon)
         skipped, skip = project(skips[l], part["skip"], epsilon)
         x = unpool(child, level.members, len(skipped)) + skipped
-        x, tapes = stage(x, codes[l], part["blocks"], level, config.decoder_heads[l])
+        x, tapes = stage(x, part["blocks"], level, config.decoder_heads[l])
         decoder.append(DecoderTape(up, skip, tapes))
     logits = linear(layer_norm(x, params["head"]["norm"], epsilon), params["head"])
     return top.buckets.gather(logits), Tape(stem, encoder, decoder, x)
@@ -416,24 +400,21 @@ def backward(
     normed = layer_norm(tape.last, head["norm"], epsilon)
     dnormed, dhead = linear_backward(top.scatter(dlogits), normed, head)
     dx, dhead["norm"] = layer_norm_backward(dnormed, tape.last, head["norm"], epsilon)
-    dcodes: list[Any] = [0] * len(geometry)
     dskips: list[Any] = [0] * len(geometry)
     ddecoder, dencoder = {}, {}
     for l, saved in enumerate(reversed(tape.decoder)):
         part = params["decoder"][str(l)]
-        dx, dcodes[l], dblocks = blocks_backward(dx, saved.blocks, part["blocks"])
+        dx, dblocks = blocks_backward(dx, saved.blocks, part["blocks"])
         dskips[l], dskip = project_backward(dx, saved.skip, part["skip"], epsilon)
         dx, dup = project_backward(unpool_backward(dx, geometry[l].members), saved.up, part["up"], epsilon)
         ddecoder[str(l)] = {"up": dup, "skip": dskip, "blocks": dblocks}
     for l in reversed(range(len(geometry))):
         part, saved_level = params["encoder"][str(l)], tape.encoder[l]
-        dx, dcode, dblocks = blocks_backward(dx + dskips[l], saved_level.blocks, part["blocks"])
-        dposition = position_backward(dcode + dcodes[l], saved_level.code, part["position"])
-        grads = {"position": dposition, "blocks": dblocks}
+        dx, dblocks = blocks_backward(dx + dskips[l], saved_level.blocks, part["blocks"])
+        grads = {"blocks": dblocks}
         if saved_level.down is not None:
             dpooled, grads["down"] = project_backward(dx, saved_level.down, part["down"], epsilon)
             dx = pool_backward(dpooled, geometry[l - 1].members, geometry[l - 1].buckets.num_slots)
         dencoder[str(l)] = grads
-    dinput, dstem = linear_backward(dx, tape.stem, params["stem"])
-    dfeatures = top.gather(dinput[:, : config.in_channels])
-    return dfeatures, {"stem": dstem, "encoder": dencoder, "decoder": ddecoder, "head": dhead}
+    dstem_rows, dstem = linear_backward(dx, tape.stem, params["stem"])
+    return top.gather(dstem_rows), {"stem": dstem, "encoder": dencoder, "decoder": ddecoder, "head": dhead}

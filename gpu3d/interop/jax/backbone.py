@@ -17,7 +17,7 @@ from gpu3d.flash3d.geometry import Level, geometry
 from gpu3d.flash3d.params import check_params
 from gpu3d.interop.jax.functions import bucket_attention, bucket_unpool, gather, scatter
 from gpu3d.pooling import Pooling
-from gpu3d.reference.flash3d import WAVES, wave_numbers
+from gpu3d.reference.flash3d import half_turns
 
 Params = dict[str, Any]
 
@@ -83,21 +83,19 @@ def flash3d(
     points, features, lengths = _checked(points, features, lengths, config)
     levels, epsilon = geometry(points, config, lengths), config.epsilon
     top = levels[0].buckets
-    waves = [_waves(level.positions, config.wavelengths, dtype) for level in levels]
-    x = _linear(jnp.concatenate([scatter(features.astype(dtype), top), waves[0]], axis=1), params["stem"])
-    codes, skips = [], []
+    x = _linear(scatter(features.astype(dtype), top), params["stem"])
+    skips = []
     for i, level in enumerate(levels):
         part = params["encoder"][str(i)]
-        codes.append(_position(waves[i], part["position"]))
         if i:
             x = _project(pool(x, levels[i - 1].members), part["down"], epsilon)
-        x = _blocks(x, codes[i], part["blocks"], level, config.heads[i], epsilon)
+        x = _blocks(x, part["blocks"], level, config.heads[i], config)
         skips.append(x)
     for i in reversed(range(config.levels - 1)):
         part = params["decoder"][str(i)]
         child, skip = _project(x, part["up"], epsilon), _project(skips[i], part["skip"], epsilon)
         x = unpool(child, levels[i], levels[i + 1], skip)
-        x = _blocks(x, codes[i], part["blocks"], levels[i], config.decoder_heads[i], epsilon)
+        x = _blocks(x, part["blocks"], levels[i], config.decoder_heads[i], config)
     head = params["head"]
     return gather(_linear(_layer_norm(x, head["norm"], epsilon), head), top)
 
@@ -143,24 +141,25 @@ def _project(x: jax.Array, params: Params, epsilon: float) -> jax.Array:
     return _gelu(_layer_norm(_linear(x, params), params["norm"], epsilon))
 
 
-def _waves(positions: jax.Array, wavelengths: tuple[float, float], dtype: Any) -> jax.Array:
-    """The Fourier features [num_slots, 128]: sines, then cosines. Their arguments are products in float32."""
-    axes = np.repeat(np.arange(3), WAVES)
-    arguments = (positions[:, axes] * wave_numbers(wavelengths)).astype(jnp.promote_types(jnp.float32, dtype))
-    return jnp.concatenate([jnp.sin(arguments), jnp.cos(arguments)], axis=1).astype(dtype)
+def _rotate(qkv: jax.Array, positions: jax.Array, wavelengths: tuple[float, float]) -> jax.Array:
+    """Turn q and k in qkv [num_slots, 3, heads, D] by rotary position codes. Half turns are products in float32."""
+    turns = half_turns(qkv.shape[3], wavelengths)
+    half = (positions[:, :, None] * turns).reshape(len(qkv), 1, 1, turns.size)
+    angles = np.pi * half.astype(jnp.promote_types(jnp.float32, qkv.dtype))
+    cosine, sine, turned = jnp.cos(angles), jnp.sin(angles), 2 * turns.size
+    even, odd = qkv[:, :2, :, 0:turned:2], qkv[:, :2, :, 1:turned:2]
+    pairs = jnp.stack([even * cosine - odd * sine, even * sine + odd * cosine], axis=4)
+    return qkv.at[:, :2, :, :turned].set(pairs.reshape(*pairs.shape[:3], turned).astype(qkv.dtype))
 
 
-def _position(waves: jax.Array, params: Params) -> jax.Array:
-    """The position code of a level."""
-    return _linear(_gelu(_linear(waves, params["0"])), params["1"])
-
-
-def _blocks(x: jax.Array, code: jax.Array, params: Params, level: Level, heads: int, epsilon: float) -> jax.Array:
+def _blocks(x: jax.Array, params: Params, level: Level, heads: int, config: Config) -> jax.Array:
     """Attention and MLP, each behind a norm and beside the identity, as often as the stage has blocks."""
+    epsilon = config.epsilon
     for i in range(len(params)):
         block = params[str(i)]
-        qkv = _linear(_layer_norm(x + code, block["norm1"], epsilon), block["qkv"])
-        q, k, v = jnp.moveaxis(qkv.reshape(len(x), 3, heads, x.shape[1] // heads), 1, 0)
+        qkv = _linear(_layer_norm(x, block["norm1"], epsilon), block["qkv"])
+        qkv = _rotate(qkv.reshape(len(x), 3, heads, x.shape[1] // heads), level.positions, config.wavelengths)
+        q, k, v = jnp.moveaxis(qkv, 1, 0)
         attended = bucket_attention(q, k, v, level.buckets, level.scopes[i % 2])
         x = x + _linear(attended.reshape(x.shape), block["proj"])
         hidden = _gelu(_linear(_layer_norm(x, block["norm2"], epsilon), block["fc1"]))

@@ -8,9 +8,11 @@ those of autograd.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -21,7 +23,7 @@ from gpu3d.flash3d.geometry import Level, geometry
 from gpu3d.flash3d.params import check_params, init_std, layout
 from gpu3d.interop.torch.functions import bucket_attention, bucket_unpool, gather, scatter
 from gpu3d.pooling import Pooling
-from gpu3d.reference.flash3d import POSITION_FEATURES, WAVES, drop_rate, wave_numbers
+from gpu3d.reference.flash3d import drop_rate, half_turns
 
 
 class Flash3D(torch.nn.Module):
@@ -38,8 +40,8 @@ class Flash3D(torch.nn.Module):
 
     Notes
     -----
-    The position code is computed from float32 coordinates, whatever the dtype of the parameters. For bfloat16 use
-    torch.autocast.
+    Angles of the rotary position codes are computed from float32 coordinates, whatever the dtype of the parameters. For
+    bfloat16 use torch.autocast.
 
     Pooling first moves the members of each child side by side, by the operator of `scatter`, and then takes the mean of
     `ratio` rows. So its gradient is a move too, without atomic additions. Beside one fused kernel, this writes and
@@ -70,38 +72,38 @@ class Flash3D(torch.nn.Module):
 
     encoder: Any  # one ModuleDict per level. torch's types do not know its entries
     decoder: Any
-    wave_numbers: torch.Tensor
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         layout(config)  # checks the type
         self.config = config
-        channels, epsilon = config.channels, config.epsilon
+        channels, ascending, epsilon = config.channels, config.ascending_channels, config.epsilon
         numbers = itertools.count()  # of the blocks, in the order in which they run
 
-        def blocks(level: int, depth: int, heads: int) -> Blocks:
+        def blocks(c: int, depth: int, heads: int) -> Blocks:
             rates = [drop_rate(next(numbers), config) for _ in range(depth)]
-            return Blocks(Block(channels[level], heads, config.mlp, rate, epsilon) for rate in rates)
+            return Blocks(
+                [Block(c, heads, config.mlp, rate, epsilon) for rate in rates],
+                half_turns(c // heads, config.wavelengths),
+            )
 
-        self.stem = torch.nn.Linear(config.in_channels + POSITION_FEATURES, channels[0])
+        self.stem = torch.nn.Linear(config.in_channels, channels[0])
         self.encoder = torch.nn.ModuleList()
         for level, (c, depth, heads) in enumerate(zip(channels, config.depths, config.heads, strict=True)):
-            parts: dict[str, torch.nn.Module] = {"position": PositionCode(c), "blocks": blocks(level, depth, heads)}
+            parts: dict[str, torch.nn.Module] = {"blocks": blocks(c, depth, heads)}
             if level:
                 parts["down"] = Projection(channels[level - 1], c, epsilon)
             self.encoder.append(torch.nn.ModuleDict(parts))
         decoder = []
         for level in reversed(range(config.levels - 1)):
             parts = {
-                "up": Projection(channels[level + 1], channels[level], epsilon),
-                "skip": Projection(channels[level], channels[level], epsilon),
-                "blocks": blocks(level, config.decoder_depths[level], config.decoder_heads[level]),
+                "up": Projection(ascending[level + 1], ascending[level], epsilon),
+                "skip": Projection(channels[level], ascending[level], epsilon),
+                "blocks": blocks(ascending[level], config.decoder_depths[level], config.decoder_heads[level]),
             }
             decoder.append(torch.nn.ModuleDict(parts))
         self.decoder = torch.nn.ModuleList(reversed(decoder))  # from level 0 down, like the encoder
-        self.head = Head(channels[0], config.classes, epsilon)
-        # Not a parameter, and so not in files.
-        self.register_buffer("wave_numbers", torch.from_numpy(wave_numbers(config.wavelengths)), persistent=False)
+        self.head = Head(ascending[0], config.classes, epsilon)
         for module in self.modules():
             if isinstance(module, torch.nn.Linear):
                 std = init_std(module.in_features)
@@ -178,19 +180,17 @@ class Flash3D(torch.nn.Module):
         Tensor [N, classes]
         """
         top = levels[0].buckets
-        waves = [self.waves(level.positions) for level in levels]
-        codes = [stage.position(wave) for stage, wave in zip(self.encoder, waves, strict=True)]
-        x = self.stem(torch.cat([scatter(features, top), waves[0]], dim=1))
+        x = self.stem(scatter(features, top))
         skips = []
         for i, (level, stage) in enumerate(zip(levels, self.encoder, strict=True)):
             if i:
                 x = stage.down(pool(x, levels[i - 1].members))
-            x = stage.blocks(x, codes[i], level)
+            x = stage.blocks(x, level)
             skips.append(x)
         for i in reversed(range(len(self.decoder))):
             stage = self.decoder[i]
             x = unpool(stage.up(x), levels[i], levels[i + 1], stage.skip(skips[i]))
-            x = stage.blocks(x, codes[i], levels[i])
+            x = stage.blocks(x, levels[i])
         return gather(self.head(x), top)
 
     def extra_repr(self) -> str:
@@ -213,29 +213,10 @@ class Flash3D(torch.nn.Module):
         features = features.reshape(-1, self.config.in_channels).to(self.stem.weight.dtype)
         return points.reshape(-1, 3).float(), features, lengths
 
-    def waves(self, positions: torch.Tensor) -> torch.Tensor:
-        """The Fourier features [num_slots, 128]: sines, then cosines. Their arguments are products in float32."""
-        waves = self.wave_numbers.float().split(WAVES)
-        products = [positions[:, axis : axis + 1] * wave for axis, wave in enumerate(waves)]
-        arguments, dtype = torch.cat(products, dim=1), self.stem.weight.dtype
-        arguments = arguments.to(torch.promote_types(arguments.dtype, dtype))
-        return torch.cat([arguments.sin(), arguments.cos()], dim=1).to(dtype)
-
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
     """GELU in the form with tanh."""
     return functional.gelu(x, approximate="tanh")
-
-
-class PositionCode(torch.nn.ModuleList):
-    """The MLP from Fourier features to the position code of a level, which all its blocks add to their input."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__([torch.nn.Linear(POSITION_FEATURES, channels), torch.nn.Linear(channels, channels)])
-
-    def forward(self, waves: torch.Tensor) -> torch.Tensor:
-        """Map [n, 128] to [n, C]."""
-        return self[1](gelu(self[0](waves)))
 
 
 class Projection(torch.nn.Linear):
@@ -290,7 +271,7 @@ class Attention(torch.nn.Module):
 
 
 class Block(torch.nn.Module):
-    """Attention and MLP, each behind a LayerNorm and beside the identity. The position code goes into attention."""
+    """Attention and MLP, each behind a LayerNorm and beside the identity. Positions turn queries and keys."""
 
     def __init__(self, channels: int, heads: int, mlp: int, rate: float, epsilon: float) -> None:
         super().__init__()
@@ -304,21 +285,46 @@ class Block(torch.nn.Module):
         self.fc2 = torch.nn.Linear(mlp * channels, channels)
         self.drop = DropPath(rate)
 
-    def forward(self, x: torch.Tensor, code: torch.Tensor, buckets: Buckets, scopes: Scopes) -> torch.Tensor:
-        """Map rows [num_slots, C] in slot order. `code` is the position code of these rows."""
-        qkv = self.qkv(self.norm1(x + code)).unflatten(1, (3, self.heads, -1))
+    def forward(self, x: torch.Tensor, angles: torch.Tensor, buckets: Buckets, scopes: Scopes) -> torch.Tensor:
+        """Map rows [num_slots, C] in slot order. `angles` are those of `Blocks.angles` for these rows."""
+        qkv = rotate(self.qkv(self.norm1(x)).unflatten(1, (3, self.heads, -1)), angles)
         x = x + self.drop(self.proj(self.attention(qkv, buckets, scopes).flatten(1)))
         return x + self.drop(self.fc2(gelu(self.fc1(self.norm2(x)))))
 
 
 class Blocks(torch.nn.ModuleList):
-    """The blocks of a stage, one after another. Even and odd ones have different scopes."""
+    """The blocks of a stage, one after another. Even and odd ones have different scopes.
 
-    def forward(self, x: torch.Tensor, code: torch.Tensor, level: Level) -> torch.Tensor:
+    `turns` are the `half_turns` of the blocks' heads.
+    """
+
+    turns: torch.Tensor
+
+    def __init__(self, blocks: Sequence[Block], turns: np.ndarray) -> None:
+        super().__init__(blocks)
+        # No parameter, so not in files. As int32, so that half() and bfloat16() leave it as it is.
+        self.register_buffer("turns", torch.from_numpy(turns.view(np.int32)), persistent=False)
+
+    def forward(self, x: torch.Tensor, level: Level) -> torch.Tensor:
         """Map rows [num_slots, C] in slot order."""
+        angles = self.angles(level.positions, x.dtype)
         for i, block in enumerate(self):
-            x = block(x, code, level.buckets, level.scopes[i % 2])
+            x = block(x, angles, level.buckets, level.scopes[i % 2])
         return x
+
+    def angles(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The angles [num_slots, pairs] by which pairs of q and k turn. Half turns are products in float32."""
+        turns = (positions.unsqueeze(2) * self.turns.view(torch.float32)).flatten(1)
+        return math.pi * turns.to(torch.promote_types(turns.dtype, dtype))
+
+
+def rotate(qkv: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Turn q and k in qkv [num_slots, 3, heads, D]: elements 2 p and 2 p + 1 by angle p. Pairs without one stay."""
+    turned = 2 * angles.shape[1]
+    even, odd = qkv[:, :2, :, :turned].unflatten(3, (-1, 2)).unbind(4)
+    cosine, sine = angles.cos()[:, None, None], angles.sin()[:, None, None]
+    qk = torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=4).flatten(3).to(qkv.dtype)
+    return torch.cat([torch.cat([qk, qkv[:, :2, :, turned:]], dim=3), qkv[:, 2:]], dim=1)
 
 
 def pool(x: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
