@@ -582,5 +582,5 @@ def _output(command: Sequence[str], **environment: str) -> str:
         process.communicate()
         raise RuntimeError(f"{' '.join(command[1:])} took over {SECONDS} s") from None
     if process.returncode:
-        raise RuntimeError(errors or f"Error: {' '.join(command[1:])} ended with exit code {process.returncode}")
+        raise RuntimeError(f"{errors}\nError: {' '.join(command[1:])} ended with exit code {process.returncode}")
     return out

@@ -283,6 +283,24 @@ def test_gradients(name, dtype):
         check_gradients(gradients, expected)
 
 
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_save_nothing_empty(name):
+    """shard_map shards what a gradient saves, so that each array must have rows."""
+    op = OPS[name]("float32", np.asarray)
+    for function in (op.run, jax.jit(op.run)):
+        _, back = jax.vjp(lambda *x, function=function: first(function(*x)), *map(jnp.asarray, op.inputs))
+        assert all(x.size for x in jax.tree.leaves(back))
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum", "max", "min"])
+def test_what_a_gradient_of_pool_saves(reduce):
+    """It saves the members and, for min and max, which of them it is. It keeps neither features nor points alive."""
+    buckets, _ = layout(asarray=jnp.asarray)
+    rows = buckets.scatter(jnp.asarray(points()))
+    pooled, back = jax.vjp(lambda x: g.bucket_pool(x, rows, buckets, reduce=reduce), rows)
+    assert_same(jax.tree.leaves(back), [x for x in (pooled.members, pooled.argmember) if x is not None])
+
+
 def pulled(op, dtype):
     """The first result, and the gradients of the inputs for its cotangent."""
     result, back = jax.vjp(lambda *x: first(op.run(*x)), *map(jnp.asarray, op.inputs))
@@ -587,8 +605,10 @@ def local_loss(x, weight, y):
     rows = buckets.scatter(x.reshape(-1, 3) @ weight)
     q, k, v = jnp.moveaxis(rows.reshape(-1, 3, 2, 8), 1, 0)
     out = gpu3d.bucket_attention(q, k, v, buckets, gpu3d.scopes(buckets, 2, shift=1)).reshape(-1, 16)
-    pooled = gpu3d.bucket_pool(out, buckets.scatter(x.reshape(-1, 3)), buckets, reduce="max")
-    back = buckets.gather(gpu3d.bucket_unpool(pooled.features, pooled, out))[:, :3].reshape(x.shape)
+    for reduce in ("max", "mean"):
+        pooled = gpu3d.bucket_pool(out, buckets.scatter(x.reshape(-1, 3)), buckets, reduce=reduce)
+        out = gpu3d.bucket_unpool(pooled.features, pooled, out)
+    back = buckets.gather(out)[:, :3].reshape(x.shape)
     many = jnp.concatenate([y] * x.shape[0])
     return gpu3d.chamfer(back, many, reduction="none").sum() + gpu3d.apml(back, many, reduction="none").sum()
 

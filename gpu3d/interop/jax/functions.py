@@ -309,14 +309,17 @@ def _pool(static: Options, features: jax.Array, points: jax.Array) -> Any:
 def _pool_forward(static: Options, features: jax.Array, points: jax.Array) -> Any:
     made = last_call("bucket_pool", static, features, points)
     _, _, members, argmember, *_ = made
-    return made, (members, argmember, points)
+    # An argmember without rows is not saved: shard_map would make an output of it and shard it along those rows.
+    return made, (members, argmember if argmember.shape[0] else None)
 
 
 def _pool_backward(static: Options, saved: Any, cotangents: Any) -> Any:
     dchild, *_ = cotangents
-    members, argmember, points = saved
-    (dfeatures,) = last_call("bucket_pool_backward", static, dchild, members, argmember)
-    return dfeatures, jnp.zeros_like(points)
+    members, argmember = saved
+    if argmember is None:
+        argmember = jnp.zeros((0, dchild.shape[1]), jnp.uint8)
+    (dfeatures,) = last_call("bucket_pool_backward", static, *alike(dchild, members, argmember))
+    return dfeatures, None
 
 
 _pool.defvjp(_pool_forward, _pool_backward)
