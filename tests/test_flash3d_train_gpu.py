@@ -22,7 +22,7 @@ def batch(step=0, lengths=(700, 0, 1, 400)):
     """Points, features, labels and lengths of a step, on the host. The label is the height, in three classes."""
     rng = np.random.default_rng([7, step])
     points = clouds.uniform(sum(lengths), step)
-    features = np.concatenate([points, rng.random((len(points), 1))], axis=1).astype(np.float32)
+    features = np.concatenate([points / points.std(axis=0), rng.random((len(points), 1))], axis=1).astype(np.float32)
     labels = np.digitize(points[:, 2], np.quantile(points[:, 2], [0.3, 0.6])).astype(np.uint8)
     labels[::9] = 255
     return points, features, labels, lengths
