@@ -15,25 +15,43 @@ __device__ __forceinline__ float widen(element_t x) { return Float<ELEMENT>::wid
 __device__ __forceinline__ element_t narrow(float x) { return Float<ELEMENT>::narrow(x); }
 
 #define PER (16 / (int)sizeof(element_t))  // elements a word
+#if ELEMENT == FLOAT32
 struct __align__(16) Word {
-    element_t x[PER];
+    float x[PER];
 };
+#else
+struct __align__(16) Word {
+    u32 pair[PER / 2];
+};
+#endif
 struct Floats {
     float x[PER];
 };
 
-// By value, so that a word of global memory is loaded at once.
+// By value, so that a word of global memory is loaded at once. Two 16-bit elements are converted together: one by one
+// they would be taken apart first, each in a register of its own.
 __device__ __forceinline__ Floats widen(Word word) {
     Floats out;
 #pragma unroll
-    for (int e = 0; e < PER; ++e) out.x[e] = widen(word.x[e]);
+#if ELEMENT == FLOAT32
+    for (int e = 0; e < PER; ++e) out.x[e] = word.x[e];
+#else
+    for (int e = 0; e < PER; e += 2) {
+        const float2 pair = Float<ELEMENT>::widen_pair(word.pair[e / 2]);
+        out.x[e] = pair.x, out.x[e + 1] = pair.y;
+    }
+#endif
     return out;
 }
 
 __device__ __forceinline__ Word narrow(const Floats &values) {
     Word out;
 #pragma unroll
-    for (int e = 0; e < PER; ++e) out.x[e] = narrow(values.x[e]);
+#if ELEMENT == FLOAT32
+    for (int e = 0; e < PER; ++e) out.x[e] = values.x[e];
+#else
+    for (int e = 0; e < PER; e += 2) out.pair[e / 2] = Float<ELEMENT>::narrow_pair(values.x[e], values.x[e + 1]);
+#endif
     return out;
 }
 

@@ -34,8 +34,6 @@ extern "C" __global__ __launch_bounds__(THREADS) void rotate_rows(
     const int threads = words * groups;  // of a row
     const int row = blockIdx.x * (THREADS / threads) + threadIdx.x / threads;
     if (threadIdx.x >= THREADS / threads * threads || row >= rows) return;
-    const int point = index[row];
-    if (point < 0) return;
     const int word = threadIdx.x % words, group = threadIdx.x % threads / words;
     Word *at = qkv + 3ll * row * heads * words + word;  // the heads of k lie behind those of q
     Word x[2 * HEADS];
@@ -43,6 +41,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void rotate_rows(
     for (int i = 0; i < 2 * HEADS; ++i) {
         if (group + i * groups < 2 * heads) x[i] = at[(group + i * groups) * words];
     }
+    const int point = index[row];
+    if (point < 0) return;
     float sine[PER / 2], cosine[PER / 2];
 #pragma unroll
     for (int p = 0; p < PER / 2; ++p) {

@@ -153,7 +153,7 @@ def test_50_steps_follow_the_twin(cp):
     on_device, batch, own_labels = given(cp, SINGLE, lengths)
     trainer = flash3d.Trainer(SINGLE, on_device, steps=STEPS, lr=2e-3, weight_decay=5e-3, clip=1.0)
     losses = np.array([float(trainer.step(batch.points, batch.features, own_labels, lengths)) for _ in range(STEPS)])
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     assert (np.abs(losses - twin) <= 4 * apart + 1e-6 * twin).all(), (losses - twin, apart)
 
 

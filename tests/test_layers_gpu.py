@@ -359,7 +359,8 @@ def check_rotate(cp, rows, heads, dim, dtype, back=False, scale=50.0):
 
     (got,) = run(cp, add, [points, index], [qkv])
     positions = np.where(index[:, None] < 0, np.float32(0), points[index]) * np.float32(-1 if back else 1)
-    exact = reference.rotate(qkv.reshape(rows, -1).astype(np.float64), positions, heads, WAVELENGTHS).reshape(qkv.shape)
+    packed = qkv.astype(np.float64).reshape(rows, 3 * heads * dim)
+    exact = reference.rotate(packed, positions, heads, WAVELENGTHS).reshape(qkv.shape)
     assert got[:, 2].tobytes() == qkv[:, 2].tobytes()  # v stays
     assert got[index < 0].tobytes() == qkv[index < 0].tobytes()  # and so does padding
     turned = 6 * (dim // 6)

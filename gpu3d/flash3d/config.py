@@ -185,15 +185,15 @@ DTYPES = ("bfloat16", "float16", "float32")
 _HASHES = ("zorder_div", "xor_div", "zorder_mod", "xor_mod", "zorder_div")
 _STRIDES = (2, 2, 2, 1, 1)  # a stride of 2 needs 16 buckets, which the deeper levels of one sweep do not have
 
-# One level of the decoder is a head wider than in the encoder, so that there are as many parameters as in the paper.
+# One level is a head wider than the row suggests, so that there are as many parameters as in the paper.
 presets: dict[str, Config] = {
     "flash3d_46m": Config(
-        channels=(64, 128, 256, 512, 768),
+        channels=(64, 128, 256, 512, 800),
         depths=(2, 2, 2, 6, 2),
-        decoder_channels=(64, 128, 256, 544),
+        decoder_channels=(64, 128, 256, 512),
         decoder_depths=(2, 2, 2, 2),
-        heads=(2, 4, 8, 16, 24),
-        decoder_heads=(2, 4, 8, 17),
+        heads=(2, 4, 8, 16, 25),
+        decoder_heads=(2, 4, 8, 16),
         hashes=_HASHES,
         strides=_STRIDES,
     ),
