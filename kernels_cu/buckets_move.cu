@@ -29,10 +29,11 @@ struct Pattern {
 
 // A block moves ROWS_A_THREAD * (THREADS >> lane_bits) rows; 1 << lane_bits neighbouring threads share a row.
 extern "C" __global__ __launch_bounds__(THREADS) void move_rows(
-    const word_t *__restrict__ rows,  // [R, words]
+    const word_t *__restrict__ rows,  // [R, words], rows `pitch` words apart
     const int *__restrict__ index,    // [out_rows], ranges [-1, R)
     long long out_rows,
     long long words,  // words a row
+    long long pitch,  // at least `words`
     int lane_bits,    // ranges [0, 8]
     const __grid_constant__ Pattern fill,
     word_t *__restrict__ out  // [out_rows, words]
@@ -50,7 +51,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void move_rows(
     for (long long c = column; c < words; c += 1ll << lane_bits) {
         word_t value[ROWS_A_THREAD];
 #pragma unroll
-        for (int k = 0; k < ROWS_A_THREAD; ++k) value[k] = source[k] < 0 ? pattern : rows[source[k] * words + c];
+        for (int k = 0; k < ROWS_A_THREAD; ++k) value[k] = source[k] < 0 ? pattern : rows[source[k] * pitch + c];
 #pragma unroll
         for (int k = 0; k < ROWS_A_THREAD; ++k) {
             const long long r = first + k * rows_a_step;

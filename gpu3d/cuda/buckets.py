@@ -54,7 +54,7 @@ _SIGNATURES = {
     "radix_pass": "QQQciiQQQ",
     "radix_last": "QQciQQQQQ",
     "probe_buckets": f"QQc{CANDIDATES_BYTES}sQQQQQQQQQQ",
-    "move_rows": f"QQqqi{PATTERN_BYTES}sQ",
+    "move_rows": f"QQqqqi{PATTERN_BYTES}sQ",
     "move_scopes": "cqiqqQ",
 }
 
@@ -422,15 +422,17 @@ def add_move(
     row_bytes: int,
     word: int,
     fill: Number | bytes,
+    pitch: int | None = None,
 ) -> None:
     """Add out[i] = source[index[i]] for `rows` rows, at most `most`, with the fill pattern where the index is -1.
 
-    Addresses and rows are multiples of `word` bytes: a power of two up to 16.
+    Rows of the source are `pitch` bytes apart (default: row_bytes). Addresses, rows and pitch are multiples of `word`
+    bytes: a power of two up to 16.
     """
     words = row_bytes // word
     lane_bits = min(8, (words - 1).bit_length())
     rows_a_block = (MOVE_THREADS >> lane_bits) * MOVE_ROWS_A_THREAD
-    args = source, index, rows, words, lane_bits, fill, out
+    args = source, index, rows, words, (pitch or row_bytes) // word, lane_bits, fill, out
     steps.launch(_kernel("move_rows", (("WORD", word),)), grid=-(-most // rows_a_block), block=MOVE_THREADS, args=args)
 
 

@@ -203,7 +203,8 @@ def add_geometry(
     What level 0 does not need is added `beside`: join before the steps of level 1.
     """
     levels: list[Level] = []
-    local: Any = None
+    first: Any = None  # the local layout of level 0
+    local: Any = None  # that of the level above
     count = sizes[0].clouds
 
     def batch_of(depth: int, kind: int) -> Any:
@@ -215,6 +216,7 @@ def add_geometry(
             name = f"level {depth}"
             if depth == 1:
                 beside.enter_context(steps.beside())
+                local = _Local(_add_positions(steps, points, first[0], sizes[0].sort.slots), None)
             batch = batch_of(depth, EVEN)
             if depth:
                 parents = batch_of(depth - 1, POOL)
@@ -222,7 +224,6 @@ def add_geometry(
             layout = functools.partial(_add_layout, steps, own.sort, depth, points, batch_of(depth, SORT))
             if not depth:
                 stage = first = layout(LOCAL_HASH)
-                local = _Local(_add_positions(steps, points, first[0], own.sort.slots), None)
             if depth or hash != LOCAL_HASH:
                 stage = layout(hash)
             scopes = _add_scopes(steps, config, depth, own, batch, batch_of(depth, ODD))

@@ -45,13 +45,13 @@ def add_forward(net: Network, levels: list[Level], features: Pointer, dtype: np.
     """
     config, steps = net.config, net.steps
     numbers = iter(range(sum(config.depths) + sum(config.decoder_depths)))
-    encoder, skips = [], []
+    encoder = []
     down: list[Any] = []
+    skips: list[Any] = []
+    skipped: list[Any] = []
     x, stem = net.stem(levels[0], features, dtype)
     for number, level in enumerate(levels):
         path = f"encoder.{number}"
-        if number == 1:
-            steps.join()
         if number:
             above = levels[number - 1]
             pooled = net.rows(f"{path} pooled", level.slots, x.columns)
@@ -64,22 +64,27 @@ def add_forward(net: Network, levels: list[Level], features: Pointer, dtype: np.
         total, blocks = net.blocks(x, path, level, config.heads[number], own)
         encoder.append(blocks)
         x = net.written(total)
-        skips.append(x)
+        if number < config.levels - 1:
+            if not number:
+                steps.join()  # with the geometry of the other levels
+            with steps.beside():  # the levels below do not fill the GPU
+                skip, projected = net.project(x, f"decoder.{number}.skip")
+            skips.append(skip)
+            skipped.append(projected)
+    steps.join()
     total = x
     ups: list[Any] = [None] * (config.levels - 1)
-    skipped: list[Any] = [None] * (config.levels - 1)
     decoder: list[Any] = [None] * (config.levels - 1)
     for number in reversed(range(config.levels - 1)):
         path, level = f"decoder.{number}", levels[number]
         child, ups[number] = net.project(net.written(total), f"{path}.up")
-        skip, skipped[number] = net.project(skips[number], f"{path}.skip")
         x = net.rows(f"{path} joined", level.slots, child.columns)
         pooling.add_unpool(
             steps,
             level.shape,
             child.pointer,
             level.members,
-            skip.pointer,
+            skips[number].pointer,
             level.parents,
             x.pointer,
             columns=x.columns,
@@ -106,7 +111,8 @@ def add_backward(net: Network, levels: list[Level], dlogits: Matrix, tape: _Tape
     for number in range(config.levels - 1):
         path, level = f"decoder.{number}", levels[number]
         d = blocks_backward(d, tape.decoder[number], number, None if number else dy)
-        skipped.append(net.project_backward(d, tape.skip[number], f"{path}.skip"))
+        with steps.beside():  # the encoder waits for it
+            skipped.append(net.project_backward(d, tape.skip[number], f"{path}.skip"))
         dchild = net.rows(f"d {path} child", levels[number + 1].slots, d.columns)
         pooling.add_unpool_backward(
             steps, level.shape, d.pointer, level.members, dchild.pointer, columns=d.columns, dtype=net.dtype
@@ -170,11 +176,18 @@ def forward_plan(config: Config, sizes: tuple[Sizes, ...], dtype: np.dtype, devi
     slots, classes = levels[0].slots, config.classes
     logits = net.rows("logits", slots, classes, FLOAT32)
     linear.forward(steps, normed, net.weight("head"), logits, bias=net.master("head.bias"))
-    rows = arrays.strided_layout((slots, classes), (4 * logits.stride, 4), 4) if logits.stride > classes else None
-    packed = arrays.add_copy(steps, logits.pointer, rows)
-    index, fill = levels[0].point_to_slot, bytes(buckets.PATTERN_BYTES)
-    sizes_of_move = {"rows": slots, "most": slots, "row_bytes": 4 * classes, "word": 4}
-    buckets.add_move(steps, packed, index, Result(0), **sizes_of_move, fill=fill)
+    buckets.add_move(
+        steps,
+        logits.pointer,
+        levels[0].point_to_slot,
+        Result(0),
+        rows=slots,
+        most=slots,
+        row_bytes=4 * classes,
+        word=4,
+        fill=bytes(buckets.PATTERN_BYTES),
+        pitch=4 * logits.stride,
+    )
     return steps.plan(share=True)
 
 
