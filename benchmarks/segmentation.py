@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("--folds", metavar="N", type=int, nargs="+", default=range(len(example.FOLDS)))
         command.add_argument("--seeds", metavar="N", type=int, nargs="+", default=range(3))
         command.add_argument("--steps", metavar="N", type=int, help="(default: that of the example)")
+        command.add_argument("--config", metavar="NAME", help="a preset, or a JSON file (default: that of the example)")
     commands.add_parser("compare").add_argument("files", metavar="FILE", type=Path, nargs="+")
     arguments = parser.parse_args(argv)
     if arguments.command == "compare":
@@ -57,7 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     train = arguments.side(arguments.data)
     for seed, fold in itertools.product(arguments.seeds, arguments.folds):
         options = ["--fold", str(fold), "--seed", str(seed)]
-        options += [] if arguments.steps is None else ["--steps", str(arguments.steps)]
+        for name in ("steps", "config"):
+            value = getattr(arguments, name)
+            options += [] if value is None else [f"--{name}", str(value)]
         begin = time.perf_counter()
         tables = train(example.parse(options))
         print(json.dumps(_line(arguments.command, fold, seed, tables, time.perf_counter() - begin)), flush=True)
