@@ -57,7 +57,7 @@ _SIGNATURES = {
     "move_rows": f"QQqqi{PATTERN_BYTES}sQ",
     "move_scopes": "cqiqqQ",
 }
-_EARLY = ("merge",)  # prefixes of kernels that start early
+_EARLY = "merge", "move"  # prefixes of kernels that start early
 
 
 @functools.cache
