@@ -24,6 +24,7 @@
 
 #include "attention.cuh"
 #include "clouds.cuh"
+#include "early.cuh"
 
 // Raises m of a row above its maximum in the chunk. Returns the factor that brings earlier sums to the new m.
 __device__ __forceinline__ float raise_row_max(
@@ -49,13 +50,14 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
     const __grid_constant__ View k,         // [slots, heads, D]
     const __grid_constant__ View v,         // [slots, heads, D]
     const __grid_constant__ Clouds clouds,  // tiles are buckets
-    const int *__restrict__ table,          // [scopes, width]
+    const int *table,                       // [scopes, width]
     int width,
     const __grid_constant__ Divisors divisors,
     float scale_log2,        // scale * EXPONENT_UNIT, not 0
     void *__restrict__ out,  // [slots, heads, D]
     float *__restrict__ lse  // [slots, heads] natural logarithm, or null
 ) {
+    start_early();
     extern __shared__ __align__(1024) u16 stages[];  // stages of streamed rows, then stationary rows
     Scope scope;
     int head, first;

@@ -9,6 +9,8 @@
 //   2 tiles       a block a tile: voxels, keys, sort in shared memory; one of every 32 keys is a sample
 //   3 splitters   a block a tile: ranks its samples among all samples of the cloud; every SPAN-th is a splitter
 //   4 partitions  a block a partition: finds its run in every tile, sorts the runs together, writes both permutations
+// Every launch starts early (early.cuh). With launches 2 to 4 early, the five sorts of the backbone's levels, of 34,688
+// points and fewer, take 95.0 us instead of 104.2 (H200, 2026-11-30).
 //
 // The bound: if a tile's samples are its elements 32 g + phase, and `a` of them lie before a splitter, then more than
 // 32 (a - 1) + phase and at most 32 a + phase of its elements lie before the splitter. So two splitters SPAN samples
@@ -34,6 +36,7 @@
 
 #include "buckets.cuh"
 #include "clouds.cuh"
+#include "early.cuh"
 #include "sort.cuh"
 #include "voxels.cuh"
 #include "warp.cuh"
@@ -121,10 +124,11 @@ __device__ __forceinline__ int lower_bound(const u64 *run, int n, u64 bound) {
 // ---- 1 bounds ------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ __launch_bounds__(THREADS) void merge_bounds(
-    const point_t *__restrict__ points,  // [N, 3]
+    const point_t *points,  // [N, 3]
     const __grid_constant__ Clouds clouds,
     coord_t *__restrict__ bounds  // [tiles, 6]
 ) {
+    start_early();
     const int tile = blockIdx.x;  // ranges [0, tiles)
     if (tile >= tiles_of(clouds)) return;
     const int b = cloud_of<&Cloud::tile>(clouds, tile);
@@ -159,16 +163,17 @@ __forceinline__ void load_elements(u64 *data, const point_t *points, const Frame
 
 extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_tiles(
 #if KEY == KEY_GIVEN
-    const int *__restrict__ given,  // [N] bucket of each point, counted over the batch
+    const int *given,  // [N] bucket of each point, counted over the batch
 #else
-    const point_t *__restrict__ points,  // [N, 3]
-    const coord_t *__restrict__ bounds,  // [tiles, 6]
+    const point_t *points,  // [N, 3]
+    const coord_t *bounds,  // [tiles, 6]
     float voxel_size,
 #endif
     const __grid_constant__ Clouds clouds,
     u64 *__restrict__ sorted,  // [tiles, TILE]
     u64 *__restrict__ samples  // [tiles, SAMPLES]
 ) {
+    start_early();
     __shared__ u64 data[TILE];
     const int tile = blockIdx.x;  // ranges [0, tiles)
     if (tile >= tiles_of(clouds)) return;
@@ -198,12 +203,13 @@ __device__ __forceinline__ u64 bound_in_tile(u64 element, int owner, int tile) {
 }
 
 extern "C" __global__ __launch_bounds__(RANK_THREADS) void merge_splitters(
-    const u64 *__restrict__ samples,  // [tiles, SAMPLES]
+    const u64 *samples,  // [tiles, SAMPLES]
     const __grid_constant__ Clouds clouds,
     u64 *__restrict__ splitter,       // [partitions] first element of each; not read for a cloud's first partition
     int *__restrict__ splitter_tile,  // [partitions] the splitter's tile
     unsigned char *__restrict__ samples_below  // [partitions, MAX_TILES] each tile's samples before the splitter
 ) {
+    start_early();
     __shared__ u64 lists[RANK_THREADS / 32][SAMPLES];
     __shared__ int rank[SAMPLES];
     const int tile = blockIdx.x;  // ranges [0, tiles)
@@ -268,15 +274,16 @@ extern "C" __global__ __launch_bounds__(RANK_THREADS) void merge_splitters(
 // ---- 4 partitions --------------------------------------------------------------------------------------------------
 
 extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_partitions(
-    const u64 *__restrict__ sorted,                   // [tiles, TILE]
-    const u64 *__restrict__ splitter,                 // [partitions]
-    const int *__restrict__ splitter_tile,            // [partitions]
-    const unsigned char *__restrict__ samples_below,  // [partitions, MAX_TILES]
+    const u64 *sorted,                   // [tiles, TILE]
+    const u64 *splitter,                 // [partitions]
+    const int *splitter_tile,            // [partitions]
+    const unsigned char *samples_below,  // [partitions, MAX_TILES]
     const __grid_constant__ Clouds clouds,
     int *__restrict__ slot_to_point,  // [slots]
     int *__restrict__ point_to_slot,  // [N]
     int *__restrict__ moved           // [] set to 0, or null
 ) {
+    start_early();
     extern __shared__ u64 data[];  // [CAPACITY] elements, then [CAPACITY] int32 point indices
     int *point = (int *)(data + CAPACITY);
     __shared__ int cut[2][MAX_TILES];  // where this partition begins and ends in each tile
@@ -365,9 +372,9 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_partitions(
 
 extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_clouds(
 #if KEY == KEY_GIVEN
-    const int *__restrict__ given,  // [N] bucket of each point, counted over the batch
+    const int *given,  // [N] bucket of each point, counted over the batch
 #else
-    const point_t *__restrict__ points,  // [N, 3]
+    const point_t *points,  // [N, 3]
     float voxel_size,
 #endif
     const __grid_constant__ Clouds clouds,  // of at most TILE points each
@@ -375,6 +382,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_clouds(
     int *__restrict__ point_to_slot,        // [N]
     int *__restrict__ moved                 // [] set to 0, or null
 ) {
+    start_early();
     __shared__ u64 data[TILE];
     const int b = blockIdx.x;  // ranges [0, clouds)
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];

@@ -10,6 +10,7 @@
 #define ROWS_A_THREAD 4  // so many loads are in flight; mirrored by gpu3d/cuda/buckets.py
 
 #include "clouds.cuh"
+#include "early.cuh"
 
 #if WORD == 16
 typedef uint4 word_t;
@@ -29,8 +30,8 @@ struct Pattern {
 
 // A block moves ROWS_A_THREAD * (THREADS >> lane_bits) rows; 1 << lane_bits neighbouring threads share a row.
 extern "C" __global__ __launch_bounds__(THREADS) void move_rows(
-    const word_t *__restrict__ rows,  // [R, words], rows `pitch` words apart
-    const int *__restrict__ index,    // [out_rows], ranges [-1, R)
+    const word_t *rows,  // [R, words], rows `pitch` words apart
+    const int *index,    // [out_rows], ranges [-1, R)
     long long out_rows,
     long long words,  // words a row
     long long pitch,  // at least `words`
@@ -38,6 +39,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void move_rows(
     const __grid_constant__ Pattern fill,
     word_t *__restrict__ out  // [out_rows, words]
 ) {
+    start_early();
     const int rows_a_step = THREADS >> lane_bits;
     const long long first = (long long)blockIdx.x * rows_a_step * ROWS_A_THREAD + (threadIdx.x >> lane_bits);
     const long long column = threadIdx.x & (1 << lane_bits) - 1;
@@ -70,6 +72,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void move_scopes(
     long long stride,
     int *__restrict__ table  // [scopes, size]
 ) {
+    start_early();
     const long long entry = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (entry >= entries) return;
     const int scope = (int)(entry / size), place = (int)(entry % size);

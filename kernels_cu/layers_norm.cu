@@ -35,6 +35,7 @@
 #define COLUMNS (ROW_THREADS * THREAD_WORDS * PER)  // an upper bound on the columns
 
 #include "drop.cuh"
+#include "early.cuh"
 #include "gelu.cuh"
 #include "layers.cuh"
 #include "warp.cuh"
@@ -56,10 +57,10 @@ __device__ __forceinline__ void load_row(
 }
 
 extern "C" __global__ __launch_bounds__(THREADS) void norm_rows(
-    const Word *__restrict__ base,     // [rows, words]
-    const Word *__restrict__ y,        // [rows, words], or null if x is base
-    const float *__restrict__ weight,  // [words * PER]
-    const float *__restrict__ bias,    // [words * PER]
+    const Word *base,     // [rows, words]
+    const Word *y,        // [rows, words], or null if x is base
+    const float *weight,  // [words * PER]
+    const float *bias,    // [words * PER]
     int rows,
     int words,  // words a row; at most ROW_THREADS * THREAD_WORDS
     float epsilon,
@@ -68,6 +69,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void norm_rows(
     Word *__restrict__ out,          // [rows, words]
     float2 *__restrict__ statistics  // [rows] mean and rstd, or null
 ) {
+    start_early();
     const int lane = threadIdx.x % ROW_THREADS;                                        // ranges [0, ROW_THREADS)
     const long long row = (long long)blockIdx.x * GROUPS + threadIdx.x / ROW_THREADS;  // may lie beyond the rows
     const bool exists = row < rows;  // no thread leaves before the sums, because whole warps take part in them

@@ -13,6 +13,7 @@
 #define PAIRS 64     // of a head at most
 #define HEADS 2      // a thread, of q and of k
 
+#include "early.cuh"
 #include "layers.cuh"
 
 struct Turns {
@@ -20,8 +21,8 @@ struct Turns {
 };
 
 extern "C" __global__ __launch_bounds__(THREADS) void rotate_rows(
-    const float *__restrict__ points,  // [N, 3]
-    const int *__restrict__ index,     // [rows] ranges [-1, N)
+    const float *points,  // [N, 3]
+    const int *index,     // [rows] ranges [-1, N)
     const __grid_constant__ Turns turns,
     int axis_pairs,  // pairs of an axis
     int rows,
@@ -31,6 +32,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void rotate_rows(
     float direction,  // 1 or -1
     Word *qkv         // [rows, 3, heads, words]
 ) {
+    start_early();
     const int threads = words * groups;  // of a row
     const int row = blockIdx.x * (THREADS / threads) + threadIdx.x / threads;
     if (threadIdx.x >= THREADS / threads * threads || row >= rows) return;

@@ -26,6 +26,7 @@
 #define ROWS (LOADS / RATIO)  // children a thread
 
 #include "clouds.cuh"
+#include "early.cuh"
 #include "floats.cuh"
 
 typedef Float<ELEMENT>::Stored element_t;
@@ -161,15 +162,16 @@ __device__ __forceinline__ void clear_padding(
 // ---- kernels -------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ __launch_bounds__(THREADS) void pool_sums(
-    const Word *__restrict__ features,  // [parent slots, words], rows `stride` words apart
+    const Word *features,  // [parent slots, words], rows `stride` words apart
     long long stride,
-    const Members *__restrict__ members,  // [children]; children include padding slots
+    const Members *members,  // [children]; children include padding slots
     long long children,
     long long words,
     int lane_bits,
     int mean,               // 1: divide by the number of members
     Word *__restrict__ out  // [children, words]
 ) {
+    start_early();
     const Part part = part_of_thread(lane_bits);
     Members its[ROWS];
     load_members(its, part, members, children);
@@ -188,9 +190,9 @@ extern "C" __global__ __launch_bounds__(THREADS) void pool_sums(
 }
 
 extern "C" __global__ __launch_bounds__(THREADS) void pool_extremes(
-    const Word *__restrict__ features,  // [parent slots, words], rows `stride` words apart
+    const Word *features,  // [parent slots, words], rows `stride` words apart
     long long stride,
-    const Members *__restrict__ members,  // [children]; children include padding slots
+    const Members *members,  // [children]; children include padding slots
     long long children,
     long long words,
     int lane_bits,
@@ -198,6 +200,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void pool_extremes(
     Word *__restrict__ out,         // [children, words]
     Places *__restrict__ argmember  // [children, words]
 ) {
+    start_early();
     const Part part = part_of_thread(lane_bits);
     Members its[ROWS];
     load_members(its, part, members, children);
@@ -297,17 +300,18 @@ extern "C" __global__ __launch_bounds__(THREADS) void spread_extremes(
 }
 
 extern "C" __global__ __launch_bounds__(THREADS) void unpool_rows(
-    const Word *__restrict__ child,  // [children, words], rows `child_stride` words apart
+    const Word *child,  // [children, words], rows `child_stride` words apart
     long long child_stride,
-    const Word *__restrict__ skip,  // [parent slots, words], rows `skip_stride` words apart, or null
+    const Word *skip,  // [parent slots, words], rows `skip_stride` words apart, or null
     long long skip_stride,
-    const Members *__restrict__ members,  // [children]; children include padding slots
+    const Members *members,  // [children]; children include padding slots
     long long children,
     const __grid_constant__ Clouds parents,
     long long words,
     int lane_bits,
     Word *__restrict__ out  // [parent slots, words]
 ) {
+    start_early();
     const Part part = part_of_thread(lane_bits);
     Members its[ROWS];
     load_members(its, part, members, children);

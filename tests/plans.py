@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import re
 import struct
 
 from gpu3d import _arrays
-from gpu3d.cuda import clouds, cublaslt
+from gpu3d.cuda import clouds, compiler, cublaslt
 from gpu3d.cuda.plan import (
     Branch,
     Clear,
@@ -23,6 +25,16 @@ from gpu3d.cuda.plan import (
 )
 
 MAX_PARAMETERS = 4096  # bytes of a kernel's arguments that CUDA allows
+
+
+@functools.cache
+def starts_early(source, function):
+    """Whether a kernel keeps the rules of early.cuh that its text shows."""
+    kernel = re.search(rf"void {function}\((.*?)\) {{\n    (.*?)\n", compiler.source_text(source), re.DOTALL)
+    if not kernel or kernel[2] != "start_early();":
+        return False
+    assert not re.search(r"\bconst\b.*__restrict__", kernel[1]), f"{function} may read its inputs before it waits"
+    return True
 
 
 def check(call, inputs, results, device, *, shared=False):
@@ -88,6 +100,8 @@ def check(call, inputs, results, device, *, shared=False):
                 fit(value, place.format, place.offset)
             assert 0 < step.grid < 2**31 and 0 < step.block <= 1024 and step.block % 32 == 0
             assert step.kernel.shared_mem <= device.shared_mem and step.grid % step.cluster == 0
+            assert step.kernel.early == starts_early(step.kernel.source, step.kernel.function)
+            assert not (step.kernel.early and step.kernel.cooperative)
             if step.kernel.cooperative:
                 assert step.grid <= 2 * device.multiprocessors
         elif isinstance(step, Clear):

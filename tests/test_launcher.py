@@ -82,6 +82,7 @@ def driver(monkeypatch):
     monkeypatch.setattr(clouds.write, "ready", {})
     monkeypatch.setattr(launcher, "driver", lambda: driver)
     monkeypatch.setattr(compiler, "load", driver.load)
+    monkeypatch.setattr(launcher, "device", lambda ordinal: SM90)
     monkeypatch.setattr(launcher._thread, "has_context", True)
     return driver
 
@@ -110,6 +111,18 @@ def test_what_reaches_the_driver(driver):
     args = 1016, 5, -6, 0.5, 0.25, 0, packed, bytes(range(16))
     assert first == ("pool", (3, 64, 4096), 77, args, [(2, 1), (4, 2)])
     assert second == ("other", (1, 32, 0), 77, (3000, at["first"] + 1), [])
+
+
+@pytest.mark.parametrize(
+    ("arch", "attributes"), [("sm_80", []), ("sm_89", []), ("sm_90a", [(6, 1)]), ("sm_120", [(6, 1)])]
+)
+def test_early_kernels_start_early_where_the_gpu_can(driver, monkeypatch, arch, attributes):
+    monkeypatch.setattr(launcher, "device", lambda ordinal: DEVICES[arch])
+    steps = Steps(inputs=1, results=0)
+    for early in (True, False):
+        steps.launch(Kernel("pooling_rows", "f", "Q", early=early), grid=1, block=32, args=(Input(0),))
+    launcher.run(Call(steps.plan(), {}), (1000,), 0, 7)
+    assert [found for *_, found in driver.done] == [attributes, []]
 
 
 def test_an_address_may_have_a_number_added(driver):

@@ -264,7 +264,7 @@ def _kernel(which: str, dtype: np.dtype, dim: int, hopper: bool) -> tuple[Kernel
     formats = "".join(_STRUCTS.get(letter, letter) for letter in _SIGNATURES[which])
     shared_mem = _shared_mem(which, tiling, dtype, _padded(dim))
     name = f"attention_{which}"
-    return Kernel(name, name, formats, _macros(tiling, dtype, dim), shared_mem), tiling
+    return Kernel(name, name, formats, _macros(tiling, dtype, dim), shared_mem, early=which == "forward"), tiling
 
 
 def _launch(

@@ -57,13 +57,14 @@ _SIGNATURES = {
     "move_rows": f"QQqqqi{PATTERN_BYTES}sQ",
     "move_scopes": "cqiqqQ",
 }
+_EARLY = "merge", "move"  # prefixes of kernels that start early
 
 
 @functools.cache
 def _kernel(function: str, macros: Macros, signature: str | None = None, **options: Any) -> Kernel:
     """A kernel of buckets_<prefix of its name>.cu."""
-    formats = (signature or _SIGNATURES[function]).replace("c", clouds.FORMAT)
-    return Kernel("buckets_" + function.split("_")[0], function, formats, macros, **options)
+    formats, prefix = (signature or _SIGNATURES[function]).replace("c", clouds.FORMAT), function.split("_")[0]
+    return Kernel("buckets_" + prefix, function, formats, macros, early=prefix in _EARLY, **options)
 
 
 def configurations() -> list[Configuration]:

@@ -53,7 +53,7 @@ def driver() -> ctypes.CDLL:
 _CONFIG, _STREAM, _ATTRIBUTES = struct.Struct("<7I4xQQI4x"), 32, 40
 # CUlaunchAttribute: CUlaunchAttributeID, and of the 64 bytes of the value those that are used
 _ATTRIBUTE = struct.Struct("<I4x3I52x")
-_CLUSTER, _COOPERATIVE = 4, 2  # CUlaunchAttributeID
+_CLUSTER, _COOPERATIVE, _EARLY = 4, 2, 6  # CUlaunchAttributeID; the last: PROGRAMMATIC_STREAM_SERIALIZATION
 
 
 class _Thread(threading.local):
@@ -193,6 +193,8 @@ def _template(plan: Plan, ordinal: int) -> _Template:
             attributes = []
             if kernel.cooperative:
                 attributes.append(_ATTRIBUTE.pack(_COOPERATIVE, 1, 0, 0))
+            if kernel.early and device(ordinal).starts_early:
+                attributes.append(_ATTRIBUTE.pack(_EARLY, 1, 0, 0))
             if step.cluster > 1:
                 attributes.append(_ATTRIBUTE.pack(_CLUSTER, step.cluster, 1, 1))
             sizes = step.grid, 1, 1, step.block, 1, 1, kernel.shared_mem

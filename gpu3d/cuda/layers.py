@@ -53,11 +53,13 @@ _SIGNATURES = {
     "pack_positions": "QcQ",
     "compose_members": "QQQQccQ",
 }
+_EARLY = "norm_rows", "rotate_rows"  # kernels that start early
 
 
 @functools.cache
 def _kernel(source: str, function: str, macros: Macros = ()) -> Kernel:
-    return Kernel(source, function, _SIGNATURES[function].replace("c", clouds.FORMAT), macros)
+    formats = _SIGNATURES[function].replace("c", clouds.FORMAT)
+    return Kernel(source, function, formats, macros, early=function in _EARLY)
 
 
 def configurations() -> list[Configuration]:

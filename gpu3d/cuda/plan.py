@@ -48,6 +48,11 @@ class Device(NamedTuple):
     multiprocessors: int
     shared_mem: int  # bytes that a block can have
 
+    @property
+    def starts_early(self) -> bool:
+        """Whether the GPU can start a kernel before the one ahead of it has ended: compute capability 9.0 or more."""
+        return int(self.arch[3:].rstrip("a")) >= 90
+
 
 # A GPU of each architecture, for building plans on a machine that has none.
 DEVICES = {
@@ -114,6 +119,9 @@ class Kernel(NamedTuple):
 
     `signature` has a format of the module struct for each parameter: Q is a pointer or u64, i an int, q a long long, f
     a float, d a double, and 16s a struct of 16 bytes.
+
+    An `early` kernel may start while the launch ahead of it in the stream still runs. It promises to wait for the end
+    of that launch before it touches memory or returns, as kernels_cu/early.cuh says; it is never cooperative.
     """
 
     source: str
@@ -122,6 +130,7 @@ class Kernel(NamedTuple):
     macros: Macros = ()
     shared_mem: int = 0  # bytes of dynamic shared memory
     cooperative: bool = False
+    early: bool = False
 
 
 class Launch(NamedTuple):

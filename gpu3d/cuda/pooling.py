@@ -35,11 +35,13 @@ _SIGNATURES = {
     "unpool_rows": "QqQqQqcqiQ",
     "unpool_sums": "QqQqcqiQQ",
 }
+_EARLY = "pool_sums", "pool_extremes", "unpool_rows"  # kernels that start early
 
 
 @functools.cache
 def _kernel(source: str, function: str, macros: Macros) -> Kernel:
-    return Kernel(source, function, _SIGNATURES[function].replace("c", clouds.FORMAT), macros)
+    formats = _SIGNATURES[function].replace("c", clouds.FORMAT)
+    return Kernel(source, function, formats, macros, early=function in _EARLY)
 
 
 def configurations() -> list[Configuration]:
