@@ -41,6 +41,7 @@ class Driver:
 
     def __init__(self):
         self.done = []
+        self.version = 12030
         self.signatures = {}
         self.cuLaunchKernelEx = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)(self.launch)
         self.cuMemsetD8Async = ctypes.CFUNCTYPE(
@@ -70,6 +71,10 @@ class Driver:
         assert list(config.grid)[1:] == list(config.block)[1:] == [1, 1] and extra is None
         return 0
 
+    def cuDriverGetVersion(self, version):
+        version._obj.value = self.version
+        return 0
+
     def clear(self, address, value, size, stream):
         assert value == 0
         self.done.append(("clear", address, size, stream))
@@ -84,7 +89,9 @@ def driver(monkeypatch):
     monkeypatch.setattr(compiler, "load", driver.load)
     monkeypatch.setattr(launcher, "device", lambda ordinal: SM90)
     monkeypatch.setattr(launcher._thread, "has_context", True)
-    return driver
+    launcher._starts_early.cache_clear()
+    yield driver
+    launcher._starts_early.cache_clear()
 
 
 def a_plan():
@@ -114,9 +121,11 @@ def test_what_reaches_the_driver(driver):
 
 
 @pytest.mark.parametrize(
-    ("arch", "attributes"), [("sm_80", []), ("sm_89", []), ("sm_90a", [(6, 1)]), ("sm_120", [(6, 1)])]
+    ("arch", "version", "attributes"),
+    [("sm_80", 13000, []), ("sm_90a", 12020, []), ("sm_90a", 12030, [(6, 1)]), ("sm_120", 13000, [])],
 )
-def test_early_kernels_start_early_where_the_gpu_can(driver, monkeypatch, arch, attributes):
+def test_early_kernels_start_early_where_they_can(driver, monkeypatch, arch, version, attributes):
+    driver.version = version
     monkeypatch.setattr(launcher, "device", lambda ordinal: DEVICES[arch])
     steps = Steps(inputs=1, results=0)
     for early in (True, False):

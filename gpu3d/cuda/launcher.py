@@ -81,6 +81,14 @@ def device(ordinal: int) -> Device:
     return Device(arch, attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"])
 
 
+@functools.cache
+def _starts_early(ordinal: int) -> bool:
+    """Whether early kernels start early: on Hopper, where it was measured, if the driver can capture such launches."""
+    version = ctypes.c_int()
+    driver().cuDriverGetVersion(ctypes.byref(version))
+    return device(ordinal).arch == "sm_90a" and version.value >= 12030
+
+
 # ---- preparing -----------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +201,7 @@ def _template(plan: Plan, ordinal: int) -> _Template:
             attributes = []
             if kernel.cooperative:
                 attributes.append(_ATTRIBUTE.pack(_COOPERATIVE, 1, 0, 0))
-            if kernel.early and device(ordinal).starts_early:
+            if kernel.early and _starts_early(ordinal):
                 attributes.append(_ATTRIBUTE.pack(_EARLY, 1, 0, 0))
             if step.cluster > 1:
                 attributes.append(_ATTRIBUTE.pack(_CLUSTER, step.cluster, 1, 1))

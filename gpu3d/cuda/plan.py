@@ -48,11 +48,6 @@ class Device(NamedTuple):
     multiprocessors: int
     shared_mem: int  # bytes that a block can have
 
-    @property
-    def starts_early(self) -> bool:
-        """Whether the GPU can start a kernel before the one ahead of it has ended: compute capability 9.0 or more."""
-        return int(self.arch[3:].rstrip("a")) >= 90
-
 
 # A GPU of each architecture, for building plans on a machine that has none.
 DEVICES = {
