@@ -16,7 +16,7 @@ import os
 import queue
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import ItemsView, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,7 +88,9 @@ class _Template(NamedTuple):
     """A plan prepared for a device: the bytes of its arguments, and what goes where."""
 
     buffer: bytes
-    pointers: tuple[tuple[tuple[int, int], ...], ...]  # per memory: (word of the buffer, offset) of its pointers
+    # Per memory: (word of the buffer, offset) of its pointers. Items of a dict, because a tuple for each of a thousand
+    # pointers would set off Python's garbage collector.
+    pointers: tuple[ItemsView[int, int], ...]
     moved: tuple[tuple[int, int, int, str], ...]  # word, memory, offset, and the name of the number to add
     numbers: tuple[tuple[str, Any, int], ...]  # name, packer (None for a table of clouds), byte of the buffer
     streams: tuple[tuple[int, ...], tuple[int, ...]]  # 8-byte words of the buffer that hold each branch's stream
@@ -135,7 +137,7 @@ class _Argument(ctypes.c_void_p):
 def _template(plan: Plan, ordinal: int) -> _Template:
     first, workspace, pieces = {"input": 0, "result": plan.inputs}, plan.inputs + plan.results, plan.pieces
     buffer = bytearray()
-    pointers: list[list[tuple[int, int]]] = [[] for _ in range(workspace + 1)]
+    pointers: tuple[dict[int, int], ...] = tuple([{} for _ in range(workspace + 1)])
     moved: list[tuple[int, int, int, str]] = []
     numbers: list[tuple[str, Any, int]] = []
     streams: tuple[list[int], list[int]] = [], []
@@ -158,7 +160,7 @@ def _template(plan: Plan, ordinal: int) -> _Template:
                 else:
                     memory = first[kind] + index
                 if number is None:
-                    pointers[memory].append((word, offset))
+                    pointers[memory][word] = offset
                 else:
                     moved.append((word, memory, offset, number))
                 found.append(0)
@@ -216,7 +218,8 @@ def _template(plan: Plan, ordinal: int) -> _Template:
             streams[branch].append(at + 1)
             launches.append((step, at, 0))
     large = any(isinstance(step, Table) for step in plan.steps)
-    words = tuple(map(tuple, pointers)), tuple(moved), tuple(numbers), (tuple(streams[0]), tuple(streams[1]))
+    places = tuple([places.items() for places in pointers])
+    words = places, tuple(moved), tuple(numbers), (tuple(streams[0]), tuple(streams[1]))
     return _Template(bytes(buffer), *words, np.array(own, np.intp), tuple(launches), tuple(modules), large, [])
 
 
@@ -234,7 +237,7 @@ def _ready(template: _Template) -> _Ready:
     descriptor = functools.cache(cublaslt.descriptor)  # those of this copy
     for what, at, table in template.launches:
         if isinstance(what, ctypes.c_void_p):
-            config, parameters = ctypes.c_void_p(base + at), ctypes.c_void_p(base + table)
+            config, parameters = ctypes.byref(words, at), ctypes.byref(words, table)
             ready.calls.append((driver().cuLaunchKernelEx, (config, what, parameters, None)))
         elif isinstance(what, cublaslt.Product):
             ready.calls += cublaslt.calls(what, descriptor(what.operation), words[at : at + cublaslt.WORDS])
