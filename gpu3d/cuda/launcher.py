@@ -2,9 +2,10 @@
 """Runs plans: puts addresses and numbers into the arguments of their launches, and passes them to CUDA's driver.
 
 At its first run on a device a plan is prepared: the handles of its kernels, the bytes of its arguments, and the places
-of pointers and numbers in them. This is kept with the plan. Each run uses a prepared copy of its own, so calls of
-several threads do not share memory. The driver is called through ctypes, which releases the GIL, because the driver
-waits when its queue is full.
+of pointers and numbers in them. This is kept with the plan. A long plan is prepared in parts, so that the GPU runs the
+first ones while the others are prepared. Each run uses prepared copies of its own, so calls of several threads do not
+share memory. The driver is called through ctypes, which releases the GIL, because the driver waits when its queue is
+full.
 """
 
 from __future__ import annotations
@@ -84,8 +85,11 @@ def device(ordinal: int) -> Device:
 # ---- preparing -----------------------------------------------------------------------------------------------------
 
 
+PART = 64  # steps that are prepared at a time: at least so many, and until nothing runs on branch 1
+
+
 class _Template(NamedTuple):
-    """A plan prepared for a device: the bytes of its arguments, and what goes where."""
+    """The first part of a plan prepared for a device: the bytes of its arguments, and what goes where."""
 
     buffer: bytes
     # Per memory: (word of the buffer, offset) of its pointers. Items of a dict, because a tuple for each of a thousand
@@ -101,6 +105,7 @@ class _Template(NamedTuple):
     launches: tuple[tuple[Any, int, int], ...]
     modules: tuple[Any, ...]  # keeps the kernels loaded
     large: bool  # whether the plan writes the table of a large batch
+    rest: Plan | None  # the other parts
     spare: list[_Ready]  # copies that no run uses now
 
 
@@ -141,7 +146,7 @@ def _template(plan: Plan, ordinal: int) -> _Template:
     moved: list[tuple[int, int, int, str]] = []
     numbers: list[tuple[str, Any, int]] = []
     streams: tuple[list[int], list[int]] = [], []
-    branch = 0
+    branch, joined = 0, True
     own: list[int] = []
     launches: list[tuple[Any, int, int]] = []
     modules: list[Any] = []
@@ -182,7 +187,12 @@ def _template(plan: Plan, ordinal: int) -> _Template:
 
     if any(isinstance(step, Gemm) for step in plan.steps):
         _make_context_current()  # for cuBLASLt's handle
-    for step in plan.steps:
+    large = any(isinstance(step, Table) for step in plan.steps)
+    rest = None
+    for number, step in enumerate(plan.steps):
+        if number >= PART and joined and not large:
+            rest = Plan(plan.steps[number:], plan.inputs, plan.results, pieces, plan.workspace)
+            break
         if isinstance(step, Launch):
             kernel = step.kernel
             function, module = compiler.load(kernel, ordinal)
@@ -203,12 +213,13 @@ def _template(plan: Plan, ordinal: int) -> _Template:
             streams[branch].append((config + _STREAM) // 8)
             launches.append((ctypes.c_void_p(function), config, table))
         elif isinstance(step, Branch):
-            branch = step.number
+            branch, joined = step.number, False
         elif isinstance(step, Wait):
             at = add((0, 0), "QQ") // 8
             streams[branch].append(at)
             streams[1 - branch].append(at + 1)
             launches.append((step, at, 0))
+            joined = not branch
         elif isinstance(step, Gemm):
             at = add((*step.pointers, 0), "Q" * cublaslt.WORDS) // 8
             streams[branch].append(at + cublaslt.WORDS - 1)
@@ -217,18 +228,26 @@ def _template(plan: Plan, ordinal: int) -> _Template:
             at = add((step.pointer, 0), "QQ") // 8
             streams[branch].append(at + 1)
             launches.append((step, at, 0))
-    large = any(isinstance(step, Table) for step in plan.steps)
-    places = tuple([places.items() for places in pointers])
-    words = places, tuple(moved), tuple(numbers), (tuple(streams[0]), tuple(streams[1]))
-    return _Template(bytes(buffer), *words, np.array(own, np.intp), tuple(launches), tuple(modules), large, [])
+    return _Template(
+        buffer=bytes(buffer),
+        pointers=tuple([offsets.items() for offsets in pointers]),
+        moved=tuple(moved),
+        numbers=tuple(numbers),
+        streams=(tuple(streams[0]), tuple(streams[1])),
+        own=np.array(own, np.intp),
+        launches=tuple(launches),
+        modules=tuple(modules),
+        large=large,
+        rest=rest,
+        spare=[],
+    )
 
 
 def _ready(template: _Template) -> _Ready:
     """A new copy, with the addresses of its own parts in it."""
     ready = _Ready(bytearray(template.buffer), len(template.pointers))
     words = (_Argument * len(ready.words)).from_buffer(ready.buffer)
-    base = ctypes.addressof(words)
-    np.asarray(ready.words)[template.own] += base
+    np.asarray(ready.words)[template.own] += ctypes.addressof(words)
     if template.streams[1]:
         beside = _cupy_cuda().Stream(non_blocking=True)
         ready.kept.append(beside)
@@ -284,6 +303,8 @@ def run(call: Call, memories: Sequence[int], ordinal: int, stream: int) -> None:
         elif status := function(*args):
             _raise(status)
     template.spare.append(ready)
+    if template.rest is not None:
+        run(Call(template.rest, numbers), memories, ordinal, stream)
 
 
 def _fill(template: _Template, ready: _Ready, numbers: dict[str, Any], memories: Sequence[int], stream: int) -> None:

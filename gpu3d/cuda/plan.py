@@ -231,7 +231,7 @@ class Plan:
     workspace : int
         Bytes of workspace, in one allocation.
     ready : dict
-        What `launcher` has prepared for each device.
+        What `launcher` has prepared for each device: the first steps and, behind them, a plan of the others.
     """
 
     __slots__ = ("inputs", "pieces", "ready", "results", "steps", "workspace")
