@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -236,3 +237,39 @@ def test_a_prepared_copy_is_used_again(driver):
     for _ in range(3):
         launcher.run(call, (1, 2, 3, 4096), 0, 5)
     assert len(call.plan.ready[0].spare) == 1 and len(driver.signatures) == 2
+
+
+def test_a_long_plan_is_prepared_in_parts(driver, monkeypatch):
+    """Earlier parts are launched before later ones are prepared, and no part ends while branch 1 runs."""
+
+    class Cuda:
+        Stream = staticmethod(lambda **_: types.SimpleNamespace(ptr=9))
+        Event = staticmethod(lambda **_: types.SimpleNamespace(ptr=11))
+
+    monkeypatch.setattr(launcher, "_cupy_cuda", lambda: Cuda)
+    for function in ("cuEventRecord", "cuStreamWaitEvent"):
+        setattr(driver, function, lambda *args: 0)
+    loaded = []
+    monkeypatch.setattr(compiler, "load", lambda *args: loaded.append(len(driver.done)) or driver.load(*args))
+    monkeypatch.setattr(launcher, "PART", 3)
+    steps = Steps(inputs=1, results=0)
+    piece = steps.workspace("piece", 64)
+
+    def launch(number):
+        steps.launch(Kernel("pooling_rows", f"f{number}", "QQ"), grid=1, block=32, args=(Input(0) + number, piece))
+
+    for number in range(4):
+        launch(number)
+    with steps.beside():
+        launch(4)
+    for number in range(5, 8):
+        launch(number)
+    steps.join()
+    launch(8)
+    call = Call(steps.plan(), {})
+    expected = [(f"f{number}", 9 if number == 4 else 7, (1000 + number, 1 << 40)) for number in range(9)]
+    for run in range(2):
+        launcher.run(call, (1000, 1 << 40), 0, 7)
+        found = [(name, stream, args) for name, _, stream, args, _ in driver.done[9 * run :]]
+        assert found == expected
+    assert loaded == [0, 0, 0, 3, 3, 3, 3, 3, 8]

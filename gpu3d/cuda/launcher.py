@@ -2,9 +2,10 @@
 """Runs plans: puts addresses and numbers into the arguments of their launches, and passes them to CUDA's driver.
 
 At its first run on a device a plan is prepared: the handles of its kernels, the bytes of its arguments, and the places
-of pointers and numbers in them. This is kept with the plan. Each run uses a prepared copy of its own, so calls of
-several threads do not share memory. The driver is called through ctypes, which releases the GIL, because the driver
-waits when its queue is full.
+of pointers and numbers in them. This is kept with the plan. A long plan is prepared in parts, so that the GPU runs the
+first ones while the others are prepared. Each run uses prepared copies of its own, so calls of several threads do not
+share memory. The driver is called through ctypes, which releases the GIL, because the driver waits when its queue is
+full.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import queue
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import ItemsView, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,11 +93,16 @@ def _starts_early(ordinal: int) -> bool:
 # ---- preparing -----------------------------------------------------------------------------------------------------
 
 
+PART = 64  # steps that are prepared at a time: at least so many, and until nothing runs on branch 1
+
+
 class _Template(NamedTuple):
-    """A plan prepared for a device: the bytes of its arguments, and what goes where."""
+    """The first part of a plan prepared for a device: the bytes of its arguments, and what goes where."""
 
     buffer: bytes
-    pointers: tuple[tuple[tuple[int, int], ...], ...]  # per memory: (word of the buffer, offset) of its pointers
+    # Per memory: (word of the buffer, offset) of its pointers. Items of a dict, because a tuple for each of a thousand
+    # pointers would set off Python's garbage collector.
+    pointers: tuple[ItemsView[int, int], ...]
     moved: tuple[tuple[int, int, int, str], ...]  # word, memory, offset, and the name of the number to add
     numbers: tuple[tuple[str, Any, int], ...]  # name, packer (None for a table of clouds), byte of the buffer
     streams: tuple[tuple[int, ...], tuple[int, ...]]  # 8-byte words of the buffer that hold each branch's stream
@@ -107,6 +113,7 @@ class _Template(NamedTuple):
     launches: tuple[tuple[Any, int, int], ...]
     modules: tuple[Any, ...]  # keeps the kernels loaded
     large: bool  # whether the plan writes the table of a large batch
+    rest: Plan | None  # the other parts
     spare: list[_Ready]  # copies that no run uses now
 
 
@@ -143,11 +150,11 @@ class _Argument(ctypes.c_void_p):
 def _template(plan: Plan, ordinal: int) -> _Template:
     first, workspace, pieces = {"input": 0, "result": plan.inputs}, plan.inputs + plan.results, plan.pieces
     buffer = bytearray()
-    pointers: list[list[tuple[int, int]]] = [[] for _ in range(workspace + 1)]
+    pointers: tuple[dict[int, int], ...] = tuple([{} for _ in range(workspace + 1)])
     moved: list[tuple[int, int, int, str]] = []
     numbers: list[tuple[str, Any, int]] = []
     streams: tuple[list[int], list[int]] = [], []
-    branch = 0
+    branch, joined = 0, True
     own: list[int] = []
     launches: list[tuple[Any, int, int]] = []
     modules: list[Any] = []
@@ -166,7 +173,7 @@ def _template(plan: Plan, ordinal: int) -> _Template:
                 else:
                     memory = first[kind] + index
                 if number is None:
-                    pointers[memory].append((word, offset))
+                    pointers[memory][word] = offset
                 else:
                     moved.append((word, memory, offset, number))
                 found.append(0)
@@ -188,7 +195,12 @@ def _template(plan: Plan, ordinal: int) -> _Template:
 
     if any(isinstance(step, Gemm) for step in plan.steps):
         _make_context_current()  # for cuBLASLt's handle
-    for step in plan.steps:
+    large = any(isinstance(step, Table) for step in plan.steps)
+    rest = None
+    for number, step in enumerate(plan.steps):
+        if number >= PART and joined and not large:
+            rest = Plan(plan.steps[number:], plan.inputs, plan.results, pieces, plan.workspace)
+            break
         if isinstance(step, Launch):
             kernel = step.kernel
             function, module = compiler.load(kernel, ordinal)
@@ -211,12 +223,13 @@ def _template(plan: Plan, ordinal: int) -> _Template:
             streams[branch].append((config + _STREAM) // 8)
             launches.append((ctypes.c_void_p(function), config, table))
         elif isinstance(step, Branch):
-            branch = step.number
+            branch, joined = step.number, False
         elif isinstance(step, Wait):
             at = add((0, 0), "QQ") // 8
             streams[branch].append(at)
             streams[1 - branch].append(at + 1)
             launches.append((step, at, 0))
+            joined = not branch
         elif isinstance(step, Gemm):
             at = add((*step.pointers, 0), "Q" * cublaslt.WORDS) // 8
             streams[branch].append(at + cublaslt.WORDS - 1)
@@ -225,17 +238,26 @@ def _template(plan: Plan, ordinal: int) -> _Template:
             at = add((step.pointer, 0), "QQ") // 8
             streams[branch].append(at + 1)
             launches.append((step, at, 0))
-    large = any(isinstance(step, Table) for step in plan.steps)
-    words = tuple(map(tuple, pointers)), tuple(moved), tuple(numbers), (tuple(streams[0]), tuple(streams[1]))
-    return _Template(bytes(buffer), *words, np.array(own, np.intp), tuple(launches), tuple(modules), large, [])
+    return _Template(
+        buffer=bytes(buffer),
+        pointers=tuple([offsets.items() for offsets in pointers]),
+        moved=tuple(moved),
+        numbers=tuple(numbers),
+        streams=(tuple(streams[0]), tuple(streams[1])),
+        own=np.array(own, np.intp),
+        launches=tuple(launches),
+        modules=tuple(modules),
+        large=large,
+        rest=rest,
+        spare=[],
+    )
 
 
 def _ready(template: _Template) -> _Ready:
     """A new copy, with the addresses of its own parts in it."""
     ready = _Ready(bytearray(template.buffer), len(template.pointers))
     words = (_Argument * len(ready.words)).from_buffer(ready.buffer)
-    base = ctypes.addressof(words)
-    np.asarray(ready.words)[template.own] += base
+    np.asarray(ready.words)[template.own] += ctypes.addressof(words)
     if template.streams[1]:
         beside = _cupy_cuda().Stream(non_blocking=True)
         ready.kept.append(beside)
@@ -244,7 +266,7 @@ def _ready(template: _Template) -> _Ready:
     descriptor = functools.cache(cublaslt.descriptor)  # those of this copy
     for what, at, table in template.launches:
         if isinstance(what, ctypes.c_void_p):
-            config, parameters = ctypes.c_void_p(base + at), ctypes.c_void_p(base + table)
+            config, parameters = ctypes.byref(words, at), ctypes.byref(words, table)
             ready.calls.append((driver().cuLaunchKernelEx, (config, what, parameters, None)))
         elif isinstance(what, cublaslt.Product):
             ready.calls += cublaslt.calls(what, descriptor(what.operation), words[at : at + cublaslt.WORDS])
@@ -291,6 +313,8 @@ def run(call: Call, memories: Sequence[int], ordinal: int, stream: int) -> None:
         elif status := function(*args):
             _raise(status)
     template.spare.append(ready)
+    if template.rest is not None:
+        run(Call(template.rest, numbers), memories, ordinal, stream)
 
 
 def _fill(template: _Template, ready: _Ready, numbers: dict[str, Any], memories: Sequence[int], stream: int) -> None:

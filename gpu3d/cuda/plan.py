@@ -22,7 +22,7 @@ import contextlib
 import functools
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -235,7 +235,7 @@ class Plan:
     workspace : int
         Bytes of workspace, in one allocation.
     ready : dict
-        What `launcher` has prepared for each device.
+        What `launcher` has prepared for each device: the first steps and, behind them, a plan of the others.
     """
 
     __slots__ = ("inputs", "pieces", "ready", "results", "steps", "workspace")
@@ -266,18 +266,15 @@ class Steps:
     def __init__(self, inputs: int, results: int) -> None:
         self.inputs, self.results = inputs, results
         self._steps: list[Step] = []
-        self._pieces: dict[str, Piece] = {}
-        self._end = 0
+        self._sizes: dict[str, int] = {}  # of the pieces of the workspace
         self._branch = 0
         self._gemm_workspaces: dict[tuple[int, int], Pointer] = {}
 
     def workspace(self, name: str, size: int) -> Pointer:
         """Add a piece of the workspace. If the name is taken, a number is appended."""
-        if name in self._pieces:
-            name = next(f"{name} {i}" for i in range(2, 1000) if f"{name} {i}" not in self._pieces)
-        self._pieces[name] = Piece(self._end, size)
-        if size:
-            self._end += -(-size // PIECE) * PIECE + GAP
+        if name in self._sizes:
+            name = next(f"{name} {i}" for i in range(2, 1000) if f"{name} {i}" not in self._sizes)
+        self._sizes[name] = size
         return Pointer("workspace", name)
 
     def launch(self, kernel: Kernel, *, grid: int, block: int, args: tuple[Any, ...], cluster: int = 1) -> None:
@@ -329,9 +326,7 @@ class Steps:
         With `share`, pieces of the workspace that are not needed at the same time may share memory. A step then finds
         in its pieces what earlier steps of the plan wrote, and nothing from before.
         """
-        pieces, end = self._pieces, self._end
-        if share:
-            pieces, end = _shared(pieces, _spans(self._steps))
+        pieces, end = _shared(self._sizes, _spans(self._steps)) if share else _apart(self._sizes)
         return Plan(tuple(self._steps), self.inputs, self.results, pieces, end)
 
 
@@ -375,24 +370,35 @@ def _check_gemm(gemm: Gemm) -> None:
         raise ValueError(f"the rows of aux must be a multiple of 8 elements apart, got {gemm.aux}.")
 
 
-# ---- sharing memory ------------------------------------------------------------------------------------------------
+# ---- the workspace -------------------------------------------------------------------------------------------------
 
 
-def _pieces(step: Step) -> list[str]:
-    """The pieces of the workspace that a step uses."""
-    if isinstance(step, Launch):
-        values = list(step.args)
-    elif isinstance(step, Gemm):
-        values = list(step.pointers)
-    else:
-        values = [step.pointer] if isinstance(step, (Clear, Table)) else []
+def _room(size: int) -> int:
+    """Bytes from the beginning of a piece to that of the next."""
+    return -(-size // PIECE) * PIECE + GAP
+
+
+def _apart(sizes: dict[str, int]) -> tuple[dict[str, Piece], int]:
+    """Places for pieces, one behind another. Also the end."""
+    placed: dict[str, Piece] = {}
+    end = 0
+    for name, size in sizes.items():
+        placed[name] = Piece(end, size)
+        if size:
+            end += _room(size)
+    return placed, end
+
+
+def _pieces(values: Iterable[Any]) -> list[str]:
+    """The pieces of the workspace that are among the arguments of a step."""
     found = []
-    for value in values:  # grows
-        if isinstance(value, Pointer):
+    for value in values:
+        what = type(value)
+        if what is Pointer:
             if value.memory == "workspace":
                 found.append(value.index)
-        elif isinstance(value, Packed):
-            values += value.fields
+        elif what is Packed:
+            found += _pieces(value.fields)
     return found
 
 
@@ -406,14 +412,21 @@ def _spans(steps: list[Step]) -> dict[str, tuple[int, int]]:
     beside: set[str] = set()  # pieces that branch 1 uses
     branch = fork = 0
     for number, step in enumerate(steps):
-        if isinstance(step, Branch):
+        values: tuple[Any, ...] = ()
+        if isinstance(step, Launch):
+            values = step.args
+        elif isinstance(step, Gemm):
+            values = step.pointers
+        elif isinstance(step, Branch):
             branch = step.number
-        elif isinstance(step, Wait) and branch:
+        elif not isinstance(step, Wait):
+            values = (step.pointer,)
+        elif branch:
             fork = number
-        elif isinstance(step, Wait):
+        else:
             last |= dict.fromkeys(beside, number)
             beside.clear()
-        for name in _pieces(step):
+        for name in _pieces(values):
             last[name] = number
             if branch:
                 first[name] = min(fork, first.get(name, fork))
@@ -423,14 +436,14 @@ def _spans(steps: list[Step]) -> dict[str, tuple[int, int]]:
     return {name: (number, last[name]) for name, number in first.items()}
 
 
-def _shared(pieces: dict[str, Piece], spans: dict[str, tuple[int, int]]) -> tuple[dict[str, Piece], int]:
+def _shared(sizes: dict[str, int], spans: dict[str, tuple[int, int]]) -> tuple[dict[str, Piece], int]:
     """Places for pieces, the largest first: each at the lowest offset that is free while it is used. Also the end."""
     placed: dict[str, Piece] = {}
     taken: list[tuple[int, int, int, int]] = []  # offset, end, first step, last step; by offset
     most = 0
-    for name in sorted(spans, key=lambda name: -pieces[name].size):
-        size, (first, last) = pieces[name].size, spans[name]
-        room = -(-size // PIECE) * PIECE + GAP
+    for name in sorted(spans, key=sizes.__getitem__, reverse=True):
+        size, (first, last) = sizes[name], spans[name]
+        room = _room(size)
         offset = 0
         for start, end, since, until in taken:
             if since <= last and until >= first and end > offset:
