@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The GPU record: tests/gpu_record.json has a hash of the tree on which the whole GPU suite passed, and the GPU.
 
-`python tests/gpu_record.py --check` prints whether that is the present tree.
+`python tests/gpu_record.py --check` prints whether that is the present tree. Docstrings, and lines that are a comment,
+are not in the hash: a GPU need not run a tree again whose prose has changed.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import datetime
 import hashlib
 import json
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,11 +33,24 @@ def hashed_files() -> list[Path]:
     )
 
 
+def code(text: str, suffix: str) -> str:
+    """A file without its docstrings and without lines that are a comment."""
+    if suffix != ".py":
+        return re.sub(r"^ *//.*\n", "", text, flags=re.MULTILINE)
+    lines = text.splitlines(keepends=True)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            docstring = node.body[0]
+            lines[docstring.lineno - 1 : docstring.end_lineno] = [""] * (docstring.end_lineno - docstring.lineno + 1)
+    return re.sub(r"^ *#.*\n", "", "".join(lines), flags=re.MULTILINE)
+
+
 def tree_hash() -> str:
-    """The hash of all `hashed_files`."""
+    """The hash of the code of all `hashed_files`."""
     digest = hashlib.sha256()
     for file in hashed_files():
-        digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+        text = code(file.read_text(encoding="utf-8"), file.suffix)
+        digest.update(f"{file.relative_to(ROOT).as_posix()}\0{text}\0".encode())
     return digest.hexdigest()
 
 

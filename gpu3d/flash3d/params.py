@@ -93,7 +93,7 @@ def count(config: Config) -> int:
     --------
     >>> from gpu3d import flash3d
     >>> flash3d.count(flash3d.presets["flash3d_46m"])
-    45899155
+    46275891
     """
     return sum(parameter.size for parameter in layout(config))
 
