@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from gpu3d import _arrays
+from gpu3d.io.files import replaced
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,10 +39,17 @@ def plot_buckets(points: Any, buckets: Buckets, path: str | os.PathLike[str], *,
     buckets : Buckets
         The result of ``bucketize`` for these points.
     path : str or path-like
-        The PNG file to write. An existing file is replaced.
+        The PNG file to write. An existing file is replaced, but not before the picture is whole.
     title : str, optional
         Written above the picture, left of the numbers of points and buckets.
     """
+    from matplotlib import style
+
+    with style.context("default"), replaced(Path(path)) as stream:  # a matplotlibrc of the user could ask for LaTeX
+        _draw_buckets(points, buckets, stream, title)
+
+
+def _draw_buckets(points: Any, buckets: Buckets, stream: BinaryIO, title: str | None) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -66,10 +75,11 @@ def plot_buckets(points: Any, buckets: Buckets, path: str | os.PathLike[str], *,
     corner = middle - center - near
     whole.add_patch(Rectangle(tuple(corner), 2 * near, 2 * near, fill=False, color=_BRIGHT, lw=0.9))
     numbers = f"{len(points):,} points in {buckets.num_buckets:,} buckets of {buckets.bucket_size:,}"
-    figure.text(0.012, 0.962, numbers if title is None else title, color=_BRIGHT, size=19, va="center")
+    plain: dict[str, Any] = {"va": "center", "parse_math": False}  # a $ in a file's name is a $
+    figure.text(0.012, 0.962, numbers if title is None else title, color=_BRIGHT, size=19, **plain)
     if title is not None:
-        figure.text(0.988, 0.962, numbers, color=_FAINT, size=15, va="center", ha="right")
-    figure.savefig(path, format="png")
+        figure.text(0.988, 0.962, numbers, color=_FAINT, size=15, ha="right", **plain)
+    figure.savefig(stream, format="png")
 
 
 def _bucket_colors(bucket_of_point: np.ndarray, brightness: np.ndarray) -> np.ndarray:

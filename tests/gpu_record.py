@@ -20,7 +20,7 @@ RECORD = ROOT / "tests" / "gpu_record.json"
 
 
 # Files that launch nothing.
-SKIPPED = {"io.py", "plot.py", "cli.py", "__main__.py", "data"}
+SKIPPED = {"io", "plot.py", "cli", "cli.py", "batch.py", "__main__.py", "data"}
 
 
 def hashed_files() -> list[Path]:
