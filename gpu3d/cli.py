@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line.
 
-``gpu3d demo`` buckets scans and draws them. ``gpu3d segment`` labels the points of a scan. ``gpu3d info`` prints what
-is installed.
+``gpu3d demo`` buckets scans and draws them. ``gpu3d convert`` writes files in another format. ``gpu3d segment`` labels
+the points of a scan. ``gpu3d info`` prints what is installed, or what is in files.
+
+Results go to stdout, and errors to stderr, one line for each file that failed. A user's mistake never shows a
+traceback.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import json
+import os
 import platform
 import statistics
 import sys
@@ -17,14 +24,15 @@ from importlib import import_module, resources
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 import gpu3d
-from gpu3d import flash3d
+from gpu3d import batch, flash3d
 from gpu3d.cuda import compiler
-from gpu3d.io import read_intensity, read_points
+from gpu3d.io import Cloud, read_cloud, read_points, write_cloud
+from gpu3d.io.files import FORMATS, ending_of, replaced
 from gpu3d.plot import plot_buckets
 from gpu3d.reference.buckets import bucket_radii
 
@@ -32,7 +40,14 @@ __all__ = ["main"]
 
 _SCAN = "pandaset_002_00.npz"
 _SCAN_TITLE = "PandaSet 002/00 (Hesai and Scale AI, CC BY 4.0)"
-_IO_PACKAGES = {"laspy": ".las and .laz", "lazrs": ".laz", "plyfile": ".ply", "pypcd4": ".pcd"}
+# What reads them, and the extra that installs it.
+_IO_PACKAGES = {
+    "laspy": (".las and .laz", "io"),
+    "lazrs": (".laz", "io"),
+    "plyfile": (".ply as text", "io"),
+    "lzf": ("compressed .pcd", "io"),
+    "pye57": (".e57", "e57"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,8 +61,38 @@ def main(argv: list[str] | None = None) -> int:
     Returns
     -------
     int
-        0, or 1 if a file failed.
+        0; 1 if a file failed or the output cannot be written; 130 after Ctrl-C; 141 if a pipe was closed. A mistake in
+        the arguments ends the process with 2.
     """
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be text of any encoding
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _run(argv)
+        sys.stdout.flush()  # a closed pipe and a full disk show here
+        return code
+    except KeyboardInterrupt:
+        print("gpu3d: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        _discard_output()
+        return 141
+    except OSError as error:  # those of a file are caught with the file
+        _discard_output()
+        print(f"gpu3d: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _discard_output() -> None:
+    """Let what stdout still holds go nowhere; Python would try to write it once more at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+_FILES = "a point cloud: " + " ".join(FORMATS)
+
+
+def _run(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="gpu3d", description="Point clouds in equal buckets.")
     parser.add_argument("--version", action="version", version=f"gpu3d {gpu3d.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -58,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         nargs="*",
         metavar="FILE",
         type=Path,
-        help=".bin .npy .npz .ply .pcd .las .laz (default: a LiDAR scan that comes with the package)",
+        help=f"{_FILES} (default: a LiDAR scan that comes with the package)",
     )
     demo.add_argument("--bucket-size", type=int, default=512, help="slots per bucket (default: %(default)s)")
     demo.add_argument(
@@ -68,29 +113,151 @@ def main(argv: list[str] | None = None) -> int:
     )
     demo.add_argument("--balance", default="spill", help="spill or probe (default: %(default)s)")
     demo.add_argument("-o", "--output", metavar="PNG", type=Path, help="the picture (default: ./gpu3d-demo*.png)")
+
+    convert = commands.add_parser(
+        "convert",
+        help="write clouds in another format, with all their attributes",
+        epilog="example: gpu3d convert scans --out ply --to .ply",
+    )
+    convert.add_argument("inputs", nargs="+", metavar="INPUT", type=Path, help=f"{_FILES}; or a folder of them")
+    convert.add_argument("-o", "--output", metavar="FILE", type=Path, help="the file to write, for one input")
+    convert.add_argument("--out", metavar="FOLDER", type=Path, help="where to write; it gets the tree of the inputs")
+    convert.add_argument("--to", metavar="ENDING", help="the ending of the files in --out (default: that of the input)")
+    convert.add_argument("--columns", metavar="N", type=int, help="values per point of .bin files (default: 4)")
+    convert.add_argument("--jobs", metavar="N", type=int, help="processes for --out (default: one per CPU)")
+    convert.add_argument("--resume", metavar="FILE", type=Path, help="notes what is done in --out, and leaves it out")
+    convert.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
+
     segment = commands.add_parser("segment", help="label the points of a scan by trained weights")
-    segment.add_argument("scan", metavar="SCAN", type=Path, help=".bin .npy .npz .ply .pcd .las .laz")
+    segment.add_argument("scan", metavar="SCAN", type=Path, help=_FILES)
     segment.add_argument("--weights", metavar="FILE", type=Path, required=True, help="what flash3d.save wrote")
     segment.add_argument(
         "-o",
-        "--out",
+        "--output",
         metavar="FILE",
         type=Path,
-        help="the labels: .npy, or .ply with the points (default: ./gpu3d-segment-SCAN.npy)",
+        help="the labels: .npy, or a cloud with an attribute label (default: ./gpu3d-segment-SCAN.npy)",
     )
-    commands.add_parser("info", help="print device, versions, kernel cache, and how to install what is missing")
+
+    info = commands.add_parser(
+        "info",
+        help="print device, versions, kernel cache, and how to install what is missing; or what is in files",
+        epilog="example: gpu3d info scan.laz --json",
+    )
+    info.add_argument("files", nargs="*", metavar="FILE", type=Path, help=_FILES)
+    info.add_argument("--columns", metavar="N", type=int, help="values per point of .bin files (default: 4)")
+    info.add_argument("--json", action="store_true", help="print one JSON object a line, and nothing else")
 
     arguments = parser.parse_args(argv)
     if arguments.command == "info":
-        return _info()
+        if not arguments.files:
+            return _info(arguments.json)
+        return _each(arguments.files, lambda path: _print_file(path, arguments.columns, arguments.json))
+    if arguments.command == "convert":
+        return _convert_all(arguments, convert.error)
     if arguments.command == "segment":
-        out = arguments.out or Path(f"gpu3d-segment-{arguments.scan.stem}.npy")
-        if out.suffix.lower() not in (".npy", ".ply"):
-            segment.error(f"--out must end in .npy or .ply, got {out}")
+        out = arguments.output or Path(f"gpu3d-segment-{arguments.scan.stem}.npy")
+        if out.suffix.lower() != ".npy" and not out.name.lower().endswith(tuple(FORMATS)):
+            segment.error(f"-o must end in .npy or in the ending of a cloud, got {out}")
+        for given in (arguments.scan, arguments.weights):
+            if _is_same_file(out, given):
+                segment.error(f"-o is {given} itself, and an input is never overwritten")
         return _segment(arguments.scan, arguments.weights, out)
     if arguments.output and len(arguments.files) > 1:
         demo.error("-o names one picture, so it takes one FILE")
+    if arguments.output and any(_is_same_file(arguments.output, path) for path in arguments.files):
+        demo.error(f"-o is {arguments.output} itself, and an input is never overwritten")
     return _demo(arguments)
+
+
+_FAILURES = (
+    OSError,
+    ValueError,
+    TypeError,
+    ImportError,
+    MemoryError,
+)  # of a file, as the readers and functions raise them
+
+
+def _each(paths: list[Path], work: Callable[[Path], None]) -> int:
+    """Do the work for each file; returns the exit code. A failure is a line on stderr."""
+    failed = 0
+    for path in paths:
+        try:
+            work(path)
+        except BrokenPipeError:
+            raise
+        except _FAILURES as error:
+            failed += 1
+            _print_failure(path, error)
+    return int(failed > 0)
+
+
+def _print_failure(path: Path, error: BaseException) -> None:
+    name, text = str(path), str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        name, text = str(error.filename or path), error.strerror
+    for what in ("read", "write"):
+        text = text.removeprefix(f"cannot {what} {path}: ")
+    print(f"gpu3d: {name}: {text}", file=sys.stderr)
+
+
+def _is_same_file(a: Path, b: Path) -> bool:
+    try:
+        return os.path.samefile(a, b)
+    except OSError:  # one of them does not exist
+        return False
+
+
+# ---- convert -------------------------------------------------------------------------------------------------------
+
+
+def _convert_all(arguments: argparse.Namespace, stop: Callable[[str], NoReturn]) -> int:
+    """Convert the inputs. What would be written twice, or over an input, is a mistake in the arguments."""
+    if (arguments.output is None) == (arguments.out is None):
+        stop("name the file to write by -o, or a folder by --out")
+    inputs = arguments.inputs
+    if arguments.output is not None:
+        if len(inputs) > 1 or inputs[0].is_dir():
+            stop("-o names one file, so it takes one INPUT that is a file; use --out for more")
+        if not arguments.output.name.lower().endswith(tuple(FORMATS)):
+            stop(f"the ending of {arguments.output} is none of {' '.join(FORMATS)}")
+        if _is_same_file(inputs[0], arguments.output):
+            stop(f"{arguments.output} is the input itself, and an input is never overwritten")
+        return _each(inputs, lambda path: _convert(path, arguments.output, arguments.columns))
+    if arguments.to is not None and arguments.to.lower() not in FORMATS:
+        stop(f"--to is one of {' '.join(FORMATS)}, got {arguments.to}")
+    if len(inputs) > 1 and any(path.is_dir() for path in inputs):
+        stop("give one folder, or files")
+    try:
+        report = batch.map_files(
+            functools.partial(_convert, columns=arguments.columns),
+            inputs[0] if inputs[0].is_dir() else inputs,
+            out=arguments.out,
+            to=arguments.to,
+            jobs=arguments.jobs,
+            resume=arguments.resume,
+            progress=not arguments.json,
+        )
+    except (ValueError, OSError) as error:
+        stop(str(error))
+    for failure in report.failures:
+        print(f"gpu3d: {failure.path}: {failure.error}", file=sys.stderr)
+    counts = {"done": report.done, "skipped": report.skipped, "failed": len(report.failures)}
+    if arguments.json:
+        failures = [{"file": str(failure.path), "error": failure.error} for failure in report.failures]
+        print(json.dumps({**counts, "seconds": round(report.seconds, 3), "failures": failures}))
+    else:
+        _print_rows([(name, f"{count:,}") for name, count in counts.items()] + [("folder", str(arguments.out))])
+    return int(bool(report.failures))
+
+
+def _convert(path: Path, target: Path, columns: int | None) -> None:
+    columns = columns if ending_of(path).endswith(".bin") else None
+    write_cloud(target, read_cloud(path, columns=columns))
+
+
+# ---- demo ----------------------------------------------------------------------------------------------------------
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -102,11 +269,12 @@ def _demo(arguments: argparse.Namespace) -> int:
     for path, title, picture in _scans(arguments.files):
         try:
             rows = _demo_one(path, title, arguments.output or picture, options, cupy)
+        except _FAILURES as error:
+            _print_failure(path, error)
+            exit_code = 1
+        else:
             print()
             _print_rows(rows)
-        except (OSError, ValueError, ImportError, MemoryError) as error:
-            print(f"gpu3d: {path}: {error or type(error).__name__}", file=sys.stderr)
-            exit_code = 1
     return exit_code
 
 
@@ -119,7 +287,8 @@ def _scans(files: list[Path]) -> Iterator[tuple[Path, str, Path]]:
     for path in files:
         taken[path.stem] = taken.get(path.stem, 0) + 1
         number = f"-{taken[path.stem]}" if taken[path.stem] > 1 else ""
-        yield path, path.name, Path(f"gpu3d-demo-{path.stem}{number}.png")
+        title = os.fsencode(path.name).decode("utf-8", "replace")
+        yield path, title, Path(f"gpu3d-demo-{path.stem}{number}.png")
 
 
 def _demo_one(
@@ -187,6 +356,9 @@ def _random_order_radius(points: np.ndarray, bucket_size: int) -> float:
     return float(bucket_radii(points, order, bucket_size).mean())
 
 
+# ---- segment -------------------------------------------------------------------------------------------------------
+
+
 def _segment(scan: Path, weights: Path, out: Path) -> int:
     """Label a scan, print how many points each class has, and write the labels."""
     cupy, _ = _working_cupy()
@@ -195,22 +367,19 @@ def _segment(scan: Path, weights: Path, out: Path) -> int:
         params, config = flash3d.load(weights)
         task = flash3d.load_task(weights)
         file = scan
-        points = read_points(scan)
+        cloud = read_cloud(scan)
         attributes = {}
-        needed = any(name.startswith("intensity") for name in task.features)
-        if needed and (intensity := read_intensity(scan)) is not None:
-            if len(intensity) != len(points):
-                raise ValueError(f"{len(points)} points have {len(intensity)} intensities: the file is inconsistent")
-            attributes["intensity"] = intensity
+        if any(name.startswith("intensity") for name in task.features) and "intensity" in cloud.attributes:
+            attributes["intensity"] = cloud.attributes["intensity"]
         begin = time.perf_counter()
-        labels = _predict(points, attributes, params, config, task, cupy)
+        labels = _predict(cloud.points, attributes, params, config, task, cupy)
         seconds = time.perf_counter() - begin
         file = out
-        _write_labels(out, points, labels)
-    except (OSError, ValueError, ImportError, MemoryError) as error:
-        print(f"gpu3d: {file}: {error or type(error).__name__}", file=sys.stderr)
+        _write_labels(out, cloud, labels)
+    except _FAILURES as error:
+        _print_failure(file, error)
         return 1
-    rows = [("scan", scan.name), ("points", f"{len(points):,}"), ("time", f"{seconds:.3f} s")]
+    rows = [("scan", scan.name), ("points", f"{len(cloud):,}"), ("time", f"{seconds:.3f} s")]
     counts = np.bincount(labels[labels >= 0], minlength=config.classes)
     rows += [(name, f"{count:,}") for name, count in zip(task.classes, counts, strict=True) if count]
     if unlabelled := int((labels < 0).sum()):
@@ -255,24 +424,44 @@ def _on_gpu(params: dict[str, Any], cupy: ModuleType) -> dict[str, Any]:
     return {key: _on_gpu(x, cupy) if isinstance(x, dict) else cupy.asarray(x) for key, x in params.items()}
 
 
-def _write_labels(path: Path, points: np.ndarray, labels: np.ndarray) -> None:
+def _write_labels(path: Path, cloud: Cloud, labels: np.ndarray) -> None:
     if path.suffix.lower() == ".npy":
-        with open(path, "wb") as file:  # np.save would add an ending to a name in capitals
-            np.save(file, labels)
+        with replaced(path) as stream:
+            np.save(stream, labels)
+    else:
+        write_cloud(path, Cloud(cloud.points, {**cloud.attributes, "label": labels}, cloud.meta))
+
+
+# ---- info ----------------------------------------------------------------------------------------------------------
+
+
+def _print_file(path: Path, columns: int | None, as_json: bool) -> None:
+    """Print what is in a file."""
+    cloud = read_cloud(path, columns=columns)
+    finite = cloud.points[np.isfinite(cloud.points).all(axis=1)]
+    low, high = (finite.min(axis=0).tolist(), finite.max(axis=0).tolist()) if len(finite) else (None, None)
+    if as_json:
+        attributes = {
+            name: {"dtype": str(values.dtype), "shape": list(values.shape)} for name, values in cloud.attributes.items()
+        }
+        found = {"file": str(path), "points": len(cloud), "finite": len(finite), "low": low, "high": high}
+        print(json.dumps({**found, "dtype": str(cloud.points.dtype), "attributes": attributes, "meta": cloud.meta}))
         return
-    try:
-        plyfile = import_module("plyfile")
-    except ImportError as error:
-        raise ImportError('writing a .ply needs plyfile: pip install "gpu3d[io]"') from error
-    columns = [(name, points.dtype) for name in "xyz"] + [("label", labels.dtype)]
-    vertices = np.empty(len(points), columns)
-    for name, values in zip("xyz", points.T, strict=True):
-        vertices[name] = values
-    vertices["label"] = labels
-    plyfile.PlyData([plyfile.PlyElement.describe(vertices, "vertex")]).write(str(path))
+    rows = [("file", str(path)), ("points", f"{len(cloud):,} {cloud.points.dtype}")]
+    if len(finite) < len(cloud):
+        rows.append(("not finite", f"{len(cloud) - len(finite):,}"))
+    if low is not None and high is not None:
+        rows += [(name, f"{a:.6g} to {b:.6g}") for name, a, b in zip("xyz", low, high, strict=True)]
+    for name, values in cloud.attributes.items():
+        shape = f" [N, {values.shape[1]}]" if values.ndim == 2 else ""
+        extent = f", {values.min():.6g} to {values.max():.6g}" if values.size else ""
+        rows.append((name, f"{values.dtype}{shape}{extent}"))
+    rows += [(name, str(value)) for name, value in cloud.meta.items()]
+    _print_rows(rows)
+    print()
 
 
-def _info() -> int:
+def _info(as_json: bool) -> int:
     cupy, why_not = _working_cupy()
     rows = [("gpu3d", gpu3d.__version__), ("Python", platform.python_version()), ("NumPy", np.__version__)]
     if cupy is None:
@@ -288,10 +477,14 @@ def _info() -> int:
     rows.append(("kernel cache", _describe_cache(compiler.cache_dir())))
     if why_not:
         rows.append(("missing", why_not))
-    for package, formats in _IO_PACKAGES.items():
+    for package, (formats, extra) in _IO_PACKAGES.items():
         if find_spec(package) is None:
-            rows.append(("missing", f'{package}, which reads {formats}: pip install "gpu3d[io]"'))
-    _print_rows(rows)
+            rows.append(("missing", f'{package}, which reads {formats}: pip install "gpu3d[{extra}]"'))
+    if as_json:
+        missing = [value for name, value in rows if name == "missing"]
+        print(json.dumps({**{name: value for name, value in rows if name != "missing"}, "missing": missing}))
+    else:
+        _print_rows(rows)
     return 0
 
 
@@ -330,8 +523,8 @@ def _cpu_name() -> str:
 def _describe_cache(folder: Path | None) -> str:
     if folder is None:
         return "none, because this user has no home folder (set $GPU3D_CACHE_DIR to a folder)"
-    files = list(folder.rglob("*.cubin"))
-    return f"{folder} ({len(files)} kernels, {sum(path.stat().st_size for path in files) / 2**20:.1f} MiB)"
+    sizes = [path.stat().st_size for path in folder.rglob("*.cubin") if path.is_file()]
+    return f"{folder} ({len(sizes)} kernels, {sum(sizes) / 2**20:.1f} MiB)"
 
 
 def _print_rows(rows: list[tuple[str, str]]) -> None:

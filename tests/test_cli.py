@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line on a machine without a GPU. If there is one, it is hidden."""
 
+import json
+import os
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec as real_find_spec
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -11,6 +15,7 @@ import pytest
 
 import gpu3d
 from gpu3d import cli
+from gpu3d.io import Cloud, read_cloud, write_cloud
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +127,7 @@ def test_info_says_what_is_missing_and_the_cure(capsys, monkeypatch):
     assert f"gpu3d         {gpu3d.__version__}" in out
     assert "CPU" in out
     assert "CuPy: a cure" in out
-    assert 'plyfile, which reads .ply: pip install "gpu3d[io]"' in out
+    assert 'plyfile, which reads .ply as text: pip install "gpu3d[io]"' in out
     assert "laspy" not in out or real_find_spec("laspy") is None
 
 
@@ -152,3 +157,136 @@ def test_without_cupy(monkeypatch, tmp_path):
     assert done.returncode == 0, done.stderr
     assert 'pip install "gpu3d[cuda13]"' in done.stdout
     assert "running on NumPy" in done.stdout
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def write_scans(folder):
+    """Two sweeps and a damaged one in a tree, with a file that is no cloud."""
+    rng = np.random.default_rng(0)
+    for name in ("a/one.bin", "a/b/two words $x.bin"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rng.random((300, 4), np.float32).tofile(path)
+    (folder / "a" / "broken.bin").write_bytes(b"12345")
+    (folder / "a" / "notes.md").write_text("no cloud")
+
+
+def test_convert_mirrors_a_tree_and_keeps_attributes(capsys, tmp_path):
+    write_scans(tmp_path)
+    assert cli.main(["convert", "a", "--out", "out", "--to", ".npz", "--jobs", "1"]) == 1  # one is damaged
+    out, err = capsys.readouterr()
+    written = sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert written == ["out/b/two words $x.npz", "out/one.npz"]
+    assert {name: value.strip() for name, value in rows(out).items()}["done"] == "2"
+    assert err.count("\n") == 1 and "broken.bin: ValueError: cannot read" in err
+    before, after = read_cloud("a/one.bin"), read_cloud("out/one.npz")
+    assert (before.points == after.points).all()
+    assert (before.attributes["intensity"] == after.attributes["intensity"]).all()
+
+
+def test_convert_goes_on_where_it_was(capsys, tmp_path):
+    write_scans(tmp_path)
+    command = ["convert", "a", "--out", "out", "--to", ".npz", "--jobs", "2", "--resume", "done.jsonl", "--json"]
+    assert cli.main(command) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["done"], found["skipped"], found["failed"]) == (2, 0, 1)
+    assert found["failures"][0]["file"] == "a/broken.bin"
+    np.ones((5, 4), np.float32).tofile("a/broken.bin")
+    assert cli.main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["done"], found["skipped"], found["failed"]) == (1, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["one.bin"], "name the file to write by -o, or a folder by --out"),
+        (["one.bin", "-o", "x.npz", "--out", "y"], "name the file to write by -o"),
+        (["one.bin", "two.bin", "-o", "x.npz"], "-o names one file"),
+        (["a", "-o", "x.npz"], "-o names one file"),
+        (["one.bin", "-o", "x.gif"], "the ending of x.gif is none of"),
+        (["one.bin", "-o", "a/../one.bin"], "an input is never overwritten"),
+        (["a", "--out", "a"], "an input is never overwritten"),
+        (["one.bin", "a", "--out", "y"], "give one folder, or files"),
+        (["one.bin", "one.ply", "--out", "y", "--to", ".npz"], "y/one.npz"),
+        (["one.bin", "--out", "y", "--to", ".gif"], "--to is one of"),
+    ],
+)
+def test_convert_refuses_before_it_writes(capsys, tmp_path, arguments, message):
+    write_scans(tmp_path)
+    for name in ("one.bin", "two.bin"):
+        np.ones((5, 4), np.float32).tofile(name)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["convert", *arguments])
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_info_of_files(capsys, tmp_path):
+    points = np.array([[1, 2, 3], [4, 5, np.nan]], np.float32)
+    write_cloud("a.npz", Cloud(points, {"label": np.array([3, 7], np.uint8)}))
+    assert cli.main(["info", "a.npz", "absent.bin"]) == 1
+    out, err = capsys.readouterr()
+    assert "2 float32" in out and "uint8, 3 to 7" in out and "absent.bin" in err
+    assert cli.main(["info", "a.npz", "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    found = json.loads(line)
+    assert (found["points"], found["finite"], found["low"]) == (2, 1, [1, 2, 3])
+    assert found["attributes"] == {"label": {"dtype": "uint8", "shape": [2]}}
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["missing"][0] == "CuPy: a cure"
+
+
+def run_command(*arguments, shell=None, **options):
+    """The command as a process of its own, on the CPU. `shell` follows it on the shell's line."""
+    line = " ".join([sys.executable, "-m", "gpu3d", *map(shlex.quote, arguments)])
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(gpu3d.__file__).parent.parent)}
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line} {shell or ''}"], capture_output=True, env=environment, **options
+    )
+
+
+def test_closed_pipes_and_full_disks():
+    done = run_command("info", shell="| true")
+    assert done.returncode in (0, 141) and not done.stderr  # 0: it had written all before the pipe was closed
+    if os.path.exists("/dev/full"):
+        done = run_command("info", shell="> /dev/full")
+        assert done.returncode == 1
+        assert done.stderr.decode() == "gpu3d: cannot write the output: No space left on device\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file names are bytes on POSIX only")
+def test_file_names_that_are_no_text(tmp_path):
+    points = np.random.default_rng(0).normal(size=(600, 3)).astype(np.float32)
+    for name in (b"b\xff.npy", b"$x^{$.npy"):
+        with open(os.fsencode(tmp_path) + b"/" + name, "wb") as file:
+            np.save(file, points)
+        done = run_command("demo", os.fsdecode(name), cwd=tmp_path)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_an_interrupt_is_a_line():
+    code = "from gpu3d import cli; cli._run = lambda argv: (_ for _ in ()).throw(KeyboardInterrupt); exit(cli.main([]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert (done.returncode, done.stderr) == (130, b"gpu3d: interrupted\n")
+
+
+def test_an_input_is_never_overwritten(capsys, tmp_path):
+    np.save("scan.npy", np.random.default_rng(0).normal(size=(600, 3)))
+    before = (tmp_path / "scan.npy").read_bytes()
+    for command in (["demo"], ["segment", "--weights", "w"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([*command, "scan.npy", "-o", "scan.npy"])
+        assert "an input is never overwritten" in capsys.readouterr().err
+    assert (tmp_path / "scan.npy").read_bytes() == before
+
+
+def test_a_picture_is_replaced_whole_or_not_at_all(monkeypatch, tmp_path, capsys):
+    (tmp_path / "old.png").write_bytes(b"precious")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["demo", "-o", "old.png"])
+    assert (tmp_path / "old.png").read_bytes() == b"precious" and len(list(tmp_path.iterdir())) == 1

@@ -59,7 +59,8 @@ PAGES = [page for page in (README, *sorted((ROOT / "docs").glob("*.md"))) if "``
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_page(page):
+def test_page(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # pages write files
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     session = "\n".join(block for block in blocks if ">>> " in block)  # what one block makes, the next may use
     run(doctest.DocTestParser().get_doctest(session, {}, page.name, str(page), 0))
