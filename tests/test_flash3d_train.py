@@ -686,7 +686,7 @@ def test_segment_writes_ply(in_a_folder):
     plyfile = pytest.importorskip("plyfile")
     folder, _, _, sweep = in_a_folder
     for out in ("labels.npy", "labels.ply"):
-        assert cli.main(["segment", "sweep.bin", "--weights", "weights.safetensors", "--out", out]) == 0
+        assert cli.main(["segment", "sweep.bin", "--weights", "weights.safetensors", "-o", out]) == 0
     vertices = plyfile.PlyData.read(str(folder / "labels.ply"))["vertex"]
     assert (vertices["label"] == np.load(folder / "labels.npy")).all()
     np.testing.assert_array_equal(np.stack([vertices[name] for name in "xyz"], axis=1), sweep[:, :3])
@@ -720,16 +720,16 @@ def test_segment_errors(in_a_folder, capsys):
         (["sweep.bin", "--weights", "sweep.bin"], "gpu3d: sweep.bin: .*it is no safetensors file"),
         (["weights.safetensors", "--weights", "weights.safetensors"], "cannot tell the format"),
         (["bare.npy", "--weights", "weights.safetensors"], "gpu3d: bare.npy: the feature 'intensity' is needed .*only"),
-        (["uneven.npz", "--weights", "weights.safetensors"], "20 points have 19 intensities"),
-        (["sweep.bin", "--weights", "weights.safetensors", "--out", "no/x.npy"], "gpu3d: no/x.npy: .*No such file"),
+        (["uneven.npz", "--weights", "weights.safetensors"], "feature .intensity. is needed"),
+        (["sweep.bin", "--weights", "weights.safetensors", "-o", "no/x.npy"], "gpu3d: no/x.npy: .*No such file"),
     ]:
         assert cli.main(["segment", *arguments]) == 1
         out, err = capsys.readouterr()
         assert "Traceback" not in out + err
         assert not out and re.search(message, err), err
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["segment", "sweep.bin", "--weights", "weights.safetensors", "--out", "labels.txt"])
-    assert "--out must end in .npy or .ply, got labels.txt" in capsys.readouterr().err
+        cli.main(["segment", "sweep.bin", "--weights", "weights.safetensors", "-o", "labels.gif"])
+    assert "-o must end in .npy or in the ending of a cloud, got labels.gif" in capsys.readouterr().err
     assert not list(folder.glob("gpu3d-segment*"))
 
 
