@@ -3,6 +3,7 @@
 
 import os
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -414,6 +415,24 @@ def test_what_is_no_file(tmp_path):
 
 
 # ---- clouds and names
+
+
+def test_names_are_there_after_import_gpu3d():
+    code = """
+import sys, gpu3d
+assert not {"gpu3d.io", "gpu3d.plot", "gpu3d.flash3d", "matplotlib"} & set(sys.modules)
+assert {"io", "plot", "interop", "batch", "flash3d", "Cloud", "read_cloud", "write_cloud"} <= set(dir(gpu3d))
+assert gpu3d.Cloud is gpu3d.io.Cloud and gpu3d.read_cloud is gpu3d.io.read_cloud
+assert gpu3d.plot.plot_buckets and gpu3d.interop.collate and gpu3d.batch.map_files and gpu3d.flash3d.Trainer
+try:
+    gpu3d.read_clouds
+except AttributeError as error:
+    assert str(error) == "module 'gpu3d' has no attribute 'read_clouds'"
+else:
+    raise AssertionError
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_cloud_is_checked():
