@@ -197,6 +197,11 @@ def _print_failure(path: Path, error: BaseException) -> None:
     name, text = str(path), str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         name, text = str(error.filename or path), error.strerror
+    _print_line(name, text, path)
+
+
+def _print_line(name: str | Path, text: str, path: Path) -> None:
+    """Print what is wrong with a file, and the file's name once."""
     for what in ("read", "write"):
         text = text.removeprefix(f"cannot {what} {path}: ")
     print(f"gpu3d: {name}: {text}", file=sys.stderr)
@@ -242,7 +247,7 @@ def _convert_all(arguments: argparse.Namespace, stop: Callable[[str], NoReturn])
     except (ValueError, OSError) as error:
         stop(str(error))
     for failure in report.failures:
-        print(f"gpu3d: {failure.path}: {failure.error}", file=sys.stderr)
+        _print_line(failure.path, failure.error.removeprefix("ValueError: "), failure.path)
     counts = {"done": report.done, "skipped": report.skipped, "failed": len(report.failures)}
     if arguments.json:
         failures = [{"file": str(failure.path), "error": failure.error} for failure in report.failures]

@@ -401,7 +401,7 @@ def _grid(cloud: Cloud) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
                 return scale, offset, steps
     low, high = (points.min(axis=0), points.max(axis=0)) if len(points) else (np.zeros(3), np.zeros(3))
     scale = np.where((low >= -180) & (high <= 180), 1e-7, 0.001)
-    offset = np.rint(low / 2 + high / 2)
+    offset = np.rint(low / 2 + high / 2) + 0.0  # no -0
     steps = np.rint((points - offset) / scale)
     if (abs(steps) > INT32_MAX).any():
         raise ValueError(
