@@ -10,11 +10,7 @@
 #define ELEMENT 3  // of activations: 0 float32, 2 float16, 3 bfloat16
 #endif
 
-typedef Float<ELEMENT>::Stored element_t;
-__device__ __forceinline__ float widen(element_t x) { return Float<ELEMENT>::widen(x); }
-__device__ __forceinline__ element_t narrow(float x) { return Float<ELEMENT>::narrow(x); }
-
-#define PER (16 / (int)sizeof(element_t))  // elements a word
+#define PER (16 / (int)sizeof(Float<ELEMENT>::Stored))  // elements a word
 #if ELEMENT == FLOAT32
 struct __align__(16) Word {
     float x[PER];

@@ -7,6 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from cloud_files import assert_same
 
 from gpu3d.io import Cloud, read_cloud, write_cloud
 
@@ -21,15 +22,6 @@ ATTRIBUTES = {f"a_{dtype.strip('?') or 'bool'}": RNG.integers(0, 2**7, 5).astype
     "features": RNG.random((5, 16), np.float32),
     "file": np.arange(5),  # an argument of np.savez has this name
 }
-
-
-def assert_same(cloud, expected):
-    assert cloud.points.dtype == expected.points.dtype
-    np.testing.assert_array_equal(cloud.points, expected.points)
-    assert sorted(cloud.attributes) == sorted(expected.attributes)
-    for name, values in expected.attributes.items():
-        assert cloud.attributes[name].dtype == values.dtype, name
-        np.testing.assert_array_equal(cloud.attributes[name], values)
 
 
 def error_of(path):

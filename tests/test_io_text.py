@@ -3,6 +3,7 @@
 
 import numpy as np
 import pytest
+from cloud_files import assert_same
 
 from gpu3d.io import Cloud, read_cloud, write_cloud
 
@@ -24,15 +25,6 @@ ATTRIBUTES = {
     **{f"a_{dtype}": values for dtype, values in LIMITS.items()},
 }
 ENDINGS = [".xyz", ".txt", ".csv"]
-
-
-def assert_same(cloud, expected):
-    assert cloud.points.dtype == expected.points.dtype
-    np.testing.assert_array_equal(cloud.points, expected.points)
-    assert sorted(cloud.attributes) == sorted(expected.attributes)
-    for name, values in expected.attributes.items():
-        assert cloud.attributes[name].dtype == values.dtype, name
-        np.testing.assert_array_equal(cloud.attributes[name], values, err_msg=name)
 
 
 @pytest.fixture

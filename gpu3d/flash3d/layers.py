@@ -192,7 +192,7 @@ class Network:
     def norm(self, x: Matrix | Sum, path: str, gelu: bool = False) -> tuple[Matrix, Matrix, Pointer | None]:
         """x, which is written here if it is a sum; its norm; and the statistics that a backward reads.
 
-        The norm is LayerNorm, and GELU behind it.
+        The norm is LayerNorm, and with `gelu` there is a GELU behind it.
         """
         base, y, drop = x if isinstance(x, Sum) else (x, None, None)
         out = self.rows(path, base.rows, base.columns)
