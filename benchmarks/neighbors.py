@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.spatial import KDTree
+from scipy.spatial import KDTree, cKDTree
 
 import gpu3d
 from benchmarks import data, losses, timing
@@ -42,13 +42,17 @@ RUNS = 100
 
 # Targets and stretch targets in ms.
 SWEEP_MUST, SWEEP_AIM = 1.2, 0.7  # k = 16, a real sweep searched in itself
+MANY = {64: (1.2, 0.8), 256: (5.0, 3.0), 1024: (25.0, 12.0)}  # by k; the same sweep
+NEAREST, NEAREST_MUST, NEAREST_AIM = 32, 0.8, 0.4  # max_neighbors of a search within RADIUS
 MILLION_MUST = 6.0  # k = 1
 CHAMFER_MUST = {(1, 65_536): 0.5, (32, 2048): 0.15, (8, 8192): 0.25}  # by (clouds, points per cloud)
 GRADIENT_MUST = 1.5  # times the forward
 GROWTH_MUST = 1.2  # the exponent of N
 HARD_MUST = 5.0  # k = 2, for far and collapsed
 RADIUS_MUST = 1.5
-CPU_MUST = 1.5  # times SciPy with all cores
+CPU_MUST = 1.15  # times SciPy with all cores
+CPU_RADIUS_MUST = 0.5  # times SciPy's sparse_distance_matrix
+CHECKED_STEP = 61  # every so many queries are searched on the CPU too, where brute force would take minutes
 ULPS = 2  # between our distances and SciPy's
 
 # Limits for peers that look at all pairs.
@@ -70,6 +74,7 @@ ROWS = "rows sorted by index, d2 <= r * r, as many as by brute force"
 def run(setting: Setting) -> Iterator[Row]:
     for part in (
         _sweeps,
+        _many,
         _million,
         _chamfer,
         _growth,
@@ -314,6 +319,20 @@ def _pykeops(case: Case, k: int) -> timing.Call:
     return lambda: ((query - points) ** 2).sum(-1).Kmin_argKmin(k, dim=1)
 
 
+def _cupy_knn(case: Case, k: int) -> timing.Call:
+    """A tree that is built anew in each call, as our index is."""
+    from cupy_knn import LBVHIndex
+
+    index = LBVHIndex(leaf_size=32, compact=True, shrink_to_fit=True, sort_queries=True)
+
+    def call() -> Any:
+        index.build(case.points)
+        index.prepare_knn_default(k)
+        return index.query_knn(case.query)
+
+    return call
+
+
 ALL_PAIRS: tuple[tuple[str, Callable[[Case, int], timing.Call]], ...] = (
     ("torch.cdist + topk", _torch_cdist),
     ("cuVS brute_force", _cuvs),
@@ -338,6 +357,38 @@ def _sweeps(setting: Setting) -> Iterator[Row]:
             note=f"{name if what == 'real' else data.describe(setting.folder)}",
         )
         yield row._replace(checks=row.checks | _near_scipy(case, 16, case.knn(16)[0]))
+
+
+def _many(setting: Setting) -> Iterator[Row]:
+    """Many neighbours, and the nearest within a radius."""
+    name, points = _real_sweep(setting.folder)
+    case = _self_case(points)
+
+    def nearest(query: Any, points: Any) -> Any:
+        return gpu3d.radius_search(query, points, RADIUS, max_neighbors=NEAREST)
+
+    for what, k, (must, aim), search in (
+        *((f"knn, k {k}", k, targets, partial(gpu3d.knn, k=k)) for k, targets in MANY.items()),
+        (f"radius_search, {RADIUS} m, at most {NEAREST}", NEAREST, (NEAREST_MUST, NEAREST_AIM), nearest),
+    ):
+        call = partial(search, case.query, case.points)
+        peers = [measured_peer("the same call, eager", "eager", partial(timing.call_time, call))]
+        for peer, prepare in (("cupy-knn", _cupy_knn), ("torch.cdist + topk", _torch_cdist)) if k in MANY else ():
+            peers.append(measured_peer(peer, "eager", lambda prepare=prepare, k=k: timing.call_time(prepare(case, k))))
+        expected = search(points[::CHECKED_STEP], points)
+        found = [x[::CHECKED_STEP].get() for x in call()]
+        yield Row(
+            f"{what}: real sweep of {len(points):,}, on itself",
+            "graph",
+            "ms",
+            timing.graph_time(call, calls=5, keep=False),
+            must,
+            aim,
+            floor=_knn_floor(setting, case, k),
+            peers=tuple(peers),
+            checks={f"every bit = CPU, every {CHECKED_STEP}th query": all(map(_same, found, expected))},
+            note=name,
+        )
 
 
 def _million(setting: Setting) -> Iterator[Row]:
@@ -477,7 +528,7 @@ def _chamfer_peers(case: Case, both: bool) -> Iterator[Peer]:
 
 
 def _radius(setting: Setting) -> Iterator[Row]:
-    """radius_search with an exact max_entries: at this radius a sweep has more neighbours than the default limit."""
+    """radius_search with an exact max_entries, which needs no count on the host."""
     name, points = _real_sweep(setting.folder)
     case = _self_case(points)
     counts = _ball_counts(case)
@@ -615,6 +666,21 @@ def _cpu(setting: Setting) -> Iterator[Row]:
         checks={"every bit = GPU": all(map(_same, on_cpu, on_gpu))},
         note=f"must: {CPU_MUST} x SciPy",
     )
+    theirs = timing.cpu_time(partial(_scipy_pairs, host), 1)
+    yield Row(
+        f"radius_search, {RADIUS} m: real sweep of {len(points):,}, NumPy",
+        "CPU",
+        "ms",
+        timing.cpu_time(partial(gpu3d.radius_search, host.query, host.points, RADIUS), 3),
+        CPU_RADIUS_MUST * theirs,
+        peers=(Peer("scipy cKDTree.sparse_distance_matrix", "CPU", theirs),),
+        note=f"must: {CPU_RADIUS_MUST} x SciPy",
+    )
+
+
+def _scipy_pairs(case: Case) -> Any:
+    query, points = (cKDTree(x.astype(np.float64)) for x in (case.query, case.points))
+    return query.sparse_distance_matrix(points, RADIUS)
 
 
 # ---- host time and determinism -------------------------------------------------------------------------------------

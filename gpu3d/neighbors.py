@@ -27,9 +27,12 @@ MAX_ENTRIES = 2**40  # the largest max_entries; no machine has memory for more
 
 
 class Neighbors(NamedTuple):
-    """The nearest points of each query, in order of (distance, index); the result of `knn`."""
+    """The nearest points of each query, in order of (distance, index).
 
-    distances: Any  # float32 [N, k]; NaN for a missing neighbour
+    This is the result of `knn`, and of `radius_search` with max_neighbors.
+    """
+
+    distances: Any  # float32 [N, k]; inf for a missing neighbour, NaN if the query is not finite
     indices: Any  # int32 [N, k], into the packed points; -1 for a missing neighbour
 
 
@@ -137,6 +140,7 @@ def knn(
     *,
     query_lengths: Sequence[int] | None = None,
     lengths: Sequence[int] | None = None,
+    exclude_self: bool = False,
 ) -> Neighbors:
     """The k nearest points of each query, in its own cloud.
 
@@ -148,10 +152,13 @@ def knn(
     points : array [M, 3], [M, 2], [B, m, 3], [B, m, 2] or NeighborIndex
         The points to search, with the same number of coordinates, on the same device. The dtypes may differ.
     k : int
-        Number of neighbours, 1 to 64, and no larger than any cloud that is searched.
+        Number of neighbours, 1 to 1024. A query that has fewer gets index -1 and distance inf for the missing ones.
     query_lengths, lengths : sequence of int, optional
         Queries and points of each cloud, host integers. Default: one cloud. With a NeighborIndex, `lengths` is left
         out.
+    exclude_self : bool
+        With True, point i is no neighbour of query i. The lengths of both must be the same. Coordinates are not
+        compared: another point at the same place is a neighbour.
 
     Returns
     -------
@@ -168,15 +175,15 @@ def knn(
     Notes
     -----
     A distance is the square root of d2 = (dx*dx + dy*dy) + dz*dz of float32 differences, each operation rounded once.
-    Neighbours are ordered by (d2, index). A query that is one of the points finds itself. Coordinates are converted to
-    float32. If `points` are float64, the minimum of the searched cloud is first subtracted from both in float64, so
-    that map coordinates keep their millimetres.
+    Neighbours are ordered by (d2, index). A query that is one of the points finds itself, unless exclude_self is True.
+    Coordinates are converted to float32. If `points` are float64, the minimum of the searched cloud is first subtracted
+    from both in float64, so that map coordinates keep their millimetres.
 
-    A point with NaN or inf (in float32) is not found by any query. A query with NaN or inf has no neighbours. A missing
-    neighbour, also in a cloud with fewer than k finite points, has index -1 and distance NaN.
+    A point with NaN or inf (in float32) is not found by any query. A query with NaN or inf has no neighbours: its
+    indices are -1 and its distances NaN.
 
     Distances of tensors and of JAX arrays have gradients with respect to query and points. The gradient of a distance
-    of 0 is 0. Gradients are deterministic, as in `chamfer_value_and_grad`.
+    of 0, and of a missing neighbour, is 0. Gradients are deterministic, as in `chamfer_value_and_grad`.
 
     A call never waits for the GPU. After a first call it can be captured in a CUDA graph.
 
@@ -186,23 +193,31 @@ def knn(
     >>> distances, indices = gpu3d.knn(np.array([[2, 0, 0]], np.float32), points, k=2)
     >>> distances, indices
     (array([[1., 2.]], dtype=float32), array([[1, 0]], dtype=int32))
+    >>> gpu3d.knn(points, points, k=3, exclude_self=True).indices
+    array([[ 1,  2, -1],
+           [ 0,  2, -1],
+           [ 1,  0, -1]], dtype=int32)
     """
     if (interop := _arrays.interop_of(query, points)) is not None:
-        return interop.knn(query, points, k, query_lengths=query_lengths, lengths=lengths)
+        options: dict[str, Any] = {"query_lengths": query_lengths, "lengths": lengths, "exclude_self": exclude_self}
+        return interop.knn(query, points, k, **options)
     given, searched = read_query(query), read_points(points, "points")
-    return Neighbors(*knn_arrays(given, searched, *check_knn(given, searched, k, query_lengths, lengths)))
+    checked = check_knn(given, searched, k, query_lengths, lengths, exclude_self)
+    return Neighbors(*knn_arrays(given, searched, None, checked))
 
 
 def radius_search(
     query: Any,
     points: Any,
-    radius: float,
+    radius: Any,
     *,
     query_lengths: Sequence[int] | None = None,
     lengths: Sequence[int] | None = None,
     max_entries: int | None = None,
-) -> RadiusNeighbors:
-    """All points within a radius of each query, in its own cloud.
+    max_neighbors: int | None = None,
+    exclude_self: bool = False,
+) -> RadiusNeighbors | Neighbors:
+    """All points within a radius of each query, in its own cloud, or the nearest of them.
 
     Parameters
     ----------
@@ -210,35 +225,46 @@ def radius_search(
         As in `knn`.
     points : array [M, 3], [M, 2], [B, m, 3], [B, m, 2] or NeighborIndex
         As in `knn`.
-    radius : float
-        The radius, not negative. inf finds all finite points.
+    radius : float, or array [N]
+        The radius of every query, or one for each: floats on the device of the queries. It must not be negative or NaN;
+        an array on a GPU is not checked, and there such a radius finds nothing. inf finds all finite points.
     query_lengths, lengths : sequence of int, optional
         As in `knn`.
     max_entries : int, optional
         Capacity for the neighbours of all queries together. Default: the exact number, which is counted first.
+    max_neighbors : int, optional
+        Return the nearest neighbours of each query, up to this number, which is 1 to 1024. max_entries is left out.
+    exclude_self : bool
+        As in `knn`.
 
     Returns
     -------
     RadiusNeighbors
-        ``offsets`` int64 [N + 1], ``indices`` int32 and ``distances`` float32 [entries], in order of (query, index):
-        the neighbours of ``query[i]`` are ``indices[offsets[i]:offsets[i + 1]]``. They are arrays of the library of
-        `query`. With max_entries, ``indices`` and ``distances`` have that length, filled up with -1 and NaN. If there
-        are more neighbours, every index is -1, every distance NaN, and every offset minus the number of neighbours.
+        Without max_neighbors: ``offsets`` int64 [N + 1], ``indices`` int32 and ``distances`` float32 [entries], in
+        order of (query, index): the neighbours of ``query[i]`` are ``indices[offsets[i]:offsets[i + 1]]``. They are
+        arrays of the library of `query`. With max_entries, ``indices`` and ``distances`` have that length, filled up
+        with -1 and NaN. If there are more neighbours, every index is -1, every distance NaN, and every offset minus the
+        number of neighbours.
+    Neighbors
+        With max_neighbors: ``distances`` and ``indices`` [N, max_neighbors] of the nearest points within the radius, in
+        order of (distance, index), as in `knn`. Missing neighbours have index -1 and distance inf.
 
     Raises
     ------
     TypeError, ValueError
-        An argument is not what is listed above; the message says what was received and the cure. Without max_entries,
-        also if there are more than 64 * (N + M) neighbours: the message names the query that has most.
+        An argument is not what is listed above; the message says what was received and the cure. Without max_entries
+        and max_neighbors, also if there are more than 2**31 - 1 neighbours: the message names the query that has most.
+    MemoryError, or what the library of `query` raises
+        There is no memory for all neighbours. The message has the size that was asked for.
 
     Notes
     -----
     A point is found if d2 <= r*r, with d2 as in `knn`. r is the radius rounded to float32, and r*r is rounded to
-    float32 too (to inf, if it is too large). The notes of `knn` on float64, NaN and gradients hold here too. If
-    max_entries is too small, the gradients are NaN.
+    float32 too (to inf, if it is too large). The notes of `knn` on float64, NaN and gradients hold here too. Radii have
+    no gradient. If max_entries is too small, the gradients are NaN.
 
-    Without max_entries the call synchronizes, because the host reads the number of neighbours. With max_entries it
-    never waits for the GPU, and after a first call it can be captured in a CUDA graph.
+    With neither max_entries nor max_neighbors the call synchronizes, because the host reads the number of neighbours.
+    Otherwise it never waits for the GPU, and after a first call it can be captured in a CUDA graph.
 
     Examples
     --------
@@ -248,13 +274,39 @@ def radius_search(
     (array([0, 2, 4, 5]), array([0, 1, 0, 1, 2], dtype=int32))
     >>> gpu3d.radius_search(points, points, 1.0, max_entries=4).offsets
     array([-5, -5, -5, -5])
+    >>> radii = np.array([1, 5, 0], np.float32)
+    >>> gpu3d.radius_search(points, points, radii, max_neighbors=2, exclude_self=True).indices
+    array([[ 1, -1],
+           [ 0,  2],
+           [-1, -1]], dtype=int32)
     """
-    if (interop := _arrays.interop_of(query, points)) is not None:
-        options: dict[str, Any] = {"query_lengths": query_lengths, "lengths": lengths, "max_entries": max_entries}
-        return interop.radius_search(query, points, radius, **options)
+    if (interop := _arrays.interop_of(query, points, radius)) is not None:
+        lengths_of = {"query_lengths": query_lengths, "lengths": lengths}
+        options = {"max_entries": max_entries, "max_neighbors": max_neighbors, "exclude_self": exclude_self}
+        return interop.radius_search(query, points, radius, **lengths_of, **options)
     given, searched = read_query(query), read_points(points, "points")
-    checked = check_radius(given, searched, radius, query_lengths, lengths, max_entries)
-    return RadiusNeighbors(*radius_arrays(given, searched, *checked))
+    return within(given, searched, radius, query_lengths, lengths, max_entries, max_neighbors, exclude_self)
+
+
+def within(
+    query: Given,
+    points: Given | NeighborIndex,
+    radius: Any,
+    query_lengths: Any,
+    lengths: Any,
+    max_entries: Any,
+    max_neighbors: Any,
+    exclude_self: Any,
+) -> RadiusNeighbors | Neighbors:
+    """`radius_search` of arrays that have been read."""
+    radii = _arrays.read(radius, "radius") if is_array(radius) else None
+    reach = radius if radii is None else radii
+    if check_max_neighbors(max_neighbors, max_entries):
+        search = query, points, max_neighbors, query_lengths, lengths
+        nearest = check_knn(*search, exclude_self, reach, "max_neighbors")
+        return Neighbors(*knn_arrays(query, points, radii, nearest))
+    checked = check_radius(query, points, reach, query_lengths, lengths, max_entries, exclude_self)
+    return RadiusNeighbors(*radius_arrays(query, points, radii, checked))
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------
@@ -272,6 +324,11 @@ def read_query(query: Any) -> Given:
     if isinstance(query, NeighborIndex):
         raise TypeError("query must be an array, got NeighborIndex: an index stands in for points only.")
     return _arrays.read(query, "query")
+
+
+def is_array(radius: Any) -> bool:
+    """Whether a radius is an array of radii, and no number."""
+    return hasattr(radius, "__dlpack__") and not isinstance(radius, np.generic)
 
 
 def check_clouds(points: Clouds, lengths: Any, name: str, lengths_name: str) -> tuple[int, ...]:
@@ -333,45 +390,105 @@ def _check_search(
     return query_lengths, lengths
 
 
-class Knn(NamedTuple):
-    """The checked options of `knn`."""
+def _check_exclude_self(exclude_self: Any, query_lengths: tuple[int, ...], lengths: tuple[int, ...]) -> bool:
+    """exclude_self as a bool; then the lengths must be the same."""
+    if _arrays.check_flag(exclude_self, "exclude_self") and query_lengths != lengths:
+        for b, (n, m) in enumerate(zip(query_lengths, lengths, strict=True)):
+            if n != m:
+                raise ValueError(
+                    f"exclude_self needs as many queries as points, because it leaves point i out for query i: got {n} "
+                    f"and {m} of cloud {b}."
+                )
+    return bool(exclude_self)
+
+
+def _check_radius(radius: Any, query: Given | Spec, query_lengths: Sequence[int]) -> float:
+    """A radius as a float. Radii are checked, as far as their values are known, and stand for inf."""
+    if isinstance(radius, (Given, Spec)):
+        if isinstance(radius, Given) and isinstance(query, Given):
+            _arrays.check_same_device(query=query.origin, radius=radius.origin)
+        if radius.shape != (n := sum(query_lengths),):
+            raise ValueError(
+                f"radius must be a number or have one for each query, [{n}], got an array of shape "
+                f"{list(radius.shape)}."
+            )
+        _arrays.check_floats(radius, "radius")
+        if isinstance(radius, Given) and radius.device is None and not (good := radius.array >= 0).all():
+            row = int(good.argmin())
+            raise ValueError(f"radius must not be negative or NaN, got radius[{row}] = {float(radius.array[row])}.")
+        return math.inf
+    checked = _arrays.check_number(radius, "radius", " or an array with one for each query")
+    if not checked >= 0:
+        raise ValueError(f"radius must not be negative or NaN, got {_arrays.shown(radius)}.")
+    return checked
+
+
+class Nearest(NamedTuple):
+    """The checked options of a search for the nearest neighbours, within a radius that is infinite for `knn`."""
 
     query_lengths: tuple[int, ...]
     lengths: tuple[int, ...]
     k: int
+    radius: float  # inf if each query has its own
+    exclude_self: bool
 
 
-def check_knn(query: Given | Spec, points: Clouds, k: Any, query_lengths: Any, lengths: Any) -> Knn:
-    """The options of `knn`, checked against the shapes and dtypes of the arrays."""
+def check_knn(
+    query: Given | Spec,
+    points: Clouds,
+    k: Any,
+    query_lengths: Any,
+    lengths: Any,
+    exclude_self: Any,
+    radius: Any = math.inf,
+    name: str = "k",
+) -> Nearest:
+    """The options of a search for the nearest neighbours, checked against the shapes and dtypes of the arrays.
+
+    For `radius_search`, `radius` is its number or the array of radii, and k its max_neighbors, which is the `name` of k
+    in errors.
+    """
     query_lengths, lengths = _check_search(query, points, query_lengths, lengths)
-    k = _arrays.check_integer(k, "k")
+    k = _arrays.check_integer(k, name)
     if not 1 <= k <= reference.MAX_K:
-        raise ValueError(f"k must be from 1 to {reference.MAX_K}, got {_arrays.shown(k)}.")
-    if lengths and k > min(lengths):
-        for b, (queries, n) in enumerate(zip(query_lengths, lengths, strict=True)):
-            if k > n and queries:
-                raise ValueError(f"k must be no larger than a cloud, got k = {k} for the {n} points of cloud {b}.")
-    return Knn(query_lengths, lengths, k)
+        raise ValueError(f"{name} must be from 1 to {reference.MAX_K}, got {_arrays.shown(k)}.")
+    checked = _check_radius(radius, query, query_lengths)
+    return Nearest(query_lengths, lengths, k, checked, _check_exclude_self(exclude_self, query_lengths, lengths))
+
+
+def check_max_neighbors(max_neighbors: Any, max_entries: Any) -> bool:
+    """Whether a `radius_search` has max_neighbors; then max_entries is an error."""
+    if max_neighbors is not None and max_entries is not None:
+        raise ValueError(
+            f"max_entries and max_neighbors exclude each other, got {_arrays.shown(max_entries)} and "
+            f"{_arrays.shown(max_neighbors)}: leave max_entries out; with max_neighbors the size is fixed."
+        )
+    return max_neighbors is not None
 
 
 class Radius(NamedTuple):
-    """The checked options of `radius_search`."""
+    """The checked options of `radius_search` without max_neighbors."""
 
     query_lengths: tuple[int, ...]
     lengths: tuple[int, ...]
-    radius: float
+    radius: float  # inf if each query has its own
     max_entries: int | None
+    exclude_self: bool
 
 
 def check_radius(
-    query: Given | Spec, points: Clouds, radius: Any, query_lengths: Any, lengths: Any, max_entries: Any
+    query: Given | Spec,
+    points: Clouds,
+    radius: Any,
+    query_lengths: Any,
+    lengths: Any,
+    max_entries: Any,
+    exclude_self: Any,
 ) -> Radius:
-    """The options of `radius_search`, checked against the shapes and dtypes of the arrays."""
+    """The options of `radius_search`. `radius` is a number, or the array of radii."""
     query_lengths, lengths = _check_search(query, points, query_lengths, lengths)
-    checked = _arrays.check_number(radius, "radius")
-    if not checked >= 0:
-        raise ValueError(f"radius must not be negative or NaN, got {_arrays.shown(radius)}.")
-    return Radius(query_lengths, lengths, checked, check_max_entries(max_entries))
+    checked, room = _check_radius(radius, query, query_lengths), check_max_entries(max_entries)
+    return Radius(query_lengths, lengths, checked, room, _check_exclude_self(exclude_self, query_lengths, lengths))
 
 
 def check_knn_backward(
@@ -445,23 +562,28 @@ def knn_results(queries: Any, k: int) -> tuple[Spec, Spec]:
 _kept_results = functools.lru_cache(maxsize=256)(knn_results)  # for numbers of queries that are ints
 
 
-def knn_arrays(
-    query: Given,
-    points: Given | NeighborIndex,
-    query_lengths: tuple[int, ...],
-    lengths: tuple[int, ...],
-    k: int,
-) -> list[Any]:
+def _limits(radii: Given | None, checked: Nearest | Radius) -> cuda.Limits:
+    """What a search finds, for its plan."""
+    return cuda.Limits(checked.radius, None if radii is None else radii.spec, checked.exclude_self)
+
+
+def _reach(radii: Given | None, checked: Nearest | Radius) -> Any:
+    """The radius on the host, or the radii."""
+    return checked.radius if radii is None else radii.array
+
+
+def knn_arrays(query: Given, points: Given | NeighborIndex, radii: Given | None, checked: Nearest) -> list[Any]:
     """The arrays distances and indices, of the query's library."""
-    origin = query.origin
+    origin, (query_lengths, lengths, k, _, exclude_self) = query.origin, checked
     if origin.device is None:
-        arrays = reference.knn(packed(query), query_lengths, trees(points, lengths), k)
-        return [_arrays.leave(x, origin) for x in arrays]
-    inputs, index, same = _inputs(query, query_lengths, points, lengths)
-    device = launcher.device(origin.device)
+        reach = _reach(radii, checked)
+        found = reference.knn(packed(query), query_lengths, trees(points, lengths), k, reach, exclude_self)
+        return [_arrays.leave(x, origin) for x in found]
+    inputs, index, same = _inputs(query, query_lengths, points, lengths, radii)
+    device, limits = launcher.device(origin.device), _limits(radii, checked)
     of_query = query.spec
     of_points = of_query if same else points.spec
-    call = cuda.knn(of_query, query_lengths, of_points, lengths, k, device, index=index, same=same)
+    call = cuda.knn(of_query, query_lengths, of_points, lengths, k, device, limits=limits, index=index, same=same)
     return launcher.launch(call, inputs, _kept_results(sum(query_lengths), k), origin)
 
 
@@ -470,22 +592,17 @@ def radius_results(queries: Any, entries: Any) -> tuple[Spec, Spec, Spec]:
     return Spec((queries + 1,), INT64), Spec((entries,), INT32), Spec((entries,), FLOAT32)
 
 
-def radius_arrays(
-    query: Given,
-    points: Given | NeighborIndex,
-    query_lengths: tuple[int, ...],
-    lengths: tuple[int, ...],
-    radius: float,
-    max_entries: int | None,
-) -> list[Any]:
+def radius_arrays(query: Given, points: Given | NeighborIndex, radii: Given | None, checked: Radius) -> list[Any]:
     """The arrays offsets, indices and distances, of the query's library."""
-    origin = query.origin
+    origin, (query_lengths, lengths, radius, max_entries, exclude_self) = query.origin, checked
     if origin.device is None:
-        arrays = reference.radius_search(packed(query), query_lengths, trees(points, lengths), radius, max_entries)
+        reach = _reach(radii, checked)
+        clouds = trees(points, lengths)
+        arrays = reference.radius_search(packed(query), query_lengths, clouds, reach, max_entries, exclude_self)
         return [_arrays.leave(x, origin) for x in arrays]
-    inputs, index, same = _inputs(query, query_lengths, points, lengths)
-    device, n = launcher.device(origin.device), sum(query_lengths)
-    arguments = query.spec, query_lengths, points.spec, lengths, radius
+    inputs, index, same = _inputs(query, query_lengths, points, lengths, radii)
+    device, n, limits = launcher.device(origin.device), sum(query_lengths), _limits(radii, checked)
+    arguments = query.spec, query_lengths, points.spec, lengths, limits
     if max_entries is not None:
         call = cuda.radius(*arguments, max_entries, device, index=index, same=same)
         return launcher.launch(call, inputs, radius_results(n, max_entries))
@@ -495,14 +612,14 @@ def radius_arrays(
     specs = Spec((n + 1,), INT64), Spec((1,), INT64), *kept
     offsets, total, *ready = [_arrays.read(array, "a result") for array in launcher.launch(call, inputs, specs, here)]
     entries = int(_arrays.download(total)[0])  # synchronizes
-    limit = reference.ENTRIES_A_POINT * (n + sum(lengths))
-    if entries > limit:
+    if entries > reference.MAX_PAIRS:
         counts = np.diff(_arrays.download(offsets))
         row = int(counts.argmax())
-        raise reference.too_many_entries(radius, entries, limit, row, int(counts[row]))
+        given = radius if radii is None else _arrays.download(radii)
+        raise reference.too_many_entries(given, entries, row, int(counts[row]))
     memory = inputs[1] if index else ready[-1]
-    call = cuda.radius_fill(query_lengths, points.spec, lengths, radius, entries)
-    inputs = offsets, memory if same else ready[0], memory
+    call = cuda.radius_fill(query_lengths, points.spec, lengths, limits, entries)
+    inputs = offsets, memory if same else ready[0], memory, *inputs[2:]
     found = launcher.launch(call, inputs, radius_results(n, entries)[1:], origin)
     return [offsets.array if here is origin else _arrays.leave(offsets.array, origin), *found]
 
@@ -585,10 +702,14 @@ def working_origin(origin: Origin) -> Origin:
 
 
 def _inputs(
-    query: Given, query_lengths: tuple[int, ...], points: Given | NeighborIndex, lengths: tuple[int, ...]
+    query: Given,
+    query_lengths: tuple[int, ...],
+    points: Given | NeighborIndex,
+    lengths: tuple[int, ...],
+    radii: Given | None,
 ) -> tuple[tuple[Given, ...], bool, bool]:
     """The inputs of a search on a GPU, whether the points are an index, and whether the queries are the points."""
     index = isinstance(points, NeighborIndex)
     searched, memory = (points.given, points.search) if isinstance(points, NeighborIndex) else (points, points)
     same = query[:4] == searched[:4] and query_lengths == lengths  # shape, dtype, strides and address
-    return (query, memory), index, same
+    return (query, memory) if radii is None else (query, memory, radii), index, same

@@ -21,7 +21,6 @@ from gpu3d.cuda import transport as cuda
 from gpu3d.neighbors import NeighborIndex, check_clouds, check_no_empty_cloud, check_pair, packed, working_origin
 from gpu3d.reference import transport as reference
 from gpu3d.reference.chamfer import REDUCTIONS
-from gpu3d.reference.neighbors import ENTRIES_A_POINT
 from gpu3d.reference.transport import Options
 
 MAX_ASSIGNED = 8192  # points of a cloud for emd, whose distances then take 512 MiB
@@ -92,7 +91,7 @@ def apml(
     ------
     TypeError, ValueError
         An argument is not what is listed above; the message says what was received and the cure. Without max_entries,
-        also if there are more than 64 * (N + M) entries: the message names the row that has most.
+        also if there are more than max(64 * (N + M), 2**24) entries: the message names the row that has most.
 
     Notes
     -----
@@ -459,7 +458,7 @@ def _found(
 ) -> tuple[list[Given], int]:
     """The results of `cuda.search`, which are the entries of both sides, and their number. Too many are an error."""
     points = sum(map(sum, pair.lengths))
-    limit = ENTRIES_A_POINT * points if max_entries is None else max_entries
+    limit = reference.default_limit(points) if max_entries is None else max_entries
     room = cuda.capacity(min(limit, FIRST_ROOM * points))
     origin = working_origin(pred.origin)
     while True:

@@ -55,6 +55,15 @@ struct Index {
 __device__ __forceinline__ u64 key_of(float d2, int index) { return (u64)__float_as_uint(d2) << 32 | (u32)index; }
 __device__ __forceinline__ float distance2_of(u64 key) { return __uint_as_float(key >> 32); }
 
+// Writes a neighbour, or index -1 and distance `missing` if the key is that of a missing one.
+__device__ __forceinline__ void write_neighbor(
+    u64 key, size_t at, float missing, bool squared, float *distances, int *indices
+) {
+    const int found = (int)(u32)key;
+    indices[at] = found;
+    distances[at] = found < 0 ? missing : squared ? distance2_of(key) : __fsqrt_rn(distance2_of(key));
+}
+
 __device__ __forceinline__ float norm2(float x, float y, float z) {
     return __fadd_rn(__fadd_rn(__fmul_rn(x, x), __fmul_rn(y, y)), __fmul_rn(z, z));
 }
@@ -94,6 +103,14 @@ __device__ __forceinline__ float slab_distance2(const Row &query, const Box &box
                 slack = SLACK * (fabsf(query.x) + fabsf(query.y) + fabsf(query.z));
     const float gap = fmaxf(fmaxf(box.below - s, s - box.above) - slack, 0);
     return gap * gap;
+}
+
+// The square of the radius of a query: `radius2`, or that of its own of `radii` if they are not null. A negative or NaN
+// radius finds nothing: then it is negative.
+__device__ __forceinline__ float reach2_of(float radius2, const float *radii, int query) {
+    if (!radii) return radius2;
+    const float radius = radii[query];
+    return radius >= 0 ? __fmul_rn(radius, radius) : -1;
 }
 
 // The least of the lanes' d2, as bits, and one lane that has it. Lanes pass FULL to take no part; FULL is left if none

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// The k nearest neighbours of each query, exactly, ordered by (d2, index); see neighbors.cuh.
+// The k nearest neighbours of each query within a radius, which may be infinite, for k <= 32: exactly, ordered by
+// (d2, index); see neighbors.cuh. For larger k there is neighbors_many.cu.
 //
 // A warp takes neighbouring queries one after another. Each query starts in the tile that held the nearest neighbour of
 // the one before, so distant boxes are skipped from the start. How many queries a warp takes changes no result: k = 16
 // of a sweep of 122,880 points took 0.56 ms with one and 0.36 ms with eight (H100).
 //
-// The best keys so far lie in ascending order across the lanes. If few points of a tile are closer than the worst of
+// The best keys so far lie in ascending order across the lanes. At first they are those of a missing neighbour at the
+// radius, than which points beyond it are not closer. If few points of a tile are closer than the worst of
 // them, they are inserted one at a time; if many are, the tile is sorted and merged.
 
 #ifndef LISTS
-#define LISTS 1  // neighbours that a lane keeps: k <= 32 * LISTS; 0 if k is 1
+#define LISTS 1  // neighbours that a lane keeps; 0 if k is 1
 #endif
 #define THREADS 128
 #define BLOCKS 8  // blocks a multiprocessor; without it, ptxas spills registers to fit more
@@ -21,7 +23,7 @@
 
 struct Best {
 #if LISTS
-    u64 key[LISTS];  // neighbour i is in list i / 32 of lane i % 32
+    u64 key;  // neighbour i is on lane i
 #endif
     u64 worst;  // the k-th best key; for k = 1 the only one
 };
@@ -30,54 +32,41 @@ struct Best {
 
 __device__ __forceinline__ u64 reversed(u64 key) { return __shfl_xor_sync(FULL, key, 31); }
 
-__device__ __forceinline__ void set_worst(Best &best, int k) {
-    best.worst = __shfl_sync(FULL, k > 32 ? best.key[LISTS - 1] : best.key[0], (k - 1) % 32);
-}
+__device__ __forceinline__ void set_worst(Best &best, int k) { best.worst = __shfl_sync(FULL, best.key, k - 1); }
 
 // Inserts one key, which is the same on every lane.
 __device__ __forceinline__ void insert(Best &best, u64 key, int k) {
-    const int lane = threadIdx.x & 31;
-    int place = 0;
-#pragma unroll
-    for (int i = 0; i < LISTS; ++i) place += __popc(__ballot_sync(FULL, best.key[i] < key));
-    u64 carried = 0;
-#pragma unroll
-    for (int i = 0; i < LISTS; ++i) {
-        const u64 before = __shfl_up_sync(FULL, best.key[i], 1), last = __shfl_sync(FULL, best.key[i], 31);
-        const int at = i * 32 + lane;
-        if (at >= place) best.key[i] = at == place ? key : lane ? before : carried;
-        carried = last;
-    }
+    const int lane = threadIdx.x & 31, place = __popc(__ballot_sync(FULL, best.key < key));
+    const u64 before = __shfl_up_sync(FULL, best.key, 1);
+    if (lane >= place) best.key = lane == place ? key : before;
     set_worst(best, k);
 }
 
-// Inserts 32 keys, one a lane: merges them with the last list, and the smaller half with the list before, and so on.
+// Inserts 32 keys, one a lane.
 __device__ __forceinline__ void merge(Best &best, u64 key, int k) {
     u64 keys[1] = {key};
     sort_warp(keys);
-    key = reversed(keys[0]);
-#pragma unroll
-    for (int i = LISTS - 1; i >= 0; --i) {
-        const u64 mine = best.key[i];
-        const u64 smaller = mine < key ? mine : key, larger = mine < key ? key : mine;
-        if (i < LISTS - 1) best.key[i + 1] = merge_warp(larger);
-        best.key[i] = merge_warp(smaller);
-        if (i) key = reversed(best.key[i]);
-    }
+    best.key = merge_warp(min(best.key, reversed(keys[0])));
     set_worst(best, k);
 }
 
 #endif
 
-// Inserts 32 keys, one a lane, as far as they are closer. Returns whether the nearest neighbour changed.
-__device__ __forceinline__ bool take(Best &best, u64 key, int k) {
+// Inserts 32 keys, one a lane, as far as they are closer, except that of point `excluded`. Returns whether the nearest
+// neighbour changed.
+__device__ __forceinline__ bool take(Best &best, u64 key, int k, bool exclude, int excluded) {
     u32 closer = __ballot_sync(FULL, key < best.worst);
     if (!closer) return false;
+    if (exclude) {
+        if ((int)(u32)key == excluded) key = NOTHING;
+        closer = __ballot_sync(FULL, key < best.worst);
+        if (!closer) return false;
+    }
 #if LISTS == 0
     best.worst = min(best.worst, min_of_warp(key));
     return true;
 #else
-    const u64 nearest = best.key[0];
+    const u64 nearest = best.key;
     if (__popc(closer) >= MANY) merge(best, key, k);
     else
         for (; closer; closer = __ballot_sync(FULL, key < best.worst)) {
@@ -86,14 +75,8 @@ __device__ __forceinline__ bool take(Best &best, u64 key, int k) {
             if ((threadIdx.x & 31) == from) key = NOTHING;
             insert(best, next, k);
         }
-    return __shfl_sync(FULL, best.key[0] < nearest, 0);
+    return __shfl_sync(FULL, best.key < nearest, 0);
 #endif
-}
-
-__device__ __forceinline__ void write(u64 key, size_t at, int squared, float *distances, int *indices) {
-    const int found = (int)(u32)key;
-    indices[at] = found;
-    distances[at] = found < 0 ? NAN_FLOAT : squared ? distance2_of(key) : __fsqrt_rn(distance2_of(key));
 }
 
 // Block `block` of a search with knn's arguments.
@@ -107,6 +90,9 @@ __device__ __forceinline__ void search(
     const Clouds &clouds,
     int k,
     int squared,
+    int exclude,
+    float radius2,
+    const float *__restrict__ radii,
     float *__restrict__ distances,
     int *__restrict__ indices
 ) {
@@ -117,32 +103,32 @@ __device__ __forceinline__ void search(
     for (int number = 0; number < group; ++number) {
         const Row query = queries[first + number];
         if (__any_sync(FULL, query.index < 0)) continue;  // padding
+        const bool usable = __any_sync(FULL, is_finite(query));
+        const float reach2 = reach2_of(radius2, radii, query.index);
         Best best;
+        best.worst = key_of(reach2, -1);
 #if LISTS
-#pragma unroll
-        for (int i = 0; i < LISTS; ++i) best.key[i] = NOTHING;
+        best.key = best.worst;
 #endif
-        best.worst = NOTHING;
-        if (__any_sync(FULL, is_finite(query))) {
+        if (usable && reach2 >= 0) {
             const int begin = near;
             const auto bound = [&] { return best.worst; };
             const auto look = [&](int tile) {
                 const Row point = index.rows[(size_t)tile * TILE + lane];
                 // A NaN key is never taken.
-                if (take(best, key_of(distance2(query, point), point.index), k)) near = tile;
+                if (take(best, key_of(distance2(query, point), point.index), k, exclude, query.index)) near = tile;
             };
             if (begin >= 0) look(begin);
             walk_tiles(query, index, clouds, b, NearestFirst<decltype(bound)>{bound, {}}, [&](int tile) {
                 if (tile != begin) look(tile);
             });
         }
+        const float missing = usable && !squared ? INFINITE : NAN_FLOAT;
         const size_t row = (size_t)query.index * k;
 #if LISTS
-#pragma unroll
-        for (int i = 0; i < LISTS; ++i)
-            if (i * 32 + lane < k) write(best.key[i], row + i * 32 + lane, squared, distances, indices);
+        if (lane < k) write_neighbor(best.key, row + lane, missing, squared, distances, indices);
 #else
-        if (lane == 0) write(best.worst, row, squared, distances, indices);
+        if (lane == 0) write_neighbor(best.worst, row, missing, squared, distances, indices);
 #endif
         __syncwarp();
     }
@@ -156,11 +142,17 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn(
     const __grid_constant__ Index index,
     const __grid_constant__ Clouds clouds,
     int k,
-    int squared,                    // 1: write d2
-    float *__restrict__ distances,  // [queries, k]; NaN for a missing neighbour
-    int *__restrict__ indices       // [queries, k]
+    int squared,                      // 1: write d2, and NaN for every missing neighbour
+    int exclude,                      // 1: point i is no neighbour of query i
+    float radius2,                    // of each query, if there are no `radii`
+    const float *__restrict__ radii,  // [queries] or null
+    float *__restrict__ distances,    // [queries, k]; inf for a missing neighbour, NaN if the query is not finite
+    int *__restrict__ indices         // [queries, k]; -1 for a missing neighbour
 ) {
-    search(blockIdx.x, queries, query_clouds, query_slots, group, index, clouds, k, squared, distances, indices);
+    search(
+        blockIdx.x, queries, query_clouds, query_slots, group, index, clouds, k, squared, exclude, radius2, radii,
+        distances, indices
+    );
 }
 
 #if LISTS == 0
@@ -173,7 +165,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn_both(
     int x_slots,
     int x_group,
     const __grid_constant__ Index x_index,
-    float *__restrict__ x_d2,     // [points of x]
+    float *__restrict__ x_d2,     // [points of x]; NaN for a missing neighbour
     int *__restrict__ x_nearest,  // [points of x] indices of y's
     const Row *__restrict__ y_queries,
     const __grid_constant__ Clouds y_clouds,
@@ -187,8 +179,14 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn_both(
     const int x_block = THREADS / 32 * x_group, x_blocks = (x_slots + x_block - 1) / x_block, block = blockIdx.x;
     if (block == 0 && threadIdx.x == 0) *known = 0;
     if (block < x_blocks)
-        search(block, x_queries, x_clouds, x_slots, x_group, y_index, y_clouds, 1, 1, x_d2, x_nearest);
-    else search(block - x_blocks, y_queries, y_clouds, y_slots, y_group, x_index, x_clouds, 1, 1, y_d2, y_nearest);
+        search(
+            block, x_queries, x_clouds, x_slots, x_group, y_index, y_clouds, 1, 1, 0, INFINITE, nullptr, x_d2, x_nearest
+        );
+    else
+        search(
+            block - x_blocks, y_queries, y_clouds, y_slots, y_group, x_index, x_clouds, 1, 1, 0, INFINITE, nullptr,
+            y_d2, y_nearest
+        );
 }
 
 #endif

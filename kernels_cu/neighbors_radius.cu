@@ -8,16 +8,16 @@
 #include "neighbors.cuh"
 #include "sort_rows.cuh"
 
-// Calls found(hits, hit, key) for each tile that may hold points within the radius: `hit` tells whether the lane's
-// point is one, `hits` has a bit for each lane, and keys order by index.
+// Calls found(hits, hit, key) for each tile that may hold points within the radius, other than point `excluded`: `hit`
+// tells whether the lane's point is one, `hits` has a bit for each lane, and keys order by index.
 template <class Found>
 __device__ __forceinline__ void walk_ball(
-    const Row &query, const Index &index, const Clouds &clouds, int b, float radius2, Found found
+    const Row &query, const Index &index, const Clouds &clouds, int b, float radius2, int excluded, Found found
 ) {
     walk_tiles(query, index, clouds, b, Within{radius2}, [&](int tile) {
         const Row point = index.rows[(size_t)tile * TILE + (threadIdx.x & 31)];
         const float d2 = distance2(query, point);
-        const bool hit = d2 <= radius2;  // false for padding and non-finite points: their d2 is NaN
+        const bool hit = d2 <= radius2 && point.index != excluded;  // padding and non-finite points: their d2 is NaN
         found(__ballot_sync(FULL, hit), hit, (u64)(u32)point.index << 32 | __float_as_uint(d2));
     });
 }
@@ -29,8 +29,10 @@ extern "C" __global__ __launch_bounds__(THREADS) void radius_count(
     int query_slots,
     const __grid_constant__ Index index,
     const __grid_constant__ Clouds clouds,
-    float radius2,
-    long long *__restrict__ counts  // [queries]
+    int exclude,                      // 1: point i is no neighbour of query i
+    float radius2,                    // of each query, if there are no `radii`
+    const float *__restrict__ radii,  // [queries] or null
+    long long *__restrict__ counts    // [queries]
 ) {
     const int slot = uniform(blockIdx.x * WARPS + (threadIdx.x >> 5));
     if (slot >= query_slots) return;
@@ -39,7 +41,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void radius_count(
     long long count = 0;
     if (__any_sync(FULL, is_finite(query)))
         walk_ball(
-            query, index, clouds, uniform(cloud_of<&Cloud::slot>(query_clouds, slot)), radius2,
+            query, index, clouds, uniform(cloud_of<&Cloud::slot>(query_clouds, slot)),
+            reach2_of(radius2, radii, query.index), exclude ? query.index : -1,
             [&](u32 hits, bool, u64) { count += __popc(hits); }
         );
     if ((threadIdx.x & 31) == 0) counts[query.index] = count;
@@ -52,7 +55,9 @@ extern "C" __global__ __launch_bounds__(THREADS) void radius_fill(
     int query_slots,
     const __grid_constant__ Index index,
     const __grid_constant__ Clouds clouds,
+    int exclude,
     float radius2,
+    const float *__restrict__ radii,
     const long long *__restrict__ offsets,  // [all queries + 1]
     int all,                                // queries
     long long capacity,                     // in entries
@@ -64,7 +69,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void radius_fill(
     if (__any_sync(FULL, query.index < 0 || !is_finite(query))) return;
     u64 *to = entries + offsets[query.index];
     const int b = uniform(cloud_of<&Cloud::slot>(query_clouds, slot));
-    walk_ball(query, index, clouds, b, radius2, [&](u32 hits, bool hit, u64 key) {
+    const float reach2 = reach2_of(radius2, radii, query.index);
+    walk_ball(query, index, clouds, b, reach2, exclude ? query.index : -1, [&](u32 hits, bool hit, u64 key) {
         if (hit) to[rank_in(hits, lane)] = key;
         to += __popc(hits);
     });

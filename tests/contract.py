@@ -241,9 +241,22 @@ OPS = {
         SEARCHED,
         lambda at, query, points: gpu3d.knn(query, points, 16, query_lengths=at.others, lengths=at.lengths)._asdict(),
         NEIGHBOURS,
-        empty_clouds=False,
     ),
-    "neighbor_index": Op(SEARCHED, _indexed, NEIGHBOURS, empty_clouds=False),
+    "knn-others": Op(
+        {"query": POINTS, "points": POINTS},
+        lambda at, query, points: gpu3d.knn(
+            query, points, 40, query_lengths=at.lengths, lengths=at.lengths, exclude_self=True
+        )._asdict(),
+        {"distances": ("point", None), "indices": ("point", "point")},
+    ),
+    "neighbor_index": Op(SEARCHED, _indexed, NEIGHBOURS),
+    "radius_search-nearest": Op(
+        SEARCHED,
+        lambda at, query, points: gpu3d.radius_search(
+            query, points, 0.3, query_lengths=at.others, lengths=at.lengths, max_neighbors=9
+        )._asdict(),
+        NEIGHBOURS,
+    ),
     "radius_search": Op(
         SEARCHED,
         functools.partial(_radius, counted=False),

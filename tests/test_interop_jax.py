@@ -185,6 +185,17 @@ def op_knn(dtype, asarray, d=3):
     return Op(run, (x, y), backward)
 
 
+def op_nearest(dtype, asarray):
+    options = {"query_lengths": SIDES[0], "lengths": SIDES[1], "max_neighbors": 6}
+    run = functools.partial(gpu3d.radius_search, radius=1.0, **options)
+    x, y = two_sides(dtype, asarray)
+
+    def backward(ddistances):
+        return neighbors.knn_backward_arrays(*read(ddistances, x, y, *run(x, y)), *SIDES)
+
+    return Op(run, (x, y), backward)
+
+
 def op_radius(dtype, asarray, max_entries=1000):
     options = {"query_lengths": SIDES[0], "lengths": SIDES[1], "max_entries": max_entries}
     search = functools.partial(gpu3d.radius_search, radius=1.0, **options)
@@ -235,6 +246,7 @@ OPS: dict[str, Callable[..., Op]] = {
     "unpool alone": functools.partial(op_unpool, skip=False),
     "knn": op_knn,
     "knn 2-D": functools.partial(op_knn, d=2),
+    "nearest": op_nearest,
     "radius": op_radius,
     "radius too many": functools.partial(op_radius, max_entries=10),
     "chamfer": functools.partial(op_loss, "chamfer"),
@@ -398,6 +410,39 @@ def test_coordinates_take_no_gradient():
         return pooled.features.sum() + pooled.points.sum()
 
     assert not bool(jax.jit(jax.grad(loss))(at).any())
+
+
+@pytest.mark.parametrize("options", [{"max_neighbors": 6}, {"max_neighbors": 40}, {"max_entries": 900}], ids=str)
+def test_radii(options):
+    x, y = two_sides("float32", np.asarray)
+    radii = np.linspace(0, 1.5, 60, dtype=np.float32)
+    run = functools.partial(gpu3d.radius_search, query_lengths=SIDES[0], lengths=SIDES[1], **options)
+    arrays = [jnp.asarray(z) for z in (x, y, radii)]
+    for search in (run, jax.jit(run)):
+        got, expected = search(*arrays), run(x, y, radii)
+        assert_same(got.indices, expected.indices)
+        assert_same(got.distances, expected.distances)
+
+    def total(*arrays):
+        found = run(*arrays)
+        return jnp.where(found.indices < 0, 0, found.distances).sum()
+
+    dx, dy, dradii = jax.jit(jax.grad(total, (0, 1, 2)))(*arrays)
+    assert bool(dx.any()) and bool(dy.any()) and not bool(dradii.any())  # the gradient stops at the radii
+    with pytest.raises(Exception, match=r"radius must not be negative or NaN, got radius\[0\] = -1.0"):
+        jax.block_until_ready(jax.jit(run)(*arrays[:2], arrays[2] - 1))
+    with pytest.raises(ValueError, match=r"one for each query, \[60\], got an array of shape \[59\]"):
+        jax.jit(run)(*arrays[:2], arrays[2][1:])
+
+
+def test_without_oneself():
+    x, _ = two_sides("float32", np.asarray)
+    options = {"query_lengths": SIDES[0], "lengths": SIDES[0], "exclude_self": True}
+    for search in (lambda z: gpu3d.knn(z, z, 30, **options), lambda z: gpu3d.radius_search(z, z, 1.0, **options)):
+        got, expected = jax.jit(search)(jnp.asarray(x)), search(x)
+        count = len(expected.indices)
+        assert_same(got.indices[:count], expected.indices)
+        assert_same(got.distances[:count], expected.distances)
 
 
 @pytest.mark.parametrize("on", [False, True])

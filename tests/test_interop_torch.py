@@ -548,6 +548,38 @@ def test_gradients_of_searches():
     assert all(bool(z.isnan().all()) for z in cut)
 
 
+@compiling
+@pytest.mark.parametrize("options", [{"max_neighbors": 6}, {"max_neighbors": 40}, {"max_entries": 900}], ids=str)
+def test_radii(options):
+    """One radius a query, and a point that is no neighbour of itself: as on NumPy arrays, and under torch.compile."""
+    x, radii = normal(60, 3, seed=1), torch.linspace(0, 1.5, 60)
+    lengths = {"query_lengths": (20, 40), "lengths": (20, 40)}
+
+    def search(x, radii):
+        return g.radius_search(x, x, radii, **lengths, **options, exclude_self=True)
+
+    def total(x, radii):
+        found = search(x, radii)
+        return torch.where(found.indices < 0, 0, found.distances).sum()
+
+    x_host, radii_host = x.detach().numpy(), radii.numpy()
+    expected = gpu3d.radius_search(x_host, x_host, radii_host, **lengths, **options, exclude_self=True)
+    assert_same(search(x, radii), [torch.from_numpy(z) for z in expected])
+    (gradient,) = torch.autograd.grad(total(x, radii), x)
+    assert bool((gradient != 0).any())
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    assert_same(torch.autograd.grad(compiled(x, radii), x), [gradient])
+    assert_same([torch.func.grad(total)(x.detach(), radii)], [gradient])
+    mixed = gpu3d.radius_search(x_host, x.detach(), radii, **lengths, **options, exclude_self=True)
+    assert_same([torch.from_numpy(z) for z in mixed], [torch.from_numpy(z) for z in expected])
+    with pytest.raises(
+        TypeError, match=r"radius requires grad, and radius_search has no gradient for it: pass radius\.d"
+    ):
+        search(x, radii.clone().requires_grad_())
+    with pytest.raises(ValueError, match=r"radius must not be negative or NaN, got radius\[0\] = -1.0"):
+        search(x, radii - 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast_of_searches(dtype):
     """Under autocast both clouds are cast to float32, as for losses."""

@@ -25,7 +25,7 @@ DTYPES = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
 }
-KS = (1, 2, 3, 8, 16, 17, 31, 32, 33, 63, 64)
+KS = (1, 2, 3, 16, 31, 32, 33, 63, 64, 65, 127, 128, 129, 300, 512, 513, 1000, 1024)
 KINDS = ("near", "independent", "collapsed", "far")
 RAGGED = (([0, 700, 65, 100, 0], [0, 900, 70, 64, 3]), ([30] * 20, [64 + i for i in range(20)]), ([5, 5], [2000, 64]))
 
@@ -87,28 +87,33 @@ def lengths_of(query, points, query_lengths=None, lengths=None):
     return query_lengths or [len(query)], lengths or [len(points)]
 
 
-def check_knn(query, points, k, query_lengths=None, lengths=None, note=""):
+def check_knn(query, points, k, query_lengths=None, lengths=None, note="", exclude_self=False):
     sides = lengths_of(query, points, query_lengths, lengths)
-    got = gpu3d.knn(query, points, k, query_lengths=sides[0], lengths=sides[1])
-    expected = reference.brute_force_knn(query, sides[0], points, sides[1], k)
+    got = gpu3d.knn(query, points, k, query_lengths=sides[0], lengths=sides[1], exclude_self=exclude_self)
+    expected = reference.brute_force_knn(query, sides[0], points, sides[1], k, exclude_self=exclude_self)
     assert_same_bits(got, expected, f"{note} k = {k}")
     return got
 
 
-def check_radius(query, points, radius, query_lengths=None, lengths=None, note=""):
+def check_nearest(query, points, radius, k, query_lengths=None, lengths=None, note="", exclude_self=False):
+    """Check radius_search with max_neighbors."""
+    sides = lengths_of(query, points, query_lengths, lengths)
+    options = {"query_lengths": sides[0], "lengths": sides[1], "exclude_self": exclude_self}
+    got = gpu3d.radius_search(query, points, radius, max_neighbors=k, **options)
+    assert isinstance(got, gpu3d.Neighbors)
+    expected = reference.brute_force_knn(query, sides[0], points, sides[1], k, radius, exclude_self)
+    assert_same_bits(got, expected, f"{note} at most {k}")
+    return got
+
+
+def check_radius(query, points, radius, query_lengths=None, lengths=None, note="", exclude_self=False):
     """Check without max_entries, with the exact number, with more, and with one too few, which is flagged."""
     sides = lengths_of(query, points, query_lengths, lengths)
-    options = {"query_lengths": sides[0], "lengths": sides[1]}
-    expected = reference.brute_force_radius(query, sides[0], points, sides[1], radius)
-    found, limit = len(expected[1]), 64 * (len(query) + len(points))
+    options = {"query_lengths": sides[0], "lengths": sides[1], "exclude_self": exclude_self}
+    expected = reference.brute_force_radius(query, sides[0], points, sides[1], radius, exclude_self)
+    found = len(expected[1])
     note = f"{note} radius = {radius}: {found}"
-    if found <= limit:
-        assert_same_bits(gpu3d.radius_search(query, points, radius, **options), expected, note)
-    else:
-        row = int(np.diff(expected[0]).argmax())
-        message = rf"finds {found} neighbours.* = {limit}; query row {row} alone has .*max_entries={found}"
-        with pytest.raises(ValueError, match=message):
-            gpu3d.radius_search(query, points, radius, **options)
+    assert_same_bits(gpu3d.radius_search(query, points, radius, **options), expected, note)
     for spare in (0, 5):
         got = gpu3d.radius_search(query, points, radius, max_entries=found + spare, **options)
         padded = np.pad(expected[1], (0, spare), constant_values=-1)
@@ -163,8 +168,9 @@ def test_is_the_definition(dtype, dimensions):
     query, points = query[:, :dimensions], points[:, :dimensions]
     expected = neighbors_by_definition(query, points)
     assert len(expected[0]) == 68 and expected[7] == expected[8] == []
-    distances, indices = gpu3d.knn(query, points, 64)
-    near = [row[:64] or [(np.float32(np.nan), -1)] * 64 for row in expected]
+    distances, indices = gpu3d.knn(query, points, 70)
+    near = [[*row, (np.float32(np.inf), -1), (np.float32(np.inf), -1)] for row in expected]
+    near[7] = near[8] = [(np.float32(np.nan), -1)] * 70
     assert indices.tolist() == [[j for _, j in row] for row in near]
     assert_same_bits([distances], [np.sqrt(np.array([[d2 for d2, _ in row] for row in near], np.float32))])
     radius = float(distances[2, 20])
@@ -182,9 +188,9 @@ def test_is_the_definition(dtype, dimensions):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_k(kind):
-    query, points = pair(kind, 1500, 2500)
+    query, points = pair(kind, 150, 9000)
     for k in KS:
-        check_knn(query, points, k, note=kind)
+        check_knn(query, points[: 900 if k % 2 else 9000], k, note=kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -201,11 +207,11 @@ def test_special_clouds(name):
     points = special(4000)[name]
     query = np.concatenate([points[:1500], clouds.uniform(100)])
     for k in (1, 16, 64):
-        check_knn(query, points, k, note=name)
+        check_knn(query[::2], points, k, note=name)
     finite = points[np.isfinite(points).all(axis=1)].astype(float)
     extent = float(np.ptp(finite)) if len(finite) else 1.0
     for radius in (0.0, extent / 500, extent / 20, 0.125):  # 0.125 is the step of the lattice
-        check_radius(query[::4], points, radius, note=name)
+        check_radius(query[::20], points, radius, note=name)
     check_radius(query[:20], points, math.inf, note=name)
 
 
@@ -235,11 +241,83 @@ def test_dtypes_and_dimensions(dimensions, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_radius(kind):
-    query, points = pair(kind, 700, 3000)
+    query, points = pair(kind, 200, 3000)
     some = gpu3d.knn(query, points, 8).distances
     for radius in (0, *np.quantile(some, [0.01, 0.5, 0.99]).tolist(), float(some[3, 7]), 1e9, np.float32(1), 10**30):
         expected = check_radius(query, points, radius, note=kind)
-    assert len(expected[1]) == 700 * 3000
+    assert len(expected[1]) == 200 * 3000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nearest_within_a_radius(kind):
+    query, points = pair(kind, 300, 4000)
+    some = gpu3d.knn(query, points, 8).distances
+    radii = np.random.default_rng(1).choice([*np.quantile(some, [0.01, 0.5, 0.99]), 0, 6e4, np.inf], 300)
+    for radius in (0, float(some[3, 7]), math.inf, radii, radii.astype(np.float16)):
+        for k in (1, 20, 200):
+            check_nearest(query, points, radius, k, note=kind)
+    check_radius(query, points, np.minimum(radii, 5), note=kind)
+    found = check_nearest(query, points, float(np.median(some)), 32)
+    missing = found.indices < 0
+    assert 0 < missing.sum() < missing.size and np.isinf(found.distances[missing]).all()
+
+
+@pytest.mark.parametrize("name", special(10))
+def test_without_oneself(name):
+    """A point is left out by its number: copies of it, also those in lower rows, are neighbours."""
+    points = special(2000)[name]
+    for k in (1, 40, 200):
+        check_knn(points[:600], points[:600], k, exclude_self=True, note=name)
+    indices = gpu3d.knn(points, points, 3, exclude_self=True).indices
+    assert not (indices == np.arange(2000)[:, None]).any()
+    finite = points[np.isfinite(points).all(axis=1)].astype(float)
+    radius = float(np.ptp(finite)) / 50 if len(finite) else 1.0
+    radii = np.full(600, radius)
+    radii[::3] = 0
+    check_radius(points[:600], points[:600], radii, exclude_self=True, note=name)
+    check_nearest(points[:600], points[:600], radii, 16, exclude_self=True, note=name)
+
+
+def test_short_clouds_are_filled_up():
+    lengths = {"query_lengths": [3, 2, 0, 4, 5], "lengths": [0, 1, 0, 70, 2000]}
+    query, points = ragged(*lengths.values())
+    for k in (1, 5, 33, 64, 71, 1024):
+        distances, indices = check_knn(query, points, k, **lengths)
+        assert ((indices >= 0).sum(axis=1) == np.minimum(k, np.repeat(lengths["lengths"], [3, 2, 0, 4, 5]))).all()
+        assert np.isinf(distances[indices < 0]).all() and np.isfinite(distances[indices >= 0]).all()
+        check_nearest(query, points, 1.0, k, **lengths)
+    own = {"query_lengths": [1, 0, 40], "lengths": [1, 0, 40]}
+    _, points = ragged(*own.values())
+    for k in (1, 39, 40, 500):
+        distances, indices = check_knn(points, points, k, **own, exclude_self=True)
+        assert indices[0, 0] == -1 and ((indices[1:] >= 0).sum(axis=1) == min(k, 39)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("query_lengths", "lengths"), RAGGED)
+def test_radii_of_ragged_batches(query_lengths, lengths, dtype):
+    query, points = ragged(query_lengths, lengths, dtype=dtype)
+    radii = np.random.default_rng(0).choice([0, 0.3, 1, 2.5], len(query)).astype(DTYPES[dtype])
+    check_radius(query, points, radii, query_lengths, lengths)
+    check_nearest(query, points, radii[::-1], 20, query_lengths, lengths)
+    own = {"query_lengths": lengths, "lengths": lengths, "exclude_self": True}
+    check_radius(points, points, 1.0, **own)
+    check_nearest(points, points, 1.0, 70, **own)
+
+
+def test_radii_are_rounded_and_checked():
+    points = np.array([[0, 0, 0], [5, 0, 0]], np.float32)
+    radii = np.array([5 * (1 - 2.0**-26), 5 * (1 - 2.0**-20)])
+    assert gpu3d.radius_search(points, points, radii).offsets.tolist() == [0, 2, 3]
+    for bad in (-1.0, math.nan, -math.inf):
+        with pytest.raises(ValueError, match=rf"radius must not be negative or NaN, got radius\[1\] = {bad}"):
+            gpu3d.radius_search(points, points, np.array([1, bad]))
+        found = reference.knn(points, [2], reference.index(points, [2]), 1, np.array([bad, 1]))  # as on a GPU
+        assert_same_bits(found, ([[np.float32(np.inf)], [np.float32(0)]], np.array([[-1], [1]], np.int32)))
+    index = gpu3d.neighbor_index(points)
+    assert_same_bits(gpu3d.radius_search(points, index, radii), gpu3d.radius_search(points, points, radii))
+    one, two = (gpu3d.radius_search(points, of, radii, max_neighbors=2) for of in (points, index))
+    assert_same_bits(one, two)
 
 
 def test_a_point_at_the_radius_is_kept():
@@ -325,13 +403,15 @@ coarse = st.integers(0, 2**32 - 1).map(lambda seed: np.random.default_rng(seed))
 @settings(max_examples=30, deadline=None)
 @given(coarse, st.integers(1, 600), st.integers(1, 64), st.sampled_from([2, 8, 1024]))
 def test_permuting_the_points_permutes_the_indices(rng, m, k, grid):
-    k = min(k, m)
     query, points = (rng.integers(0, grid, (n, 3)).astype(np.float32) for n in (50, m))
     order = rng.permutation(m)
     one, two = gpu3d.knn(query, points, k), gpu3d.knn(query, points[order], k)
     assert_same_bits([two.distances], [one.distances])
     there = points[order][two.indices]
-    assert_same_bits([np.sqrt(reference.squared_distances(query[:, None], there))], [one.distances])
+    exact = np.sqrt(reference.squared_distances(query[:, None], there))
+    assert_same_bits([np.where(two.indices < 0, np.float32(np.inf), exact)], [one.distances])
+    assert ((two.indices >= 0).sum(axis=1) == min(k, m)).all()
+    two = type(two)(*(x[:, :m] for x in two))
     assert (np.diff(np.sort(two.indices, axis=1), axis=1) > 0).all()  # each point once
     tied = np.diff(two.distances, axis=1) == 0
     assert (np.diff(two.indices, axis=1)[tied] > 0).all()  # and ties by index
@@ -379,14 +459,15 @@ def test_a_radius_is_symmetric(rng, m, grid, radius):
 @settings(max_examples=30, deadline=None)
 @given(coarse, st.lists(st.tuples(st.integers(0, 200), st.integers(1, 200)), max_size=5), st.integers(1, 8))
 def test_any_batch_is_its_clouds_one_by_one(rng, sizes, k):
-    query_lengths, lengths = [n for n, _ in sizes], [max(m, k) for _, m in sizes]
+    query_lengths, lengths = [n for n, _ in sizes], [m for _, m in sizes]
     query, points = (rng.normal(size=(sum(n), 3)).astype(np.float32) for n in (query_lengths, lengths))
     distances, indices = gpu3d.knn(query, points, k, query_lengths=query_lengths, lengths=lengths)
     row = first = 0
     for n, m in zip(query_lengths, lengths, strict=True):
         alone = gpu3d.knn(query[row : row + n], points[first : first + m], k)
         part = slice(row, row + n)
-        assert_same_bits((distances[part], indices[part]), (alone.distances, alone.indices + np.int32(first)))
+        of_batch = np.where(alone.indices < 0, -1, alone.indices + np.int32(first))
+        assert_same_bits((distances[part], indices[part]), (alone.distances, of_batch))
         row, first = row + n, first + m
     assert len(distances) == row
 
@@ -394,11 +475,11 @@ def test_any_batch_is_its_clouds_one_by_one(rng, sizes, k):
 # ---- NaN, inf, and numbers at the ends -----------------------------------------------------------------------------
 
 
-def test_no_neighbour_is_minus_one_and_nan():
+def test_no_neighbour_is_minus_one_and_inf():
     points = np.array([[0, 0, 0], [np.nan, 0, 0], [2, 0, 0], [0, np.inf, 0]], np.float32)
     distances, indices = gpu3d.knn(np.array([[1.5, 0, 0], [0, np.nan, 0], [-np.inf, 0, 0]], np.float32), points, 3)
     assert indices.tolist() == [[2, 0, -1], [-1, -1, -1], [-1, -1, -1]]
-    np.testing.assert_array_equal(distances, [[0.5, 1.5, np.nan], [np.nan] * 3, [np.nan] * 3])
+    np.testing.assert_array_equal(distances, [[0.5, 1.5, np.inf], [np.nan] * 3, [np.nan] * 3])
     offsets, indices, _ = gpu3d.radius_search(points, points, math.inf)
     assert offsets.tolist() == [0, 2, 2, 4, 4] and indices.tolist() == [0, 2, 0, 2]
 
@@ -515,10 +596,9 @@ def explicit(ddistances, query, points, found):
 
 def searches(query, points, **lengths):
     """Searches by number, by radius, and by radius with a larger max_entries."""
-    yield gpu3d.knn(query, points, min(8, *(lengths.get("lengths") or [len(points)])), **lengths)
+    yield gpu3d.knn(query, points, 8, **lengths)
     pairs = len(query) * len(points)
-    if pairs <= 64 * (len(query) + len(points)):  # a collapsed cloud has more than are allocated unasked
-        yield gpu3d.radius_search(query, points, 2.0, **lengths)
+    yield gpu3d.radius_search(query, points, 2.0, **lengths)
     yield gpu3d.radius_search(query, points, 2.0, max_entries=pairs + 7, **lengths)
 
 
@@ -596,6 +676,20 @@ def test_a_point_of_many_queries():
         np.testing.assert_allclose(dy[0], exact, rtol=2**-22, atol=0)
         far = ddistances[:, 1:].astype(np.float64) * ((x - y[1]) / found.distances[:, 1:])
         np.testing.assert_allclose(dx, terms + far, rtol=2**-22, atol=max(small, large) * 2.0**-50)
+
+
+def test_gradients_of_the_nearest_within_a_radius():
+    """Missing neighbours add nothing; a point is no neighbour of itself."""
+    x, _ = pair("near", 200, 300)
+    radii = np.linspace(0, 2, 200)
+    found = gpu3d.radius_search(x, x, radii, max_neighbors=40, exclude_self=True)
+    assert 0 < (found.indices < 0).mean() < 1
+    ddistances = upstream(found)
+    got = gradients(ddistances, x, x, found)
+    for z, (total, size) in zip(got, explicit(ddistances, x, x, found), strict=True):
+        assert (abs(z - total) <= 1e-3 * size).all() and (z != 0).mean() > 0.3
+    ddistances[found.indices < 0] = np.nan
+    assert_same_bits(gradients(ddistances, x, x, found), got)
 
 
 def test_what_has_no_gradient():
@@ -677,19 +771,19 @@ INDEX = object()  # replaced by an index of the good points
 
 # Each row: the call, the changes to a good call, and the error.
 BAD = [
-    ("knn", {"k": 0}, ValueError, "k must be from 1 to 64, got 0"),
-    ("knn", {"k": 65}, ValueError, "k must be from 1 to 64, got 65"),
-    ("knn", {"k": -1}, ValueError, "k must be from 1 to 64, got -1"),
+    ("knn", {"k": 0}, ValueError, "k must be from 1 to 1024, got 0"),
+    ("knn", {"k": 1025}, ValueError, "k must be from 1 to 1024, got 1025"),
+    ("knn", {"k": -1}, ValueError, "k must be from 1 to 1024, got -1"),
+    ("knn", {"exclude_self": 1}, TypeError, "exclude_self must be True or False, got 1"),
+    ("knn", {"exclude_self": True}, ValueError, "exclude_self needs as many queries .* got 30 and 100 of cloud 0"),
     ("knn", {"k": 2.0}, TypeError, "k must be an integer, got 2.0"),
     ("knn", {"k": True}, TypeError, "k must be an integer, got True"),
     ("knn", {"k": None}, TypeError, "k must be an integer, got None"),
-    ("knn", {"k": 29}, ValueError, "k must be no larger than a cloud, got k = 29 for the 28 points of cloud 1"),
-    ("knn", {"points": of(0, 3), "lengths": [0, 0]}, ValueError, "got k = 3 for the 0 points of cloud 0"),
     ("knn", {"query": of(40, 2)}, ValueError, "query and points must have as many coordinates, got 2 and 3"),
     ("knn", {"query": of(40, 4)}, ValueError, r"query must have 2 or 3 coordinates .*\[40, 4\]: take query\[..., :3\]"),
     ("knn", {"query": of(40, 1)}, ValueError, "query must have 2 or 3 coordinates .*: pad the missing ones with zeros"),
     ("knn", {"k": [3] * 1000}, TypeError, "k must be an integer, got list of length 1000 of type list"),
-    ("knn", {"k": 10**40}, ValueError, "k must be from 1 to 64, got an int of many digits"),
+    ("knn", {"k": 10**40}, ValueError, "k must be from 1 to 1024, got an int of many digits"),
     ("knn", {"query": of(40)}, ValueError, r"query must have shape \[N, 3\] \(or \[B, n, 3\]\), got \[40\]"),
     ("knn", {"query": of(1, 2, 20, 3)}, ValueError, "query must have shape"),
     ("knn", {"query": of(40, 3, dtype=np.int32)}, TypeError, "query must be float32, .* got int32: .*query.astype"),
@@ -708,12 +802,21 @@ BAD = [
     ("radius", {"radius": -0.5}, ValueError, "radius must not be negative or NaN, got -0.5"),
     ("radius", {"radius": math.nan}, ValueError, "radius must not be negative or NaN, got nan"),
     ("radius", {"radius": -math.inf}, ValueError, "radius must not be negative or NaN, got -inf"),
-    ("radius", {"radius": "1"}, TypeError, "radius must be a number, got '1' of type str"),
-    ("radius", {"radius": True}, TypeError, "radius must be a number, got True"),
-    ("radius", {"radius": None}, TypeError, "radius must be a number, got None"),
+    ("radius", {"radius": "1"}, TypeError, "radius must be a number or an array with .*, got '1' of type str"),
+    ("radius", {"radius": True}, TypeError, "radius must be a number or an array with .*, got True"),
+    ("radius", {"radius": None}, TypeError, "radius must be a number or an array with .*, got None"),
     ("radius", {"radius": 10**400}, ValueError, "radius must fit a float, got an int of many digits"),
-    ("radius", {"radius": [0.1] * 1000}, TypeError, "radius must be a number, got list of length 1000 of type list"),
-    ("radius", {"radius": of(1000)}, TypeError, r"radius must be a number, got ndarray of shape \[1000\]"),
+    ("radius", {"radius": [0.1] * 40}, TypeError, "radius must be a number or an array .*, got list of length 40 of"),
+    ("radius", {"radius": of(41)}, ValueError, r"a number or have one for each query, \[40\], .* \[41\]"),
+    ("radius", {"radius": of()}, ValueError, r"one for each query, \[40\], got an array of shape \[\]"),
+    ("radius", {"radius": of(40, dtype=np.int32)}, TypeError, "radius must be float32, .* got int32"),
+    ("radius", {"max_neighbors": 0}, ValueError, "max_neighbors must be from 1 to 1024, got 0"),
+    ("radius", {"max_neighbors": 1025}, ValueError, "max_neighbors must be from 1 to 1024, got 1025"),
+    ("radius", {"max_neighbors": 2.0}, TypeError, "max_neighbors must be an integer, got 2.0"),
+    ("radius", {"max_neighbors": 5, "max_entries": 7}, ValueError, "max_entries and max_neighbors exclude .* 7 and 5"),
+    ("radius", {"max_neighbors": 5, "radius": -1.0}, ValueError, "radius must not be negative or NaN, got -1.0"),
+    ("radius", {"exclude_self": None}, TypeError, "exclude_self must be True or False, got None"),
+    ("radius", {"exclude_self": True}, ValueError, "exclude_self needs as many queries as points"),
     ("radius", {"max_entries": [3] * 1000}, TypeError, "max_entries must be an integer, got list of length 1000"),
     ("radius", {"max_entries": 2**63}, ValueError, r"max_entries must be at most 2\*\*40, got 9223372036854775808"),
     ("radius", {"max_entries": -1}, ValueError, "max_entries must not be negative, got -1"),
@@ -811,16 +914,17 @@ def test_one_point():
     assert gpu3d.radius_search(point, point, 0).offsets.tolist() == [0, 1]
 
 
-def test_a_huge_radius_is_refused_before_memory_is_taken():
-    points = clouds.lidar_like(40_000)
-    points[:16_000] = 0
+def test_a_huge_radius_is_refused_before_memory_is_taken(monkeypatch):
+    monkeypatch.setattr(reference, "MAX_PAIRS", 10**8)  # instead of 2**31 - 1, for a smaller cloud
+    points = clouds.lidar_like(20_000)
+    points[:15_000] = 0
     start = time.perf_counter()
-    with pytest.raises(ValueError, match=r"finds 1600000000 neighbours, more than 64 \* \(N \+ M\) = 5120000"):
+    with pytest.raises(ValueError, match=r"radius = inf finds 400000000 neighbours, more than 2\*\*31 - 1.*max_neighb"):
         gpu3d.radius_search(points, points, math.inf)
-    with pytest.raises(ValueError, match=r"query row 0 alone has 16000"):
+    with pytest.raises(ValueError, match=r"finds 225\d* neighbours.*query row 0 alone has 15000"):
         gpu3d.radius_search(points, points, 0.0)
     offsets, indices, distances = gpu3d.radius_search(points, points, 1e30, max_entries=7)
-    assert (offsets == -1600000000).all() and (indices == -1).all() and np.isnan(distances).all()
+    assert (offsets == -400000000).all() and (indices == -1).all() and np.isnan(distances).all()
     assert len(indices) == len(distances) == 7
     assert time.perf_counter() - start < 30  # listing the pairs would take minutes and 30 GB
 

@@ -42,9 +42,9 @@ def to_host(results):
 
 def check(cp, function, x, y, *arguments, note="", **options):
     """Check that GPU and CPU give the same bits, in poisoned memory. Returns the results of the CPU, flat."""
-    device = cp.asarray(x), cp.asarray(y)
+    device = [cp.asarray(z) if isinstance(z, np.ndarray) else z for z in (x, y, *arguments)]  # radii too
     poison(cp, max(1 << 26, 300 * (x.nbytes + y.nbytes)))
-    got = function(*device, *arguments, **options)
+    got = function(*device, **options)
     expected = function(x, y, *arguments, **options)
     assert type(got) is type(expected) or isinstance(expected, np.ndarray)
     if isinstance(expected, np.ndarray):
@@ -60,14 +60,17 @@ def check_knn(cp, query, points, k, note="", **options):
 
 def check_radius(cp, query, points, radius, note="", **options):
     """Check with the exact number of entries, with more, and with one too few, which is flagged."""
-    limit = 64 * (len(query) + len(points))
     found = abs(int(gpu3d.radius_search(query, points, radius, max_entries=0, **options).offsets[-1]))
-    if found <= limit:
-        check(cp, gpu3d.radius_search, query, points, radius, note=note, **options)
+    check(cp, gpu3d.radius_search, query, points, radius, note=note, **options)
     for max_entries in (found - 1, found, found + 100):
         if max_entries >= 0:
             check(cp, gpu3d.radius_search, query, points, radius, note=note, max_entries=max_entries, **options)
     return found
+
+
+def check_nearest(cp, query, points, radius, k, note="", **options):
+    """Check radius_search with max_neighbors."""
+    return check(cp, gpu3d.radius_search, query, points, radius, note=note, max_neighbors=k, **options)
 
 
 # ---- the same bits as the reference --------------------------------------------------------------------------------
@@ -77,12 +80,14 @@ def test_small_neighbors(cp):
     """For compute-sanitizer: short and full tiles, small and large k, a large batch, NaN, ties."""
     for kind in KINDS:
         query, points = pair(kind, 300, 700)
-        for k in (1, 16, 33, 64):
+        for k in (1, 16, 33, 100, 700):
             check_knn(cp, query, points, k, kind)
         check_radius(cp, query, points, 2.0, kind)
+        check_nearest(cp, query, points, 2.0, 40, kind)
     query, points = ragged([0, 40, 1, 100], [5, 64, 300, 65])
     lengths = {"query_lengths": [0, 40, 1, 100], "lengths": [5, 64, 300, 65]}
-    check_knn(cp, query, points, 64, **lengths)
+    for k in (20, 64, 1024):
+        check_knn(cp, query, points, k, **lengths)
     check_radius(cp, query, points, 1.0, **lengths)
     query, points = ragged([10] * 70, [7] * 70, dtype="float64")
     check_knn(cp, query, points, 3, query_lengths=[10] * 70, lengths=[7] * 70)
@@ -94,7 +99,7 @@ def test_small_neighbors(cp):
 def test_races_of_neighbors(cp):
     """For compute-sanitizer's racecheck, which is slow on the test above: every kind of list."""
     query, points = pair("near", 300, 280)
-    for k in (2, 16, 40):
+    for k in (2, 16, 40, 90, 200, 280, 600):
         check_knn(cp, query, points, k)
     check_radius(cp, query, points, 1.0)
     check_knn(cp, *pair("near", 1500, 1500), 1)
@@ -103,7 +108,7 @@ def test_races_of_neighbors(cp):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", KS)
 def test_every_k(cp, k, kind):
-    for n, m in ((1, 64), (1000, 1500), (3000, 5000)):
+    for n, m in ((1, 64), (300, 1500), (400, 5000)):
         check_knn(cp, *pair(kind, n, m, seed=k), k, kind)
 
 
@@ -112,7 +117,7 @@ def test_sizes_across_the_edges_of_tiles(cp, kind):
     for m in SIZES:
         for n in (1, 33, m):
             query, points = pair(kind, n, m, seed=m)
-            for k in {1, min(2, m), min(16, m), min(64, m)}:
+            for k in (1, 2, 16, 64):
                 check_knn(cp, query, points, k, kind)
         check_radius(cp, query, points, 0.3, kind)
 
@@ -166,9 +171,12 @@ def test_ragged_batches(cp, query_lengths, lengths, dtype):
     query, points = ragged(query_lengths, lengths, dtype=dtype)
     options = {"query_lengths": query_lengths, "lengths": lengths}
     for k in (1, 3, 16, 64):
-        if k <= min(m for n, m in zip(query_lengths, lengths, strict=True) if n):
-            check_knn(cp, query, points, k, **options)
+        check_knn(cp, query, points, k, **options)
     check_radius(cp, query, points, 0.2, **options)
+    radii = np.random.default_rng(0).choice([0, 0.1, 0.3], len(query)).astype(query.dtype)
+    check_radius(cp, query, points, radii, **options)
+    for k in (1, 20, 70):
+        check_nearest(cp, query, points, radii, k, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -198,9 +206,10 @@ def test_radius_at_the_distance_of_a_neighbour(cp):
             check_radius(cp, query, points, float(radius))
 
 
-def test_too_many_entries(cp):
+def test_too_many_entries(cp, monkeypatch):
+    monkeypatch.setattr(reference, "MAX_PAIRS", 10**6)  # instead of 2**31 - 1, for a smaller cloud
     points = clouds.uniform(5000)
-    message = r"radius = 1e\+30 finds 25000000 neighbours, more than 64 .* = 640000; query row 0 alone has 5000.*max_en"
+    message = r"radius = 1e\+30 finds 25000000 neighbours, more than 2\*\*31 - 1; query row 0 alone has 5000.*max_neigh"
     with pytest.raises(ValueError, match=message):
         gpu3d.radius_search(cp.asarray(points), cp.asarray(points), 1e30)
     points[100:] += 1000  # a crowd; the error names the row with most neighbours
@@ -212,6 +221,75 @@ def test_too_many_entries(cp):
     assert str(on_gpu.value) == str(on_cpu.value) and "query row 200 alone" in str(on_cpu.value)
 
 
+def test_as_many_entries_as_there_are(cp):
+    """Results without max_entries have no limit that depends on the number of points."""
+    points = np.random.default_rng(0).random((20_000, 3), dtype=np.float32)
+    found = check(cp, gpu3d.radius_search, points, points, 0.15)
+    assert len(found[1]) > 64 * 2 * len(points)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nearest_within_a_radius(cp, kind):
+    query, points = pair(kind, 200, 6000)
+    some = gpu3d.knn(query, points, 8).distances
+    radii = np.random.default_rng(1).choice([*np.quantile(some, [0.01, 0.5, 0.99]), 0, 6e4, np.inf], 200)
+    for radius in (0.0, float(some[3, 7]), math.inf, radii, radii.astype(np.float32), radii.astype(np.float16)):
+        for k in (1, 32, 33, 1024):
+            check_nearest(cp, query, points, radius, k, kind)
+    check_radius(cp, query, points, np.minimum(radii, 5), kind)
+
+
+@pytest.mark.parametrize("name", special(10))
+def test_without_oneself(cp, name):
+    """The points search themselves, as one array and as two; copies of a point are its neighbours."""
+    points = special(3000)[name]
+    for k in (1, 2, 20, 40, 300):
+        check_knn(cp, points, points, k, name, exclude_self=True)
+        itself = cp.asarray(points)
+        got = gpu3d.knn(itself, itself, k, exclude_self=True)
+        assert_same_bits(to_host(got), gpu3d.knn(points, points, k, exclude_self=True), name)
+    finite = points[np.isfinite(points).all(axis=1)].astype(float)
+    radius = float(np.ptp(finite)) / 50 if len(finite) else 1.0
+    check_radius(cp, points[:500], points[:500], radius, name, exclude_self=True)
+    check_nearest(cp, points, points, radius, 24, name, exclude_self=True)
+
+
+def test_short_clouds_are_filled_up(cp):
+    lengths = {"query_lengths": [3, 2, 0, 4, 500, 90], "lengths": [0, 1, 0, 70, 2000, 1030]}
+    query, points = ragged(*lengths.values())
+    for k in (1, 5, 32, 33, 64, 71, 256, 1000, 1024):
+        check_knn(cp, query, points, k, **lengths)
+
+
+def test_many_neighbours_of_large_clouds(cp):
+    """The bound of a query comes from the one before; clusters far apart make it too large."""
+    rng = np.random.default_rng(0)
+    sweep = clouds.lidar_like(60_000)
+    crowded = sweep.copy()
+    crowded[rng.permutation(len(sweep))[:20_000]] = 0
+    apart = sweep[:6000] + 1000 * rng.integers(0, 3, (6000, 3)).astype(np.float32)
+    for points, queries in ((sweep, 1000), (crowded, 300), (apart, 1000)):
+        query = points[rng.permutation(len(points))[:queries]]
+        for k in (64, 65, 256, 1024):
+            check_knn(cp, query, points, k, "many")
+
+
+def test_bad_radii_on_a_gpu_find_nothing(cp):
+    query, points = pair("near", 500, 700)
+    radii = np.full(500, 2.0)
+    radii[::3], radii[1::3] = -1, np.nan
+    good = radii.copy()
+    good[radii != 2] = 0
+    query[radii != 2] += 1e6  # then a radius of 0 finds nothing either
+    for k in (5, 50):
+        got = gpu3d.radius_search(cp.asarray(query), cp.asarray(points), cp.asarray(radii), max_neighbors=k)
+        assert_same_bits(to_host(got), gpu3d.radius_search(query, points, good, max_neighbors=k))
+    got = gpu3d.radius_search(cp.asarray(query), cp.asarray(points), cp.asarray(radii))
+    assert_same_bits(to_host(got), gpu3d.radius_search(query, points, good))
+    with pytest.raises(ValueError, match=r"arguments must be on one device: .*radius is numpy"):
+        gpu3d.radius_search(cp.asarray(query), cp.asarray(points), radii)
+
+
 def test_real_sweeps(cp, data_dir):
     for name, points in clouds.real(data_dir):
         check_knn(cp, points, points, 16, name)
@@ -221,7 +299,7 @@ def test_brute_force(cp):
     """Compare with all pairs directly, in case k-d tree and kernel have the same error."""
     for kind in KINDS:
         query, points = pair(kind, 2000, 20_000)
-        for k in (1, 16, 64):
+        for k in (1, 16, 64, 300):
             expected = reference.brute_force_knn(query, [2000], points, [20_000], k)
             assert_same_bits(to_host(gpu3d.knn(cp.asarray(query), cp.asarray(points), k)), expected, kind)
 
@@ -452,10 +530,11 @@ def test_empty(cp):
 
 def test_an_index_and_too_little_room_in_a_graph(cp):
     x, y, other = (cp.asarray(p) for p in (*pair("near", 3000, 3000), pair("near", 3000, 3000, seed=1)[0]))
-    index = gpu3d.neighbor_index(y)
+    index, radii = gpu3d.neighbor_index(y), cp.linspace(0, 1, 3000)
 
     def run(query):
-        return [*gpu3d.knn(query, index, 2), *gpu3d.radius_search(query, index, 0.5, max_entries=1)]
+        nearest = gpu3d.radius_search(query, index, radii, max_neighbors=70)
+        return [*gpu3d.knn(query, index, 2), *gpu3d.radius_search(query, index, 0.5, max_entries=1), *nearest]
 
     stream = cp.cuda.Stream(non_blocking=True)
     cp.cuda.Device().synchronize()

@@ -194,6 +194,7 @@ def pairs_of(lengths):
 
 @pytest.mark.parametrize("lengths", CLOUDS.values(), ids=CLOUDS)
 def test_searches(lengths):
+    turns = itertools.count()
     for device, (x, y) in zip(itertools.cycle(GPUS), pairs_of(lengths), strict=False):
         memory = neighbors.index_memory(y, lengths[1])
         plans.check(neighbors.neighbor_index(y, lengths[1], device), [y], [memory], device)
@@ -204,17 +205,24 @@ def test_searches(lengths):
             n, inputs = sum(query_lengths), [queries, memory if index else y]
             how = {"index": index, "same": same}
             arguments = queries, query_lengths, y, lengths[1]
-            for k in (1, 2, 32, 33):
+            for k in (1, 2, 32, 33, 1024):
                 call = neighbors.knn(*arguments, k, device, **how)
                 plans.check(call, inputs, op_neighbors.knn_results(n, k), device)
+            radii = (Spec((n,), FLOATS[0]), Spec((n,), FLOATS[1]), Spec((n,), FLOATS[2], (6,)))[n % 3]
+            kinds = neighbors.Limits(0.5), neighbors.Limits(1e30, None, same), neighbors.Limits(radii=radii)
+            limits = kinds[next(turns) % 3]
+            own = [] if limits.radii is None else [radii]
+            for k in (1, 16, 65):
+                call = neighbors.knn(*arguments, k, device, limits=limits, **how)
+                plans.check(call, inputs + own, op_neighbors.knn_results(n, k), device)
             for most in (0, 1, 1000):
-                call = neighbors.radius(*arguments, 0.5, most, device, **how)
-                plans.check(call, inputs, op_neighbors.radius_results(n, most), device)
-            call, kept = neighbors.radius_count(*arguments, 1e30, device, **how)
+                call = neighbors.radius(*arguments, limits, most, device, **how)
+                plans.check(call, inputs + own, op_neighbors.radius_results(n, most), device)
+            call, kept = neighbors.radius_count(*arguments, limits, device, **how)
             offsets, total = Spec((n + 1,), INT64), Spec((1,), INT64)
-            plans.check(call, inputs, [offsets, total, *kept], device)
-            call = neighbors.radius_fill(query_lengths, y, lengths[1], 1e30, 77)
-            ready = [offsets, memory if same else kept[0], memory]
+            plans.check(call, inputs + own, [offsets, total, *kept], device)
+            call = neighbors.radius_fill(query_lengths, y, lengths[1], limits, 77)
+            ready = [offsets, memory if same else kept[0], memory, *own]
             plans.check(call, ready, op_neighbors.radius_results(n, 77)[1:], device)
 
 
@@ -289,7 +297,10 @@ def test_one_plan_serves_many_lengths():
         seen.add(call.plan)
     assert len(seen) < 15
     assert chamfer.chamfer(spec, (n,), spec, (n,), False, "mean", device) is call
-    rooms = [neighbors.radius(spec, (n,), spec, (n,), 0.5, most, device).plan for most in (65, 100, 128, 129)]
+    rooms = [
+        neighbors.radius(spec, (n,), spec, (n,), neighbors.Limits(0.5), most, device).plan
+        for most in (65, 100, 128, 129)
+    ]
     assert rooms[0] is rooms[1] is rooms[2] is not rooms[3]
 
 
@@ -334,7 +345,7 @@ def _buckets(lengths, device):
 def _searches(lengths, device):
     points = rows(sum(lengths), 3)
     neighbors.knn(points, lengths, points, lengths, 8, device)
-    neighbors.radius(points, lengths, points, lengths, 0.5, 1000, device)
+    neighbors.radius(points, lengths, points, lengths, neighbors.Limits(0.5), 1000, device)
 
 
 def _losses(lengths, device):

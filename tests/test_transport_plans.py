@@ -354,5 +354,5 @@ def test_the_row_of_most_entries_is_named(name):
     arrays = packed_index(*(of_slots for of_slots, _ in batches)), kept.view(np.int64)
     index, found = (_arrays.read(array, "an array") for array in arrays)
     error = transport._too_many_entries(index, found, pair, 10**6, 64 * 3900, None)
-    assert str(error).startswith("pred and target keep 1000000 entries, more than 64 * (N + M) = 249600; ")
+    assert str(error).startswith("pred and target keep 1000000 entries, more than max(64 * (N + M), 2**24) = 249600; ")
     assert f"; row 77 of {name} alone keeps 1234. " in str(error)

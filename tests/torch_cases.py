@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -266,11 +267,14 @@ def samples(device: str = "cpu") -> Any:
     yield ops.apml, x.detach(), y.detach(), *lengths, 0.8, 1e-8, 20, "min", "sum", None, False
     _, dx, dy = ops.apml(x, y, *lengths, 0.8, 1e-8, 20, "mean", "none", 5000, True)
     yield ops.apml_backward, torch.rand(2, device=device), dx, dy, x.detach(), y.detach(), *lengths
-    yield ops.knn, x, y, *lengths, 3
-    distances, indices = ops.knn(x.detach(), y.detach(), *lengths, 3)
+    yield ops.knn, x, y, None, *lengths, 3, math.inf, False
+    yield ops.knn, x, x, torch.rand(40, device=device), *lengths[:1] * 2, 40, math.inf, True
+    distances, indices = ops.knn(x.detach(), y.detach(), None, *lengths, 3, math.inf, False)
     yield ops.knn_backward, distances.flip(0), x.detach(), y.detach(), distances, indices, *lengths
-    offsets, indices, distances = ops.radius_search(x.detach(), y.detach(), *lengths, 0.5, None)
+    offsets, indices, distances = ops.radius_search(x.detach(), y.detach(), None, *lengths, 0.5, None, False)
     # No gradient here, since opcheck would add the distances to the sum of the offsets, in place.
-    yield ops.radius_search, x.detach(), y.detach(), *lengths, 0.5, len(indices)
+    yield ops.radius_search, x.detach(), y.detach(), None, *lengths, 0.5, len(indices), False
+    within = x.detach(), x.detach(), torch.rand(40, device=device), *lengths[:1] * 2, math.inf
+    yield ops.radius_search, *within, len(ops.radius_search(*within, None, True)[1]), True
     found = offsets, indices, distances
     yield ops.radius_search_backward, distances.flip(0), x.detach(), y.detach(), *found, *lengths

@@ -45,10 +45,11 @@ _SIGNATURES = {
     "index_nodes": "QQQciQQQQ",
     "index_branches": "QciQ",
     "index_join": "QqQqQ",
-    "knn": "QciixciiQQ",
+    "knn": "QciixciiifQQQ",
     "knn_both": "QciixQQQciixQQQ",
-    "radius_count": "QcixcfQ",
-    "radius_fill": "QcixcfQiqQ",
+    "many_neighbors": "QciixciifQQQ",
+    "radius_count": "QcixcifQQ",
+    "radius_fill": "QcixcifQQiqQ",
     "radius_sort": "QiqQQQQ",
     "backward_largest": "eQ",
     "backward_queries": "eQQQciQQQ",
@@ -59,17 +60,18 @@ _SIGNATURES = {
 def configurations() -> list[Configuration]:
     """Every module that this file uses."""
     found = [Configuration("neighbors_index", (("POINT", p),)) for p in range(len(FLOATS))]
-    found += [Configuration("neighbors_knn", (("LISTS", lists),)) for lists in range(3)]
+    found += [Configuration("neighbors_knn", (("LISTS", lists),)) for lists in range(2)]
+    found += [Configuration("neighbors_many", (("LISTS", 1 << power),)) for power in range(1, 6)]
     found += [Configuration("neighbors_backward", (_of(dtype),)) for dtype in (FLOAT32, FLOAT64)]
     return [*found, Configuration("neighbors_radius")]
 
 
 @functools.cache
-def _kernel(function: str, macros: Macros = ()) -> Kernel:
+def _kernel(function: str, macros: Macros = (), shared_mem: int = 0) -> Kernel:
     """A kernel of neighbors_<prefix of its name>.cu."""
     formats = _SIGNATURES[function].replace("c", clouds.FORMAT).replace("x", INDEX_FORMAT)
     formats = formats.replace("e", f"{struct.calcsize(_ENTRIES)}s")
-    return Kernel("neighbors_" + function.split("_")[0], function, formats, macros)
+    return Kernel("neighbors_" + function.split("_")[0], function, formats, macros, shared_mem)
 
 
 def _of(dtype: np.dtype) -> tuple[str, int]:
@@ -418,6 +420,51 @@ def _grouped(slots: int, few: bool) -> tuple[int, int]:
     return group, -(-slots // (KNN_THREADS // 32 * group))
 
 
+class Limits(NamedTuple):
+    """What a search finds of the points of a cloud.
+
+    Attributes
+    ----------
+    radius : float
+        The radius of every query, if they have none of their own.
+    radii : Spec or None
+        The spec of the radii [N] of the queries, if each has its own.
+    exclude_self : bool
+        Whether point i is no neighbour of query i.
+    """
+
+    radius: float = math.inf
+    radii: Spec | None = None
+    exclude_self: bool = False
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """The numbers that steps of the search refer to."""
+        radius2 = math.inf if self.radius == math.inf else float(squared_radius(self.radius))
+        return {"radius2": radius2, "exclude": int(self.exclude_self)}
+
+    def column(self, queries: int) -> Spec | None:
+        """The spec of the radii as a cache key, for up to so many queries."""
+        return None if self.radii is None else arrays.canonical(_column(self.radii), queries)
+
+
+EVERYTHING = Limits()  # the whole cloud
+
+
+def _column(spec: Spec) -> Spec:
+    """An array [n] as [n, 1]."""
+    shape, dtype, strides, misalignment = spec
+    return Spec((*shape, 1), dtype, None if strides is None else (*strides, dtype.itemsize), misalignment)
+
+
+def _add_limits(
+    steps: Steps, source: Pointer, radii: Spec | None, number: Number
+) -> tuple[Number, Number, Pointer | None]:
+    """The arguments exclude, radius2 and radii of a search's kernel; converts the radii [number] at `source`."""
+    at = None if radii is None else arrays.add_rows(steps, source, arrays.rows(radii, FLOAT32, 1), None, number)
+    return Number("exclude"), Number("radius2"), at
+
+
 def knn(
     query: Spec,
     query_lengths: tuple[int, ...],
@@ -426,15 +473,16 @@ def knn(
     k: int,
     device: Device,
     *,
+    limits: Limits = EVERYTHING,
     index: bool = False,
     same: bool = False,
 ) -> Call:
-    """Inputs: query, points. Results: distances, indices.
+    """Inputs: query, points, and radii if the limits have any. Results: distances, indices.
 
     With `index` the second input is the memory of an index of such points. `same` means that the queries are the
     points, with the same memory, shape and lengths.
     """
-    return _knn(lengths, query_lengths, query, points, k, index, same, device)
+    return _knn(lengths, query_lengths, query, points, k, limits, index, same, device)
 
 
 @clouds.remembered
@@ -444,22 +492,33 @@ def _knn(
     query: Spec,
     points: Spec,
     k: int,
+    limits: Limits,
     index: bool,
     same: bool,
     device: Device,
 ) -> Call:
     of_query, of_points, numbers = _sides(query, query_lengths, points, lengths, index, same, device)
-    lists = 0 if k == 1 else -(-k // 32)
-    return Call(_knn_plan(of_query, of_points, lists, k <= 2), {**numbers, "k": k})
+    lists = 0 if k == 1 else 1 << (-(-k // 32) - 1).bit_length()
+    radii = limits.column(_of_queries(of_query, of_points).points)
+    return Call(_knn_plan(of_query, of_points, radii, lists, k <= 2), {**numbers, **limits.numbers, "k": k})
 
 
 @functools.lru_cache(maxsize=256)
-def _knn_plan(query: Side | None, points: Side, lists: int, few: bool) -> Plan:
-    steps = Steps(inputs=2, results=2)
+def _knn_plan(query: Side | None, points: Side, radii: Spec | None, lists: int, few: bool) -> Plan:
+    steps = Steps(inputs=2 if radii is None else 3, results=2)
     queries, index = _add_search(steps, query, points)
+    limits = _add_limits(steps, Input(2), radii, _number_of_queries(query))
     group, blocks = _grouped(_of_queries(query, points).slots, few)
-    args = *queries, group, index.packed, index.clouds, Number("k"), 0, Result(0), Result(1)
-    steps.launch(_kernel("knn", (("LISTS", lists),)), grid=blocks, block=KNN_THREADS, args=args)
+    walk, launch = (
+        (*queries, group, index.packed, index.clouds, Number("k")),
+        functools.partial(steps.launch, grid=blocks),
+    )
+    results, macros = (Result(0), Result(1)), (("LISTS", lists),)
+    if lists > 1:
+        kernel = _kernel("many_neighbors", macros, KNN_THREADS // 32 * 8 * 2 * (32 * lists + 32))
+        launch(kernel, block=KNN_THREADS, args=(*walk, *limits, *results))
+    else:
+        launch(_kernel("knn", macros), block=KNN_THREADS, args=(*walk, 0, *limits, *results))
     return steps.plan()
 
 
@@ -496,7 +555,7 @@ def radius(
     query_lengths: tuple[int, ...],
     points: Spec,
     lengths: tuple[int, ...],
-    radius: float,
+    limits: Limits,
     max_entries: int,
     device: Device,
     *,
@@ -505,8 +564,9 @@ def radius(
 ) -> Call:
     """Inputs as in `knn`. Results: offsets, and `max_entries` indices and distances."""
     of_query, of_points, numbers = _sides(query, query_lengths, points, lengths, index, same, device)
-    numbers |= {"radius2": float(squared_radius(radius)), "room": max_entries}
-    return Call(_radius_plan(of_query, of_points, _capacity(max_entries)), numbers)
+    radii = limits.column(_of_queries(of_query, of_points).points)
+    numbers |= {**limits.numbers, "room": max_entries}
+    return Call(_radius_plan(of_query, of_points, radii, _capacity(max_entries)), numbers)
 
 
 def radius_count(
@@ -514,7 +574,7 @@ def radius_count(
     query_lengths: tuple[int, ...],
     points: Spec,
     lengths: tuple[int, ...],
-    radius: float,
+    limits: Limits,
     device: Device,
     *,
     index: bool = False,
@@ -526,24 +586,25 @@ def radius_count(
     input. Their specs are returned too.
     """
     of_query, of_points, numbers = _sides(query, query_lengths, points, lengths, index, same, device)
-    numbers["radius2"] = float(squared_radius(radius))
+    radii = limits.column(_of_queries(of_query, of_points).points)
     kept = [] if of_query is None else [Spec((ROW_BYTES * of_query.layout.slots,), UINT8)]
     if not index:
         kept.append(index_memory(points, lengths))
-    return Call(_radius_count_plan(of_query, of_points), numbers), kept
+    return Call(_radius_count_plan(of_query, of_points, radii), {**numbers, **limits.numbers}), kept
 
 
 def radius_fill(
-    query_lengths: tuple[int, ...], points: Spec, lengths: tuple[int, ...], radius: float, entries: int
+    query_lengths: tuple[int, ...], points: Spec, lengths: tuple[int, ...], limits: Limits, entries: int
 ) -> Call:
-    """The second of two calls. Inputs: offsets, the queries' rows, the index. Results: indices, distances [entries].
+    """The second of two calls. Results: indices, distances [entries].
 
-    If the queries are the points of the index, their rows are at the beginning of the index.
+    Inputs: offsets, the queries' rows, the index, and radii if the limits have any. If the queries are the points of
+    the index, their rows are at the beginning of the index.
     """
     (queries, query_tables), (searched, tables) = layout(query_lengths, None), layout(lengths, None)
-    numbers = {**query_tables.numbers("query"), **tables.numbers("points")}
-    numbers |= {"radius2": float(squared_radius(radius)), "room": entries}
-    return Call(_radius_fill_plan(queries, searched, points.dtype, _capacity(entries)), numbers)
+    numbers = {**query_tables.numbers("query"), **tables.numbers("points"), **limits.numbers, "room": entries}
+    radii = limits.column(queries.points)
+    return Call(_radius_fill_plan(queries, searched, points.dtype, radii, _capacity(entries)), numbers)
 
 
 def _capacity(entries: int) -> int:
@@ -552,34 +613,37 @@ def _capacity(entries: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _radius_plan(query: Side | None, points: Side, capacity: int) -> Plan:
-    steps = Steps(inputs=2, results=3)
+def _radius_plan(query: Side | None, points: Side, radii: Spec | None, capacity: int) -> Plan:
+    steps = Steps(inputs=2 if radii is None else 3, results=3)
     queries, index = _add_search(steps, query, points)
     layout, n, total = _of_queries(query, points), _number_of_queries(query), steps.workspace("total", 8)
-    _add_count(steps, queries, index, n, layout, Result(0), total)
-    _add_fill(steps, queries, index, n, layout, capacity, Result(0), (Result(1), Result(2)))
+    walk = *queries, index.packed, index.clouds, *_add_limits(steps, Input(2), radii, n)
+    _add_count(steps, walk, n, layout, Result(0), total)
+    _add_fill(steps, walk, n, layout, capacity, Result(0), (Result(1), Result(2)))
     arrays.add_overflow(steps, total, Number("room"), n, layout.points, Result(0))
     return steps.plan()
 
 
 @functools.lru_cache(maxsize=256)
-def _radius_count_plan(query: Side | None, points: Side) -> Plan:
-    steps = Steps(inputs=2, results=2 + (query is not None) + (not points.indexed))
+def _radius_count_plan(query: Side | None, points: Side, radii: Spec | None) -> Plan:
+    steps = Steps(inputs=2 if radii is None else 3, results=2 + (query is not None) + (not points.indexed))
     rows = None if query is None else Result(2)
     memory = None if points.indexed else Result(3 if query else 2)
     queries, index = _add_search(steps, query, points, rows, memory)
     n = _number_of_queries(query)
-    _add_count(steps, queries, index, n, _of_queries(query, points), Result(0), Result(1))
+    walk = *queries, index.packed, index.clouds, *_add_limits(steps, Input(2), radii, n)
+    _add_count(steps, walk, n, _of_queries(query, points), Result(0), Result(1))
     return steps.plan()
 
 
 @functools.lru_cache(maxsize=256)
-def _radius_fill_plan(query: Layout, points: Layout, dtype: np.dtype, capacity: int) -> Plan:
-    steps = Steps(inputs=3, results=2)
+def _radius_fill_plan(query: Layout, points: Layout, dtype: np.dtype, radii: Spec | None, capacity: int) -> Plan:
+    steps = Steps(inputs=3 if radii is None else 4, results=2)
     queries = _Queries(Input(1), argument(steps, "query", query), Number("query slots"))
     index = index_at(Input(2), points, dtype, argument(steps, "points", points))
     n = Number("query points")
-    _add_fill(steps, queries, index, n, query, capacity, Input(0), (Result(0), Result(1)))
+    walk = *queries, index.packed, index.clouds, *_add_limits(steps, Input(3), radii, n)
+    _add_fill(steps, walk, n, query, capacity, Input(0), (Result(0), Result(1)))
     return steps.plan()
 
 
@@ -593,19 +657,21 @@ def _number_of_queries(query: Side | None) -> Number:
 
 
 def _add_count(
-    steps: Steps, queries: _Queries, index: Index, n: Number, layout: Layout, offsets: Pointer, total: Pointer
+    steps: Steps, walk: tuple[Any, ...], n: Number, layout: Layout, offsets: Pointer, total: Pointer
 ) -> None:
-    """Add the count: where the neighbours of each of n queries begin, and their total. `layout` is of the queries."""
+    """Add the count: where the neighbours of each of n queries begin, and their total.
+
+    `walk` are the arguments of both kernels that say what is searched, and `layout` is of the queries.
+    """
     counts = steps.workspace("counts", 8 * layout.points)
-    args = *queries, index.packed, index.clouds, Number("radius2"), counts
+    args = *walk, counts
     steps.launch(_kernel("radius_count"), grid=-(-layout.slots // _RADIUS_WARPS), block=RADIUS_THREADS, args=args)
     arrays.add_offsets(steps, counts, n, layout.points, offsets, total)
 
 
 def _add_fill(
     steps: Steps,
-    queries: _Queries,
-    index: Index,
+    walk: tuple[Any, ...],
     n: Number,
     layout: Layout,
     capacity: int,
@@ -617,8 +683,8 @@ def _add_fill(
         return
     room, launch = Number("room"), functools.partial(steps.launch, block=RADIUS_THREADS)
     entries, spare = steps.workspace("entries", 8 * capacity), steps.workspace("spare entries", 8 * capacity)
-    walk = *queries, index.packed, index.clouds, Number("radius2"), offsets, n, room, entries
-    launch(_kernel("radius_fill"), grid=-(-layout.slots // _RADIUS_WARPS), args=walk)
+    args = *walk, offsets, n, room, entries
+    launch(_kernel("radius_fill"), grid=-(-layout.slots // _RADIUS_WARPS), args=args)
     sort = offsets, n, room, entries, spare, *results
     launch(_kernel("radius_sort"), grid=max(1, -(-layout.points // _RADIUS_WARPS)), args=sort)
 
@@ -656,9 +722,7 @@ def radius_backward(
 ) -> Call:
     """Inputs: ddistances, query, points, offsets, indices, distances. Results: the gradients of query and points."""
     room = math.prod(distances.shape)
-    shape, dtype, strides, misalignment = ddistances
-    column = Spec((*shape, 1), dtype, None if strides is None else (*strides, dtype.itemsize), misalignment)
-    given = arrays.canonical(column, _rounded(room))
+    given = arrays.canonical(_column(ddistances), _rounded(room))
     copies = arrays.copied(offsets, 8), arrays.copied(indices, 4), arrays.copied(distances, 4)
     sides, tables, numbers = _sides_of_gradient(query, points, query_lengths, lengths)
     numbers |= {"rows": room, "entries": room}

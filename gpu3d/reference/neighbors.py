@@ -6,27 +6,29 @@ ordered by (d2, index). The tree computes in float64, so it may order near ties 
 candidates, a few more than needed, and the float32 formula decides.
 
 A point with a coordinate that is not finite has no neighbours and is no other point's neighbour. A missing neighbour
-has index -1 and distance NaN.
+has index -1 and distance inf, or NaN if the query is not finite.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-MAX_K = 64
-# radius_search without max_entries raises an error above this many neighbours per point of query and cloud together.
-ENTRIES_A_POINT = 64
+MAX_K = 1024
+MAX_PAIRS = 2**31 - 1  # what radius_search finds at most without max_entries
 
-MISSING = np.uint64(2**64 - 1)  # no neighbour; larger than every key
+MISSING = np.uint64(0x7F800000FFFFFFFF)  # no neighbour: distance inf and index -1; larger than every key
 PAIRS = 1 << 22  # pairs in memory at a time
-ROWS = 2048  # queries of one job of a thread
-SCAN_FROM = 1024  # candidates per query above which all points are scanned: the tree is no faster there
+LISTED = 1 << 24  # pairs that the tree lists at a time, if all points are within the radius
+SAMPLE = 64  # queries of a cloud from which the number of all pairs is estimated
+ROWS, CANDIDATES = 8192, 1 << 18  # queries of one job of a thread, and their candidates
+FEW = 64  # copies of a point in the tree of searches for few neighbours
 
 # Bounds on the error of d2: five roundings, and three halves of the smallest subnormal number where a square is
 # subnormal. Both are generous. If two values differ by more than this, float32 and float64 order them alike.
@@ -65,15 +67,13 @@ def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def keys(d2: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Numbers uint64 that sort like (d2, index): floats that are not negative sort like their bits."""
-    return d2.view(np.uint32).astype(np.uint64) << np.uint64(32) | indices.astype(np.uint64)
+    """Numbers uint64 that sort like (d2, index), index -1 last: floats that are not negative sort like their bits."""
+    return d2.view(np.uint32).astype(np.uint64) << np.uint64(32) | indices.astype(np.uint32).astype(np.uint64)
 
 
 def unpacked(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """d2 float32 and indices int32 of `keys`; NaN and -1 where a key is MISSING."""
-    d2 = (keys >> np.uint64(32)).astype(np.uint32).view(np.float32)
-    indices = keys.astype(np.uint32).view(np.int32)
-    return np.where(keys == MISSING, np.float32(np.nan), d2), indices  # the low half of MISSING is -1
+    """d2 float32 and indices int32 of `keys`; inf and -1 where a key is MISSING."""
+    return (keys >> np.uint64(32)).astype(np.uint32).view(np.float32), keys.astype(np.uint32).view(np.int32)
 
 
 def scan(query: np.ndarray, points: np.ndarray, indices: np.ndarray, k: int) -> np.ndarray:
@@ -90,39 +90,72 @@ def scan(query: np.ndarray, points: np.ndarray, indices: np.ndarray, k: int) -> 
     return nearest
 
 
+def squared_radius(radius: Any) -> Any:
+    """The radius rounded to float32, and its square rounded to float32. It is negative for a negative or NaN radius."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        rounded = np.asarray(radius).astype(np.float32)
+        return np.where(rounded >= 0, rounded * rounded, np.float32(-1))[()]
+
+
+def _reach2(radius: Any, queries: int) -> np.ndarray:
+    """The squared radius of each query, float32 [queries]."""
+    return np.broadcast_to(squared_radius(radius), (queries,))
+
+
 def brute_force_knn(
-    query: np.ndarray, query_lengths: Sequence[int], points: np.ndarray, lengths: Sequence[int], k: int
+    query: np.ndarray,
+    query_lengths: Sequence[int],
+    points: np.ndarray,
+    lengths: Sequence[int],
+    k: int,
+    radius: Any = np.inf,
+    exclude_self: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What `knn` must return: distances float32 [N, k] and indices int32 [N, k], from all pairs."""
-    found, row, first = [np.empty((0, k), np.uint64)], 0, 0
+    found, row, first = np.full((len(query), k), MISSING), 0, 0
+    reach2, usable = _reach2(radius, len(query)), np.zeros(len(query), bool)
     for rows, n in zip(query_lengths, lengths, strict=True):
-        cloud = points[first : first + n]
-        here = origin(cloud)
-        indices = np.arange(first, first + n)
-        found.append(scan(local(query[row : row + rows], here), local(cloud, here), indices, k))
+        cloud, own = points[first : first + n], query[row : row + rows]
+        here, kept = origin(cloud), min(k, n)
+        own, targets = local(own, here), local(cloud, here)
+        usable[row : row + rows] = np.isfinite(own).all(axis=1)
+        for part in np.array_split(np.arange(rows), -(-rows * n // PAIRS) or 1):
+            d2 = squared_distances(own[part, None], targets)
+            allowed = (d2 <= reach2[row + part, None]) & np.isfinite(targets).all(axis=1) & usable[row + part, None]
+            if exclude_self:
+                allowed[np.arange(len(part)), part] = False
+            of_part = np.where(allowed, keys(d2, np.arange(first, first + n)), MISSING)
+            if kept < n:
+                of_part.partition(kept - 1, axis=1)
+            found[row + part, :kept] = np.sort(of_part[:, :kept], axis=1)
         row, first = row + rows, first + n
-    d2, indices = unpacked(np.concatenate(found))
-    return np.sqrt(d2), indices
-
-
-def squared_radius(radius: float) -> np.float32:
-    """The radius rounded to float32, and its square rounded to float32."""
-    with np.errstate(over="ignore", under="ignore"):
-        return np.float32(radius) * np.float32(radius)
+    d2, indices = unpacked(found)
+    distances = np.sqrt(d2)
+    distances[~usable] = np.nan
+    return distances, indices
 
 
 def brute_force_radius(
-    query: np.ndarray, query_lengths: Sequence[int], points: np.ndarray, lengths: Sequence[int], radius: float
+    query: np.ndarray,
+    query_lengths: Sequence[int],
+    points: np.ndarray,
+    lengths: Sequence[int],
+    radius: Any,
+    exclude_self: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What `radius_search` must return: offsets, indices and distances, computed one query at a time."""
     counts, found, row, first = [0], [np.empty(0, np.uint64)], 0, 0
+    reach2 = _reach2(radius, len(query))
     for rows, n in zip(query_lengths, lengths, strict=True):
         cloud = points[first : first + n]
         here = origin(cloud)
         targets, usable = local(cloud, here), np.isfinite(local(cloud, here)).all(axis=1)
-        for one in local(query[row : row + rows], here):
+        for i, one in enumerate(local(query[row : row + rows], here)):
             d2 = squared_distances(one, targets)
-            near = np.flatnonzero((d2 <= squared_radius(radius)) & usable & np.isfinite(one).all())
+            inside = (d2 <= reach2[row + i]) & usable & np.isfinite(one).all()
+            if exclude_self:
+                inside[i] = False
+            near = np.flatnonzero(inside)
             counts.append(len(near))
             found.append(keys(d2[near], near + first))
         row, first = row + rows, first + n
@@ -131,6 +164,15 @@ def brute_force_radius(
 
 
 # ---- the tree ------------------------------------------------------------------------------------------------------
+
+
+class Tree(NamedTuple):
+    """Points of a cloud that a search for neighbours can return, and the k-d tree over them."""
+
+    points: np.ndarray  # float32 [m, 3]
+    axes: np.ndarray  # float32 [3, m], the same
+    packed_rows: np.ndarray  # int32 [m], their rows in the packed array
+    tree: Any
 
 
 class Cloud:
@@ -146,47 +188,63 @@ class Cloud:
         if not finite.all():
             self.rows = np.flatnonzero(finite.all(axis=1))
             self.points = coordinates[self.rows]
-        self.thin_rows, self.thin_points = self.rows, self.points
-        kept = _first_of_a_place(self.points)
-        if not kept.all():
-            self.thin_rows, self.thin_points = self.rows[kept], self.points[kept]
-        self.thin_tree = _tree(self.thin_points)
-        self.packed_rows = (self.thin_rows + first).astype(np.int32)  # the rows of thin_points
-        self.thin_axes = np.ascontiguousarray(self.thin_points.T)
+        self._few = self._thinned(FEW + 1)
+
+    def nearest(self, count: int) -> Tree:
+        """The points among which are the `count` nearest of every query."""
+        return self._few if count <= FEW + 1 else self._many
+
+    @functools.cached_property
+    def _many(self) -> Tree:
+        return self._few if len(self._few.points) == len(self.points) else self._thinned(MAX_K + 1)
 
     @functools.cached_property
     def tree(self) -> Any:
-        """The tree of all finite points; `thin_tree` leaves out copies of a point beyond the first MAX_K."""
-        return self.thin_tree if len(self.thin_points) == len(self.points) else _tree(self.points)
+        """The tree of all finite points."""
+        return self._few.tree if len(self._few.points) == len(self.points) else _tree(self.points)
+
+    def _thinned(self, copies: int) -> Tree:
+        kept = _first_of_a_place(self.points, copies)
+        rows, points = (self.rows, self.points) if kept.all() else (self.rows[kept], self.points[kept])
+        return Tree(points, np.ascontiguousarray(points.T), (rows + self.first).astype(np.int32), _tree(points))
 
 
-def _tree(points: np.ndarray, tight: bool = False) -> Any:
-    """A k-d tree that is fast to build: not balanced, and with tight boxes only for a search of one tree in another."""
+def _tree(points: np.ndarray) -> Any:
+    """A k-d tree whose building and queries together take least time for a scan: tight boxes, but not balanced."""
     from scipy.spatial import cKDTree  # imported here, so that `import gpu3d` is fast
 
-    return cKDTree(points, leafsize=16 if tight else 32, compact_nodes=tight, balanced_tree=False)
+    return cKDTree(points, leafsize=24, compact_nodes=True, balanced_tree=False)
 
 
-def _first_of_a_place(points: np.ndarray) -> np.ndarray:
-    """Which points to keep, bool [m], so that at most MAX_K points are equal: those with the lowest indices.
+def _first_of_a_place(points: np.ndarray, copies: int) -> np.ndarray:
+    """Which points to keep, bool [m], so that at most `copies` points are equal: those with the lowest indices.
 
-    No search with k <= MAX_K can return the others. Many scans have thousands of points at the origin, and each query
-    near it would visit all of them.
+    No search for so many neighbours can return the others. Many scans have thousands of points at the origin, and each
+    query near it would visit all of them.
     """
     kept = np.ones(len(points), bool)
     bits = points.view(np.uint32).astype(np.uint64)
     mixed = np.sort(bits @ np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64))
-    if (mixed[MAX_K:] == mixed[:-MAX_K]).any():  # equal points have equal hashes; usually no hash is so frequent
+    if (mixed[copies:] == mixed[:-copies]).any():  # equal points have equal hashes; usually no hash is so frequent
         order = np.lexsort(points.T)
         new = np.append(True, (points[order[1:]] != points[order[:-1]]).any(axis=1))
         start = np.flatnonzero(new)[np.cumsum(new) - 1]
-        kept[order] = np.arange(len(points)) - start < MAX_K
+        kept[order] = np.arange(len(points)) - start < copies
     return kept
 
 
-def _gathered(axes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The points [..., 3] at `rows` of `axes` [3, m]; taking one axis at a time is several times as fast as rows."""
-    return np.moveaxis(axes.take(rows, axis=1), 0, -1)
+def _distances2(axes: np.ndarray, rows: np.ndarray, query: Sequence[np.ndarray]) -> np.ndarray:
+    """d2 [...] of the points `rows` [...] of `axes` [3, m] to the axes of a query: in place, an axis at a time."""
+    with np.errstate(all="ignore"):
+        d2 = axes[0].take(rows)
+        np.subtract(query[0], d2, out=d2)
+        d2 *= d2
+        for d in (1, 2):
+            term = axes[d].take(rows)
+            np.subtract(query[d], term, out=term)
+            term *= term
+            d2 += term
+    return d2
 
 
 def index(points: np.ndarray, lengths: Sequence[int]) -> tuple[Cloud, ...]:
@@ -211,162 +269,267 @@ def _parallel(work: Callable[..., None], jobs: Sequence[tuple]) -> None:
 
 
 def knn(
-    query: np.ndarray, query_lengths: Sequence[int], clouds: Sequence[Cloud], k: int
+    query: np.ndarray,
+    query_lengths: Sequence[int],
+    clouds: Sequence[Cloud],
+    k: int,
+    radius: Any = np.inf,
+    exclude_self: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Distances float32 [N, k] and indices int32 [N, k] into the packed points."""
-    d2, indices = nearest(query, query_lengths, clouds, k)
+    """Distances float32 [N, k] and indices int32 [N, k] into the packed points, of those within the radius.
+
+    `radius` is a number, or an array [N] with one for each query.
+    """
+    d2, indices = _search(query, query_lengths, clouds, k, radius, exclude_self)
     return np.sqrt(d2, out=d2), indices
 
 
 def nearest(
     query: np.ndarray, query_lengths: Sequence[int], clouds: Sequence[Cloud], k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """d2 float32 [N, k] and indices int32 [N, k] into the packed points."""
-    d2, indices = np.empty((len(query), k), np.float32), np.empty((len(query), k), np.int32)
+    """d2 float32 [N, k] and indices int32 [N, k] into the packed points; d2 of every missing neighbour is NaN."""
+    d2, indices = _search(query, query_lengths, clouds, k, np.inf, False)
+    d2[indices < 0] = np.nan
+    return d2, indices
 
-    def search(cloud: Cloud, rows: slice) -> None:
-        _nearest(cloud, local(query[rows], cloud.origin), d2[rows], indices[rows])
+
+def _search(
+    query: np.ndarray,
+    query_lengths: Sequence[int],
+    clouds: Sequence[Cloud],
+    k: int,
+    radius: Any,
+    exclude_self: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """d2 float32 [N, k] and indices int32 [N, k]."""
+    d2, indices = np.empty((len(query), k), np.float32), np.empty((len(query), k), np.int32)
+    reach2 = _reach2(radius, len(query))
+
+    def search(cloud: Cloud, tree: Tree, rows: slice) -> None:
+        own = np.arange(rows.start, rows.stop) if exclude_self else None
+        _nearest(tree, local(query[rows], cloud.origin), reach2[rows], own, d2[rows], indices[rows])
 
     jobs, end = [], 0
+    step = min(ROWS, CANDIDATES // k)
     for cloud, n in zip(clouds, query_lengths, strict=True):
         first, end = end, end + n
-        jobs += [(cloud, slice(row, min(row + ROWS, end))) for row in range(first, end, ROWS)]
+        tree = cloud.nearest(k + exclude_self)
+        jobs += [(cloud, tree, slice(row, min(row + step, end))) for row in range(first, end, step)]
     _parallel(search, jobs)
     return d2, indices
 
 
-def _nearest(cloud: Cloud, query: np.ndarray, d2: np.ndarray, indices: np.ndarray) -> None:
-    """Writes d2 float32 [n, k] and indices int32 [n, k] of one cloud's queries float32 [n, 3]."""
-    usable = np.isfinite(query).all(axis=1)
-    d2[~usable], indices[~usable] = np.nan, -1
+def _nearest(
+    tree: Tree, query: np.ndarray, reach2: np.ndarray, own: np.ndarray | None, d2: np.ndarray, indices: np.ndarray
+) -> None:
+    """Writes d2 float32 [n, k] and indices int32 [n, k] of queries float32 [n, 3] of one cloud.
+
+    `own` are the points that are no neighbours of their queries, int64 [n].
+    """
     k = d2.shape[1]
-    rows, wanted = np.flatnonzero(usable), k + 1
+    kept = k if own is None else k + 1
+    usable = np.isfinite(query).all(axis=1)
+    rows, wanted = np.flatnonzero(usable & (reach2 >= 0)), kept + 1
+    if len(rows) < len(query):
+        d2[...], indices[...] = np.where(usable, np.float32(np.inf), np.float32(np.nan))[:, None], -1
     while len(rows):
-        if wanted > min(len(cloud.thin_points) // 8, SCAN_FROM):
-            d2[rows], indices[rows] = unpacked(scan(query[rows], cloud.thin_points, cloud.packed_rows, k))
+        every = wanted > len(tree.points) // 8  # the tree is no faster than to look at all points
+        if every:
+            found = unpacked(scan(query[rows], tree.points, tree.packed_rows, kept))
+        else:
+            bound = np.nextafter(_outer_radius(reach2[rows].max()), np.inf)
+            far, candidates = tree.tree.query(query[rows], wanted, distance_upper_bound=bound)
+            found = _ranked(tree, query[rows], candidates, far)
+        kth, (near, chosen) = found[0][:, kept - 1], (of[:, :kept] for of in found)
+        if own is not None:
+            near, chosen = _without(own[rows], near, chosen)
+        if (beyond := near > reach2[rows, None]).any():
+            near, chosen = np.where(beyond, np.float32(np.inf), near), np.where(beyond, -1, chosen)
+        if len(rows) == len(query):
+            d2[...], indices[...] = near, chosen
+        else:
+            d2[rows], indices[rows] = near, chosen
+        if every:
             break
-        far, candidates = cloud.thin_tree.query(query[rows], wanted)
-        ranked = _ranked(cloud, query[rows], candidates)
-        d2[rows], indices[rows] = (of[:, :k] for of in ranked)
-        kth = d2[rows, -1].astype(np.float64)
-        sure = kth < far[:, -1] ** 2 * (1 - RELATIVE) - ABSOLUTE  # no point beyond the candidates is as near
-        rows, wanted = rows[~sure], 4 * wanted + MAX_K
+        # No point beyond the candidates is as near, or there is none.
+        sure = (kth < far[:, -1] ** 2 * (1 - RELATIVE) - ABSOLUTE) | (far[:, -1] == np.inf)
+        rows, wanted = rows[~sure], 4 * wanted + FEW
 
 
-def _ranked(cloud: Cloud, query: np.ndarray, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _ranked(tree: Tree, query: np.ndarray, candidates: np.ndarray, far: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """d2 float32 [n, c] and packed indices int32 [n, c] of the candidates int64 [n, c], sorted by (d2, index).
 
-    The tree returns them almost sorted. So only the few rows in which d2 does not strictly increase are sorted again.
+    The tree returns them almost sorted, with their distances `far`, which are inf for missing ones. So only the few
+    rows in which d2 does not strictly increase are sorted again.
     """
-    d2 = squared_distances(query[:, None], _gathered(cloud.thin_axes, candidates))
-    indices = cloud.packed_rows.take(candidates)
+    missing = far == np.inf if (far[:, -1] == np.inf).any() else None
+    if missing is not None:
+        candidates = np.where(missing, 0, candidates)
+    d2 = _distances2(tree.axes, candidates, [query[:, d, None] for d in range(3)])
+    indices = tree.packed_rows.take(candidates)
+    if missing is not None:
+        d2[missing], indices[missing] = np.inf, -1
     mixed = np.flatnonzero((d2[:, 1:] <= d2[:, :-1]).any(axis=1))
     d2[mixed], indices[mixed] = unpacked(np.sort(keys(d2[mixed], indices[mixed]), axis=1))
     return d2, indices
 
 
+def _without(own: np.ndarray, d2: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first k of k + 1 neighbours [n, k + 1] that are not the query's own point."""
+    behind = np.logical_or.accumulate(indices == own[:, None], axis=1)[:, :-1]
+    return np.where(behind, d2[:, 1:], d2[:, :-1]), np.where(behind, indices[:, 1:], indices[:, :-1])
+
+
 # ---- radius_search -------------------------------------------------------------------------------------------------
 
 
+class _Part(NamedTuple):
+    """The queries of one cloud."""
+
+    cloud: Cloud
+    query: np.ndarray  # float32 [n, 3], relative to the cloud's origin
+    reach2: np.ndarray  # float32 [n], the squared radii
+    exclude_self: bool
+
+    def some(self, rows: Any) -> _Part:
+        """Some of the queries, of which none is excluded."""
+        return _Part(self.cloud, self.query[rows], self.reach2[rows], False)
+
+
 def radius_search(
-    query: np.ndarray, query_lengths: Sequence[int], clouds: Sequence[Cloud], radius: float, max_entries: int | None
+    query: np.ndarray,
+    query_lengths: Sequence[int],
+    clouds: Sequence[Cloud],
+    radius: Any,
+    max_entries: int | None,
+    exclude_self: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Offsets int64 [N + 1], indices int32 and distances float32, sorted by (query, index)."""
-    limit = max_entries
-    if limit is None:
-        limit = ENTRIES_A_POINT * (len(query) + sum(cloud.length for cloud in clouds))
-    ends = np.cumsum(query_lengths, dtype=np.int64)
-    parts = [
-        (cloud, local(query[end - n : end], cloud.origin), int(end - n))
-        for cloud, n, end in zip(clouds, query_lengths, ends, strict=True)
-    ]
-    r2 = squared_radius(radius)
-    candidates = [_within(cloud, coordinates, _outer_radius(r2)) for cloud, coordinates, _ in parts]
-    if sum(int(upper.sum()) for upper in candidates) > limit:  # then count exactly, before any pair is stored
-        counts = np.zeros(len(query), np.int64)
-        for (cloud, coordinates, row), upper in zip(parts, candidates, strict=True):
-            counts[row : row + len(upper)] = _exact_counts(cloud, coordinates, r2, upper)
+    """Offsets int64 [N + 1], indices int32 and distances float32, sorted by (query, index).
+
+    `radius` is a number, or an array [N] with one for each query.
+    """
+    limit = MAX_PAIRS if max_entries is None else max_entries
+    reach2, parts, end = _reach2(radius, len(query)), [], 0
+    for cloud, n in zip(clouds, query_lengths, strict=True):
+        rows, end = slice(end, end + n), end + n
+        parts.append(_Part(cloud, local(query[rows], cloud.origin), reach2[rows], exclude_self))
+    found = None if sum(map(_estimate, parts)) > limit else _all_listed(parts, limit)
+    if found is None:
+        counts = np.concatenate([np.empty(0, np.int64), *map(_counts, parts)])
         total = int(counts.sum())
         if total > limit:
             if max_entries is None:
                 row = int(counts.argmax())
-                raise too_many_entries(radius, total, limit, row, int(counts[row]))
+                raise too_many_entries(radius, total, row, int(counts[row]))
             return (
                 np.full(len(query) + 1, -total, np.int64),
                 np.full(max_entries, -1, np.int32),
                 np.full(max_entries, np.nan, np.float32),
             )
-    found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
-    for (cloud, coordinates, first), upper in zip(parts, candidates, strict=True):
-        found += [(row + first, column, d2) for row, column, d2 in _pairs(cloud, coordinates, r2, upper)]
-    rows, indices, d2 = (np.concatenate(column) for column in zip(*found, strict=True))
+        found = _all_listed(parts, limit)
+        assert found is not None
+    counts, indices, d2 = found
     offsets = np.zeros(len(query) + 1, np.int64)
-    np.cumsum(np.bincount(rows, minlength=len(query)), out=offsets[1:])
-    room = 0 if max_entries is None else max_entries - len(rows)
-    return (
-        offsets,
-        np.pad(indices.astype(np.int32), (0, room), constant_values=-1),
-        np.pad(np.sqrt(d2), (0, room), constant_values=np.nan),
-    )
+    np.cumsum(counts, out=offsets[1:])
+    distances = np.sqrt(d2, out=d2)
+    if max_entries is not None:
+        spare = max_entries - len(indices)
+        indices = np.pad(indices, (0, spare), constant_values=-1)
+        distances = np.pad(distances, (0, spare), constant_values=np.nan)
+    return offsets, indices, distances
 
 
-def too_many_entries(radius: float, total: int, limit: int, row: int, count: int) -> ValueError:
+def too_many_entries(radius: Any, total: int, row: int, count: int) -> ValueError:
     """The error of a search without max_entries; query `row` has the most neighbours, `count` of them."""
+    given = f"radius = {radius}" if np.ndim(radius) == 0 else "radius"
     return ValueError(
-        f"radius = {radius} finds {total} neighbours, more than {ENTRIES_A_POINT} * (N + M) = {limit}; query row {row} "
-        f"alone has {count}. Take a smaller radius, or pass max_entries={total} if there is memory for them."
+        f"{given} finds {total} neighbours, more than 2**31 - 1; query row {row} alone has {count}. Take a smaller "
+        "radius, search fewer queries at a time, or cap the neighbours of each query by max_neighbors."
     )
 
 
-def _outer_radius(r2: np.float32) -> float:
+def _outer_radius(r2: Any) -> Any:
     """Every point with d2 <= r2 in float32 lies within this radius in exact arithmetic."""
-    return float(np.sqrt((float(r2) + ABSOLUTE) * (1 + RELATIVE)))
+    return np.sqrt((np.float64(r2) + ABSOLUTE) * (1 + RELATIVE))
 
 
-def _inner_radius(r2: np.float32) -> float:
+def _inner_radius(r2: Any) -> Any:
     """Every point within this radius in exact arithmetic has d2 <= r2 in float32, at least those equal to the query."""
-    return float(np.sqrt(max(float(r2) - ABSOLUTE, 0.0) * (1 - RELATIVE)))
+    return np.sqrt(np.maximum(np.float64(r2) - ABSOLUTE, 0.0) * (1 - RELATIVE))
 
 
-def _within(cloud: Cloud, query: np.ndarray, radius: float) -> np.ndarray:
-    """How many points of the cloud the tree finds within the radius of each query, int64 [n]."""
-    counts = np.zeros(len(query), np.int64)
-    usable = np.isfinite(query).all(axis=1)
-    if usable.any():
-        counts[usable] = cloud.tree.query_ball_point(query[usable], radius, return_length=True, workers=-1)
+def _usable(part: _Part) -> np.ndarray:
+    """The rows of the queries that may find anything."""
+    return np.flatnonzero(np.isfinite(part.query).all(axis=1) & (part.reach2 >= 0))
+
+
+def _within(part: _Part, radius: Callable[[Any], Any]) -> np.ndarray:
+    """How many points of the cloud the tree finds within radius(reach2) of each query, int64 [n]."""
+    counts, rows = np.zeros(len(part.query), np.int64), _usable(part)
+    if len(rows):
+        radii = radius(part.reach2[rows])
+        counts[rows] = part.cloud.tree.query_ball_point(part.query[rows], radii, return_length=True, workers=-1)
     return counts
 
 
-def _exact_counts(cloud: Cloud, query: np.ndarray, r2: np.float32, upper: np.ndarray) -> np.ndarray:
-    """How many points have d2 <= r2, int64 [n]. Pairs are listed only for queries with a point close to the radius."""
-    counts = _within(cloud, query, _inner_radius(r2))
+def _estimate(part: _Part) -> int:
+    """About how many pairs there are, from a sample of the queries."""
+    n = len(part.query)
+    sample = np.arange(min(n, SAMPLE)) * n // max(min(n, SAMPLE), 1)
+    return int(_within(part.some(sample), _inner_radius).sum()) * n // max(len(sample), 1)
+
+
+def _counts(part: _Part) -> np.ndarray:
+    """How many neighbours each query has, int64 [n]. Lists pairs only for queries with a point close to the radius."""
+    counts, upper = _within(part, _inner_radius), _within(part, _outer_radius)
     unsure = np.flatnonzero(counts != upper)
-    counts[unsure] = 0
-    for rows, _, _ in _pairs(cloud, query[unsure], r2, upper[unsure]):
-        counts[unsure] += np.bincount(rows, minlength=len(unsure))
+    counts[unsure] = np.concatenate([np.empty(0, np.int64), *(of[0] for of in _listed(part.some(unsure)))])
+    if part.exclude_self:
+        coordinates = np.full((part.cloud.length, 3), np.float32(np.nan))
+        coordinates[part.cloud.rows] = part.cloud.points
+        inside = squared_distances(part.query, coordinates) <= part.reach2
+        counts -= inside & np.isfinite(part.query).all(axis=1)
     return counts
 
 
-def _pairs(
-    cloud: Cloud, query: np.ndarray, r2: np.float32, upper: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The pairs with d2 <= r2, in order: rows of the query, rows of the packed points, and d2.
+def _all_listed(parts: Sequence[_Part], limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Counts int64 [N], indices int32 and d2 float32 of all pairs, or None if there are more than the limit."""
+    found, total = [(np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.float32))], 0
+    for part in parts:
+        for pairs in _listed(part):
+            total += len(pairs[1])
+            if total > limit:
+                return None
+            found.append(pairs)
+    counts, indices, d2 = (np.concatenate(column) for column in zip(*found, strict=True))
+    return counts, indices, d2
 
-    Works on some queries at a time. `upper` is the number of points that the tree finds for each query.
+
+def _listed(part: _Part) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The pairs with d2 <= reach2, in order, of some queries at a time.
+
+    Yields the number of neighbours of each query, int64; their rows in the packed points, int32; and d2, float32.
     """
-    radius = _outer_radius(r2)
-    query_axes, axes = np.ascontiguousarray(query.T), np.ascontiguousarray(cloud.points.T)
-    before = np.cumsum(upper)
-    for rows in np.split(np.arange(len(query)), np.flatnonzero(np.diff(before // PAIRS)) + 1):
-        rows = rows[upper[rows] > 0]
-        if len(rows) == 0:
-            continue
-        near = _tree(query[rows], tight=True).sparse_distance_matrix(cloud.tree, radius, output_type="ndarray")
-        pairs = np.sort(near["i"].astype(np.uint64) << np.uint64(32) | near["j"].astype(np.uint64))
-        i, j = rows[(pairs >> np.uint64(32)).astype(np.int64)], pairs.astype(np.uint32).astype(np.int64)
-        d2 = squared_distances(_gathered(query_axes, i), _gathered(axes, j))
-        kept = d2 <= r2
-        yield i[kept], cloud.rows[j[kept]] + cloud.first, d2[kept]
+    cloud, axes = part.cloud, np.ascontiguousarray(part.cloud.points.T)
+    packed_rows = (cloud.rows + cloud.first).astype(np.int32)
+    step = max(1, LISTED // max(len(cloud.points), 1))
+    for first in range(0, len(part.query), step):
+        some = part.some(slice(first, first + step))
+        counts, usable = np.zeros(len(some.query), np.int64), _usable(some)
+        lists = cloud.tree.query_ball_point(
+            some.query[usable], _outer_radius(some.reach2[usable]), return_sorted=True, workers=-1
+        )
+        counts[usable] = np.fromiter(map(len, lists), np.int64, len(lists))
+        total = int(counts.sum())
+        near = np.fromiter(itertools.chain.from_iterable(lists), np.int64, total)
+        d2 = _distances2(axes, near, [np.repeat(some.query[:, d], counts) for d in range(3)])
+        indices, rows = packed_rows.take(near), np.repeat(np.arange(len(counts)), counts)
+        kept = d2 <= some.reach2[rows]
+        if part.exclude_self:
+            kept &= indices != rows + (cloud.first + first)
+        if not kept.all():
+            counts, indices, d2 = np.bincount(rows[kept], minlength=len(counts)), indices[kept], d2[kept]
+        yield counts, indices, d2
 
 
 # ---- gradients -----------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu3d.reference.chamfer import ordered_sum
-from gpu3d.reference.neighbors import ENTRIES_A_POINT, PAIRS, ROWS, Cloud, local, origin, squared_distances
+from gpu3d.reference.neighbors import PAIRS, Cloud, local, origin, squared_distances
 
 SYMMETRIZATIONS = ("mean", "min")
 GAP = 1e-8  # the least d2 - d1 that T_i divides by
@@ -141,13 +141,18 @@ class _Near(NamedTuple):
     outer: np.ndarray  # float64 [open], the radius beyond which nothing is kept
 
 
+def default_limit(points: int) -> int:
+    """How many entries a plan for so many points of both clouds may have without max_entries."""
+    return max(64 * points, 2**24)
+
+
 def supports(sides: Sequence[Side], max_entries: int | None) -> list[Entries]:
     """The entries of each side, in any order. Above the limit it raises TooManyEntries, before listing them."""
     near = [_near(side) for side in sides]
     upper = [_within(side, rows, outer) for side, (_, rows, _, outer) in zip(sides, near, strict=True)]
     limit = max_entries
     if limit is None:
-        limit = ENTRIES_A_POINT * sum(side.own.length for side in sides)
+        limit = default_limit(sum(side.own.length for side in sides))
     known = sum(len(of_side.entries.own) for of_side in near)
     if known + sum(int(counts.sum()) for counts in upper) > limit:
         counts = [_counts(*of_side) for of_side in zip(sides, near, upper, strict=True)]
@@ -166,7 +171,7 @@ def too_many_entries(
     total: int, limit: int, max_entries: int | None, name: str, row: int, count: int
 ) -> TooManyEntries:
     """The error of a plan that is too large; row `row` of the argument `name` keeps most entries, `count`."""
-    allowed = f"{ENTRIES_A_POINT} * (N + M) = {limit}" if max_entries is None else f"max_entries = {limit}"
+    allowed = f"max(64 * (N + M), 2**24) = {limit}" if max_entries is None else f"max_entries = {limit}"
     return TooManyEntries(
         f"pred and target keep {total} entries, more than {allowed}; row {row} of {name} alone keeps {count}. It is "
         "far from the other cloud, or many points there are equal: drop such points, take a larger threshold, or pass "
@@ -197,19 +202,19 @@ def _kept(side: Side, own: np.ndarray, other: np.ndarray, c: np.ndarray, d1: np.
 
 def _workers(queries: int) -> int:
     """Threads of a tree search, -1 for all cores; in a small search threads cost more than they save."""
-    return -1 if queries > ROWS else 1
+    return -1 if queries > 2048 else 1
 
 
 def _near(side: Side) -> _Near:
     """Search for the NEAR nearest of each point; list the entries of the points whose whole ball that covers."""
-    cloud = side.other
+    cloud, near = side.other, side.other.nearest(NEAR)
     # The tree gives a missing neighbour the index one past its points: there stands a point at inf.
-    points = np.append(cloud.thin_points, np.full((1, 3), np.inf, np.float32), axis=0)
-    packed = np.append(cloud.thin_rows + cloud.first, -1)
+    points = np.append(near.points, np.full((1, 3), np.inf, np.float32), axis=0)
+    packed = np.append(near.packed_rows.astype(np.int64), -1)
     rows = np.arange(len(side.own.points) if len(cloud.points) else 0)
     found = []
     for part in np.array_split(rows, -(-len(rows) * NEAR // PAIRS) or 1):
-        far, candidates = cloud.thin_tree.query(side.own.points[part], NEAR, workers=_workers(len(part)))
+        far, candidates = near.tree.query(side.own.points[part], NEAR, workers=_workers(len(part)))
         c = _distances(side.own.points[part, None], points[candidates])
         d1, d2 = np.partition(c, 1, axis=1)[:, :2].T
         inner, outer = _radii(side, d1, d2)

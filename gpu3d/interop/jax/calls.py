@@ -197,16 +197,32 @@ def bucket_unpool_backward(
 # ---- neighbours ----------------------------------------------------------------------------------------------------
 
 
-def knn(query: Known, points: Known, *, query_lengths: tuple[int, ...], lengths: tuple[int, ...], k: int) -> Work:
-    """`gpu3d.knn` of packed points."""
-    options = neighbors.check_knn(query, points, k, query_lengths, lengths)
+def knn(
+    query: Known,
+    points: Known,
+    *radii: Known,
+    query_lengths: tuple[int, ...],
+    lengths: tuple[int, ...],
+    k: int,
+    radius: float,
+    exclude_self: bool,
+) -> Work:
+    """`gpu3d.knn` of packed points, whose radius is inf, and `gpu3d.radius_search` with max_neighbors."""
 
-    def on_gpu(query: Spec, points: Spec, device: Device) -> Call:
-        return cuda_neighbors.knn(query, query_lengths, points, lengths, k, device)
+    def checked(query: Known, points: Known, *radii: Known) -> neighbors.Nearest:
+        reach = radii[0] if radii else radius
+        return neighbors.check_knn(query, points, k, query_lengths, lengths, exclude_self, reach)
 
-    def on_cpu(query: Given, points: Given) -> list[Any]:
-        return neighbors.knn_arrays(query, points, *options)
+    def on_gpu(query: Spec, points: Spec, *rest: Any) -> Call:
+        *radii, device = rest
+        limits = cuda_neighbors.Limits(radius, radii[0] if radii else None, exclude_self)
+        return cuda_neighbors.knn(query, query_lengths, points, lengths, k, device, limits=limits)
 
+    def on_cpu(query: Given, points: Given, *radii: Given) -> list[Any]:
+        options = checked(query, points, *radii)  # the values of radii too
+        return neighbors.knn_arrays(query, points, radii[0] if radii else None, options)
+
+    checked(query, points, *[Spec(x.shape, x.dtype) for x in radii])
     return Work(neighbors.knn_results(query.shape[0], k), on_gpu, on_cpu)
 
 
@@ -228,22 +244,30 @@ def knn_backward(
 def radius_search(
     query: Known,
     points: Known,
-    *,
+    *radii: Known,
     query_lengths: tuple[int, ...],
     lengths: tuple[int, ...],
     radius: float,
     max_entries: int,
+    exclude_self: bool,
 ) -> Work:
     """`gpu3d.radius_search` of packed points. Each offset is two int32, because JAX has int64 only on request."""
-    options = neighbors.check_radius(query, points, radius, query_lengths, lengths, max_entries)
 
-    def on_gpu(query: Spec, points: Spec, device: Device) -> Call:
-        return cuda_neighbors.radius(query, query_lengths, points, lengths, radius, max_entries, device)
+    def checked(query: Known, points: Known, *radii: Known) -> neighbors.Radius:
+        reach = radii[0] if radii else radius
+        return neighbors.check_radius(query, points, reach, query_lengths, lengths, max_entries, exclude_self)
 
-    def on_cpu(query: Given, points: Given) -> list[Any]:
-        offsets, indices, distances = neighbors.radius_arrays(query, points, *options)
+    def on_gpu(query: Spec, points: Spec, *rest: Any) -> Call:
+        *radii, device = rest
+        limits = cuda_neighbors.Limits(radius, radii[0] if radii else None, exclude_self)
+        return cuda_neighbors.radius(query, query_lengths, points, lengths, limits, max_entries, device)
+
+    def on_cpu(query: Given, points: Given, *radii: Given) -> list[Any]:
+        options = checked(query, points, *radii)  # the values of radii too
+        offsets, indices, distances = neighbors.radius_arrays(query, points, radii[0] if radii else None, options)
         return [offsets.view(np.int32).reshape(-1, 2), indices, distances]
 
+    checked(query, points, *[Spec(x.shape, x.dtype) for x in radii])
     offsets, *found = neighbors.radius_results(query.shape[0], max_entries)
     return Work([Spec((*offsets.shape, 2), INT32), *found], on_gpu, on_cpu)
 

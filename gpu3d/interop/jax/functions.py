@@ -394,6 +394,7 @@ def knn(
     *,
     query_lengths: Sequence[int] | None = None,
     lengths: Sequence[int] | None = None,
+    exclude_self: bool = False,
 ) -> Neighbors:
     """`gpu3d.knn` with the gradients of the distances.
 
@@ -401,7 +402,7 @@ def knn(
     ----------
     query, points : Array [N, 3], [N, 2], [B, n, 3] or [B, n, 2]
         As in `gpu3d.knn`; arrays, not a NeighborIndex.
-    k, query_lengths, lengths
+    k, query_lengths, lengths, exclude_self
         As in `gpu3d.knn`; static under jax.jit.
 
     Returns
@@ -420,24 +421,25 @@ def knn(
     """
     _check_arrays(query=query, points=points)
     _check_lengths(query_lengths=query_lengths, lengths=lengths)
-    checked = neighbors.check_knn(spec(query), spec(points), k, query_lengths, lengths)
+    checked = neighbors.check_knn(spec(query), spec(points), k, query_lengths, lengths, exclude_self)
     arrays = alike(_packed(query), _packed(points))
     return Neighbors(*_knn(options(**checked._asdict()), *arrays))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _knn(static: Options, query: jax.Array, points: jax.Array) -> Any:
-    return call("knn", static, query, points)
+def _knn(static: Options, query: jax.Array, points: jax.Array, *radii: jax.Array) -> Any:
+    return call("knn", static, query, points, *radii)
 
 
-def _knn_forward(static: Options, query: jax.Array, points: jax.Array) -> Any:
-    found = last_call("knn", static, query, points)
-    return found, (query, points, *found)
+def _knn_forward(static: Options, query: jax.Array, points: jax.Array, *radii: jax.Array) -> Any:
+    found = last_call("knn", static, query, points, *radii)
+    return found, ((query, points, *found), (None,) * len(radii))
 
 
 def _knn_backward(static: Options, saved: Any, cotangents: Any) -> Any:
     ddistances, _ = cotangents
-    return tuple(last_call("knn_backward", _only_lengths(static), ddistances, *saved))
+    arrays, of_radii = saved
+    return *last_call("knn_backward", _only_lengths(static), ddistances, *arrays), *of_radii
 
 
 def _only_lengths(static: Options) -> Options:
@@ -451,19 +453,24 @@ _knn.defvjp(_knn_forward, _knn_backward)
 def radius_search(
     query: jax.Array,
     points: jax.Array,
-    radius: float,
+    radius: Any,
     *,
     query_lengths: Sequence[int] | None = None,
     lengths: Sequence[int] | None = None,
     max_entries: int | None = None,
-) -> RadiusNeighbors:
+    max_neighbors: int | None = None,
+    exclude_self: bool = False,
+) -> RadiusNeighbors | Neighbors:
     """`gpu3d.radius_search` with the gradients of the distances.
 
     Parameters
     ----------
     query, points : Array [N, 3], [N, 2], [B, n, 3] or [B, n, 2]
         As in `gpu3d.radius_search`; arrays, not a NeighborIndex.
-    radius, query_lengths, lengths
+    radius : float, or Array [N]
+        As in `gpu3d.radius_search`; a number is static under jax.jit. Radii are not differentiated: the gradient stops
+        there. Their values are checked on the CPU when a program runs.
+    query_lengths, lengths, max_neighbors, exclude_self
         As in `gpu3d.radius_search`; static under jax.jit.
     max_entries : int, optional
         As in `gpu3d.radius_search`, but neighbours are not counted on the host here. The default is
@@ -475,13 +482,24 @@ def radius_search(
         ``indices`` and ``distances`` have max_entries elements. ``offsets`` are int64 with jax_enable_x64, else int32.
         Distances have gradients with respect to query and points. A distance of 0 adds nothing to them. If there are
         more neighbours than max_entries, both gradients are NaN.
+    Neighbors
+        With max_neighbors: arrays as those of `knn`.
     """
     _check_arrays(query=query, points=points)
     _check_lengths(query_lengths=query_lengths, lengths=lengths)
-    checked = neighbors.check_radius(spec(query), spec(points), radius, query_lengths, lengths, max_entries)
+    radii = []
+    if isinstance(radius, jax.Array) or neighbors.is_array(radius):
+        _check_arrays(radius=radius)
+        radii.append(jax.lax.stop_gradient(radius))
+    arrays = alike(_packed(query), _packed(points), *radii)
+    specs, reach = (spec(query), spec(points)), spec(radius) if radii else radius
+    if neighbors.check_max_neighbors(max_neighbors, max_entries):
+        sizes = query_lengths, lengths
+        nearest = neighbors.check_knn(*specs, max_neighbors, *sizes, exclude_self, reach, "max_neighbors")
+        return Neighbors(*_knn(options(**nearest._asdict()), *arrays))
+    checked = neighbors.check_radius(*specs, reach, query_lengths, lengths, max_entries, exclude_self)
     if max_entries is None:
         checked = checked._replace(max_entries=_max_entries(checked.query_lengths, checked.lengths))
-    arrays = alike(_packed(query), _packed(points))
     halves, indices, found = _radius_search(options(**checked._asdict()), *arrays)
     config: Any = jax.config  # whose flags type checkers do not see
     offsets = jax.lax.bitcast_convert_type(halves, np.int64) if config.jax_enable_x64 else halves[:, 0]
@@ -489,18 +507,19 @@ def radius_search(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _radius_search(static: Options, query: jax.Array, points: jax.Array) -> Any:
-    return call("radius_search", static, query, points)
+def _radius_search(static: Options, query: jax.Array, points: jax.Array, *radii: jax.Array) -> Any:
+    return call("radius_search", static, query, points, *radii)
 
 
-def _radius_forward(static: Options, query: jax.Array, points: jax.Array) -> Any:
-    found = last_call("radius_search", static, query, points)
-    return found, (query, points, *found)
+def _radius_forward(static: Options, query: jax.Array, points: jax.Array, *radii: jax.Array) -> Any:
+    found = last_call("radius_search", static, query, points, *radii)
+    return found, ((query, points, *found), (None,) * len(radii))
 
 
 def _radius_backward(static: Options, saved: Any, cotangents: Any) -> Any:
     *_, ddistances = cotangents
-    return tuple(last_call("radius_search_backward", _only_lengths(static), ddistances, *saved))
+    arrays, of_radii = saved
+    return *last_call("radius_search_backward", _only_lengths(static), ddistances, *arrays), *of_radii
 
 
 _radius_search.defvjp(_radius_forward, _radius_backward)

@@ -8,6 +8,7 @@ the operator's are checked here, because torch would convert them, or refuse the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -312,6 +313,7 @@ def knn(
     *,
     query_lengths: Sequence[int] | None = None,
     lengths: Sequence[int] | None = None,
+    exclude_self: bool = False,
 ) -> Neighbors:
     """`gpu3d.knn` with the gradients of the distances. Under autocast query and points are cast to float32.
 
@@ -319,7 +321,7 @@ def knn(
     ----------
     query, points : Tensor [N, 3], [N, 2], [B, n, 3] or [B, n, 2]
         As in `gpu3d.knn`. points may be a NeighborIndex, if query does not require grad.
-    k, query_lengths, lengths
+    k, query_lengths, lengths, exclude_self
         As in `gpu3d.knn`.
 
     Returns
@@ -331,33 +333,39 @@ def knn(
     if isinstance(points, NeighborIndex):
         _refuse_gradients("knn with a NeighborIndex", query=query)
         given = neighbors.read_query(query)
-        checked = neighbors.check_knn(given, points, k, query_lengths, lengths)
-        return Neighbors(*neighbors.knn_arrays(given, points, *checked))
+        checked = neighbors.check_knn(given, points, k, query_lengths, lengths, exclude_self)
+        return Neighbors(*neighbors.knn_arrays(given, points, None, checked))
     of_query, of_points = _tensors(query=query, points=points)
-    if not _exact((k, int)):
-        k = neighbors.check_knn(_spec(of_query), _spec(of_points), k, query_lengths, lengths).k
+    if not _exact((k, int), (exclude_self, bool)):
+        options = k, query_lengths, lengths, exclude_self
+        checked = neighbors.check_knn(_spec(of_query), _spec(of_points), *options)
+        k, exclude_self = checked.k, checked.exclude_self
     of_query, query_lengths = _packed(of_query, query_lengths, "query", "query_lengths")
     of_points, lengths = _packed(of_points, lengths, "points", "lengths")
-    numbers = query_lengths, lengths, k
-    return Neighbors(*[_as(query, x) for x in run(operators.KNN, (of_query, of_points), numbers)])
+    numbers = query_lengths, lengths, k, math.inf, exclude_self
+    return Neighbors(*[_as(query, x) for x in run(operators.KNN, (of_query, of_points, None), numbers)])
 
 
 def radius_search(
     query: Any,
     points: Any,
-    radius: float,
+    radius: Any,
     *,
     query_lengths: Sequence[int] | None = None,
     lengths: Sequence[int] | None = None,
     max_entries: int | None = None,
-) -> RadiusNeighbors:
+    max_neighbors: int | None = None,
+    exclude_self: bool = False,
+) -> RadiusNeighbors | Neighbors:
     """`gpu3d.radius_search` with the gradients of the distances. Autocast casts query and points to float32.
 
     Parameters
     ----------
     query, points : Tensor [N, 3], [N, 2], [B, n, 3] or [B, n, 2]
         As in `gpu3d.radius_search`. points may be a NeighborIndex, if query does not require grad.
-    radius, query_lengths, lengths
+    radius : float, or Tensor [N]
+        As in `gpu3d.radius_search`. Radii have no gradient: if they require grad, pass ``radius.detach()``.
+    query_lengths, lengths, max_neighbors, exclude_self
         As in `gpu3d.radius_search`.
     max_entries : int, optional
         As in `gpu3d.radius_search`. Under torch.compile, and while a CUDA graph is captured, the host cannot read the
@@ -369,21 +377,36 @@ def radius_search(
     RadiusNeighbors
         Tensors ``offsets``, ``indices`` and ``distances``. Distances have gradients with respect to query and points. A
         distance of 0 adds nothing to them. If there are more neighbours than max_entries, both gradients are NaN.
+    Neighbors
+        With max_neighbors: tensors as those of `knn`.
     """
+    _refuse_gradients("radius_search", radius=radius)
     if isinstance(points, NeighborIndex):
         _refuse_gradients("radius_search with a NeighborIndex", query=query)
         given = neighbors.read_query(query)
-        checked = neighbors.check_radius(given, points, radius, query_lengths, lengths, max_entries)
-        return RadiusNeighbors(*neighbors.radius_arrays(given, points, *checked))
-    of_query, of_points = _tensors(query=query, points=points)
-    if not _exact((radius, float), (max_entries, int, type(None))):
-        checked = neighbors.check_radius(_spec(of_query), _spec(of_points), radius, query_lengths, lengths, max_entries)
-        radius, max_entries = checked.radius, checked.max_entries
+        options = query_lengths, lengths, max_entries, max_neighbors, exclude_self
+        return neighbors.within(given, points, radius, *options)
+    nearest, each = neighbors.check_max_neighbors(max_neighbors, max_entries), neighbors.is_array(radius)
+    of_query, of_points, radii = _tensors(query=query, points=points, radius=radius if each else None)
+    radius = math.inf if each else radius
+    if not _exact(
+        (radius, float), (max_entries, int, type(None)), (max_neighbors, int, type(None)), (exclude_self, bool)
+    ):
+        specs, sizes = (_spec(of_query), _spec(of_points)), (query_lengths, lengths)
+        if nearest:
+            max_neighbors = neighbors.check_knn(*specs, max_neighbors, *sizes, exclude_self, radius, "max_neighbors").k
+        else:
+            max_entries = neighbors.check_radius(*specs, radius, *sizes, max_entries, exclude_self).max_entries
+        radius, exclude_self = float(radius), bool(exclude_self)
     of_query, query_lengths = _packed(of_query, query_lengths, "query", "query_lengths")
     of_points, lengths = _packed(of_points, lengths, "points", "lengths")
+    tensors = of_query, of_points, radii
+    if nearest:
+        numbers = query_lengths, lengths, max_neighbors, radius, exclude_self
+        return Neighbors(*[_as(query, x) for x in run(operators.KNN, tensors, numbers)])
     max_entries = _capacity(max_entries, of_query, query_lengths, lengths)
-    numbers = query_lengths, lengths, radius, max_entries
-    return RadiusNeighbors(*[_as(query, x) for x in run(operators.RADIUS_SEARCH, (of_query, of_points), numbers)])
+    numbers = query_lengths, lengths, radius, max_entries, exclude_self
+    return RadiusNeighbors(*[_as(query, x) for x in run(operators.RADIUS_SEARCH, tensors, numbers)])
 
 
 def _capacity(max_entries: int | None, x: torch.Tensor, x_lengths: Any, y_lengths: Any) -> int | None:

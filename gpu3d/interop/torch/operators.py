@@ -480,14 +480,26 @@ UNPOOL.differentiate(lambda tensors, results: tensors[1:2], _backward_of_unpool)
 # ---- neighbours ----------------------------------------------------------------------------------------------------
 
 
-def _knn(query: Any, points: Any, query_lengths: tuple[int, ...], lengths: tuple[int, ...], k: int) -> list[Any]:
-    return neighbors.knn_arrays(query, points, *neighbors.check_knn(query, points, k, query_lengths, lengths))
+def _knn(
+    query: Any,
+    points: Any,
+    radii: Any,
+    query_lengths: tuple[int, ...],
+    lengths: tuple[int, ...],
+    k: int,
+    radius: float,
+    exclude_self: bool,
+) -> list[Any]:
+    """`knn`, whose radius is inf, and `radius_search` with max_neighbors."""
+    options = k, query_lengths, lengths, exclude_self, radius if radii is None else radii
+    return neighbors.knn_arrays(query, points, radii, neighbors.check_knn(query, points, *options))
 
 
 KNN = Operator(
-    "knn(Tensor query, Tensor points, SymInt[] query_lengths, SymInt[] lengths, int k) -> (Tensor, Tensor)",
+    "knn(Tensor query, Tensor points, Tensor? radii, SymInt[] query_lengths, SymInt[] lengths, int k, float radius, "
+    "bool exclude_self) -> (Tensor, Tensor)",
     _knn,
-    lambda query, points, query_lengths, lengths, k: neighbors.knn_results(query.shape[0], k),
+    lambda query, points, radii, query_lengths, lengths, k, *rest: neighbors.knn_results(query.shape[0], k),
 )
 
 
@@ -504,7 +516,7 @@ KNN_BACKWARD = Operator(
 )
 KNN_BACKWARD.refuse_second_derivative()
 KNN.differentiate(
-    lambda tensors, results: (*tensors, *results),
+    lambda tensors, results: (*tensors[:2], *results),
     lambda ddistances, saved, numbers: run(KNN_BACKWARD, (ddistances, *saved), numbers[:2]),
 )
 KNN.autocast(2, lambda device: torch.float32)
@@ -513,24 +525,26 @@ KNN.autocast(2, lambda device: torch.float32)
 def _radius_search(
     query: Any,
     points: Any,
+    radii: Any,
     query_lengths: tuple[int, ...],
     lengths: tuple[int, ...],
     radius: float,
     max_entries: int | None,
+    exclude_self: bool,
 ) -> list[Any]:
-    checked = neighbors.check_radius(query, points, radius, query_lengths, lengths, max_entries)
-    return neighbors.radius_arrays(query, points, *checked)
+    options = radius if radii is None else radii, query_lengths, lengths, max_entries, exclude_self
+    return neighbors.radius_arrays(query, points, radii, neighbors.check_radius(query, points, *options))
 
 
 def _radius_results(query: Spec, points: Spec, *rest: Any) -> Any:
-    max_entries = rest[-1]
+    max_entries = rest[-2]
     entries = torch.library.get_ctx().new_dynamic_size() if max_entries is None else max_entries
     return neighbors.radius_results(query.shape[0], entries)
 
 
 RADIUS_SEARCH = Operator(
-    "radius_search(Tensor query, Tensor points, SymInt[] query_lengths, SymInt[] lengths, float radius, "
-    "SymInt? max_entries) -> (Tensor, Tensor, Tensor)",
+    "radius_search(Tensor query, Tensor points, Tensor? radii, SymInt[] query_lengths, SymInt[] lengths, float radius, "
+    "SymInt? max_entries, bool exclude_self) -> (Tensor, Tensor, Tensor)",
     _radius_search,
     _radius_results,
 )
@@ -551,7 +565,7 @@ RADIUS_SEARCH_BACKWARD = Operator(
 )
 RADIUS_SEARCH_BACKWARD.refuse_second_derivative()
 RADIUS_SEARCH.differentiate(
-    lambda tensors, results: (*tensors, *results),
+    lambda tensors, results: (*tensors[:2], *results),
     lambda ddistances, saved, numbers: run(RADIUS_SEARCH_BACKWARD, (ddistances, *saved), numbers[:2]),
     result=2,
 )
