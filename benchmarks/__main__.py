@@ -21,13 +21,27 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import attention, buckets, data, flash3d, host, interop, neighbors, pooling, table, timing, transport
+from benchmarks import (
+    attention,
+    buckets,
+    data,
+    flash3d,
+    host,
+    interop,
+    neighbors,
+    pooling,
+    sampling,
+    table,
+    timing,
+    transport,
+)
 
 SUITES: dict[str, Callable[[table.Setting], Iterator[table.Row]]] = {
     "buckets": buckets.run,
     "attention": attention.run,
     "pooling": pooling.run,
     "neighbors": neighbors.run,
+    "sampling": sampling.run,
     "transport": transport.run,
     "interop": interop.run,
     "host": host.run,

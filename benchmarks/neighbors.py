@@ -47,9 +47,12 @@ NEAREST, NEAREST_MUST, NEAREST_AIM = 32, 0.8, 0.4  # max_neighbors of a search w
 MILLION_MUST = 6.0  # k = 1
 CHAMFER_MUST = {(1, 65_536): 0.5, (32, 2048): 0.15, (8, 8192): 0.25}  # by (clouds, points per cloud)
 GRADIENT_MUST = 1.5  # times the forward
+ONE_SIDED_MUST, POINTS_MUST, COMPARE_MUST = 0.5, 1.0, 1.2  # times the forward of both directions
+THRESHOLDS = (0.01, 0.02, 0.05)
 GROWTH_MUST = 1.2  # the exponent of N
 HARD_MUST = 5.0  # k = 2, for far and collapsed
 RADIUS_MUST = 1.5
+NORMALS_MUST, NORMALS_AIM = 0.7, 0.5  # k = 16, a real sweep
 CPU_MUST = 1.15  # times SciPy with all cores
 CPU_RADIUS_MUST = 0.5  # times SciPy's sparse_distance_matrix
 CHECKED_STEP = 61  # every so many queries are searched on the CPU too, where brute force would take minutes
@@ -77,10 +80,12 @@ def run(setting: Setting) -> Iterator[Row]:
         _many,
         _million,
         _chamfer,
+        _variants,
         _growth,
         _hard,
         _radius,
         _reused,
+        _normals,
         _cpu,
         _sizes,
         _degenerate,
@@ -476,6 +481,32 @@ def _chamfer(setting: Setting) -> Iterator[Row]:
             )
 
 
+def _variants(setting: Setting) -> Iterator[Row]:
+    """What else one search gives: one direction, the distance of each point, all metrics. Beside chamfer of both."""
+    case = _pair("near", SWEEP)
+    lengths: dict[str, Any] = {"x_lengths": case.lengths, "y_lengths": case.lengths}
+    sides = case.query, case.points
+    whole = timing.graph_time(case.chamfer)
+    for name, share, call in (
+        ("chamfer, one direction", ONE_SIDED_MUST, partial(gpu3d.chamfer, *sides, **lengths, direction="x_to_y")),
+        (
+            "chamfer, the distance of each point",
+            POINTS_MUST,
+            partial(gpu3d.chamfer, *sides, **lengths, reduction="points"),
+        ),
+        ("compare_clouds", COMPARE_MUST, partial(gpu3d.compare_clouds, *sides, **lengths, thresholds=THRESHOLDS)),
+    ):
+        yield Row(
+            f"{name}: near, 1 x {SWEEP:,}",
+            "graph",
+            "ms",
+            timing.graph_time(call),
+            share * whole,
+            peers=(measured_peer("the same call, eager", "eager", partial(timing.call_time, call)),),
+            note=f"target: {share} x chamfer ({number(whole)} ms)",
+        )
+
+
 def _check_chamfer(case: Case) -> dict[str, bool]:
     loss, (dx, dy) = case.chamfer_value_and_grad()
     on_cpu, gradients = case.on_host().chamfer_value_and_grad()
@@ -648,6 +679,54 @@ def _reused(setting: Setting) -> Iterator[Row]:
             checks={"the same bits with and without": all(map(_same, again(), anew()))},
             note=f"target: no more than with points; queries: the sweep with {data.JITTER} m of jitter",
         )
+
+
+def _normals(setting: Setting) -> Iterator[Row]:
+    name, points = _real_sweep(setting.folder)
+    case = _self_case(points)
+    call = partial(gpu3d.normals, case.points, 16)
+    yield Row(
+        f"normals, k 16: real sweep of {len(points):,}",
+        "graph",
+        "ms",
+        timing.graph_time(call, calls=5),
+        NORMALS_MUST,
+        NORMALS_AIM,
+        floor=_floor(setting, case, 16 * len(points)),
+        peers=(
+            measured_peer("the same call, eager", "eager", partial(timing.call_time, call)),
+            Peer("our knn alone", "graph", timing.graph_time(partial(case.knn, 16), calls=5)),
+            measured_peer("torch.linalg.eigh of our neighbours", "eager", lambda: timing.call_time(_torch_eigh(case))),
+        ),
+        checks=_check_normals(case, call()),
+        note=name,
+    )
+
+
+def _torch_eigh(case: Case) -> timing.Call:
+    """Covariances and eigenvectors by torch in float64, from neighbours that are found before."""
+    import torch
+
+    near = data.to_torch(case.points).double()[data.to_torch(case.knn(16).indices).long()]
+
+    def call() -> Any:
+        offsets = near - near.mean(1, keepdim=True)
+        return torch.linalg.eigh(offsets.transpose(1, 2) @ offsets)
+
+    return call
+
+
+def _check_normals(case: Case, found: Any) -> dict[str, bool]:
+    """Compare with float64 eigenvectors of NumPy, where the two smallest eigenvalues differ by a factor of 4."""
+    points = case.points.get().astype(np.float64)
+    near = points[case.knn(16).indices.get()] - points[:, None]
+    offsets = near - near.mean(axis=1, keepdims=True)
+    values, vectors = np.linalg.eigh(offsets.transpose(0, 2, 1) @ offsets)
+    normals, exact = found.normals.get().astype(np.float64), vectors[:, :, 0]
+    exact *= np.sign((normals * exact).sum(axis=1, keepdims=True))
+    apart = values[:, 1] > 4 * np.maximum(values[:, 0], 1e-12 * values[:, 2])
+    error = np.abs(normals - exact)[apart].max()
+    return {f"= float64 eigenvectors within 1e-5, at {apart.mean():.0%} of the points": bool(error <= 1e-5)}
 
 
 def _cpu(setting: Setting) -> Iterator[Row]:

@@ -13,10 +13,22 @@ from typing import TYPE_CHECKING, Any
 from gpu3d._kernels import precompile
 from gpu3d.attention import bucket_attention, bucket_attention_backward
 from gpu3d.buckets import BucketQuality, Buckets, Scopes, bucket_quality, bucketize, scopes
-from gpu3d.chamfer import ChamferGradients, chamfer, chamfer_value_and_grad
+from gpu3d.chamfer import ChamferDistances, ChamferGradients, chamfer, chamfer_value_and_grad
+from gpu3d.metrics import CloudComparison, compare_clouds
 from gpu3d.neighbors import NeighborIndex, Neighbors, RadiusNeighbors, knn, neighbor_index, radius_search
 from gpu3d.pooling import Pooling, bucket_pool, bucket_pool_backward, bucket_unpool, bucket_unpool_backward
-from gpu3d.transport import ApmlGradients, ApmlPlan, apml, apml_plan, apml_value_and_grad, emd
+from gpu3d.sampling import VoxelPoints, farthest_points, voxel_downsample
+from gpu3d.surface import Normals, normals
+from gpu3d.transport import (
+    ApmlGradients,
+    ApmlPlan,
+    EmdGradients,
+    apml,
+    apml_plan,
+    apml_value_and_grad,
+    emd,
+    emd_value_and_grad,
+)
 
 if TYPE_CHECKING:
     from gpu3d import batch as batch
@@ -33,13 +45,18 @@ __all__ = [
     "ApmlPlan",
     "BucketQuality",
     "Buckets",
+    "ChamferDistances",
     "ChamferGradients",
     "Cloud",
+    "CloudComparison",
+    "EmdGradients",
     "NeighborIndex",
     "Neighbors",
+    "Normals",
     "Pooling",
     "RadiusNeighbors",
     "Scopes",
+    "VoxelPoints",
     "apml",
     "apml_plan",
     "apml_value_and_grad",
@@ -53,13 +70,18 @@ __all__ = [
     "bucketize",
     "chamfer",
     "chamfer_value_and_grad",
+    "compare_clouds",
     "emd",
+    "emd_value_and_grad",
+    "farthest_points",
     "knn",
     "neighbor_index",
+    "normals",
     "precompile",
     "radius_search",
     "read_cloud",
     "scopes",
+    "voxel_downsample",
     "write_cloud",
 ]
 

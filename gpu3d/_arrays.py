@@ -165,6 +165,16 @@ def refuse_torch_gradient(function: str, name: str, x: Any) -> None:
         raise TypeError(f"{name} has a tangent, and {function} has no derivative for it: pass {name}.detach().")
 
 
+def refuse_programs(function: str) -> None:
+    """Raise a TypeError while torch.compile or torch.export traces `function`, which reads a number on the host."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.compiler.is_compiling():
+        raise TypeError(
+            f"{function} reads on the host how many rows its results have, so it cannot be part of a compiled program: "
+            "call it outside of torch.compile, or in a function under torch.compiler.disable without fullgraph=True."
+        )
+
+
 # ---- in ------------------------------------------------------------------------------------------------------------
 
 
@@ -552,6 +562,8 @@ def cloud_lengths(
         raise ValueError(f"{name} must have shape [N, 3] (or [B, n, 3]), got {list(shape)}.")
     if shape[-1] not in dimensions:
         cure = f"take {name}[..., :3]" if shape[-1] > 3 else "pad the missing ones with zeros"
+        if shape[-1] > 3 and 2 in dimensions:
+            cure += ". Distances of features, and norms other than L2, are for torch.cdist or scipy.spatial.cKDTree"
         raise ValueError(
             f"{name} must have {' or '.join(map(str, dimensions))} coordinates in its last dimension, got shape "
             f"{list(shape)}: {cure}."
@@ -559,8 +571,9 @@ def cloud_lengths(
     if len(shape) == 3:
         if lengths is not None:
             raise ValueError(
-                f"{name} of shape {list(shape)} already says its lengths (B clouds of n points): "
-                f"leave {lengths_name} out, or pack the points as [N, 3]."
+                f"{name} of shape {list(shape)} already says its lengths (B clouds of n points): leave {lengths_name} "
+                f"out. If the clouds are padded, pack them first: {name}, {lengths_name} = gpu3d.interop.pack({name}, "
+                f"{lengths_name})."
             )
         return (shape[1],) * shape[0]
     if lengths is None:

@@ -7,6 +7,7 @@ It is exact: the nearest neighbours are those of brute force, and the same call 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,10 @@ from gpu3d.neighbors import (
     trees,
 )
 from gpu3d.reference import chamfer as reference
+from gpu3d.reference.neighbors import nearest
+
+EMPTY = ("error", "zero")
+ZERO = ", or pass empty='zero' for a loss of 0"  # the cure for an empty cloud
 
 
 class ChamferGradients(NamedTuple):
@@ -32,6 +37,13 @@ class ChamferGradients(NamedTuple):
 
     loss: Any  # float32 [] or [B]
     gradients: tuple[Any, Any]  # the gradients of x and y, in their shapes and dtypes
+
+
+class ChamferDistances(NamedTuple):
+    """The result of `chamfer` with reduction "points"."""
+
+    x: Any  # float32 [N], from each point of x to the nearest of y; None for direction "y_to_x"
+    y: Any  # float32 [M], from each point of y to the nearest of x; None for direction "x_to_y"
 
 
 def chamfer(
@@ -42,25 +54,33 @@ def chamfer(
     y_lengths: Sequence[int] | None = None,
     squared: bool = False,
     reduction: str = "mean",
+    direction: str = "both",
+    empty: str = "error",
 ) -> Any:
     """The Chamfer distance: mean distance from x to its nearest in y, plus mean distance from y to its nearest in x.
 
     Parameters
     ----------
     x, y : array [N, 3], [N, 2], [B, n, 3] or [B, n, 2], or NeighborIndex
-        Coordinates: float32, float64, float16 or bfloat16, on one device. Both have the same number of clouds, and no
-        cloud is empty.
+        Coordinates: float32, float64, float16 or bfloat16, on one device. Both have the same number of clouds.
     x_lengths, y_lengths : sequence of int, optional
         Points of each cloud, host integers. Default: one cloud. With a NeighborIndex they are left out.
     squared : bool
         Whether to take squared distances.
-    reduction : {"mean", "sum", "none"}
-        How the losses of the clouds are combined.
+    reduction : {"mean", "sum", "none", "points"}
+        How the losses of the clouds are combined. "none" is the loss of each cloud, and "points" the distance of each
+        point.
+    direction : {"both", "x_to_y", "y_to_x"}
+        Which of the two means to take. Only their points search, so one of them takes half the time of both.
+    empty : {"error", "zero"}
+        What a cloud without points is, in x or in y: an error, or a pair of clouds whose loss and distances are 0.
 
     Returns
     -------
     array float32 [], or [B] for reduction "none"
         An array of the library of x. The same call gives the same bits on CPU and GPU.
+    ChamferDistances
+        For reduction "points": ``x`` float32 [N] and ``y`` float32 [M]. The direction that is left out is None.
 
     Raises
     ------
@@ -69,8 +89,18 @@ def chamfer(
 
     Notes
     -----
-    Distances are those of `knn`, summed in float64 in a fixed order. A point with NaN or inf makes the loss NaN. The
-    mean over no clouds is NaN. A call never waits for the GPU. After a first call it can be captured in a CUDA graph.
+    Distances are those of `knn`, summed in float64 in a fixed order. A point with NaN or inf that searches makes the
+    loss NaN. The mean over no clouds is NaN. A call never waits for the GPU. After a first call it can be captured in a
+    CUDA graph.
+
+    Distances are Euclidean, in two or three dimensions. For other norms, and for features, take ``torch.cdist`` or
+    ``scipy.spatial.cKDTree``.
+
+    ``empty="zero"`` is what PyTorch3D's ``chamfer_distance`` does: an empty cloud counts as one of the clouds of
+    reduction "mean", with a loss of 0.
+
+    torch tensors and JAX tracers are passed on to `gpu3d.interop.torch.chamfer` and `gpu3d.interop.jax.chamfer`, which
+    are differentiable for every reduction.
 
     Examples
     --------
@@ -78,13 +108,16 @@ def chamfer(
     >>> y = np.array([[0, 0, 2]], np.float32)
     >>> gpu3d.chamfer(x, y, squared=True)
     array(8.5, dtype=float32)
+    >>> gpu3d.chamfer(x, y, squared=True, direction="x_to_y")
+    array(4.5, dtype=float32)
+    >>> gpu3d.chamfer(x, y, squared=True, reduction="points").x
+    array([4., 5.], dtype=float32)
     """
     if (interop := _arrays.interop_of(x, y)) is not None:
-        options: dict[str, Any] = {"x_lengths": x_lengths, "y_lengths": y_lengths}
-        return interop.chamfer(x, y, squared=squared, reduction=reduction, **options)
-    given_x, given_y = read_points(x, "x"), read_points(y, "y")
-    checked = check_chamfer(given_x, given_y, x_lengths, y_lengths, squared, reduction)
-    return chamfer_arrays(given_x, given_y, *checked)[0]
+        lengths: dict[str, Any] = {"x_lengths": x_lengths, "y_lengths": y_lengths}
+        options: dict[str, Any] = {"reduction": reduction, "direction": direction, "empty": empty}
+        return interop.chamfer(x, y, squared=squared, **options, **lengths)
+    return plain_chamfer(x, y, x_lengths, y_lengths, squared, reduction, direction, empty)
 
 
 def chamfer_value_and_grad(
@@ -95,6 +128,8 @@ def chamfer_value_and_grad(
     y_lengths: Sequence[int] | None = None,
     squared: bool = False,
     reduction: str = "mean",
+    direction: str = "both",
+    empty: str = "error",
 ) -> ChamferGradients:
     """The Chamfer distance, and its gradients with respect to x and y.
 
@@ -108,6 +143,10 @@ def chamfer_value_and_grad(
         As in `chamfer`.
     reduction : {"mean", "sum", "none"}
         As in `chamfer`. With "none" the gradient of a cloud is that of its own loss.
+    direction : {"both", "x_to_y", "y_to_x"}
+        As in `chamfer`. Both x and y have gradients in every direction.
+    empty : {"error", "zero"}
+        As in `chamfer`. Points that face an empty cloud have gradient 0.
 
     Returns
     -------
@@ -122,10 +161,10 @@ def chamfer_value_and_grad(
     Notes
     -----
     If several points are nearest, the one with the lowest index gets the gradient. At distance 0 the gradient is 0. A
-    point with NaN or inf has gradient NaN and changes no other gradient. The same call gives the same bits: the
-    contributions to a point are added as integer multiples of a power of two, so their order does not matter. Tensors
-    that require grad are refused: use `chamfer` for them. A call never waits for the GPU. After a first call it can be
-    captured in a CUDA graph.
+    point with NaN or inf that searches has gradient NaN and changes no other gradient. The same call gives the same
+    bits: the contributions to a point are added as integer multiples of a power of two, so their order does not matter.
+    Tensors that require grad are refused: use `chamfer` for them. A call never waits for the GPU. After a first call it
+    can be captured in a CUDA graph.
 
     Examples
     --------
@@ -140,9 +179,22 @@ def chamfer_value_and_grad(
     """
     _arrays.refuse_gradients("chamfer_value_and_grad", x=x, y=y)
     given_x, given_y = read_points(x, "x"), read_points(y, "y")
-    checked = check_chamfer(given_x, given_y, x_lengths, y_lengths, squared, reduction)
+    checked = check_chamfer(given_x, given_y, x_lengths, y_lengths, squared, reduction, direction, empty)
     loss, dx, dy = _value_and_gradients(given_x, given_y, *checked)
     return ChamferGradients(loss, (dx, dy))
+
+
+def plain_chamfer(
+    x: Any, y: Any, x_lengths: Any, y_lengths: Any, squared: Any, reduction: Any, direction: Any, empty: Any
+) -> Any:
+    """`chamfer` without gradients, of arrays and indices of any library."""
+    given_x, given_y = read_points(x, "x"), read_points(y, "y")
+    if is_points(reduction):
+        of_points = check_points(given_x, given_y, x_lengths, y_lengths, squared, direction, empty)
+        distances, _ = points_arrays(given_x, given_y, *of_points)
+        return distances_of(distances, sum(of_points.x_lengths), direction)
+    checked = check_chamfer(given_x, given_y, x_lengths, y_lengths, squared, reduction, direction, empty)
+    return chamfer_arrays(given_x, given_y, *checked)[0]
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------
@@ -155,18 +207,58 @@ class Chamfer(NamedTuple):
     y_lengths: tuple[int, ...]
     squared: bool
     reduction: str
+    direction: str
 
 
-def check_chamfer(x: Clouds, y: Clouds, x_lengths: Any, y_lengths: Any, squared: Any, reduction: Any) -> Chamfer:
-    """The options of `chamfer`, checked against the shapes and dtypes of the arrays."""
+class Points(NamedTuple):
+    """The checked options of `chamfer` with reduction "points"."""
+
+    x_lengths: tuple[int, ...]
+    y_lengths: tuple[int, ...]
+    squared: bool
+    direction: str
+
+
+def is_points(reduction: Any) -> bool:
+    """Whether the reduction is "points"."""
+    return isinstance(reduction, str) and reduction == reference.POINTS
+
+
+def check_points(
+    x: Clouds, y: Clouds, x_lengths: Any, y_lengths: Any, squared: Any, direction: Any, empty: Any
+) -> Points:
+    """The options of `chamfer`, except for the reduction, checked against the shapes and dtypes of the arrays."""
     x_lengths = check_clouds(x, x_lengths, "x", "x_lengths")
     y_lengths = check_clouds(y, y_lengths, "y", "y_lengths")
     check_pair(x, "x", x_lengths, y, "y", y_lengths)
     squared = _arrays.check_flag(squared, "squared")
-    _arrays.check_choice(reduction, reference.REDUCTIONS, "reduction")
-    check_no_empty_cloud(x_lengths, "x")
-    check_no_empty_cloud(y_lengths, "y")
-    return Chamfer(x_lengths, y_lengths, squared, reduction)
+    _arrays.check_choice(direction, tuple(reference.DIRECTIONS), "direction")
+    _arrays.check_choice(empty, EMPTY, "empty")
+    if empty == "error":
+        check_no_empty_cloud(x_lengths, "x", ZERO)
+        check_no_empty_cloud(y_lengths, "y", ZERO)
+    return Points(x_lengths, y_lengths, squared, direction)
+
+
+def check_chamfer(
+    x: Clouds,
+    y: Clouds,
+    x_lengths: Any,
+    y_lengths: Any,
+    squared: Any,
+    reduction: Any,
+    direction: Any = "both",
+    empty: Any = "error",
+) -> Chamfer:
+    """The options of `chamfer` with a loss, checked against the shapes and dtypes of the arrays."""
+    checked = check_points(x, y, x_lengths, y_lengths, squared, direction, empty)
+    _arrays.check_choice(reduction, (*reference.REDUCTIONS, reference.POINTS), "reduction")
+    if is_points(reduction):
+        raise ValueError(
+            "reduction 'points' is for chamfer only, because it gives many distances and not a loss, got it for a "
+            "gradient of the loss: take 'none' for the loss of each cloud, or differentiate chamfer in torch or JAX."
+        )
+    return Chamfer(*checked[:3], reduction, direction)
 
 
 def check_chamfer_backward(
@@ -178,30 +270,77 @@ def check_chamfer_backward(
     y_lengths: Any,
     squared: Any,
     reduction: Any,
+    direction: Any,
 ) -> Chamfer:
     """Check the arguments of the gradients as `check_chamfer` does, and that residuals and dloss fit them."""
-    checked = check_chamfer(x, y, x_lengths, y_lengths, squared, reduction)
-    loss, made = chamfer_results(sum(checked.x_lengths), sum(checked.y_lengths), len(checked.x_lengths), reduction)
-    if residuals.shape != made.shape or residuals.dtype != INT32:
-        raise ValueError(
-            f"residuals must be int32 {list(made.shape)}, of the same clouds, got {residuals.dtype} "
-            f"{list(residuals.shape)}."
-        )
+    checked = check_chamfer(x, y, x_lengths, y_lengths, squared, reduction, direction, "zero")
+    sizes = sum(checked.x_lengths), sum(checked.y_lengths), len(checked.x_lengths)
+    loss, made = chamfer_results(*sizes, reduction, direction)
+    _check_saved("residuals", residuals, made)
     if dloss is not None:
         if dloss.shape != loss.shape:
             raise ValueError(f"dloss must have the loss's shape, got {list(dloss.shape)} for reduction {reduction!r}.")
         _arrays.check_floats(dloss, "dloss")
-    given = {"x": x, "dloss": dloss, "residuals": residuals}
-    _arrays.check_same_device(**{name: z.origin for name, z in given.items() if isinstance(z, Given)})
+    _check_devices(x=x, y=y, dloss=dloss, residuals=residuals)
     return checked
+
+
+def check_points_backward(
+    ddistances: Given | Spec,
+    x: Given | Spec,
+    y: Given | Spec,
+    distances: Given | Spec,
+    nearest: Given | Spec,
+    x_lengths: Any,
+    y_lengths: Any,
+    squared: Any,
+    direction: Any,
+) -> Points:
+    """Check the arguments of the gradients as `check_points` does, and that the saved arrays and ddistances fit."""
+    checked = check_points(x, y, x_lengths, y_lengths, squared, direction, "zero")
+    of_distances, of_nearest = points_results(sum(checked.x_lengths), sum(checked.y_lengths), direction)
+    _check_saved("distances", distances, of_distances)
+    _check_saved("nearest", nearest, of_nearest)
+    if ddistances.shape != of_distances.shape:
+        raise ValueError(
+            f"ddistances must have the shape of distances, {list(distances.shape)}, got {list(ddistances.shape)}."
+        )
+    _arrays.check_floats(ddistances, "ddistances")
+    _check_devices(x=x, y=y, ddistances=ddistances, distances=distances, nearest=nearest)
+    return checked
+
+
+def _check_saved(name: str, saved: Given | Spec, made: Spec) -> None:
+    """Check that an array can be what the forward call saved."""
+    if saved.shape != made.shape or saved.dtype != made.dtype:
+        raise ValueError(
+            f"{name} must be {made.dtype} {list(made.shape)}, of the same clouds, got {saved.dtype} "
+            f"{list(saved.shape)}."
+        )
+
+
+def _check_devices(**given: Given | Spec | None) -> None:
+    _arrays.check_same_device(**{name: z.origin for name, z in given.items() if isinstance(z, Given)})
 
 
 # ---- arrays --------------------------------------------------------------------------------------------------------
 
 
-def chamfer_results(n: Any, m: Any, clouds: int, reduction: str) -> tuple[Spec, Spec]:
+def chamfer_results(n: Any, m: Any, clouds: int, reduction: str, direction: str) -> tuple[Spec, Spec]:
     """The specs of loss and residuals, for n and m points in `clouds` clouds; n and m may be symbols."""
-    return Spec((clouds,) if reduction == "none" else (), FLOAT32), Spec((2 * (n + m + clouds),), INT32)
+    words = sum([2 * points + clouds for points in _searching(n, m, direction)])
+    return Spec((clouds,) if reduction == "none" else (), FLOAT32), Spec((words,), INT32)
+
+
+def points_results(n: Any, m: Any, direction: str) -> tuple[Spec, Spec]:
+    """The specs of distances and nearest indices, for n and m points, which may be symbols."""
+    points = sum(_searching(n, m, direction))
+    return Spec((points,), FLOAT32), Spec((points,), INT32)
+
+
+def _searching(n: Any, m: Any, direction: str) -> list[Any]:
+    """The numbers of points of the sides that search."""
+    return list(itertools.compress((n, m), reference.DIRECTIONS[direction]))
 
 
 _kept_results = functools.lru_cache(maxsize=256)(chamfer_results)  # for numbers of points that are ints
@@ -214,14 +353,15 @@ def chamfer_arrays(
     y_lengths: tuple[int, ...],
     squared: bool,
     reduction: str,
+    direction: str,
 ) -> list[Any]:
     """The loss, and the residuals that `chamfer_backward_arrays` needs, as arrays of x's library."""
     origin = x.origin
     if origin.device is None:
-        arrays = _on_the_host(x, y, x_lengths, y_lengths, squared, reduction)
+        arrays = _on_the_host(x, y, x_lengths, y_lengths, squared, reduction, direction)
         return [_arrays.leave(array, origin) for array in arrays]
-    specs = _kept_results(sum(x_lengths), sum(y_lengths), len(x_lengths), reduction)
-    return _launch(x, y, x_lengths, y_lengths, squared, reduction, specs, gradients=False)
+    specs = _kept_results(sum(x_lengths), sum(y_lengths), len(x_lengths), reduction, direction)
+    return _launch(x, y, x_lengths, y_lengths, squared, reduction, direction, specs, gradients=False)
 
 
 def chamfer_backward_results(x: Given | Spec, y: Given | Spec) -> tuple[Spec, Spec]:
@@ -238,9 +378,10 @@ def chamfer_backward_arrays(
     y_lengths: tuple[int, ...],
     squared: bool,
     reduction: str,
+    direction: str,
 ) -> list[Any]:
     """The gradients of x and y, each of its array's library. dloss is the gradient of the loss; None means 1."""
-    options = x_lengths, y_lengths, squared, reduction
+    options = x_lengths, y_lengths, squared, reduction, direction
     if x.origin.device is None:
         asked = None if dloss is None else dloss.array.astype(FLOAT32, copy=False)
         arrays = reference.chamfer_backward(asked, packed(x), packed(y), residuals.array, *options)
@@ -257,16 +398,17 @@ def _value_and_gradients(
     y_lengths: tuple[int, ...],
     squared: bool,
     reduction: str,
+    direction: str,
 ) -> list[Any]:
     """The loss, of x's library, and the gradients of x and y, each of its array's library."""
-    origin, options = x.origin, (x_lengths, y_lengths, squared, reduction)
+    origin, options = x.origin, (x_lengths, y_lengths, squared, reduction, direction)
     if origin.device is None:
         loss, residuals = _on_the_host(x, y, *options)
         sides = [z.given if isinstance(z, NeighborIndex) else z for z in (x, y)]
         gradients = reference.chamfer_backward(None, packed(sides[0]), packed(sides[1]), residuals, *options)
         made = [_arrays.leave(dz.reshape(z.shape), z.origin) for dz, z in zip(gradients, sides, strict=True)]
         return [_arrays.leave(loss, origin), *made]
-    loss_spec, _ = _kept_results(0, 0, len(x_lengths), reduction)
+    loss_spec, _ = _kept_results(0, 0, len(x_lengths), reduction, direction)
     specs = loss_spec, _arrays.kept_spec(x.shape, x.dtype), _arrays.kept_spec(y.shape, y.dtype)
     loss, dx, dy = _launch(x, y, *options, specs, gradients=True)
     return [loss, dx, _arrays.passed_on(dy, x.origin.library, y.origin)]
@@ -279,10 +421,31 @@ def _on_the_host(
     y_lengths: tuple[int, ...],
     squared: bool,
     reduction: str,
+    direction: str,
 ) -> tuple[Any, Any]:
     """The loss and the residuals in NumPy."""
-    points = [packed(z.given if isinstance(z, NeighborIndex) else z) for z in (x, y)]
-    return reference.chamfer(points[0], trees(x, x_lengths), points[1], trees(y, y_lengths), squared, reduction)
+    of_x, of_y = nearest_on_the_host(x, y, x_lengths, y_lengths, direction)
+    return reference.chamfer(of_x, x_lengths, of_y, y_lengths, squared, reduction)
+
+
+def nearest_on_the_host(
+    x: Given | NeighborIndex,
+    y: Given | NeighborIndex,
+    x_lengths: tuple[int, ...],
+    y_lengths: tuple[int, ...],
+    direction: str,
+) -> list[reference.Found]:
+    """Squared distances and indices of the nearest points, for x and y; None for a side that does not search."""
+    sides: Any = (x, x_lengths, y, y_lengths), (y, y_lengths, x, x_lengths)
+    found: list[reference.Found] = []
+    for searches, (z, lengths, other, other_lengths) in zip(reference.DIRECTIONS[direction], sides, strict=True):
+        if not searches:
+            found.append(None)
+            continue
+        points = packed(z.given if isinstance(z, NeighborIndex) else z)
+        d2, indices = nearest(points, lengths, trees(other, other_lengths), 1)
+        found.append((d2[:, 0], indices[:, 0]))
+    return found
 
 
 def _launch(
@@ -292,11 +455,22 @@ def _launch(
     y_lengths: tuple[int, ...],
     squared: bool,
     reduction: str,
+    direction: str,
     specs: Sequence[Spec],
     *,
     gradients: bool,
 ) -> list[Any]:
     """Launch the call whose first result is the loss; returns all results."""
+    (of_x, of_y), inputs, indexed = inputs_of(x, y)
+    options = squared, reduction, direction, launcher.device(of_x.origin.device)
+    call = cuda.chamfer(of_x.spec, x_lengths, of_y.spec, y_lengths, *options, **indexed, gradients=gradients)
+    return launcher.launch(call, inputs, specs)
+
+
+def inputs_of(
+    x: Given | NeighborIndex, y: Given | NeighborIndex
+) -> tuple[tuple[Given, Given], list[Given], dict[str, Any]]:
+    """The points of both sides, the inputs of a call on a GPU, and which sides are indices."""
     of_x, of_y, indices = x, y, []
     if x_index := isinstance(x, NeighborIndex):
         of_x = x.given
@@ -304,17 +478,58 @@ def _launch(
     if y_index := isinstance(y, NeighborIndex):
         of_y = y.given
         indices.append(y.search)
-    assert isinstance(of_x, Given) and isinstance(of_y, Given) and of_x.origin.device is not None
-    call = cuda.chamfer(
-        of_x.spec,
-        x_lengths,
-        of_y.spec,
-        y_lengths,
-        squared,
-        reduction,
-        launcher.device(of_x.origin.device),
-        x_index=x_index,
-        y_index=y_index,
-        gradients=gradients,
-    )
-    return launcher.launch(call, [of_x, of_y, *indices], specs)
+    assert isinstance(of_x, Given) and isinstance(of_y, Given)
+    return (of_x, of_y), [of_x, of_y, *indices], {"x_index": x_index, "y_index": y_index}
+
+
+# ---- the distance of each point ------------------------------------------------------------------------------------
+
+
+def distances_of(distances: Any, n: int, direction: str) -> ChamferDistances:
+    """The distances of the points of x and y, from those of `points_arrays`; x has n points."""
+    if direction == "both":
+        return ChamferDistances(distances[:n], distances[n:])
+    return ChamferDistances(distances, None) if direction == "x_to_y" else ChamferDistances(None, distances)
+
+
+def points_arrays(
+    x: Given | NeighborIndex,
+    y: Given | NeighborIndex,
+    x_lengths: tuple[int, ...],
+    y_lengths: tuple[int, ...],
+    squared: bool,
+    direction: str,
+) -> list[Any]:
+    """The distances of the points that search, x's first, and the indices of their nearest, of x's library."""
+    origin = x.origin
+    if origin.device is None:
+        found = nearest_on_the_host(x, y, x_lengths, y_lengths, direction)
+        made = reference.points(found[0], x_lengths, found[1], y_lengths, squared)
+        return [_arrays.leave(z, origin) for z in made]
+    (of_x, of_y), inputs, indexed = inputs_of(x, y)
+    options = squared, direction, launcher.device(origin.device)
+    call = cuda.points(of_x.spec, x_lengths, of_y.spec, y_lengths, *options, **indexed)
+    return launcher.launch(call, inputs, points_results(sum(x_lengths), sum(y_lengths), direction))
+
+
+def points_backward_arrays(
+    ddistances: Given,
+    x: Given,
+    y: Given,
+    distances: Given,
+    nearest: Given,
+    x_lengths: tuple[int, ...],
+    y_lengths: tuple[int, ...],
+    squared: bool,
+    direction: str,
+) -> list[Any]:
+    """The gradients of x and y, each of its array's library. ddistances is the gradient of the distances."""
+    options = x_lengths, y_lengths, squared, direction
+    if x.origin.device is None:
+        arrays = ddistances.array.astype(FLOAT32, copy=False), packed(x), packed(y), distances.array, nearest.array
+        made = reference.points_backward(*arrays, *options)
+        return [_arrays.leave(dz.reshape(z.shape), z.origin) for dz, z in zip(made, (x, y), strict=True)]
+    call = cuda.points_backward(ddistances.spec, x.spec, y.spec, distances.spec, nearest.spec, *options)
+    given = ddistances, x, y, distances, nearest
+    dx, dy = launcher.launch(call, given, chamfer_backward_results(x, y), x.origin)
+    return [dx, _arrays.passed_on(dy, x.origin.library, y.origin)]

@@ -359,12 +359,12 @@ def check_pair(
         )
 
 
-def check_no_empty_cloud(lengths: Sequence[int], name: str) -> None:
-    """Raise a ValueError that names the first empty cloud, if there is one."""
+def check_no_empty_cloud(lengths: Sequence[int], name: str, cure: str = "") -> None:
+    """Raise a ValueError that names the first empty cloud, if there is one. `cure` is what else helps."""
     if 0 in lengths:
         raise ValueError(
             f"clouds must not be empty, because then there is no nearest point: got cloud {lengths.index(0)} "
-            f"of {name} with no point. Leave it out."
+            f"of {name} with no point. Leave it out{cure}."
         )
 
 

@@ -9,13 +9,14 @@ its entries.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpu3d import _arrays
-from gpu3d._arrays import FLOAT32, INT32, INT64, Given, Spec
+from gpu3d._arrays import FLOAT32, INT32, INT64, Given, Origin, Spec
 from gpu3d.cuda import launcher
 from gpu3d.cuda import transport as cuda
 from gpu3d.neighbors import NeighborIndex, check_clouds, check_no_empty_cloud, check_pair, packed, working_origin
@@ -32,6 +33,13 @@ class ApmlGradients(NamedTuple):
 
     loss: Any  # float32 [] or [B]
     gradients: tuple[Any, Any]  # the gradients of pred and target, in their shapes and dtypes
+
+
+class EmdGradients(NamedTuple):
+    """The result of `emd_value_and_grad`."""
+
+    loss: Any  # float32 [] or [B]
+    gradients: tuple[Any, Any]  # the gradients of x and y, in their shapes and dtypes
 
 
 class ApmlPlan(NamedTuple):
@@ -281,30 +289,45 @@ def apml_plan(
     return ApmlPlan(*_plan_arrays(x, lengths[0], y, lengths[1], checked.options, checked.max_entries))
 
 
-def emd(x: Any, y: Any) -> Any:
+def emd(
+    x: Any,
+    y: Any,
+    *,
+    x_lengths: Sequence[int] | None = None,
+    y_lengths: Sequence[int] | None = None,
+    reduction: str = "mean",
+) -> Any:
     """The earth mover's distance: the mean distance of the cheapest assignment of x to y, one to one.
 
     Parameters
     ----------
-    x, y : array [n, 3] or [n, 2]
-        Coordinates of two clouds with the same number of points, 1 to 8192: float32, float64, float16 or bfloat16, on
-        one device; NumPy, CuPy, torch, JAX or anything with ``__dlpack__``.
+    x, y : array [N, 3], [N, 2], [B, n, 3] or [B, n, 2]
+        Coordinates: float32, float64, float16 or bfloat16, on one device; NumPy, CuPy, torch, JAX or anything with
+        ``__dlpack__``. Each cloud of x has as many points as that of y, 1 to 8192.
+    x_lengths, y_lengths : sequence of int, optional
+        Points of each cloud, host integers. Default: one cloud.
+    reduction : {"mean", "sum", "none"}
+        How the distances of the clouds are combined.
 
     Returns
     -------
-    array float32 []
-        An array of x's library, in the unit of the points. NaN if a point has NaN or inf.
+    array float32 [], or [B] for reduction "none"
+        An array of x's library, in the unit of the points. NaN for a pair of clouds with a point that has NaN or inf.
 
     Raises
     ------
     TypeError, ValueError
-        An argument is not what is listed above, or a tensor requires grad; the message says what was received and the
-        cure.
+        An argument is not what is listed above; the message says what was received and the cure.
+    RuntimeError
+        It is called under jax.jit, torch.compile(fullgraph=True) or while a CUDA graph is captured.
 
     Notes
     -----
-    It is for evaluation, and slow: it runs SciPy's ``linear_sum_assignment`` on the CPU, over all distances in float64.
-    GPU arrays are copied to the host, so the call synchronizes.
+    It is for evaluation and small clouds, and slow: it runs SciPy's ``linear_sum_assignment`` on the CPU, over all
+    distances of a pair of clouds in float64. GPU arrays are copied to the host, so the call synchronizes.
+
+    torch tensors are passed on to `gpu3d.interop.torch.emd`, which is differentiable. In JAX, `emd_value_and_grad`
+    gives the gradients, outside of programs.
 
     Examples
     --------
@@ -313,11 +336,64 @@ def emd(x: Any, y: Any) -> Any:
     >>> gpu3d.emd(x, y)
     array(1.5, dtype=float32)
     """
-    _arrays.refuse_gradients("emd", x=x, y=y)
-    given = _read(x, "x"), _read(y, "y")
-    check_emd(*given)
-    distance = reference.emd(*(_arrays.download(side) for side in given))  # synchronizes
-    return _arrays.upload(distance, given[0].origin)
+    _refuse_tracers("emd", x=x, y=y)
+    if (interop := _arrays.interop_of(x, y)) is not None:
+        return interop.emd(x, y, x_lengths=x_lengths, y_lengths=y_lengths, reduction=reduction)
+    given_x, given_y = _read(x, "x"), _read(y, "y")
+    checked = check_emd(given_x, given_y, x_lengths, y_lengths, reduction)
+    return emd_arrays(given_x, given_y, *checked, with_grad=False)[0]
+
+
+def emd_value_and_grad(
+    x: Any,
+    y: Any,
+    *,
+    x_lengths: Sequence[int] | None = None,
+    y_lengths: Sequence[int] | None = None,
+    reduction: str = "mean",
+) -> EmdGradients:
+    """The earth mover's distance, and its gradients with respect to x and y.
+
+    Parameters
+    ----------
+    x, y : array [N, 3], [N, 2], [B, n, 3] or [B, n, 2]
+        As in `emd`.
+    x_lengths, y_lengths : sequence of int, optional
+        As in `emd`.
+    reduction : {"mean", "sum", "none"}
+        As in `emd`. With "none" the gradient of a cloud is that of its own distance.
+
+    Returns
+    -------
+    EmdGradients
+        ``loss`` as in `emd`, and ``gradients`` of x and of y, each in the shape, dtype and library of its array.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `emd`. A tensor that requires grad is a TypeError too, because these gradients are not differentiable.
+
+    Notes
+    -----
+    The assignment is held constant. The gradient of x_i that is assigned to y_j is (x_i - y_j) / (n d), for a distance
+    d and n points in the cloud, and that of y_j is minus it. It is 0 if d is 0, and NaN for all points of a pair of
+    clouds with a point that has NaN or inf.
+
+    Examples
+    --------
+    >>> x = np.array([[0, 0, 0], [1, 0, 0]], np.float32)
+    >>> y = np.array([[1, 0, 1], [0, 0, 2]], np.float32)
+    >>> loss, (dx, dy) = gpu3d.emd_value_and_grad(x, y)
+    >>> loss, dx
+    (array(1.5, dtype=float32), array([[ 0. ,  0. , -0.5],
+           [ 0. ,  0. , -0.5]], dtype=float32))
+    """
+    _refuse_tracers("emd_value_and_grad", x=x, y=y)
+    _arrays.refuse_gradients("emd_value_and_grad", x=x, y=y)
+    given_x, given_y = _read(x, "x"), _read(y, "y")
+    checked = check_emd(given_x, given_y, x_lengths, y_lengths, reduction)
+    loss, dx, dy = emd_arrays(given_x, given_y, *checked, with_grad=True)
+    return EmdGradients(loss, (dx, dy))
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------
@@ -362,19 +438,41 @@ def check_apml(
     return Apml(pred_lengths, target_lengths, options, reduction, max_entries)
 
 
-def check_emd(x: Given | Spec, y: Given | Spec) -> None:
-    """Raise an error unless x and y are single clouds with equally many points, and not too many."""
-    lengths = []
-    for side, name in ((x, "x"), (y, "y")):
-        lengths.append(_check_clouds(side, None, name, ""))
-        if side.ndim != 2:
-            raise ValueError(f"{name} must be one cloud [n, 3], got shape {list(side.shape)}: pass {name}[b].")
-    check_pair(x, "x", lengths[0], y, "y", lengths[1])
-    (n,), (m,) = lengths
-    if n != m:
-        raise ValueError(f"x and y must have as many points, because they are assigned one to one, got {n} and {m}.")
-    if n > MAX_ASSIGNED:
-        raise ValueError(f"x and y must be at most {MAX_ASSIGNED} points, got {n}: take a sample, or apml.")
+class Emd(NamedTuple):
+    """The checked options of `emd`."""
+
+    x_lengths: tuple[int, ...]
+    y_lengths: tuple[int, ...]
+    reduction: str
+
+
+def check_emd(x: Given | Spec, y: Given | Spec, x_lengths: Any, y_lengths: Any, reduction: Any) -> Emd:
+    """The options of `emd`. Each cloud of x must have as many points as that of y, and not too many."""
+    x_lengths = _check_clouds(x, x_lengths, "x", "x_lengths")
+    y_lengths = _check_clouds(y, y_lengths, "y", "y_lengths")
+    check_pair(x, "x", x_lengths, y, "y", y_lengths)
+    _arrays.check_choice(reduction, REDUCTIONS, "reduction")
+    for b, (n, m) in enumerate(zip(x_lengths, y_lengths, strict=True)):
+        if n != m:
+            raise ValueError(
+                f"x and y must have as many points, because they are assigned one to one, got {n} and {m} in cloud {b}."
+            )
+        if n > MAX_ASSIGNED:
+            raise ValueError(
+                f"x and y must be at most {MAX_ASSIGNED} points, got {n} in cloud {b}: take a sample, or apml."
+            )
+    return Emd(x_lengths, y_lengths, reduction)
+
+
+def _refuse_tracers(function: str, **named: Any) -> None:
+    """Raise an error for JAX tracers: their points cannot be copied to the host."""
+    jax = sys.modules.get("jax")
+    for name, x in named.items():
+        if jax is not None and isinstance(x, jax.core.Tracer):
+            raise RuntimeError(
+                f"{name} is a JAX tracer, and {function} assigns points on the host: call it outside of jax.jit, "
+                "jax.grad and jax.vmap. Gradients come from gpu3d.emd_value_and_grad; apml and chamfer can be traced."
+            )
 
 
 def _read(points: Any, name: str) -> Given:
@@ -518,6 +616,40 @@ def apml_backward_arrays(
     rounded = dloss.ndim == 0 and origin.library == "torch"
     call = cuda.apml_backward(dloss.spec, dpred.spec, dtarget.spec, pred_lengths, target_lengths, rounded)
     return launcher.launch(call, (dloss, dpred, dtarget), apml_backward_results(dpred, dtarget), origin)
+
+
+# ---- the assignment ------------------------------------------------------------------------------------------------
+
+
+def emd_arrays(
+    x: Given, y: Given, x_lengths: tuple[int, ...], y_lengths: tuple[int, ...], reduction: str, with_grad: bool
+) -> list[Any]:
+    """The loss, of x's library, and if with_grad the gradients of x and y, each of its array's library."""
+    _refuse_capture(x.origin)
+    points = [_arrays.download(side).reshape(-1, side.shape[-1]) for side in (x, y)]  # synchronizes
+    loss, *gradients = reference.emd(points[0], x_lengths, points[1], y_lengths, reduction, with_grad)
+    made = [(loss, x.origin)]
+    made += [(dz.reshape(z.shape), z.origin) for dz, z in zip(gradients, (x, y), strict=False)]
+    return [_uploaded(array, origin) for array, origin in made]
+
+
+def _refuse_capture(origin: Origin) -> None:
+    """Raise an error while a CUDA graph is captured on the current stream."""
+    if origin.device is None:
+        return
+    with _arrays.on(origin):
+        if sys.modules["cupy"].cuda.get_current_stream().is_capturing():
+            raise RuntimeError(
+                "emd assigns points on the host, which a CUDA graph cannot do: call it outside of the capture, or "
+                "capture apml or chamfer."
+            )
+
+
+def _uploaded(array: np.ndarray, origin: Origin) -> Any:
+    """A host array in the origin's library and on its device."""
+    if origin.library == "torch" and origin.device is not None:
+        return _arrays.leave(array, Origin("torch", None)).cuda(origin.device)
+    return _arrays.upload(array, origin)
 
 
 # ---- the plan ------------------------------------------------------------------------------------------------------

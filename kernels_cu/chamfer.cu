@@ -8,52 +8,22 @@
 // buckets nor an index.
 
 #define THREADS 256
-#define SUM_TILE 1024  // mirrored by gpu3d/reference/chamfer.py; a node of the index, so both use one table of clouds
 
 #include "clouds.cuh"
 #include "grid.cuh"
 #include "neighbors.cuh"
+#include "ordered_sum.cuh"
 #include "voxels.cuh"
 
 // ---- the loss ------------------------------------------------------------------------------------------------------
 
-// One of the two batches of clouds.
+// One of the two batches of clouds. All pointers are null if the direction from it to the other is left out.
 struct Losses {
     const float *d2;  // [points] squared distance to the nearest point of the other batch
     double *sums;     // [tiles] of distances
     u32 *most;        // [tiles] bits of the largest finite distance
     u32 *largest;     // [clouds] bits of the largest finite distance
 };
-
-// The sum of the block's SUM_TILE values, one a thread, on every thread. Adds the second half to the first, again and
-// again.
-__device__ double halved(double value) {
-    __shared__ double sums[SUM_TILE];
-    __syncthreads();
-    sums[threadIdx.x] = value;
-    for (int half = SUM_TILE / 2; half >= 32; half /= 2) {
-        __syncthreads();
-        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-    }
-    if (threadIdx.x < 32) {
-        value = sum_of_warp(sums[threadIdx.x]);
-        if (threadIdx.x == 0) sums[0] = value;
-    }
-    __syncthreads();
-    return sums[0];
-}
-
-// The largest value of the block, on every thread.
-__device__ u32 largest_of(u32 value) {
-    __shared__ u32 largest;
-    __syncthreads();
-    if (threadIdx.x == 0) largest = 0;
-    __syncthreads();
-    value = __reduce_max_sync(FULL, value);
-    if ((threadIdx.x & 31) == 0 && value) atomicMax(&largest, value);
-    __syncthreads();
-    return largest;
-}
 
 struct Tile {
     double sum;  // of distances
@@ -84,37 +54,32 @@ extern "C" __global__ __launch_bounds__(SUM_TILE) void chamfer_tiles(
     const __grid_constant__ Clouds y_clouds,
     int squared  // 1: sum squared distances
 ) {
-    const int tile = blockIdx.x, x_tiles = tiles_of(x_clouds);
+    const int tile = blockIdx.x, x_tiles = x.d2 ? tiles_of(x_clouds) : 0;
     if (tile < x_tiles) sum_tile(x, x_clouds, tile, squared);
-    else if (tile < x_tiles + tiles_of(y_clouds)) sum_tile(y, y_clouds, tile - x_tiles, squared);
+    else if (y.d2 && tile < x_tiles + tiles_of(y_clouds)) sum_tile(y, y_clouds, tile - x_tiles, squared);
 }
 
-// The sum of `count` values by halving tiles of them. The whole block calls it; the values are overwritten.
-__device__ double sum_of(double *values, int count) {
-    while (count > 1) {
-        const int tiles = (count + SUM_TILE - 1) / SUM_TILE;
-        for (int tile = 0; tile < tiles; ++tile) {
-            const int i = tile * SUM_TILE + threadIdx.x;
-            const double sum = halved(i < count ? values[i] : 0);
-            if (threadIdx.x == 0) values[tile] = sum;  // all threads have read values[tile], now or earlier
-        }
-        count = tiles;
-        __syncthreads();
-    }
-    return count ? values[0] : 0;
+__device__ __forceinline__ int points_in(const Clouds &clouds, int b) {
+    return rows_of(clouds)[b + 1].point - rows_of(clouds)[b].point;
 }
 
-// The mean distance of cloud b's points, on every thread of the block. Writes the largest.
-__device__ double mean_of(const Losses &side, const Clouds &clouds, int b, int tiled, int squared) {
+// The mean distance of cloud b's points, on every thread of the block. It is 0 if the direction is left out, and if the
+// cloud is empty on either side. Writes the largest.
+__device__ double mean_of(
+    const Losses &side, const Clouds &clouds, const Clouds &other_clouds, int b, int tiled, int squared
+) {
+    if (!side.d2) return 0;
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
-    Tile all;
-    if (tiled) {
+    const int count = next.point - cloud.point;
+    const bool filled = count && points_in(other_clouds, b);
+    Tile all{0, 0};
+    if (filled && tiled) {
         u32 most = 0;
         for (int tile = cloud.tile + threadIdx.x; tile < next.tile; tile += SUM_TILE) most = max(most, side.most[tile]);
         all = Tile{sum_of(side.sums + cloud.tile, next.tile - cloud.tile), largest_of(most)};
-    } else all = summed(side, clouds, b, cloud.tile, squared);
+    } else if (filled) all = summed(side, clouds, b, cloud.tile, squared);
     if (threadIdx.x == 0) side.largest[b] = all.most;
-    return all.sum / (next.point - cloud.point);
+    return filled ? all.sum / count : 0;
 }
 
 // One block a cloud computes its loss; the block that finishes last computes the loss of the batch. One block if there
@@ -134,7 +99,8 @@ extern "C" __global__ __launch_bounds__(SUM_TILE) void chamfer_losses(
 ) {
     const int b = blockIdx.x;
     if (b < x_clouds.count) {
-        const double of_x = mean_of(x, x_clouds, b, tiled, squared), of_y = mean_of(y, y_clouds, b, tiled, squared);
+        const double of_x = mean_of(x, x_clouds, y_clouds, b, tiled, squared),
+                     of_y = mean_of(y, y_clouds, x_clouds, b, tiled, squared);
         if (threadIdx.x == 0) {
             losses[b] = of_x + of_y;
             if (each) each[b] = (float)(of_x + of_y);
@@ -149,7 +115,7 @@ extern "C" __global__ __launch_bounds__(SUM_TILE) void chamfer_losses(
 
 // ---- the gradient --------------------------------------------------------------------------------------------------
 
-// One of the two batches of clouds.
+// One of the two batches of clouds. What a direction that is left out would need is null.
 struct Side {
     const point_t *points;  // [points, 3]
     const double *origins;  // [clouds, 3] origins of the search in this batch; null: 0
@@ -168,27 +134,32 @@ __device__ __forceinline__ int shift_of(int count, u32 largest, int squared) {
     return 62 - (32 - __clz(count)) - bound;
 }
 
+// Coordinate e of point i minus that of its nearest neighbour. Point i is in cloud b.
+template <class SIDE>
+__device__ __forceinline__ float offset_of(const SIDE &side, const SIDE &other, int b, int i, int e) {
+    const double *origin = other.origins ? other.origins + 3 * b : nullptr;
+    return __fsub_rn(coordinate(side.points, i, e, origin), coordinate(other.points, side.nearest[i], e, origin));
+}
+
 // The gradient of point i's distance with respect to the point, which is in cloud b and has a nearest neighbour.
 __device__ __forceinline__ void term_of(float term[3], const Side &side, const Side &other, int b, int i, int squared) {
-    const double *origin = other.origins ? other.origins + 3 * b : nullptr;
     const float d = __fsqrt_rn(side.d2[i]);
-    const int nearest = side.nearest[i];
 #pragma unroll
     for (int e = 0; e < 3; ++e) {
-        const float v = __fsub_rn(coordinate(side.points, i, e, origin), coordinate(other.points, nearest, e, origin));
+        const float v = offset_of(side, other, b, i, e);
         term[e] = d == 0 ? 0.0f : squared ? __fmul_rn(2, v) : __fdiv_rn(v, d);
     }
 }
 
 __device__ __forceinline__ bool is_found(const Side &side, int i) {
-    return side.nearest[i] >= 0 && is_finite(side.d2[i]);  // the distance is finite
+    return side.nearest && side.nearest[i] >= 0 && is_finite(side.d2[i]);  // the distance is finite
 }
 
 // Adds the gradient contribution of point i to its nearest neighbour.
 __device__ void contribute(const Side &side, const Clouds &clouds, const Side &other, int i, int squared) {
     if (!is_found(side, i)) return;
     const int b = cloud_of<&Cloud::point>(clouds, i);
-    const int shift = shift_of(rows_of(clouds)[b + 1].point - rows_of(clouds)[b].point, side.largest[b], squared);
+    const int shift = shift_of(points_in(clouds, b), side.largest[b], squared);
     float term[3];
     term_of(term, side, other, b, i, squared);
     u64 *contributions = other.contributions + 3 * (size_t)side.nearest[i];
@@ -226,17 +197,19 @@ __device__ void write_gradient(
     const Upstream &upstream
 ) {
     const int b = cloud_of<&Cloud::point>(clouds, i);
-    const int count = rows_of(clouds)[b + 1].point - rows_of(clouds)[b].point;
-    const int other_count = rows_of(other_clouds)[b + 1].point - rows_of(other_clouds)[b].point;
-    const int shift = shift_of(other_count, other.largest[b], squared);
+    const int count = points_in(clouds, b), other_count = points_in(other_clouds, b);
+    const int shift = other.nearest ? shift_of(other_count, other.largest[b], squared) : 0;
     const float dloss = upstream.dloss ? upstream.dloss[b * upstream.step] : 1;
-    float own[3] = {NAN_FLOAT, NAN_FLOAT, NAN_FLOAT};
+    const float missing = side.nearest && other_count ? NAN_FLOAT : 0;
+    float own[3] = {missing, missing, missing};
     if (is_found(side, i)) term_of(own, side, other, b, i, squared);
 #pragma unroll
     for (int e = 0; e < 3; ++e) {
         const size_t at = 3 * (size_t)i + e;
-        const double sum =
-            own[e] / (double)count + scalbn((double)(long long)side.contributions[at], -shift) / other_count;
+        double given = 0;  // if other_count is 0, there is none
+        if (other.nearest && other_count)
+            given = scalbn((double)(long long)side.contributions[at], -shift) / other_count;
+        const double sum = own[e] / (double)count + given;
         side.gradient[at] = narrow(__fmul_rn((float)(sum / upstream.parts), dloss));
     }
 }
@@ -253,4 +226,151 @@ extern "C" __global__ __launch_bounds__(THREADS) void chamfer_gradient(
     const u32 i = blockIdx.x * THREADS + threadIdx.x, in_x = points_of(x_clouds);
     if (i < in_x) write_gradient(x, x_clouds, y, y_clouds, i, squared, upstream);
     else if (i - in_x < (u32)points_of(y_clouds)) write_gradient(y, y_clouds, x, x_clouds, i - in_x, squared, upstream);
+}
+
+// ---- the distance of each point, and its gradient ------------------------------------------------------------------
+
+// One of the two batches of clouds. Both pointers are null if its direction is left out.
+struct Distances {
+    float *distances;    // [points] squared before the kernel
+    const int *nearest;  // [points] -1 where there is no nearest neighbour
+};
+
+__device__ void finish(const Distances &side, const Clouds &clouds, const Clouds &other_clouds, int i, int squared) {
+    const float d2 = side.distances[i];
+    if (side.nearest[i] < 0 && !points_in(other_clouds, cloud_of<&Cloud::point>(clouds, i))) side.distances[i] = 0;
+    else if (!squared) side.distances[i] = __fsqrt_rn(d2);
+}
+
+// One thread a point of x, then of y: its distance from its squared distance. To an empty cloud it is 0.
+extern "C" __global__ __launch_bounds__(THREADS) void chamfer_distances(
+    const __grid_constant__ Distances x,
+    const __grid_constant__ Distances y,
+    const __grid_constant__ Clouds x_clouds,
+    const __grid_constant__ Clouds y_clouds,
+    int squared  // 1: squared distances stay
+) {
+    const u32 i = blockIdx.x * THREADS + threadIdx.x, in_x = x.distances ? points_of(x_clouds) : 0;
+    if (i < in_x) finish(x, x_clouds, y_clouds, i, squared);
+    else if (y.distances && i - in_x < (u32)points_of(y_clouds)) finish(y, y_clouds, x_clouds, i - in_x, squared);
+}
+
+// One of the two batches of clouds. What a direction that is left out would need is null.
+struct Weighted {
+    const point_t *points;    // [points, 3]
+    const double *origins;    // [clouds, 3] origins of the search in this batch; null: 0
+    const float *ddistances;  // [points] the gradient of each distance
+    const float *distances;   // [points] to the nearest point of the other batch
+    const int *nearest;       // [points] the index of that point
+    u32 *largest;        // [points] magnitude of the largest factor of the points that it is nearest to; starts at 0
+    u64 *contributions;  // [points, 3] their gradient contributions, as integers; start at 0
+    point_t *gradient;   // [points, 3]
+};
+
+// Where it is 0 or not finite, a distance has no gradient.
+__device__ __forceinline__ bool has_gradient(const Weighted &side, int i) {
+    if (!side.nearest || side.nearest[i] < 0) return false;
+    const float distance = side.distances[i];
+    return is_finite(distance) && distance > 0;
+}
+
+// The gradient of the distance d, also where its square is given, for point i.
+__device__ __forceinline__ float factor_of(const Weighted &side, int i, int squared) {
+    const float given = side.ddistances[i];
+    return squared ? __fmul_rn(__fmul_rn(2, given), __fsqrt_rn(side.distances[i])) : given;
+}
+
+// What point i, of cloud b, adds to coordinate e of its own gradient. Exact.
+__device__ __forceinline__ double weighted_term(
+    const Weighted &side, const Weighted &other, int b, int i, int e, float factor, int squared
+) {
+    const float distance = side.distances[i], d = squared ? __fsqrt_rn(distance) : distance;
+    return (double)factor * __fdiv_rn(offset_of(side, other, b, i, e), d);
+}
+
+// The bits of |x|, which are in the order of |x|; those of NaN come last.
+__device__ __forceinline__ u32 magnitude(float x) { return __float_as_uint(fabsf(x)); }
+
+// Whether a sum has terms that are numbers, and not all 0.
+__device__ __forceinline__ bool has_terms(u32 largest) { return largest && is_finite(__uint_as_float(largest)); }
+
+// The shift for which `count` terms with factors up to `largest` fit into 62 bits after scaling by 2**shift: a term is
+// less than twice its factor.
+__device__ __forceinline__ int weighted_shift(int count, u32 largest) {
+    return 60 - (32 - __clz(count)) - ilogbf(__uint_as_float(largest));
+}
+
+// Finds the largest factor among the points that share a nearest point. One thread a point of x, then of y.
+extern "C" __global__ __launch_bounds__(THREADS) void chamfer_weighted_largest(
+    const __grid_constant__ Weighted x,
+    const __grid_constant__ Weighted y,
+    const __grid_constant__ Clouds x_clouds,
+    const __grid_constant__ Clouds y_clouds,
+    int squared
+) {
+    const u32 thread = blockIdx.x * THREADS + threadIdx.x, in_x = points_of(x_clouds);
+    const bool of_x = thread < in_x;
+    const u32 i = of_x ? thread : thread - in_x;
+    if (!of_x && i >= (u32)points_of(y_clouds)) return;
+    const Weighted &side = of_x ? x : y, &other = of_x ? y : x;
+    if (!has_gradient(side, i)) return;
+    u32 *largest = &other.largest[side.nearest[i]];
+    const u32 mine = magnitude(factor_of(side, i, squared));
+    if (mine > *(volatile u32 *)largest) atomicMax(largest, mine);  // rarely, where many points share the nearest
+}
+
+// Adds the gradient contribution of each point to its nearest. One thread a point of x, then of y.
+extern "C" __global__ __launch_bounds__(THREADS) void chamfer_weighted_give(
+    const __grid_constant__ Weighted x,
+    const __grid_constant__ Weighted y,
+    const __grid_constant__ Clouds x_clouds,
+    const __grid_constant__ Clouds y_clouds,
+    int squared
+) {
+    const u32 thread = blockIdx.x * THREADS + threadIdx.x, in_x = points_of(x_clouds);
+    const bool of_x = thread < in_x;
+    const u32 i = of_x ? thread : thread - in_x;
+    if (!of_x && i >= (u32)points_of(y_clouds)) return;
+    const Weighted &side = of_x ? x : y, &other = of_x ? y : x;
+    const Clouds &clouds = of_x ? x_clouds : y_clouds;
+    if (!has_gradient(side, i)) return;
+    const int nearest = side.nearest[i], b = cloud_of<&Cloud::point>(clouds, i);
+    const u32 largest = other.largest[nearest];
+    if (!has_terms(largest)) return;
+    const int shift = weighted_shift(points_in(clouds, b), largest);
+    const float factor = factor_of(side, i, squared);
+#pragma unroll
+    for (int e = 0; e < 3; ++e) {
+        const double term = weighted_term(side, other, b, i, e, factor, squared);
+        atomicAdd(&other.contributions[3 * (size_t)nearest + e], (u64)-llrint(scalbn(term, shift)));
+    }
+}
+
+// Writes the gradients: each point's own term plus its contributions. One thread a point of x, then of y.
+extern "C" __global__ __launch_bounds__(THREADS) void chamfer_weighted_gradient(
+    const __grid_constant__ Weighted x,
+    const __grid_constant__ Weighted y,
+    const __grid_constant__ Clouds x_clouds,
+    const __grid_constant__ Clouds y_clouds,
+    int squared
+) {
+    const u32 thread = blockIdx.x * THREADS + threadIdx.x, in_x = points_of(x_clouds);
+    const bool of_x = thread < in_x;
+    const u32 i = of_x ? thread : thread - in_x;
+    if (!of_x && i >= (u32)points_of(y_clouds)) return;
+    const Weighted &side = of_x ? x : y, &other = of_x ? y : x;
+    const Clouds &clouds = of_x ? x_clouds : y_clouds, &other_clouds = of_x ? y_clouds : x_clouds;
+    const int b = cloud_of<&Cloud::point>(clouds, i);
+    const bool own = has_gradient(side, i);
+    const float factor = own ? factor_of(side, i, squared) : 0;
+    const u32 largest = side.largest ? side.largest[i] : 0;  // not 0 only if there are contributions
+    const int shift = has_terms(largest) ? weighted_shift(points_in(other_clouds, b), largest) : 0;
+#pragma unroll
+    for (int e = 0; e < 3; ++e) {
+        const size_t at = 3 * (size_t)i + e;
+        double sum = own ? weighted_term(side, other, b, i, e, factor, squared) : 0;
+        if (has_terms(largest)) sum += scalbn((double)(long long)side.contributions[at], -shift);
+        if (!is_finite(factor) || (largest && !has_terms(largest))) sum = NAN_DOUBLE;
+        side.gradient[at] = narrow((float)sum);
+    }
 }

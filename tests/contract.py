@@ -16,7 +16,7 @@ import gpu3d
 from gpu3d.buckets import num_scopes
 from gpu3d.pooling import child_lengths
 
-BUCKET_SIZE, SCOPE_SIZE, RATIO = 16, 3, 4
+BUCKET_SIZE, SCOPE_SIZE, RATIO, SAMPLES = 16, 3, 4, 20
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float64": np.float64}
 LENGTHS, OTHERS = (150, 40, 17, 16), (60, 170, 2, 33)  # points of the clouds, and of those they are compared with
 EMPTY_LENGTHS, EMPTY_OTHERS = (150, 0, 17, 1, 0), (60, 0, 0, 33, 5)
@@ -73,6 +73,7 @@ def rows_of(n: int, m: int) -> dict[str, int]:
         "scope": num_scopes((buckets,), SCOPE_SIZE, 1),
         "child": children,
         "child slot": -(-children // BUCKET_SIZE) * BUCKET_SIZE,
+        "sample": SAMPLES,
     }
 
 
@@ -152,6 +153,17 @@ def _chamfer(at: Place, x: Any, y: Any) -> dict[str, Any]:
     return {"loss": loss, "dx": dx, "dy": dy, "alone": gpu3d.chamfer(x, y, squared=True, **given)}
 
 
+def _directions(at: Place, x: Any, y: Any) -> dict[str, Any]:
+    given = _both(at, "x", "y")
+    loss, (dx, dy) = gpu3d.chamfer_value_and_grad(x, y, **given, reduction="none", direction="x_to_y")
+    far = gpu3d.chamfer(x, y, **given, reduction="points", squared=True)
+    return {"loss": loss, "dx": dx, "dy": dy, "of_x": far.x, "of_y": far.y}
+
+
+def _compare(at: Place, x: Any, y: Any) -> dict[str, Any]:
+    return gpu3d.compare_clouds(x, y, **_both(at, "x", "y"), thresholds=(0.1, 0.3))._asdict()
+
+
 def _apml(at: Place, pred: Any, target: Any, counted: bool) -> dict[str, Any]:
     room = None if counted else 64 * (len(pred) + len(target))
     given = {**_both(at, "pred", "target"), "reduction": "none", "max_entries": room}
@@ -172,6 +184,19 @@ def _tidy_plan(results: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _indexed(at: Place, query: Any, points: Any) -> dict[str, Any]:
     index = gpu3d.neighbor_index(points, lengths=at.lengths)
     return gpu3d.knn(query, index, 1, query_lengths=at.others)._asdict()
+
+
+def _voxels(at: Place, points: Any, features: Any) -> dict[str, Any]:
+    found = gpu3d.voxel_downsample(points, 0.3, features, lengths=at.lengths)
+    return {name: x for name, x in found._asdict().items() if name != "lengths"}
+
+
+def _tidy_voxels(results: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The row of its voxel for each point, and the first point of the voxel."""
+    voxel = results["point_to_voxel"]
+    first = np.full(len(results["counts"]), len(voxel), np.int32)
+    np.minimum.at(first, voxel, np.arange(len(voxel), dtype=np.int32))
+    return {"first": first[voxel], **{name: results[name][voxel] for name in ("points", "features", "counts")}}
 
 
 SLOTS, HEADS = Input("slot", (5,)), Input("slot", (2, 8))
@@ -250,6 +275,12 @@ OPS = {
         {"distances": ("point", None), "indices": ("point", "point")},
     ),
     "neighbor_index": Op(SEARCHED, _indexed, NEIGHBOURS),
+    "normals": Op(
+        {"points": POINTS},
+        lambda at, points: gpu3d.normals(points, 8, lengths=at.lengths)._asdict(),
+        {"normals": ("point", None), "curvature": ("point", None)},
+        alone=True,
+    ),
     "radius_search-nearest": Op(
         SEARCHED,
         lambda at, query, points: gpu3d.radius_search(
@@ -270,10 +301,41 @@ OPS = {
         _tidy_radius,
         capturable=False,
     ),
+    "farthest_points": Op(
+        {"points": POINTS},
+        lambda at, points: {"indices": gpu3d.farthest_points(points, SAMPLES, lengths=at.lengths)},
+        {"indices": ("sample", "point")},
+        alone=True,
+    ),
+    "voxel_downsample": Op(
+        {"points": POINTS, "features": Input("point", (5,))},
+        _voxels,
+        {"first": ("point", "point"), **dict.fromkeys(("points", "features", "counts"), ("point", None))},
+        _tidy_voxels,
+        capturable=False,
+    ),
     "chamfer": Op(
         {"x": POINTS, "y": OTHER_POINTS},
         _chamfer,
         {"loss": ("cloud", None), "dx": ("point", None), "dy": ("other", None), "alone": ("cloud", None)},
+        empty_clouds=False,
+    ),
+    "chamfer-directions": Op(
+        {"x": POINTS, "y": OTHER_POINTS},
+        _directions,
+        {
+            "loss": ("cloud", None),
+            "dx": ("point", None),
+            "dy": ("other", None),
+            "of_x": ("point", None),
+            "of_y": ("other", None),
+        },
+        empty_clouds=False,
+    ),
+    "compare_clouds": Op(
+        {"x": POINTS, "y": OTHER_POINTS},
+        _compare,
+        dict.fromkeys(gpu3d.CloudComparison._fields, ("cloud", None)),
         empty_clouds=False,
     ),
     "apml": Op(
@@ -477,7 +539,7 @@ def check_nothing(op: Op, library: Library) -> None:
     for lengths in ((), (0, 0)) if op.empty_clouds else ((),):
         got = op.tidy(run(op, *start(op, library, lengths, lengths), library))
         for name, x in got.items():
-            rows = len(lengths) if op.results[name][0] == "cloud" else 0
+            rows = sum(rows_of(n, n)[op.results[name][0]] for n in lengths)
             assert (x.shape, x.dtype) == ((rows, *expected[name].shape[1:]), expected[name].dtype), (name, lengths)
 
 

@@ -101,6 +101,10 @@ TABLE: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("radius", {"radius": 0.4, "room": (None, 900_000), "dtype": ("float32", "float64"), "cloud": "merge"}, "cupy"),
     ("radius", {"room": None, "dtype": ("float32", "float64"), "layout": LAYOUTS, "cloud": "tile"}, PLAIN),
     ("radius", {"room": (None, 60_000), "of": ("itself", "index", "its index")}, "numpy cupy"),
+    ("farthest", {"dtype": DTYPES, "cloud": ("ragged", "hundred", "lattice", "nan"), "axes": (3, 2)}, "numpy"),
+    ("farthest", {"start": 3, "cloud": ("merge", "far", "equal", "batch")}, "numpy"),
+    ("voxels", {"reduce": ("mean", "sum", "min", "max"), "dtype": DTYPES, "cloud": RAGGED}, "numpy"),
+    ("voxels", {"size": (0.25, 100.0), "cloud": ("far", "nan", "lattice", "merge"), "dtype": DTYPES[:2]}, "numpy"),
     ("chamfer", {"squared": (False, True), "reduction": REDUCTIONS, "dtype": "float32", "cloud": "filled"}, EVERY),
     ("chamfer", {"reduction": REDUCTIONS, "dtype": DTYPES, "cloud": "filled hundred"}, PLAIN),
     ("chamfer", {"squared": (False, True), "reduction": REDUCTIONS, "dtype": DTYPES[1:], "cloud": "filled"}, PLAIN),
@@ -571,6 +575,22 @@ def radius(
 ) -> list[Any]:
     query, points, lengths = _search(lib, cloud, dtype, axes, layout, of)
     return lib.gpu3d.radius_search(query, points, radius, max_entries=room, **lengths)
+
+
+def farthest(
+    lib: Library, *, cloud: str = "ragged", dtype: str = "float32", axes: int = 3, start: int = 0, k: int = 40
+) -> list[Any]:
+    points, lengths = _clouds(lib, cloud, dtype, axes=axes)
+    return [lib.run(functools.partial(lib.gpu3d.farthest_points, k=k, lengths=lengths, start=start), points)]
+
+
+def voxels(
+    lib: Library, *, cloud: str = "ragged", dtype: str = "float32", size: float = 4.0, reduce: str = "mean"
+) -> list[Any]:
+    points, lengths = _clouds(lib, cloud, dtype)
+    features = lib.array(_numbers((sum(LENGTHS[cloud]), 5), dtype))
+    found = lib.gpu3d.voxel_downsample(points, size, features, lengths=lengths, reduce=reduce)
+    return [*found[:4], np.array(found.lengths)]
 
 
 def _pair(lib: Library, cloud: str, dtype: str, axes: int, layout: str) -> tuple[_Clouds, _Clouds]:

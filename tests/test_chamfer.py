@@ -22,7 +22,16 @@ from test_neighbors import (
 
 import gpu3d
 from gpu3d import _arrays
-from gpu3d.chamfer import chamfer_arrays, chamfer_backward_arrays, check_chamfer, check_chamfer_backward
+from gpu3d.chamfer import (
+    chamfer_arrays,
+    chamfer_backward_arrays,
+    check_chamfer,
+    check_chamfer_backward,
+    check_points,
+    check_points_backward,
+    points_arrays,
+    points_backward_arrays,
+)
 from gpu3d.reference import chamfer as reference
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -59,10 +68,14 @@ def sum_by_definition(values):
     return values[0]
 
 
-def chamfer_by_definition(x, y, squared):
+def chamfer_by_definition(x, y, squared, direction="both"):
     """The float64 loss of a pair of finite clouds, and the gradients before they are rounded to float32."""
     loss, own, given = 0.0, [], []
-    for sources, targets in ((x, y), (y, x)):
+    for (sources, targets), skipped in (((x, y), "y_to_x"), ((y, x), "x_to_y")):
+        if direction == skipped:
+            own.append(np.zeros((len(sources), 3)))
+            given.append(np.zeros((len(targets), 3)))
+            continue
         here, there = located_by_definition(sources, targets)
         nearest = [near[0] for near in neighbors_by_definition(sources, targets)]
         d = [np.sqrt(d2) for d2, _ in nearest]
@@ -108,7 +121,7 @@ def test_chamfer_backward(dtype, reduction):
     """The gradients times the gradient of the loss, in float32, and then rounded."""
     lengths = {"x_lengths": (50, 1, 30), "y_lengths": (20, 64, 1)}
     x, y = ragged(*lengths.values(), dtype=dtype)
-    options = {**lengths, "squared": True, "reduction": reduction}
+    options = {**lengths, "squared": True, "reduction": reduction, "direction": "both"}
     loss, residuals = with_residuals(x, y, **options)
     assert_same_bits([loss], [gpu3d.chamfer(x, y, **options)])
     dloss = np.random.default_rng(0).standard_normal(loss.shape).astype(np.float32)
@@ -127,7 +140,7 @@ def test_chamfer_backward(dtype, reduction):
 def test_bad_input_of_chamfer_backward():
     """Residuals are indices into memory, so they must fit the points."""
     (x, y), lengths = pair("near", 40, 50), {"x_lengths": (30, 10), "y_lengths": (20, 30)}
-    options = {**lengths, "squared": False, "reduction": "none"}
+    options = {**lengths, "squared": False, "reduction": "none", "direction": "both"}
     loss, residuals = with_residuals(x, y, **options)
     for changes, message in (
         ({"residuals": residuals[:-1]}, r"residuals must be int32 \[184\], of the same clouds, got int32 \[183\]"),
@@ -162,6 +175,140 @@ def test_chamfer_of_a_batch_is_the_definition(squared, reduction):
         exact = np.concatenate([g[side] for g in gradients]) / (3 if reduction == "mean" else 1)
         assert_same_bits([got[side]], [exact.astype(np.float32)])
         assert exact.any(axis=1).all()
+
+
+DIRECTIONS = ("both", "x_to_y", "y_to_x")
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS[1:])
+@pytest.mark.parametrize("squared", [False, True])
+def test_one_direction_is_the_definition(squared, direction):
+    x_lengths, y_lengths = [50, 1, 30], [20, 64, 1]
+    x, y = ragged(x_lengths, y_lengths)
+    options = {"x_lengths": x_lengths, "y_lengths": y_lengths, "squared": squared, "direction": direction}
+    loss, got = gpu3d.chamfer_value_and_grad(x, y, **options, reduction="none")
+    assert_same_bits([gpu3d.chamfer(x, y, **options, reduction="none")], [loss])
+    parts = zip(*(np.split(p, np.cumsum(n)[:-1]) for p, n in ((x, x_lengths), (y, y_lengths))), strict=True)
+    losses, gradients = zip(*(chamfer_by_definition(a, b, squared, direction) for a, b in parts), strict=True)
+    assert_same_bits([loss], [np.array(losses, np.float32)])
+    exact = [np.concatenate([g[side] for g in gradients]).astype(np.float32) for side in (0, 1)]
+    assert_same_bits(got, exact)
+    assert all(g.any() for g in exact)
+    index, x_index = gpu3d.neighbor_index(y, lengths=y_lengths), gpu3d.neighbor_index(x, lengths=x_lengths)
+    indexed = gpu3d.chamfer_value_and_grad(x_index, index, squared=squared, direction=direction, reduction="none")
+    assert_same_bits((indexed.loss, *indexed.gradients), (loss, *exact))
+
+
+def naive_points(x, y, squared):
+    """Distances of x's points to the nearest of y, and the indices."""
+    nearest = [near[0] for near in neighbors_by_definition(x, y)]
+    d2, indices = (np.array(column) for column in zip(*nearest, strict=True))
+    return (d2 if squared else np.sqrt(d2)).astype(np.float32), indices
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_points_are_the_definition(dtype, squared):
+    x_lengths, y_lengths = (50, 1, 30), (20, 64, 1)
+    x, y = ragged(x_lengths, y_lengths, dtype=dtype)
+    options = {"x_lengths": x_lengths, "y_lengths": y_lengths, "squared": squared}
+    got = gpu3d.chamfer(x, y, **options, reduction="points")
+    parts = list(zip(*(np.split(p, np.cumsum(n)[:-1]) for p, n in ((x, x_lengths), (y, y_lengths))), strict=True))
+    expected = [np.concatenate([naive_points(*pair[::step], squared)[0] for pair in parts]) for step in (1, -1)]
+    assert_same_bits(got, expected)
+    assert gpu3d.knn(x, y, 1, query_lengths=x_lengths, lengths=y_lengths).distances.dtype == got.x.dtype
+    for direction, one, left_out in (("x_to_y", 0, 1), ("y_to_x", 1, 0)):
+        alone = gpu3d.chamfer(x, y, **options, reduction="points", direction=direction)
+        assert_same_bits([alone[one]], [expected[one]])
+        assert alone[left_out] is None
+    index = gpu3d.neighbor_index(y, lengths=y_lengths)
+    assert_same_bits(gpu3d.chamfer(x, index, x_lengths=x_lengths, squared=squared, reduction="points"), expected)
+
+
+def points_gradients(x, y, weights=None, dtype=np.float32, **options):
+    """The distances of all points, and the gradients of x and y for weights of the distances."""
+    given = [_arrays.read(z, "an array") for z in (x, y)]
+    checked = check_points(*given, options.get("x_lengths"), options.get("y_lengths"), *options["how"], "zero")
+    distances, nearest = points_arrays(*given, *checked)
+    if weights is None:
+        weights = np.random.default_rng(len(distances)).standard_normal(len(distances)).astype(dtype)
+    saved = [_arrays.read(z, "an array") for z in (weights, x, y, distances, nearest)]
+    checked = check_points_backward(*saved, *checked)
+    return weights, distances, points_backward_arrays(*saved, *checked)
+
+
+@pytest.mark.parametrize("how", [(False, "both"), (True, "both"), (True, "x_to_y"), (False, "y_to_x")])
+def test_gradients_of_points(how):
+    """They are sums of weight * (v / d), or of 2 * weight * v, over the pairs."""
+    squared, direction = how
+    x, y = pair("near", 300, 200)
+    x[4] = y[4]  # distance 0: no gradient
+    weights, _, got = points_gradients(x, y, how=how, x_lengths=[300], y_lengths=[200])
+    exact, first = [np.zeros((300, 3)), np.zeros((200, 3))], 0
+    for a, b, da, db, skipped in ((x, y, *exact, "y_to_x"), (y, x, *exact[::-1], "x_to_y")):
+        if direction == skipped:
+            continue
+        _, j = naive_points(a, b, squared)
+        v = a.astype(float) - b[j]
+        length = np.linalg.norm(v, axis=1, keepdims=True)
+        terms = weights[first : first + len(a), None] * (2 * v if squared else v / np.where(length > 0, length, 1))
+        da += terms
+        np.add.at(db, j, -terms)
+        first += len(a)
+    for gradient, wanted in zip(got, exact, strict=True):
+        np.testing.assert_allclose(gradient, wanted, rtol=2e-6, atol=2e-6 * np.abs(wanted).max())
+        assert wanted.any(axis=1).mean() > 0.5
+
+
+def test_gradients_of_points_where_weights_are_not_finite():
+    x, y = pair("independent", 200, 100)
+    x, y = x[:200], y[:100]
+    x[7] = np.nan  # no distance, so no gradient, whatever its weight is
+    weights = np.ones(200, np.float32)
+    weights[[3, 7]] = np.nan, np.inf
+    _, distances, (dx, dy) = points_gradients(x, y, weights, how=(False, "x_to_y"))
+    _, j = naive_points(x[3:4], y, False)
+    assert not np.isfinite(distances[7]) and not dx[7].any()
+    assert np.flatnonzero(np.isnan(dx).any(axis=1)).tolist() == [3]
+    assert np.flatnonzero(np.isnan(dy).any(axis=1)).tolist() == j.tolist()
+
+
+def test_a_cloud_alone_has_the_gradients_of_a_batch():
+    x_lengths, y_lengths = (50, 1, 30), (20, 64, 1)
+    x, y = ragged(x_lengths, y_lengths)
+    how = {"how": (False, "x_to_y")}
+    weights, _, (dx, dy) = points_gradients(x, y, x_lengths=x_lengths, y_lengths=y_lengths, **how)
+    _, _, alone = points_gradients(x[51:], y[84:], weights[51:], **how)
+    assert_same_bits(alone, (dx[51:], dy[84:]))
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_empty_clouds_count_as_zero(squared):
+    """As PyTorch3D's chamfer_distance: such a pair has a loss of 0, and is one of the pairs of the mean."""
+    x_lengths, y_lengths = [30, 0, 40, 0], [50, 20, 0, 0]
+    x, y = ragged(x_lengths, y_lengths)
+    options = {"x_lengths": x_lengths, "y_lengths": y_lengths, "squared": squared}
+    expected, (ex, ey) = gpu3d.chamfer_value_and_grad(x[:30], y[:50], squared=squared)
+    for function in (gpu3d.chamfer, gpu3d.chamfer_value_and_grad):
+        with pytest.raises(ValueError, match=r"got cloud 1 of x with no point\. Leave it out, or pass empty='zero'"):
+            function(x, y, **options)
+    loss, (dx, dy) = gpu3d.chamfer_value_and_grad(x, y, **options, reduction="none", empty="zero")
+    assert_same_bits([loss], [np.array([expected, 0, 0, 0], np.float32)])
+    assert_same_bits((dx[:30], dy[:50]), (ex, ey))
+    assert not dx[30:].any() and not dy[50:].any()
+    assert gpu3d.chamfer(x, y, **options, empty="zero") == expected / 4
+    of_points = gpu3d.chamfer(x, y, **options, reduction="points", empty="zero")
+    assert_same_bits(
+        of_points,
+        [np.append(of_points.x[:30], of(40, 1)[:, 0] * 0), np.append(of_points.y[:50], [0] * 20).astype("f4")],
+    )
+    _, _, gradients = points_gradients(x, y, x_lengths=x_lengths, y_lengths=y_lengths, how=(squared, "both"))
+    assert gradients[0][:30].any() and not gradients[0][30:].any() and not gradients[1][50:].any()
+
+
+def test_the_gradient_of_points_is_of_torch_and_jax():
+    with pytest.raises(ValueError, match=r"reduction .points. is for chamfer only, .* differentiate chamfer in torch"):
+        gpu3d.chamfer_value_and_grad(of(9, 3), of(9, 3), reduction="points")
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 1023, 1024, 1025, 5000, 1024 * 1024 + 1])
@@ -311,7 +458,7 @@ def test_batched_arrays():
     assert dx.shape == x.shape and dy.shape == y.shape and loss.shape == (4,)
     assert_same_bits((loss, dx.reshape(-1, 3), dy.reshape(-1, 3)), (expected, *gradients))
     residuals = with_residuals(x, y, x_lengths=None, y_lengths=None, squared=False, reduction="none")[1]
-    options = {"x_lengths": None, "y_lengths": None, "squared": False, "reduction": "none"}
+    options = {"x_lengths": None, "y_lengths": None, "squared": False, "reduction": "none", "direction": "both"}
     assert_same_bits(backward(None, x, y, residuals, **options), (dx, dy))
 
 
@@ -345,9 +492,13 @@ BAD = [
     ("chamfer", {"y_lengths": [0, 128]}, ValueError, "must not be empty, .* got cloud 0 of y with no point"),
     ("chamfer", {"squared": 1}, TypeError, "squared must be True or False, got 1"),
     ("chamfer", {"squared": "no"}, TypeError, "squared must be True or False, got 'no'"),
-    ("chamfer", {"reduction": "max"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'max'"),
+    ("chamfer", {"reduction": "max"}, ValueError, "reduction must be one of .* 'points', got 'max'"),
     ("chamfer", {"reduction": None}, TypeError, "reduction must be one of .*, got None"),
     ("chamfer", {"reduction": np.array(["mean", "sum"])}, TypeError, r"reduction .* ndarray of shape \[2\]"),
+    ("chamfer", {"direction": "x"}, ValueError, "direction must be one of 'both', 'x_to_y', 'y_to_x', got 'x'"),
+    ("chamfer", {"empty": "skip"}, ValueError, "empty must be one of 'error', 'zero', got 'skip'"),
+    ("chamfer", {"empty": 0}, TypeError, "empty must be one of .*, got 0"),
+    ("chamfer", {"x": of(40, 6)}, ValueError, r"x must have 2 or 3 .*\[40, 6\]: take x.* norms .*torch.cdist or scipy"),
     ("chamfer", {"squared": np.ones(1000)}, TypeError, r"squared must be True or False, got ndarray of shape \[1000\]"),
 ]  # fmt: skip
 

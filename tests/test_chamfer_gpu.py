@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import clouds
 import numpy as np
 import pytest
 from conftest import poison
-from test_chamfer import BAD, REDUCTIONS, backward, check_empty, with_residuals
+from test_chamfer import BAD, DIRECTIONS, REDUCTIONS, backward, check_empty, points_gradients, with_residuals
 from test_neighbors import DTYPES, KINDS, RAGGED, assert_refused, assert_same_bits, pair, ragged, special
 from test_neighbors_gpu import SIZES, check, to_host
 
@@ -27,7 +29,7 @@ def check_chamfer(cp, x, y, note="", **options):
 
 def check_chamfer_backward(cp, x, y, note, x_lengths=None, y_lengths=None, reduction="mean"):
     """Check residuals and gradients; the gradient of the losses is a strided array."""
-    shared = {"squared": True, "reduction": reduction}
+    shared = {"squared": True, "reduction": reduction, "direction": "both"}
     lengths = {"x_lengths": tuple(x_lengths or [len(x)]), "y_lengths": tuple(y_lengths or [len(y)])}
     numbers = np.random.default_rng(len(x)).standard_normal((len(lengths["x_lengths"]), 2), np.float32)
     residuals, gradients = [], []
@@ -37,11 +39,29 @@ def check_chamfer_backward(cp, x, y, note, x_lengths=None, y_lengths=None, reduc
         poison(cp, max(1 << 26, 300 * (x.nbytes + y.nbytes)))
         residuals.append(with_residuals(*arrays, **lengths, **shared)[1])
         gradients.append(backward(dloss, *arrays, residuals[-1], **lengths, **shared))
-    on_cpu, on_gpu = (np.split(cp.asnumpy(z), reference.residual_parts(*lengths.values())[1:-1]) for z in residuals)
+    on_cpu, on_gpu = (
+        np.split(cp.asnumpy(z), reference.residual_parts(*lengths.values(), "both")[1:-1]) for z in residuals
+    )
     for number, (a, b) in enumerate(zip(on_gpu, on_cpu, strict=True)):
         dtype = np.float32 if number % 3 else np.int32
         assert_same_bits([a.view(dtype)], [b.view(dtype)], f"part {number} of the residuals, {note}")
     assert_same_bits([z.get() for z in gradients[1]], gradients[0], f"backward {note}")
+
+
+def check_directions(cp, x, y, note="", **options):
+    """Check losses and gradients of one direction, and the distance of each point and its gradients."""
+    for direction in DIRECTIONS[1:]:
+        check(cp, gpu3d.chamfer, x, y, note=note, direction=direction, **options)
+        check(cp, gpu3d.chamfer_value_and_grad, x, y, note=note, direction=direction, squared=True, **options)
+    lengths = {name: options[name] for name in ("x_lengths", "y_lengths") if name in options}
+    for direction, squared in itertools.product(DIRECTIONS, (False, True)):
+        how, made = (squared, direction), []
+        weights, *_ = points_gradients(x, y, how=how, **lengths)
+        for asarray in (np.asarray, cp.asarray):
+            poison(cp, max(1 << 26, 300 * (x.nbytes + y.nbytes)))
+            _, distances, gradients = points_gradients(asarray(x), asarray(y), asarray(weights), how=how, **lengths)
+            made.append([distances, *gradients])
+        assert_same_bits(to_host(made[1]), made[0], f"points {how} {note}")
 
 
 # ---- the same bits as the reference --------------------------------------------------------------------------------
@@ -56,6 +76,39 @@ def test_small_chamfer(cp):
     check_chamfer(cp, query, points, x_lengths=[10] * 70, y_lengths=[7] * 70, reduction="none")
     points = special(600)["spoiled"]
     check_chamfer(cp, points[:, :2], points[::-1, :2], "spoiled")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_small_directions(cp, dtype):
+    """For compute-sanitizer: one direction and points, of one tile and of more, empty clouds, a large batch, NaN."""
+    x, y = pair("near", 300, 2500, dtype=dtype)
+    check_directions(cp, x, y)
+    x[3], y[5] = np.nan, np.inf
+    check_directions(cp, x[:, :2], y[:, :2], "spoiled")
+    lengths = {"x_lengths": [30, 0, 40, 0] * 20, "y_lengths": [50, 20, 0, 0] * 20}
+    x, y = ragged(*lengths.values(), dtype=dtype)
+    check_directions(cp, x, y, "empty", **lengths, empty="zero")
+    check(cp, gpu3d.chamfer_value_and_grad, x, y, **lengths, empty="zero", reduction="none")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_directions_of_large_clouds(cp, kind):
+    check_directions(cp, *pair(kind, 20_000, 33_000), kind)
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("float64", "float32")], ids=str)
+def test_directions_of_an_index(cp, dtypes):
+    x, y = (z.astype(dtype) for z, dtype in zip(pair("near", 1500, 2300), dtypes, strict=True))
+    indices = [gpu3d.neighbor_index(cp.asarray(z)) for z in (x, y)]
+    for direction in DIRECTIONS:
+        loss, gradients = gpu3d.chamfer_value_and_grad(x, y, direction=direction)
+        of_points = [z for z in gpu3d.chamfer(x, y, direction=direction, reduction="points") if z is not None]
+        for sides in (indices, (cp.asarray(x), indices[1]), (indices[0], cp.asarray(y))):
+            poison(cp)
+            got = gpu3d.chamfer_value_and_grad(*sides, direction=direction)
+            assert_same_bits(to_host((got.loss, *got.gradients)), (loss, *gradients))
+            found = gpu3d.chamfer(*sides, direction=direction, reduction="points")
+            assert_same_bits(to_host([z for z in found if z is not None]), of_points)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -170,7 +223,7 @@ def test_views(cp, dtype, dimensions):
         loss, gradients = gpu3d.chamfer_value_and_grad(*views)
         assert_same_bits(to_host((loss, *gradients)), (expected.loss, *expected.gradients))
         assert not any(cp.may_share_memory(z, v) for z in (loss, *gradients) for v in (*device, *views))
-        options = {"x_lengths": None, "y_lengths": None, "squared": False, "reduction": "mean"}
+        options = {"x_lengths": None, "y_lengths": None, "squared": False, "reduction": "mean", "direction": "both"}
         residuals = with_residuals(*views, **options)[1]
         gradients = backward(None, *views, cp.repeat(residuals, 2)[::2], **options)
         assert_same_bits(to_host(gradients), expected.gradients)

@@ -158,6 +158,23 @@ def test_compare_scans_of_no_scan(tmp_path):
         assert "Traceback" not in done.stderr
 
 
+def test_surface_normals(tmp_path):
+    """Every point of a level ground and a wall is of the right kind, and the picture shows both."""
+    ground = np.random.default_rng(0).random((3000, 3)) * [20, 20, 0.01]
+    wall = ground[:1000][:, [0, 2, 1]] * [1, 1, 0.2] + [0, 20, 0]
+    np.save(tmp_path / "scan.npy", np.concatenate([ground, wall]))
+    viewpoint = "--viewpoint", "10", "10", "2"
+    done = run("surface_normals.py", tmp_path, "scan.npy", *viewpoint, "--out", "picture.png", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    counts = dict(re.findall(r"^(level|slanted|upright|no surface) +([\d,]+) +[\d.]+%$", done.stdout, re.M))
+    level, slanted, upright, none = (int(counts[name].replace(",", "")) for name in counts)
+    assert 2900 <= level <= 3000 and 900 <= upright <= 1000 and level + slanted + upright + none == 4000
+    assert "4,000 normals from 16 points each" in done.stdout
+    image = matplotlib.image.imread(tmp_path / "picture.png")[100:1000, 20:1780, :3]
+    assert (np.ptp(image, axis=2) > 0.4).sum() > 500 < (image.min(axis=2) > 0.7).sum()
+    assert run("surface_normals.py", tmp_path, "scan.npy", "--k", "2", "--device", "cpu").returncode == 1
+
+
 NUMBER = r" +[\d.]+e[+-]\d+"
 
 

@@ -26,6 +26,7 @@ import test_docs
 
 import gpu3d
 from gpu3d import _arrays, neighbors
+from gpu3d.chamfer import points_arrays, points_backward_arrays
 from gpu3d.cuda import launcher
 from gpu3d.cuda.plan import DEVICES
 
@@ -120,6 +121,11 @@ def op_bucketize(dtype, asarray, **options):
     return Op(run, (asarray(points(dtype=dtype)),))
 
 
+def op_farthest(dtype, asarray):
+    run = functools.partial(gpu3d.farthest_points, k=9, lengths=LENGTHS)
+    return Op(run, (asarray(points(dtype=dtype)),))
+
+
 def op_scatter(dtype, asarray):
     buckets, _ = layout(asarray=asarray)
     run, back = functools.partial(buckets.scatter, fill=7.5), buckets.gather
@@ -166,6 +172,11 @@ def op_unpool(dtype, asarray, skip=True):
 
     inputs = tuple(map(asarray, rows[: 1 + skip]))
     return Op(run, inputs, lambda dout: gpu3d.bucket_unpool_backward(dout, pooled)[: 1 + skip])
+
+
+def op_normals(dtype, asarray, **options):
+    run = functools.partial(gpu3d.normals, k=5, lengths=LENGTHS, **options)
+    return Op(run, (asarray(points(dtype=dtype)),))
 
 
 SIDES = (20, 40), (45, 5)
@@ -215,6 +226,22 @@ def read(*arrays):
     return [_arrays.read(x, "an array") for x in arrays]
 
 
+def op_points(dtype, asarray, **options):
+    x, y = two_sides(dtype, asarray)
+    lengths = dict(zip(("x_lengths", "y_lengths"), SIDES, strict=True))
+    checked = *SIDES, options.get("squared", False), options["direction"]
+
+    def run(x, y):
+        found = gpu3d.chamfer(x, y, reduction="points", **lengths, **options)
+        return found.x if found.y is None else found.y
+
+    def backward(ddistances):
+        saved = points_arrays(*read(x, y), *checked)
+        return points_backward_arrays(*read(ddistances, x, y, *saved), *checked)
+
+    return Op(run, (x, y), backward)
+
+
 def op_loss(name, dtype, asarray, d=3, **options):
     x, y = two_sides(dtype, asarray, d)
     names = ("x_lengths", "y_lengths") if name == "chamfer" else ("pred_lengths", "target_lengths")
@@ -234,6 +261,7 @@ OPS: dict[str, Callable[..., Op]] = {
     "bucketize probe": functools.partial(op_bucketize, hash="xor_mod", balance="probe", seed=3),
     "bucketize cell": functools.partial(op_bucketize, voxel_size=0.01),
     "bucketize per axis": functools.partial(op_bucketize, voxel_size="per_axis"),
+    "farthest": op_farthest,
     "scatter": op_scatter,
     "gather": op_gather,
     "attention": op_attention,
@@ -247,18 +275,23 @@ OPS: dict[str, Callable[..., Op]] = {
     "knn": op_knn,
     "knn 2-D": functools.partial(op_knn, d=2),
     "nearest": op_nearest,
+    "normals": op_normals,
+    "normals seen": functools.partial(op_normals, viewpoint=(0, 1.5, -3)),
     "radius": op_radius,
     "radius too many": functools.partial(op_radius, max_entries=10),
     "chamfer": functools.partial(op_loss, "chamfer"),
     "chamfer each": functools.partial(op_loss, "chamfer", squared=True, reduction="none"),
     "chamfer 2-D": functools.partial(op_loss, "chamfer", d=2, reduction="sum"),
+    "chamfer one": functools.partial(op_loss, "chamfer", direction="x_to_y", reduction="sum"),
+    "chamfer points": functools.partial(op_points, direction="x_to_y"),
+    "chamfer points squared": functools.partial(op_points, direction="y_to_x", squared=True),
     "apml": functools.partial(op_loss, "apml"),
     "apml each": functools.partial(op_loss, "apml", symmetrize="min", reduction="none", iterations=3),
     "apml 2-D": functools.partial(op_loss, "apml", d=2, reduction="sum", max_entries=700),
 }
 every_op = pytest.mark.parametrize("name", OPS)
 one_of_each = pytest.mark.parametrize("name", [name for name in OPS if " " not in name])
-DIFFERENTIABLE = [name for name in OPS if not name.startswith("bucketize")]
+DIFFERENTIABLE = [name for name in OPS if not name.startswith(("bucketize", "farthest", "normals"))]
 
 
 def first(result):
@@ -387,7 +420,7 @@ def test_functions_of_the_interop():
     out = g.bucket_attention(*(jnp.asarray(q),) * 3, there, scopes)
     assert_same(out, gpu3d.bucket_attention(q, q, q, buckets, scopes))
     assert set(g.__all__) == {
-        *(name for name in CALLS if "backward" not in name),
+        *(name for name in CALLS if "backward" not in name and name != "chamfer_points"),  # a reduction of chamfer
         "flash3d",
         "gather",
         "scatter",
@@ -767,8 +800,8 @@ def test_bad_input():
     "call",
     [
         lambda x: gpu3d.neighbor_index(x),
-        lambda x: gpu3d.emd(x, x),
         lambda x: gpu3d.apml_plan(x, x),
+        lambda x: gpu3d.voxel_downsample(x, 0.1),
         lambda x: gpu3d.apml_value_and_grad(x, x),
         lambda x: gpu3d.chamfer_value_and_grad(x, x),
     ],
@@ -776,6 +809,29 @@ def test_bad_input():
 def test_functions_that_are_not_in_programs(call):
     with pytest.raises(TypeError, match=r"is a JAX tracer, .*jax\.lax\.stop_gradient"):
         jax.jit(call)(numbers(20, 3))
+
+
+def test_normals_have_no_gradient():
+    """A derivative is an error, and its cure works."""
+    x = jnp.asarray(points(40))
+
+    def upwards(x, stop):
+        return (x * gpu3d.normals(stop(x), 6).normals).sum()
+
+    for way in (jax.grad, jax.jacfwd):
+        with pytest.raises(TypeError, match=r"normals has no gradient: pass jax\.lax\.stop_gradient\(points\)"):
+            way(lambda x: upwards(x, lambda x: x))(x)
+    stopped = jax.jit(jax.grad(lambda x: upwards(x, jax.lax.stop_gradient)))(x)
+    assert_same(stopped, gpu3d.normals(points(40), 6).normals)
+
+
+def test_emd_is_not_in_programs():
+    x = jnp.asarray(numbers(20, 3))
+    for call in (jax.jit(lambda x: gpu3d.emd(x, x)), jax.grad(lambda x: gpu3d.emd(x, x + 1))):
+        with pytest.raises(RuntimeError, match=r"x is a JAX tracer, .* Gradients come from gpu3d.emd_value_and_grad"):
+            call(x)
+    loss, (dx, _) = gpu3d.emd_value_and_grad(x, x + 1)
+    assert isinstance(dx, jax.Array) and loss > 1
 
 
 def test_points_that_are_not_finite():

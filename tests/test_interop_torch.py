@@ -35,6 +35,7 @@ from torch_cases import (  # noqa: E402
     points,
     run,
     samples,
+    tensor,
 )
 
 import gpu3d  # noqa: E402
@@ -363,9 +364,13 @@ def test_plain_calls_come_here(name, monkeypatch):
             torch.ones(pooled.buckets.num_slots, 2), pooled, torch.ones(buckets.num_slots, 2)
         ),
         "chamfer": lambda: gpu3d.chamfer(x, x),
+        "compare_clouds": lambda: gpu3d.compare_clouds(x, x),
         "apml": lambda: gpu3d.apml(x, x),
+        "emd": lambda: gpu3d.emd(x[:20], x[:20]),
+        "farthest_points": lambda: gpu3d.farthest_points(x, 2),
         "knn": lambda: gpu3d.knn(x, x, 2),
         "radius_search": lambda: gpu3d.radius_search(x, x, 0.1),
+        "normals": lambda: gpu3d.normals(x),
     }
     calls[name]()
     assert len(seen) == 1
@@ -676,7 +681,7 @@ def test_losses_as_modules():
         [loss(x[0], y[0], [5, 15], [15, 15])],
         [gpu3d.chamfer(x[0], y[0], x_lengths=[5, 15], y_lengths=[15, 15], squared=True, reduction="sum")],
     )
-    assert repr(loss) == "ChamferLoss(squared=True, reduction='sum')"
+    assert repr(loss) == "ChamferLoss(squared=True, reduction='sum', direction='both', empty='error')"
     loss = g.APMLLoss(iterations=5, symmetrize="min")
     assert_same([loss(x, y)], [gpu3d.apml(x, y, iterations=5, symmetrize="min")])
     assert "iterations=5, symmetrize='min', reduction='mean'" in repr(loss)
@@ -760,11 +765,36 @@ def test_ddp(tmp_path, name):
         torch.testing.assert_close(got, p.grad, rtol=1e-5, atol=1e-7)
 
 
+def test_farthest_points_in_a_program_and_voxels_outside():
+    x = points()
+
+    def program(x):
+        return gpu3d.farthest_points(x, 5, lengths=LENGTHS), x.sum()
+
+    assert torch.equal(torch.compile(program, fullgraph=True, backend="aot_eager")(x)[0], program(x)[0])
+    rows = torch.vmap(lambda x: gpu3d.farthest_points(x, 4))(x.reshape(2, -1, 3)) + torch.tensor([[0], [len(x) // 2]])
+    assert torch.equal(rows.flatten().int(), gpu3d.farthest_points(x.reshape(2, -1, 3), 4))
+    with pytest.raises(Exception, match=r"(?s)cannot be part of a compiled program: call it outside of torch\.compile"):
+        torch.compile(lambda x: gpu3d.voxel_downsample(x, 0.1).points, fullgraph=True, backend="eager")(x)
+
+
 # ---- memory and errors ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own
-@pytest.mark.parametrize("call", ["bucketize", "bucket_pool", "neighbor_index", "value_and_grad", "backward"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "bucketize",
+        "bucket_pool",
+        "farthest_points",
+        "neighbor_index",
+        "normals",
+        "voxel_downsample",
+        "value_and_grad",
+        "backward",
+    ],
+)
 def test_gradients_that_there_are_not(call):
     """Nothing is detached silently: a tensor that requires grad is an error, and the cure that it names works."""
     buckets, _ = layout()
@@ -772,11 +802,14 @@ def test_gradients_that_there_are_not(call):
     calls = {
         "bucketize": lambda x, at: gpu3d.bucketize(x, 16),
         "bucket_pool": lambda x, at: gpu3d.bucket_pool(at.detach(), at, buckets),
+        "farthest_points": lambda x, at: gpu3d.farthest_points(x, 4),
         "neighbor_index": lambda x, at: gpu3d.neighbor_index(x),
+        "voxel_downsample": lambda x, at: gpu3d.voxel_downsample(x.detach(), 0.1, x),
+        "normals": lambda x, at: gpu3d.normals(x),
         "value_and_grad": lambda x, at: gpu3d.chamfer_value_and_grad(x.detach(), x),
         "backward": lambda x, at: gpu3d.bucket_unpool_backward(at, _pooled()),
     }
-    names = {"value_and_grad": "y", "backward": "dout"}
+    names = {"value_and_grad": "y", "backward": "dout", "voxel_downsample": "features"}
     name = names.get(call, "points")
     with pytest.raises(
         TypeError, match=rf"{name} requires grad, and \w+ has no gradient for it: pass {name}\.detach\(\)"
@@ -787,6 +820,22 @@ def test_gradients_that_there_are_not(call):
         calls[call](x, at)
     with forward_ad.dual_level(), pytest.raises(TypeError, match=f"{name} has a tangent"):
         calls[call](*[forward_ad.make_dual(z.detach(), z.detach()) for z in (x, at)])
+
+
+@compiling
+def test_normals():
+    """Compiled, under vmap and of any dtype: the bits of the plain call on NumPy arrays."""
+    options = {"lengths": (60, 0, 40), "viewpoint": (0, -1, 5.0)}
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x = points(100, dtype=dtype)
+        wanted = [tensor(z) for z in gpu3d.normals(native(x), 7, **options)]
+        assert_same(gpu3d.normals(x, 7, **options), wanted)
+        assert_same(gpu3d.normals(x.reshape(4, 25, 3)), [tensor(z) for z in gpu3d.normals(native(x).reshape(4, 25, 3))])
+    x = points(100)
+    compiled = torch.compile(g.normals, fullgraph=True)
+    assert_same(compiled(x, 7, **options), gpu3d.normals(x, 7, **options))
+    x = points(60).reshape(2, 30, 3)
+    assert_same(torch.vmap(gpu3d.normals)(x), [torch.stack(z) for z in zip(*map(gpu3d.normals, x), strict=True)])
 
 
 def test_another_library_beside_a_tensor_that_requires_grad():
@@ -872,6 +921,7 @@ def test_tensors_that_are_refused(make, match):
         lambda x: gpu3d.chamfer(x, x),
         lambda x: gpu3d.apml(x, x),
         lambda x: gpu3d.knn(x, x, 1),
+        lambda x: gpu3d.normals(x),
     ):
         with pytest.raises(TypeError, match=match):
             call(make(x))
@@ -890,7 +940,7 @@ def test_operators_called_by_themselves():
         ops.scopes(buckets.slot_to_point, 0, LENGTHS, 2, 0, 1)
     with pytest.raises(RuntimeError, match="this overload of chamfer has no gradient: pass lengths as integers"):
         n = torch.tensor([20])
-        ops.chamfer.eager(normal(20, 3), normal(20, 3), n, n, False, "mean")
+        ops.chamfer.eager(normal(20, 3), normal(20, 3), n, n, False, "mean", "both", "error")
     with pytest.raises(TypeError, match=r"index must be int32 \[n\], got int64"):
         ops.move_rows(points(), buckets.slot_to_point.long(), buckets.point_to_slot, 0, "x")
 

@@ -12,14 +12,16 @@ import numpy as np
 import plans
 import pytest
 
-from gpu3d import _arrays, buckets, transport
+from gpu3d import _arrays, buckets, surface, transport
 from gpu3d import neighbors as op_neighbors
 from gpu3d._arrays import FLOATS, INT32, INT64, Spec
-from gpu3d.chamfer import chamfer_backward_results, chamfer_results
-from gpu3d.cuda import attention, chamfer, clouds, neighbors, pooling
+from gpu3d.chamfer import chamfer_backward_results, chamfer_results, points_results
+from gpu3d.cuda import attention, chamfer, clouds, metrics, neighbors, pooling
 from gpu3d.cuda import buckets as cuda_buckets
+from gpu3d.cuda import surface as cuda_surface
 from gpu3d.cuda import transport as cuda_transport
 from gpu3d.cuda.plan import DEVICES, Call, Input, Kernel, Number, Result, Steps, parameters
+from gpu3d.metrics import compare_clouds_results
 from gpu3d.reference.buckets import BALANCES, HASHES
 
 LENGTHS = {
@@ -194,7 +196,6 @@ def pairs_of(lengths):
 
 @pytest.mark.parametrize("lengths", CLOUDS.values(), ids=CLOUDS)
 def test_searches(lengths):
-    turns = itertools.count()
     for device, (x, y) in zip(itertools.cycle(GPUS), pairs_of(lengths), strict=False):
         memory = neighbors.index_memory(y, lengths[1])
         plans.check(neighbors.neighbor_index(y, lengths[1], device), [y], [memory], device)
@@ -209,21 +210,33 @@ def test_searches(lengths):
                 call = neighbors.knn(*arguments, k, device, **how)
                 plans.check(call, inputs, op_neighbors.knn_results(n, k), device)
             radii = (Spec((n,), FLOATS[0]), Spec((n,), FLOATS[1]), Spec((n,), FLOATS[2], (6,)))[n % 3]
-            kinds = neighbors.Limits(0.5), neighbors.Limits(1e30, None, same), neighbors.Limits(radii=radii)
-            limits = kinds[next(turns) % 3]
-            own = [] if limits.radii is None else [radii]
-            for k in (1, 16, 65):
-                call = neighbors.knn(*arguments, k, device, limits=limits, **how)
-                plans.check(call, inputs + own, op_neighbors.knn_results(n, k), device)
-            for most in (0, 1, 1000):
-                call = neighbors.radius(*arguments, limits, most, device, **how)
-                plans.check(call, inputs + own, op_neighbors.radius_results(n, most), device)
-            call, kept = neighbors.radius_count(*arguments, limits, device, **how)
-            offsets, total = Spec((n + 1,), INT64), Spec((1,), INT64)
-            plans.check(call, inputs + own, [offsets, total, *kept], device)
-            call = neighbors.radius_fill(query_lengths, y, lengths[1], limits, 77)
-            ready = [offsets, memory if same else kept[0], memory, *own]
-            plans.check(call, ready, op_neighbors.radius_results(n, 77)[1:], device)
+            for limits in (neighbors.Limits(0.5), neighbors.Limits(1e30, None, same), neighbors.Limits(radii=radii)):
+                own = [] if limits.radii is None else [radii]
+                for k in (1, 16, 65):
+                    call = neighbors.knn(*arguments, k, device, limits=limits, **how)
+                    plans.check(call, inputs + own, op_neighbors.knn_results(n, k), device)
+                for most in (0, 1, 1000):
+                    call = neighbors.radius(*arguments, limits, most, device, **how)
+                    plans.check(call, inputs + own, op_neighbors.radius_results(n, most), device)
+                call, kept = neighbors.radius_count(*arguments, limits, device, **how)
+                offsets, total = Spec((n + 1,), INT64), Spec((1,), INT64)
+                plans.check(call, inputs + own, [offsets, total, *kept], device)
+                call = neighbors.radius_fill(query_lengths, y, lengths[1], limits, 77)
+                ready = [offsets, memory if same else kept[0], memory, *own]
+                plans.check(call, ready, op_neighbors.radius_results(n, 77)[1:], device)
+
+
+@pytest.mark.parametrize("lengths", [lengths for lengths, _ in CLOUDS.values()], ids=CLOUDS)
+def test_normals(lengths):
+    n = sum(lengths)
+    for device, dtype in itertools.product(GPUS, FLOATS):
+        for points in arrays_of(n, dtype):
+            if points.shape[-1] == 3:
+                for k, viewpoint in ((3, None), (64, (0.0, 1.0, -2.5))):
+                    call = cuda_surface.normals(points, lengths, k, viewpoint, device)
+                    plans.check(call, [points], surface.normals_results(points, n), device)
+    seen, again = (cuda_surface.normals(points, lengths, 16, at, device) for at in ((0.0, 0.0, 1.0), None))
+    assert seen.plan is again.plan and seen.numbers["viewpoint"] != again.numbers["viewpoint"]
 
 
 @pytest.mark.parametrize("lengths", CLOUDS.values(), ids=CLOUDS)
@@ -269,10 +282,15 @@ def test_grids_of_gradients():
 def test_chamfer(lengths):
     (n, m), count = map(sum, lengths), len(lengths[0])
     for device, (x, y) in zip(itertools.cycle(GPUS), pairs_of(lengths), strict=False):
-        for reduction, squared in (("mean", False), ("none", True)):
-            loss, residuals = chamfer_results(n, m, count, reduction)
+        for reduction, squared, direction in (
+            ("mean", False, "both"),
+            ("none", True, "x_to_y"),
+            ("sum", True, "y_to_x"),
+        ):
+            loss, residuals = chamfer_results(n, m, count, reduction, direction)
             gradients = chamfer_backward_results(x, y)
-            arguments = x, lengths[0], y, lengths[1], squared, reduction
+            arguments = x, lengths[0], y, lengths[1], squared, reduction, direction
+            searched = points_results(n, m, direction)
             for indexed in itertools.product((False, True), repeat=2):
                 sides = zip((x, y), lengths, indexed, strict=True)
                 memories = [neighbors.index_memory(z, of_side) for z, of_side, given in sides if given]
@@ -281,11 +299,36 @@ def test_chamfer(lengths):
                 plans.check(call, [x, y, *memories], [loss, residuals], device)
                 call = chamfer.chamfer(*arguments, device, gradients=True, **options)
                 plans.check(call, [x, y, *memories], [loss, *gradients], device)
+                call = chamfer.points(*arguments[:5], direction, device, **options)
+                plans.check(call, [x, y, *memories], searched, device)
             views = [strided(loss.shape, "f4"), strided(loss.shape, "f8")] if loss.shape else []
             for dloss in (None, loss, Spec(loss.shape, FLOATS[2]), Spec(loss.shape, FLOATS[0], None, 2), *views):
                 for saved in (residuals, residuals._replace(strides=(8,))):
-                    call = chamfer.chamfer_backward(dloss, x, y, saved, *lengths, squared, reduction)
+                    call = chamfer.chamfer_backward(dloss, x, y, saved, *lengths, squared, reduction, direction)
                     plans.check(call, [dloss, x, y, saved], gradients, device)
+            distances, nearest = searched
+            views = (
+                strided(distances.shape, "f4"),
+                Spec(distances.shape, FLOATS[2]),
+                Spec(distances.shape, FLOATS[0], (0,)),
+            )
+            for given, saved in itertools.product((distances, *views), (nearest, nearest._replace(strides=(8,)))):
+                inputs = [given, x, y, distances, saved]
+                call = chamfer.points_backward(*inputs, *lengths, squared, direction)
+                plans.check(call, inputs, gradients, device)
+
+
+@pytest.mark.parametrize("lengths", CLOUDS.values(), ids=CLOUDS)
+def test_compare_clouds(lengths):
+    limits = (), (0.5,), (0.1, 1e300), (0.0,) * 64
+    for device, (x, y) in zip(itertools.cycle(GPUS), pairs_of(lengths), strict=False):
+        for indexed, thresholds in zip(itertools.product((False, True), repeat=2), limits, strict=True):
+            sides = zip((x, y), lengths, indexed, strict=True)
+            memories = [neighbors.index_memory(z, of_side) for z, of_side, given in sides if given]
+            options = dict(zip(("x_index", "y_index"), indexed, strict=True))
+            call = metrics.compare_clouds(x, lengths[0], y, lengths[1], thresholds, device, **options)
+            results = compare_clouds_results(len(lengths[0]), len(thresholds))
+            plans.check(call, [x, y, *memories], results, device)
 
 
 def test_one_plan_serves_many_lengths():
@@ -293,10 +336,10 @@ def test_one_plan_serves_many_lengths():
     seen = set()
     for n in range(1000, 5000):
         spec = Spec((n, 3), dtype)
-        call = chamfer.chamfer(spec, (n,), spec, (n,), False, "mean", device)
+        call = chamfer.chamfer(spec, (n,), spec, (n,), False, "mean", "both", device)
         seen.add(call.plan)
     assert len(seen) < 15
-    assert chamfer.chamfer(spec, (n,), spec, (n,), False, "mean", device) is call
+    assert chamfer.chamfer(spec, (n,), spec, (n,), False, "mean", "both", device) is call
     rooms = [
         neighbors.radius(spec, (n,), spec, (n,), neighbors.Limits(0.5), most, device).plan
         for most in (65, 100, 128, 129)
@@ -346,11 +389,12 @@ def _searches(lengths, device):
     points = rows(sum(lengths), 3)
     neighbors.knn(points, lengths, points, lengths, 8, device)
     neighbors.radius(points, lengths, points, lengths, neighbors.Limits(0.5), 1000, device)
+    cuda_surface.normals(points, lengths, 16, None, device)
 
 
 def _losses(lengths, device):
     points, options = rows(sum(lengths), 3), transport.Options(0.8, 1e-8, 20, "mean")
-    chamfer.chamfer(points, lengths, points, lengths, False, "mean", device, gradients=True)
+    chamfer.chamfer(points, lengths, points, lengths, False, "mean", "both", device, gradients=True)
     cuda_transport.apml(points, lengths, points, lengths, options, "mean", 1000, True, device)
 
 

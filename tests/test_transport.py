@@ -613,7 +613,7 @@ def test_what_has_no_gradient_refuses_tensors_that_want_one():
     for function, names in (
         (gpu3d.apml_value_and_grad, ("pred", "target")),
         (gpu3d.apml_plan, ("pred", "target")),
-        (gpu3d.emd, ("x", "y")),
+        (gpu3d.emd_value_and_grad, ("x", "y")),
     ):
         for name, arguments in zip(names, ((x, y), (y, x)), strict=True):
             message = rf"{name} requires grad, and {function.__name__} has no gradient for it: pass {name}.detach\(\)"
@@ -659,6 +659,59 @@ def test_emd_laws():
     np.testing.assert_allclose(gpu3d.emd(x + shift, y + shift), gpu3d.emd(x, y), rtol=1e-5)
     x[5, 1] = np.inf
     assert np.isnan(gpu3d.emd(x, y)) and np.isnan(gpu3d.emd(y, x))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_emd_of_a_batch_and_its_gradients(reduction):
+    lengths = (30, 1, 20)
+    x, y = (clouds.transport("independent", 51, 51)[side].astype(np.float64) for side in (0, 1))
+    given = {"x_lengths": lengths, "y_lengths": lengths, "reduction": reduction}
+    loss, (dx, dy) = gpu3d.emd_value_and_grad(x, y, **given)
+    assert_same_bits([loss], [gpu3d.emd(x, y, **given)])
+    ends = np.cumsum(lengths)[:-1]
+    parts = [gpu3d.emd(a, b) for a, b in zip(np.split(x, ends), np.split(y, ends), strict=True)]
+    total = {"mean": np.mean(parts), "sum": np.sum(parts), "none": parts}[reduction]
+    np.testing.assert_allclose(loss, total, rtol=1e-6)
+    step = np.random.default_rng(0).standard_normal(x.shape) * 1e-4  # changes no assignment
+    for gradient, moved in ((dx, lambda h: (x + h, y)), (dy, lambda h: (x, y + h))):
+        slope = (np.sum(gpu3d.emd(*moved(step), **given)) - np.sum(gpu3d.emd(*moved(-step), **given))) / 2
+        np.testing.assert_allclose((gradient * step).sum(), slope, rtol=0.02)
+    batched = gpu3d.emd_value_and_grad(x[:50].reshape(5, 10, 3), y[:50].reshape(5, 10, 3), reduction="none")
+    assert batched.loss.shape == (5,) and batched.gradients[0].shape == (5, 10, 3)
+
+
+def test_gradients_of_emd_at_0_and_of_nan():
+    x = clouds.uniform(20)
+    assert not any(g.any() for g in gpu3d.emd_value_and_grad(x, x[::-1]).gradients)
+    y = x + np.float32(0.25)
+    y[3, 1] = np.nan
+    loss, gradients = gpu3d.emd_value_and_grad(x, y, x_lengths=[10, 10], y_lengths=[10, 10], reduction="none")
+    assert np.isnan(loss).tolist() == [True, False]
+    assert all(np.isnan(g[:10]).all() and not np.isnan(g[10:]).any() for g in gradients)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_emd_in_torch():
+    """Eager calls have gradients. Compiled and traced ones raise an error that names the cure."""
+    torch = pytest.importorskip("torch")
+    x, y = (torch.from_numpy(z).requires_grad_() for z in clouds.transport("independent", 40, 40))
+    given = {"x_lengths": (30, 10), "y_lengths": (30, 10), "reduction": "none"}
+    weights = torch.tensor([2.0, -0.5])
+    loss = gpu3d.emd(x, y, **given)
+    got = torch.autograd.grad(loss, (x, y), weights)
+    expected, gradients = gpu3d.emd_value_and_grad(x.detach().numpy(), y.detach().numpy(), **given)
+    assert_same_bits([loss.detach().numpy()], [expected])
+    factors = np.repeat(weights.numpy(), (30, 10))[:, None]
+    assert_same_bits([g.numpy() for g in got], [g * factors for g in gradients])
+    by_func = torch.func.grad(lambda x: (gpu3d.emd(x, y, **given) * weights).sum())(x.detach())
+    assert torch.equal(by_func, got[0])
+    x, y = x.detach(), y.detach()
+    broken = torch.compile(lambda x, y: gpu3d.emd(x * 1, y) + 1, backend="eager")(x, y)
+    assert torch.equal(broken, gpu3d.emd(x, y) + 1)
+    with pytest.raises(Exception, match=r"emd assigns points on the host, .* compile without fullgraph=True"):
+        torch.compile(lambda x, y: gpu3d.emd(x, y), backend="eager", fullgraph=True)(x, y)
+    with pytest.raises(RuntimeError, match=r"emd assigns points on the host, .* can be compiled"):
+        torch.jit.trace(lambda x, y: gpu3d.emd(x, y), (x, y))
 
 
 @pytest.mark.parametrize("library", ["torch", "jax", "dlpack"])
@@ -739,11 +792,14 @@ def test_bad_input(arguments, error, message):
 
 
 EMD_BAD = [
-    ({"x": of(9, 3)}, ValueError, "must have as many points, because they are assigned one to one, got 9 and 8"),
+    ({"x": of(9, 3)}, ValueError, "must have as many points, .* assigned one to one, got 9 and 8 in cloud 0"),
     ({"x": of(8, 2)}, ValueError, "x and y must have as many coordinates, got 2 and 3"),
-    ({"x": of(2, 4, 3)}, ValueError, r"x must be one cloud \[n, 3\], got shape \[2, 4, 3\]: pass x\[b\]"),
+    ({"x": of(8, 6)}, ValueError, r"x must have 2 or 3 .*\[8, 6\]: .* torch.cdist or scipy.spatial.cKDTree"),
+    ({"x_lengths": [5, 3]}, ValueError, "x and y must have as many clouds, got 2 and 1"),
+    ({"x_lengths": [5, 3], "y_lengths": [3, 5]}, ValueError, "assigned one to one, got 5 and 3 in cloud 0"),
+    ({"reduction": "points"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'points'"),
     ({"x": of(0, 3), "y": of(0, 3)}, ValueError, "must not be empty, .* got cloud 0 of x"),
-    ({"x": of(8193, 3), "y": of(8193, 3)}, ValueError, "x and y must be at most 8192 points, got 8193"),
+    ({"x": of(8193, 3), "y": of(8193, 3)}, ValueError, "x and y must be at most 8192 points, got 8193 in cloud 0"),
     ({"y": of(8, 3, dtype=np.int64)}, TypeError, "y must be float32, .* got int64"),
     ({"y": 3.0}, TypeError, "y must be an array"),
 ]  # fmt: skip

@@ -317,4 +317,28 @@ def test_emd(cp):
         gpu3d.emd(x, cp.asarray(y))
 
 
+def test_emd_of_a_batch(cp):
+    x, y = clouds.transport("independent", 60, 60)
+    given = {"x_lengths": (40, 20), "y_lengths": (40, 20), "reduction": "none"}
+    loss, gradients = gpu3d.emd_value_and_grad(cp.asarray(x), cp.asarray(y), **given)
+    expected = gpu3d.emd_value_and_grad(x, y, **given)
+    assert_same_bits([z.get() for z in (loss, *gradients)], [expected.loss, *expected.gradients])
+    torch = pytest.importorskip("torch")
+    for dtype in (torch.float32, torch.bfloat16):
+        here = [torch.from_numpy(z).to("cuda", dtype).requires_grad_() for z in (x, y)]
+        loss = gpu3d.emd(*here, **given)
+        loss.sum().backward()
+        assert loss.is_cuda and all(z.grad.is_cuda and z.grad.dtype == dtype and bool(z.grad.any()) for z in here)
+
+
+def test_emd_is_not_captured(cp):
+    x, y = (cp.asarray(z) for z in clouds.transport("independent", 60, 60))
+    stream = cp.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        with pytest.raises(RuntimeError, match="call it outside of the capture, or capture apml or chamfer"):
+            gpu3d.emd(x, y)
+        stream.end_capture()
+
+
 # ---- views, streams, graphs, libraries -----------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 
 import gpu3d
 from gpu3d import _arrays, neighbors
+from gpu3d.chamfer import points_arrays, points_backward_arrays
 
 LENGTHS = (150, 0, 33, 1)  # clouds in buckets
 POINTS = sum(LENGTHS)
@@ -102,7 +103,7 @@ def _attend_backward(at: Any, dout: Any, both: Any, q: Any, k: Any, v: Any) -> A
 
 
 def _loss(name: str, **options: Any) -> Case:
-    lengths = ("x_lengths", "y_lengths") if name == "chamfer" else ("pred_lengths", "target_lengths")
+    lengths = ("pred_lengths", "target_lengths") if name == "apml" else ("x_lengths", "y_lengths")
 
     def clouds_of(at: Any, x: Any) -> dict[str, Any]:
         """The lengths above, or those of the layout if it has many clouds."""
@@ -130,6 +131,23 @@ def _loss(name: str, **options: Any) -> Case:
         return [(sum(X_LENGTHS), 3), (sum(Y_LENGTHS), 3)]
 
     return Case(shapes, forward, backward, float64=False)
+
+
+def _points(direction: str, **options: Any) -> Case:
+    """The distances of the points of one side of chamfer."""
+
+    def forward(at: Any, x: Any, y: Any) -> Any:
+        lengths = dict(zip(("x_lengths", "y_lengths"), _clouds_of_search(at), strict=True))
+        found = gpu3d.chamfer(x, y, reduction="points", direction=direction, **options, **lengths)
+        return (found.x if found.y is None else found.y), None
+
+    def backward(at: Any, dout: Any, whole: Any, x: Any, y: Any) -> Any:
+        checked = *map(tuple, _clouds_of_search(at)), options.get("squared", False), direction
+        saved = points_arrays(*[_arrays.read(z, "an array") for z in (x, y)], *checked)
+        arrays = [_arrays.read(z, "an array") for z in (dout, x, y, *saved)]
+        return points_backward_arrays(*arrays, *checked)
+
+    return Case(lambda at: [(sum(n), 3) for n in _clouds_of_search(at)], forward, backward, float64=False)
 
 
 def _clouds_of_search(at: Any) -> tuple[Sequence[int], Sequence[int]]:
@@ -225,6 +243,9 @@ CASES = {
     "radius_search": _search("radius_search", radius=1.0, max_entries=20_000),
     "chamfer": _loss("chamfer"),
     "chamfer-none": _loss("chamfer", reduction="none", squared=True),
+    "chamfer-one": _loss("chamfer", reduction="sum", direction="y_to_x"),
+    "chamfer_points": _points("x_to_y"),
+    "chamfer_points-squared": _points("y_to_x", squared=True),
     "apml": _loss("apml", max_entries=50_000),
     "apml-none": _loss("apml", reduction="none", symmetrize="min", max_entries=50_000),
 }
@@ -258,15 +279,25 @@ def samples(device: str = "cpu") -> Any:
     yield ops.bucket_unpool_backward, features.detach(), members, *shape, 2
     x, y, lengths = numbers(40, 3), numbers(30, 3, seed=1), ((30, 10), (10, 20))
     for reduction in ("mean", "none"):
-        yield ops.chamfer, x, y, *lengths, False, reduction
-        loss, residuals = ops.chamfer(x.detach(), y.detach(), *lengths, True, reduction)
+        yield ops.chamfer, x, y, *lengths, False, reduction, "both", "error"
+        loss, residuals = ops.chamfer(x.detach(), y.detach(), *lengths, True, reduction, "y_to_x", "zero")
         saved = torch.rand(loss.shape, device=device), x.detach(), y.detach(), residuals
-        yield ops.chamfer_backward, *saved, *lengths, True, reduction
-    yield ops.chamfer, x.detach(), y.detach(), *lengths, True, "sum"
+        yield ops.chamfer_backward, *saved, *lengths, True, reduction, "y_to_x"
+    yield ops.chamfer, x.detach(), y.detach(), *lengths, True, "sum", "x_to_y", "error"
+    for direction in ("both", "x_to_y"):
+        yield ops.chamfer_points, x, y, *lengths, True, direction, "error"
+        distances, nearest = ops.chamfer_points(x.detach(), y.detach(), *lengths, False, direction, "error")
+        saved = distances.flip(0), x.detach(), y.detach(), distances, nearest
+        yield ops.chamfer_points_backward, *saved, *lengths, False, direction
+    yield ops.compare_clouds, x.detach(), y.detach(), *lengths, [0.1, 0.5]
+    yield ops.compare_clouds, x.detach(), y.detach(), *lengths, []
     yield ops.apml, x, y, *lengths, 0.8, 1e-8, 20, "mean", "none", 5000, True
     yield ops.apml, x.detach(), y.detach(), *lengths, 0.8, 1e-8, 20, "min", "sum", None, False
     _, dx, dy = ops.apml(x, y, *lengths, 0.8, 1e-8, 20, "mean", "none", 5000, True)
     yield ops.apml_backward, torch.rand(2, device=device), dx, dy, x.detach(), y.detach(), *lengths
+    yield ops.emd, x, y.detach()[:40].repeat(2, 1)[:40], (30, 10), (30, 10), "none"
+    yield ops.normals, x.detach(), lengths[0], 8, None
+    yield ops.normals, x.detach(), lengths[0], 3, [0.0, 0.5, -2.0]
     yield ops.knn, x, y, None, *lengths, 3, math.inf, False
     yield ops.knn, x, x, torch.rand(40, device=device), *lengths[:1] * 2, 40, math.inf, True
     distances, indices = ops.knn(x.detach(), y.detach(), None, *lengths, 3, math.inf, False)
@@ -278,3 +309,4 @@ def samples(device: str = "cpu") -> Any:
     yield ops.radius_search, *within, len(ops.radius_search(*within, None, True)[1]), True
     found = offsets, indices, distances
     yield ops.radius_search_backward, distances.flip(0), x.detach(), y.detach(), *found, *lengths
+    yield ops.farthest_points, x.detach(), lengths[0], 5, 1

@@ -2,7 +2,8 @@
 """The plans of chamfer and its gradient: kernels_cu/chamfer.cu, after the search of kernels_cu/neighbors_*.cu.
 
 The forward call writes residuals, which gpu3d.reference.chamfer describes. They and the points are all that the
-backward call needs. `chamfer_value_and_grad` does both in one plan.
+backward call needs. `chamfer_value_and_grad` does both in one plan. `search` and `add_search` prepare two batches and
+search each in the other; gpu3d.cuda.metrics uses them too.
 """
 
 from __future__ import annotations
@@ -18,20 +19,24 @@ from gpu3d.cuda import arrays, clouds, neighbors
 from gpu3d.cuda.compiler import Configuration
 from gpu3d.cuda.neighbors import Index, Layout, Side, Tables
 from gpu3d.cuda.plan import Call, Device, Input, Kernel, Number, Packed, Plan, Pointer, Result, Steps
-from gpu3d.reference.chamfer import SUM_TILE
+from gpu3d.reference.chamfer import DIRECTIONS, SUM_TILE
 
 THREADS = 256  # the same constant as in chamfer.cu
 
-# The parameters of each kernel as formats of the module struct. c stands for struct Clouds; l, s and u for the structs
-# Losses, Side and Upstream of chamfer.cu.
+# The parameters of each kernel as formats of the module struct. c stands for struct Clouds; l, s, u, o and w for the
+# structs Losses, Side, Upstream, Distances and Weighted of chamfer.cu.
 _SIGNATURES = {
     "chamfer_tiles": "llcci",
     "chamfer_losses": "llccQQQQiii",
     "chamfer_give": "sscci",
     "chamfer_gradient": "sscciu",
+    "chamfer_distances": "oocci",
+    "chamfer_weighted_largest": "wwcci",
+    "chamfer_weighted_give": "wwcci",
+    "chamfer_weighted_gradient": "wwcci",
 }
-_LOSSES, _SIDE, _UPSTREAM = "<QQQQ", "<QQQQQQQ", "<Qqi4x"
-_FORMATS = {"c": clouds.FORMAT, "l": "32s", "s": "56s", "u": "24s"}
+_LOSSES, _SIDE, _UPSTREAM, _DISTANCES, _WEIGHTED = "<QQQQ", "<QQQQQQQ", "<Qqi4x", "<QQ", "<QQQQQQQQ"
+_FORMATS = {"c": clouds.FORMAT, "l": "32s", "s": "56s", "u": "24s", "o": "16s", "w": "64s"}
 
 Contiguous = Callable[[int, np.dtype], Pointer]  # (i, dtype) -> the contiguous rows [N, 3] of side i in that dtype
 
@@ -58,6 +63,71 @@ def _common(x: np.dtype, y: np.dtype) -> np.dtype:
 # ---- calls ---------------------------------------------------------------------------------------------------------
 
 
+class Search(NamedTuple):
+    """Two batches that search each other, as far as a plan depends on them."""
+
+    x: Side
+    y: Side
+    both: Layout | None  # if both are prepared together
+    directions: tuple[bool, bool]  # whether x's points search y, and y's points x
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """The two batches."""
+        return self.x, self.y
+
+    @property
+    def points(self) -> int:
+        """The most points that search."""
+        return sum([side.layout.points for side in self.sides_that_search])
+
+    @property
+    def sides_that_search(self) -> list[Side]:
+        """The batches whose points search."""
+        return [side for side, searches in zip(self.sides, self.directions, strict=True) if searches]
+
+
+@clouds.remembered
+def search(
+    x_lengths: tuple[int, ...],
+    y_lengths: tuple[int, ...],
+    x: Spec,
+    y: Spec,
+    direction: str,
+    device: Device | None,
+    x_index: bool,
+    y_index: bool,
+) -> tuple[Search, dict[str, Any]]:
+    """Two batches that search each other, and the numbers of the call. Without a device nothing is sorted."""
+    wide = FLOAT64 in (x.dtype, y.dtype)
+    together = device is not None and not (x_index or y_index or wide)
+    sorts = [not together and (wide or not index) for index in (x_index, y_index)]
+    of_x, x_tables = neighbors.side(x, x_lengths, x_index, device if sorts[0] else None)
+    of_y, y_tables = neighbors.side(y, y_lengths, y_index, device if sorts[1] else None)
+    numbers = {**x_tables.numbers("x"), **y_tables.numbers("y"), **_numbers(x_tables, y_tables, direction)}
+    both = None
+    if device is not None and together:
+        both, tables = neighbors.pair_layout(x_lengths, y_lengths, device)
+        numbers |= tables.numbers("both")
+    return Search(of_x, of_y, both, DIRECTIONS[direction]), numbers
+
+
+def _numbers(x: Tables, y: Tables, direction: str) -> dict[str, int]:
+    """Where the parts of residuals and of distances begin, except for the parts per cloud.
+
+    "first" is the batch that searches, or x if both do, and then "second" is y.
+    """
+    n, *others = [tables.points for tables, searches in zip((x, y), DIRECTIONS[direction], strict=True) if searches]
+    m = sum(others)
+    return {
+        "second": 4 * n,
+        "d2 of first": 4 * n,
+        "behind first": 8 * n,
+        "d2 of second": 8 * n + 4 * m,
+        "behind second": 8 * n + 8 * m,
+    }
+
+
 def chamfer(
     x: Spec,
     x_lengths: tuple[int, ...],
@@ -65,6 +135,7 @@ def chamfer(
     y_lengths: tuple[int, ...],
     squared: bool,
     reduction: str,
+    direction: str,
     device: Device,
     *,
     x_index: bool = False,
@@ -75,7 +146,7 @@ def chamfer(
 
     With `gradients`, the results are the loss and the gradients of x and y.
     """
-    return _chamfer(x_lengths, y_lengths, x, y, squared, reduction, device, x_index, y_index, gradients)
+    return _chamfer(x_lengths, y_lengths, x, y, squared, reduction, direction, device, x_index, y_index, gradients)
 
 
 @clouds.remembered
@@ -86,22 +157,15 @@ def _chamfer(
     y: Spec,
     squared: bool,
     reduction: str,
+    direction: str,
     device: Device,
     x_index: bool,
     y_index: bool,
     gradients: bool,
 ) -> Call:
-    wide = FLOAT64 in (x.dtype, y.dtype)
-    together = not (x_index or y_index or wide)
-    sorts = [not together and (wide or not index) for index in (x_index, y_index)]
-    of_x, x_tables = neighbors.side(x, x_lengths, x_index, device if sorts[0] else None)
-    of_y, y_tables = neighbors.side(y, y_lengths, y_index, device if sorts[1] else None)
-    numbers = {**x_tables.numbers("x"), **y_tables.numbers("y"), **_numbers(x_tables, y_tables, reduction, x_lengths)}
-    both = None
-    if together:
-        both, tables = neighbors.pair_layout(x_lengths, y_lengths, device)
-        numbers |= tables.numbers("both")
-    return Call(_chamfer_plan(of_x, of_y, both, squared, reduction == "none", gradients), numbers)
+    found, numbers = search(x_lengths, y_lengths, x, y, direction, device, x_index, y_index)
+    plan = _chamfer_plan(found, squared, reduction == "none", gradients)
+    return Call(plan, {**numbers, "parts": len(x_lengths) if reduction == "mean" else 1})
 
 
 def chamfer_backward(
@@ -113,26 +177,54 @@ def chamfer_backward(
     y_lengths: tuple[int, ...],
     squared: bool,
     reduction: str,
+    direction: str,
 ) -> Call:
     """Inputs: dloss, x, y, residuals. Results: the gradients of x and y. No dloss means 1."""
-    of_x, x_tables = neighbors.side(x, x_lengths, False, None)
-    of_y, y_tables = neighbors.side(y, y_lengths, False, None)
-    numbers = {**x_tables.numbers("x"), **y_tables.numbers("y"), **_numbers(x_tables, y_tables, reduction, x_lengths)}
+    found, numbers = search(x_lengths, y_lengths, x, y, direction, None, False, False)
     rows = dloss and _as_rows(dloss)
     rows = rows and arrays.canonical(rows, rows.shape[0])
-    return Call(_backward_plan(rows, of_x, of_y, arrays.copied(residuals, 4), squared, reduction == "none"), numbers)
+    plan = _backward_plan(rows, found, arrays.copied(residuals, 4), squared, reduction == "none")
+    return Call(plan, {**numbers, "parts": len(x_lengths) if reduction == "mean" else 1})
 
 
-def _numbers(x: Tables, y: Tables, reduction: str, lengths: tuple[int, ...]) -> dict[str, int]:
-    """The number of losses to average, and where the parts of the residuals begin, except for the parts per cloud."""
-    n, m = x.points, y.points
-    return {
-        "parts": len(lengths) if reduction == "mean" else 1,
-        "d2 of x": 4 * n,
-        "behind x": 8 * n,
-        "d2 of y": 8 * n + 4 * m,
-        "behind y": 8 * n + 8 * m,
-    }
+def points(
+    x: Spec,
+    x_lengths: tuple[int, ...],
+    y: Spec,
+    y_lengths: tuple[int, ...],
+    squared: bool,
+    direction: str,
+    device: Device,
+    *,
+    x_index: bool = False,
+    y_index: bool = False,
+) -> Call:
+    """Inputs as in `chamfer`. Results: the distance of each point, and the index of its nearest neighbour.
+
+    Both are of the points of x and then of y, as far as they search.
+    """
+    found, numbers = search(x_lengths, y_lengths, x, y, direction, device, x_index, y_index)
+    return Call(_points_plan(found, squared), numbers)
+
+
+def points_backward(
+    ddistances: Spec,
+    x: Spec,
+    y: Spec,
+    distances: Spec,
+    nearest: Spec,
+    x_lengths: tuple[int, ...],
+    y_lengths: tuple[int, ...],
+    squared: bool,
+    direction: str,
+) -> Call:
+    """Inputs: ddistances, x, y, distances, nearest. Results: the gradients of x and y."""
+    found, numbers = search(x_lengths, y_lengths, x, y, direction, None, False, False)
+    (n,), dtype, strides, misalignment = ddistances
+    column = Spec((n, 1), dtype, None if strides is None else (*strides, dtype.itemsize), misalignment)
+    copies = arrays.copied(distances, 4), arrays.copied(nearest, 4)
+    plan = _points_backward_plan(arrays.canonical(column, found.points), copies, found, squared)
+    return Call(plan, {**numbers, "searched": n})
 
 
 def _as_rows(dloss: Spec) -> Spec:
@@ -146,40 +238,84 @@ def _as_rows(dloss: Spec) -> Spec:
 
 
 @functools.lru_cache(maxsize=256)
-def _chamfer_plan(x: Side, y: Side, both: Layout | None, squared: bool, each: bool, gradients: bool) -> Plan:
-    steps = Steps(inputs=2 + x.indexed + y.indexed, results=3 if gradients else 2)
-    contiguous = _contiguous(steps, (x, y), 0)
-    layouts = x.layout, y.layout
-    residuals = _residuals_in_workspace(steps, *layouts) if gradients else _residuals_at(Result(1), x.layout.clouds)
-    add = _add_separately if both is None else functools.partial(_add_together, both)
-    indices, queries = add(steps, (x, y), contiguous)
-    _add_loss(steps, (x, y), indices, queries, residuals, squared, each)
+def _chamfer_plan(search: Search, squared: bool, each: bool, gradients: bool) -> Plan:
+    steps = Steps(inputs=2 + search.x.indexed + search.y.indexed, results=3 if gradients else 2)
+    contiguous = _contiguous(steps, search.sides, 0)
+    residuals = _residuals_in_workspace(steps, search) if gradients else _residuals_at(Result(1), search)
+    indices, queries = add_search(steps, search, contiguous)
+    _add_loss(steps, search, indices, queries, residuals, squared, each)
     if gradients:
         upstream = Packed(_UPSTREAM, (None, 0, Number("parts")))
-        _add_gradients(steps, (x, y), contiguous, indices, residuals, squared, upstream, (Result(1), Result(2)))
+        _add_gradients(steps, search, contiguous, indices, residuals, squared, upstream, (Result(1), Result(2)))
     return steps.plan()
 
 
 @functools.lru_cache(maxsize=256)
 def _backward_plan(
-    dloss: Spec | None, x: Side, y: Side, copied: arrays.Strided | None, squared: bool, each: bool
+    dloss: Spec | None, search: Search, copied: arrays.Strided | None, squared: bool, each: bool
 ) -> Plan:
     steps = Steps(inputs=4, results=2)
-    contiguous = _contiguous(steps, (x, y), 1)
+    contiguous = _contiguous(steps, search.sides, 1)
     upstream: tuple[Any, ...] = None, 0
     if dloss is not None:
         upstream = arrays.add_rows(steps, Input(0), arrays.rows(dloss, FLOAT32, 1)), int(each)
-    residuals = _residuals_at(arrays.add_copy(steps, Input(3), copied), x.layout.clouds)
-    indices = []
-    for i, (name, of_side) in enumerate((("x", x), ("y", y))):
-        batch, origins = neighbors.argument(steps, name, of_side.layout), None
-        if of_side.spec.dtype == FLOAT64:
-            origins = steps.workspace("origins", 24 * of_side.layout.clouds)
-            nodes = of_side.layout.clouds, of_side.layout.nodes
-            arrays.add_origins(steps, contiguous(i, FLOAT64), batch, *nodes, origins)
-        indices.append(_Searched(batch, origins))
+    residuals = _residuals_at(arrays.add_copy(steps, Input(3), copied), search)
+    searched = _add_searched(steps, search, contiguous)
     packed = Packed(_UPSTREAM, (*upstream, Number("parts")))
-    _add_gradients(steps, (x, y), contiguous, indices, residuals, squared, packed, (Result(0), Result(1)))
+    _add_gradients(steps, search, contiguous, searched, residuals, squared, packed, (Result(0), Result(1)))
+    return steps.plan()
+
+
+@functools.lru_cache(maxsize=256)
+def _points_plan(search: Search, squared: bool) -> Plan:
+    steps = Steps(inputs=2 + search.x.indexed + search.y.indexed, results=2)
+    indices, queries = add_search(steps, search, _contiguous(steps, search.sides, 0))
+    parts = _each_that_searches(search, [(Result(i), Result(i) + Number("second")) for i in range(2)])
+    d2, nearest = zip(*parts, strict=True)
+    layouts = search.x.layout, search.y.layout
+    neighbors.add_knn_both(steps, ("x", "y"), queries, layouts, indices, d2, nearest, steps.workspace("known", 4))
+    sides = [Packed(_DISTANCES, part) for part in parts]
+    kernel = _kernel("chamfer_distances", FLOAT32)
+    args = *sides, indices[0].clouds, indices[1].clouds, int(squared)
+    steps.launch(kernel, grid=-(-search.points // THREADS), block=THREADS, args=args)
+    return steps.plan()
+
+
+def _each_that_searches(search: Search, columns: Any) -> list[tuple[Any, ...]]:
+    """For x and y a value of each column: its first goes to the first side that searches. The others have None."""
+    rows = iter(zip(*columns, strict=True))
+    return [next(rows) if searches else (None,) * len(columns) for searches in search.directions]
+
+
+@functools.lru_cache(maxsize=256)
+def _points_backward_plan(
+    ddistances: Spec, copies: tuple[arrays.Strided | None, ...], search: Search, squared: bool
+) -> Plan:
+    steps = Steps(inputs=5, results=2)
+    contiguous = _contiguous(steps, search.sides, 1)
+    given = arrays.add_rows(steps, Input(0), arrays.rows(ddistances, FLOAT32, 1), None, Number("searched"))
+    saved = [arrays.add_copy(steps, Input(3 + i), copied) for i, copied in enumerate(copies)]
+    parts = _each_that_searches(search, [(start, start + Number("second")) for start in (given, *saved)])
+    searched = _add_searched(steps, search, contiguous)
+    most = [side.layout.points if search.directions[1 - i] else 0 for i, side in enumerate(search.sides)]
+    sums = steps.workspace("contributions", 28 * sum(most))  # and of each point the largest factor, behind all of them
+    steps.clear(sums, 28 * sum(most))
+    places = [
+        (sums + 24 * sum(most) + 4 * i * most[0], sums + 24 * i * most[0]) if most[i] else (None, None)
+        for i in range(2)
+    ]
+    common = _common(search.x.spec.dtype, search.y.spec.dtype)
+    results = Result(0), Result(1)
+    outs = _gradients_of(steps, search, common, results)
+    sides = [
+        Packed(_WEIGHTED, (contiguous(i, common), searched[i].origins, *parts[i], *places[i], outs[i]))
+        for i in range(2)
+    ]
+    grid = -(-sum([side.layout.points for side in search.sides]) // THREADS)
+    args = *sides, searched[0].clouds, searched[1].clouds, int(squared)
+    for function in ("largest", "give", "gradient"):
+        steps.launch(_kernel(f"chamfer_weighted_{function}", common), grid=grid, block=THREADS, args=args)
+    _add_narrowed(steps, search, common, outs, results)
     return steps.plan()
 
 
@@ -188,6 +324,19 @@ class _Searched(NamedTuple):
 
     clouds: Number | Packed
     origins: Pointer | None
+
+
+def _add_searched(steps: Steps, search: Search, contiguous: Contiguous) -> list[_Searched]:
+    """Add the origins of the batches that are searched, for a backward call."""
+    found = []
+    for i, (name, side) in enumerate(zip(("x", "y"), search.sides, strict=True)):
+        batch, origins = neighbors.argument(steps, name, side.layout), None
+        if side.spec.dtype == FLOAT64 and search.directions[1 - i]:
+            origins = steps.workspace("origins", 24 * side.layout.clouds)
+            nodes = side.layout.clouds, side.layout.nodes
+            arrays.add_origins(steps, contiguous(i, FLOAT64), batch, *nodes, origins)
+        found.append(_Searched(batch, origins))
+    return found
 
 
 def _contiguous(steps: Steps, sides: tuple[Side, Side], first: int) -> Contiguous:
@@ -201,98 +350,107 @@ def _contiguous(steps: Steps, sides: tuple[Side, Side], first: int) -> Contiguou
     return contiguous
 
 
-def _add_together(
-    both: Layout, steps: Steps, sides: tuple[Side, Side], contiguous: Contiguous
-) -> tuple[tuple[Index, Index], tuple[Pointer, Pointer]]:
-    """Add both indices, and the rows that search the other one, in common launches: there are no origins."""
-    x, y = sides
+Queries = tuple[Pointer | None, Pointer | None]
+
+
+def add_search(
+    steps: Steps, search: Search, contiguous: Contiguous | None = None
+) -> tuple[tuple[Index, Index], Queries]:
+    """Add the indices that are searched, and the rows of each side that search the other's index."""
+    if contiguous is None:
+        contiguous = _contiguous(steps, search.sides, 0)
+    if search.both is None:
+        return _add_separately(steps, search, contiguous)
+    x, y = search.sides
     dtype = _common(x.spec.dtype, y.spec.dtype)
     points = contiguous(0, dtype), contiguous(1, dtype)
-    indices = neighbors.add_pair(steps, points, dtype, (x.layout, y.layout), both, ("x", "y", "both"))
-    return indices, (indices[0].rows, indices[1].rows)
+    indices = neighbors.add_pair(steps, points, dtype, (x.layout, y.layout), search.both, ("x", "y", "both"))
+    queries = [index.rows if searches else None for index, searches in zip(indices, search.directions, strict=True)]
+    return indices, (queries[0], queries[1])
 
 
-def _add_separately(
-    steps: Steps, sides: tuple[Side, Side], contiguous: Contiguous
-) -> tuple[tuple[Index, Index], tuple[Pointer, Pointer]]:
-    """Add both indices, and the rows that search the other one, if an index is given or coordinates have origins."""
+def _add_separately(steps: Steps, search: Search, contiguous: Contiguous) -> tuple[tuple[Index, Index], Queries]:
+    """Add what searches, side by side, if an index is given or coordinates have origins."""
     indices: list[Index] = []
     orders: list[Any] = []
     memories = iter((Input(2), Input(3)))
-    for i, (name, (spec, layout, index)) in enumerate(zip(("x", "y"), sides, strict=True)):
+    for i, (name, (spec, layout, index)) in enumerate(zip(("x", "y"), search.sides, strict=True)):
         batch, order = neighbors.argument(steps, name, layout), None
         if index:
             indices.append(neighbors.index_at(next(memories), layout, spec.dtype, batch))
         else:
             points = contiguous(i, spec.dtype)
             order = neighbors.add_order(steps, points, spec.dtype, name, layout)
-            indices.append(neighbors.add_index(steps, points, spec.dtype, order, name, layout, batch))
+            if search.directions[1 - i]:
+                indices.append(neighbors.add_index(steps, points, spec.dtype, order, name, layout, batch))
+            else:
+                indices.append(Index(None, None, None, None, batch))
         orders.append(order)
-    x, y = indices
-    queries = [x.rows, y.rows]
-    if x.origins is not None or y.origins is not None:
-        for i, (own, other) in enumerate(((x, y), (y, x))):
-            dtype = sides[i].spec.dtype if other.origins is None else FLOAT64
-            if sides[i].indexed:  # its rows are sorted, but its points are not
-                spec, layout, _ = sides[i]
-                orders[i] = neighbors.add_order(steps, contiguous(i, spec.dtype), spec.dtype, "xy"[i], layout)
-            rows = contiguous(i, dtype), dtype, orders[i], sides[i].layout, own.clouds, other.origins
-            queries[i] = neighbors.add_queries(steps, *rows)
-    return (x, y), (queries[0], queries[1])
+    queries: list[Pointer | None] = [None, None]
+    for i, (spec, layout, index) in enumerate(search.sides):
+        own, other = indices[i], indices[1 - i]
+        if not search.directions[i]:
+            continue
+        if own.rows is not None and own.origins is None and other.origins is None:
+            queries[i] = own.rows
+            continue
+        if index:  # its rows are sorted, but its points are not
+            orders[i] = neighbors.add_order(steps, contiguous(i, spec.dtype), spec.dtype, "xy"[i], layout)
+        dtype = spec.dtype if other.origins is None else FLOAT64
+        rows = contiguous(i, dtype), dtype, orders[i], layout, own.clouds, other.origins
+        queries[i] = neighbors.add_queries(steps, *rows)
+    return (indices[0], indices[1]), (queries[0], queries[1])
 
 
 class _Residuals(NamedTuple):
-    """Where the parts of the residuals begin, for x and y."""
+    """Where the parts of the residuals of a side begin; None where it does not search."""
 
-    nearest: tuple[Pointer, Pointer]
-    d2: tuple[Pointer, Pointer]
-    largest: tuple[Pointer, Pointer]
+    nearest: Pointer | None
+    d2: Pointer | None
+    largest: Pointer | None
 
 
-def _residuals_at(memory: Pointer, clouds: int) -> _Residuals:
+def _residuals_at(memory: Pointer, search: Search) -> list[_Residuals]:
     """The parts in the order of gpu3d.reference.chamfer.residual_parts."""
-    behind_x = memory + Number("behind x")
-    return _Residuals(
-        nearest=(memory, behind_x + 4 * clouds),
-        d2=(memory + Number("d2 of x"), memory + 4 * clouds + Number("d2 of y")),
-        largest=(behind_x, memory + 4 * clouds + Number("behind y")),
-    )
+    behind, ahead = memory + Number("behind first"), 4 * search.x.layout.clouds
+    nearest = memory, behind + ahead
+    d2 = memory + Number("d2 of first"), memory + ahead + Number("d2 of second")
+    largest = behind, memory + ahead + Number("behind second")
+    return [_Residuals(*parts) for parts in _each_that_searches(search, (nearest, d2, largest))]
 
 
-def _residuals_in_workspace(steps: Steps, x: Layout, y: Layout) -> _Residuals:
-    parts = [
-        (
-            steps.workspace("nearest", 4 * of.points),
-            steps.workspace("d2", 4 * of.points),
-            steps.workspace("largest", 4 * of.clouds),
-        )
-        for of in (x, y)
-    ]
-    return _Residuals(*zip(*parts, strict=True))
+def _residuals_in_workspace(steps: Steps, search: Search) -> list[_Residuals]:
+    made = []
+    for side, searches in zip(search.sides, search.directions, strict=True):
+        sizes = ("nearest", side.layout.points), ("d2", side.layout.points), ("largest", side.layout.clouds)
+        made.append(_Residuals(*[steps.workspace(name, 4 * n) if searches else None for name, n in sizes]))
+    return made
 
 
 def _add_loss(
     steps: Steps,
-    sides: tuple[Side, Side],
+    search: Search,
     indices: tuple[Index, Index],
-    queries: tuple[Pointer, Pointer],
-    residuals: _Residuals,
+    queries: Queries,
+    residuals: list[_Residuals],
     squared: bool,
     each: bool,
 ) -> None:
     """Add the steps that write the residuals, and the loss of `each` cloud or of all to the first result."""
-    layouts = sides[0].layout, sides[1].layout
-    count, dtype = layouts[0].clouds, _common(sides[0].spec.dtype, sides[1].spec.dtype)
+    layouts = search.x.layout, search.y.layout
+    count, dtype = layouts[0].clouds, _common(search.x.spec.dtype, search.y.spec.dtype)
     losses, known = steps.workspace("losses", 8 * count), steps.workspace("known", 4)
-    found = residuals.d2, residuals.nearest, known
-    neighbors.add_knn_both(steps, ("x", "y"), queries, layouts, indices, *found)
-    summed = [
-        Packed(_LOSSES, (d2, steps.workspace("sums", 8 * of.nodes), steps.workspace("most", 4 * of.nodes), largest))
-        for of, d2, largest in zip(layouts, residuals.d2, residuals.largest, strict=True)
-    ]
-    batches, tiled = (indices[0].clouds, indices[1].clouds), not (layouts[0].single and layouts[1].single)
+    nearest, d2, _ = zip(*residuals, strict=True)
+    neighbors.add_knn_both(steps, ("x", "y"), queries, layouts, indices, d2, nearest, known)
+    summed = [Packed(_LOSSES, (None,) * 4)] * 2
+    for i, layout in enumerate(layouts):
+        if search.directions[i]:
+            sums, most = steps.workspace("sums", 8 * layout.nodes), steps.workspace("most", 4 * layout.nodes)
+            summed[i] = Packed(_LOSSES, (d2[i], sums, most, residuals[i].largest))
+    searching = [side.layout for side in search.sides_that_search]
+    batches, tiled = (indices[0].clouds, indices[1].clouds), not all([layout.single for layout in searching])
     if tiled:  # otherwise chamfer_losses does it
-        nodes, kernel = layouts[0].nodes + layouts[1].nodes, _kernel("chamfer_tiles", dtype)
+        nodes, kernel = sum([layout.nodes for layout in searching]), _kernel("chamfer_tiles", dtype)
         steps.launch(kernel, grid=nodes, block=SUM_TILE, args=(*summed, *batches, int(squared)))
     to = (Result(0), None) if each else (None, Result(0))
     args = *summed, *batches, losses, known, *to, Number("parts"), int(tiled), int(squared)
@@ -301,30 +459,46 @@ def _add_loss(
 
 def _add_gradients(
     steps: Steps,
-    sides: tuple[Side, Side],
+    search: Search,
     contiguous: Contiguous,
     searched: Any,
-    residuals: _Residuals,
+    residuals: list[_Residuals],
     squared: bool,
     upstream: Packed,
     results: tuple[Pointer, Pointer],
 ) -> None:
     """Add the gradients of both sides in their dtypes. `searched` has the clouds and origins of each."""
-    common, most = _common(sides[0].spec.dtype, sides[1].spec.dtype), [side.layout.points for side in sides]
+    common = _common(search.x.spec.dtype, search.y.spec.dtype)
+    most = [side.layout.points if search.directions[1 - i] else 0 for i, side in enumerate(search.sides)]
     given = steps.workspace("contributions", 24 * sum(most))
     steps.clear(given, 24 * sum(most))
-    pulled, narrowed = [], []
-    for i, (spec, _, _) in enumerate(sides):
-        made = Spec((most[i], 3), common)
-        rows = arrays.rows(made, spec.dtype, spec.shape[-1])
-        out = results[i] if rows is None else steps.workspace("gradient", made.nbytes)
-        narrowed.append((out, rows, results[i]))
-        of_search = residuals.nearest[i], residuals.d2[i], residuals.largest[i]
-        to = given + 24 * i * most[0], out
-        pulled.append(Packed(_SIDE, (contiguous(i, common), searched[i].origins, *of_search, *to)))
-    grid, batches = -(-sum(most) // THREADS), (searched[0].clouds, searched[1].clouds)
+    outs = _gradients_of(steps, search, common, results)
+    sides = []
+    for i, of in enumerate(residuals):
+        to = given + 24 * i * most[0] if most[i] else None
+        rest = of.nearest, of.d2, of.largest, to, outs[i]
+        sides.append(Packed(_SIDE, (contiguous(i, common), searched[i].origins, *rest)))
+    grid = -(-sum([side.layout.points for side in search.sides]) // THREADS)
     for function, more in (("chamfer_give", ()), ("chamfer_gradient", (upstream,))):
-        args = *pulled, *batches, int(squared), *more
+        args = *sides, searched[0].clouds, searched[1].clouds, int(squared), *more
         steps.launch(_kernel(function, common), grid=grid, block=THREADS, args=args)
-    for i, (out, rows, result) in enumerate(narrowed):
-        arrays.add_rows(steps, out, rows, result, Number(f"{'xy'[i]} points"))
+    _add_narrowed(steps, search, common, outs, results)
+
+
+def _gradients_of(steps: Steps, search: Search, common: np.dtype, results: tuple[Pointer, Pointer]) -> list[Pointer]:
+    """Where kernels write the gradients, [N, 3] of the common dtype: to the results if they are like that."""
+    outs = []
+    for side, result in zip(search.sides, results, strict=True):
+        made = Spec((side.layout.points, 3), common)
+        plain = arrays.rows(made, side.spec.dtype, side.spec.shape[-1]) is None
+        outs.append(result if plain else steps.workspace("gradient", made.nbytes))
+    return outs
+
+
+def _add_narrowed(
+    steps: Steps, search: Search, common: np.dtype, outs: list[Pointer], results: tuple[Pointer, Pointer]
+) -> None:
+    """Add the conversion of gradients that are not written to the results."""
+    for name, side, out, result in zip("xy", search.sides, outs, results, strict=True):
+        rows = arrays.rows(Spec((side.layout.points, 3), common), side.spec.dtype, side.spec.shape[-1])
+        arrays.add_rows(steps, out, rows, result, Number(f"{name} points"))

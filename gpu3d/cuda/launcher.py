@@ -392,6 +392,17 @@ def launch(
     return made
 
 
+def refuse_capture(function: str, origin: _arrays.Origin) -> None:
+    """Raise an error if the current stream is captured, because `function` reads a number on the host."""
+    cuda = _cupy_cuda()
+    with cuda.Device(origin.device):
+        if cuda.runtime.streamIsCapturing(_arrays.current_stream(origin)):
+            raise RuntimeError(
+                f"{function} reads on the host how many rows its results have, so it cannot be captured in a CUDA "
+                "graph: call it before the capture."
+            )
+
+
 @functools.cache
 def _cupy_cuda() -> Any:
     import cupy

@@ -173,9 +173,9 @@ def _pieces(lengths: Sequence[int] | np.ndarray, size: int) -> Any:
 class Index(NamedTuple):
     """An index as kernels read it: clouds that can be searched, and whose points can search others."""
 
-    rows: Pointer  # struct Row [slots]
-    tiles: Pointer  # struct Box; the next two are the same
-    nodes: Pointer
+    rows: Any  # a Pointer to struct Row [slots]; None, as all but the clouds, if nothing searches these clouds
+    tiles: Any  # a Pointer to struct Box; the next two are the same
+    nodes: Any
     branches: Pointer | None
     clouds: Number | Packed  # struct Clouds
     origins: Pointer | None = None  # float64 [clouds, 3], subtracted from coordinates; None: nothing is
@@ -370,7 +370,7 @@ def _add_points(steps: Steps, source: Pointer, points: Side, memory: Pointer | N
     return add_index(steps, contiguous, dtype, order, "points", points.layout, batch, memory)
 
 
-class _Queries(NamedTuple):
+class Queries(NamedTuple):
     """Queries that are ready for a search."""
 
     rows: Pointer  # struct Row [slots]
@@ -380,20 +380,20 @@ class _Queries(NamedTuple):
 
 def _add_search(
     steps: Steps, query: Side | None, points: Side, rows: Pointer | None = None, memory: Pointer | None = None
-) -> tuple[_Queries, Index]:
+) -> tuple[Queries, Index]:
     """Add the steps that prepare the first input to search the second. `query` is None if they are the same points.
 
     The results are written to `rows` and `memory`, or to workspace.
     """
     index = _add_points(steps, Input(1), points, memory)
     if query is None:
-        return _Queries(index.rows, index.clouds, Number("points slots")), index
+        return Queries(index.rows, index.clouds, Number("points slots")), index
     # If a float64 origin is subtracted, coordinates are float64 until then.
     dtype = FLOAT64 if points.spec.dtype == FLOAT64 else query.spec.dtype
     contiguous = arrays.add_rows(steps, Input(0), arrays.rows(query.spec, dtype, 3), None, Number("query points"))
     order, batch = add_order(steps, contiguous, dtype, "query", query.layout), argument(steps, "query", query.layout)
     rows = add_queries(steps, contiguous, dtype, order, query.layout, batch, index.origins, rows)
-    return _Queries(rows, batch, Number("query slots")), index
+    return Queries(rows, batch, Number("query slots")), index
 
 
 def _sides(
@@ -498,9 +498,8 @@ def _knn(
     device: Device,
 ) -> Call:
     of_query, of_points, numbers = _sides(query, query_lengths, points, lengths, index, same, device)
-    lists = 0 if k == 1 else 1 << (-(-k // 32) - 1).bit_length()
     radii = limits.column(_of_queries(of_query, of_points).points)
-    return Call(_knn_plan(of_query, of_points, radii, lists, k <= 2), {**numbers, **limits.numbers, "k": k})
+    return Call(_knn_plan(of_query, of_points, radii, lists_of(k), k <= 2), {**numbers, **limits.numbers, "k": k})
 
 
 @functools.lru_cache(maxsize=256)
@@ -508,37 +507,67 @@ def _knn_plan(query: Side | None, points: Side, radii: Spec | None, lists: int, 
     steps = Steps(inputs=2 if radii is None else 3, results=2)
     queries, index = _add_search(steps, query, points)
     limits = _add_limits(steps, Input(2), radii, _number_of_queries(query))
-    group, blocks = _grouped(_of_queries(query, points).slots, few)
+    add_knn(steps, queries, _of_queries(query, points), index, lists, few, limits, (Result(0), Result(1)))
+    return steps.plan()
+
+
+def lists_of(k: int) -> int:
+    """The number of lists in which a warp keeps k neighbours; 0 if k is 1."""
+    return 0 if k == 1 else 1 << (-(-k // 32) - 1).bit_length()
+
+
+NO_LIMITS = (0, math.inf, None)  # what `add_knn` takes for the whole cloud
+
+
+def add_knn(
+    steps: Steps,
+    queries: Queries,
+    layout: Layout,
+    index: Index,
+    lists: int,
+    few: bool,
+    limits: tuple[Any, Any, Pointer | None],
+    results: tuple[Pointer, Pointer],
+) -> None:
+    """Add the search for the `Number("k")` nearest of each query: distances and indices. `layout` is of the queries.
+
+    `lists` is from `lists_of`, and `few` says that k <= 2. `limits` are the kernel's arguments exclude, radius2 and
+    radii.
+    """
+    group, blocks = _grouped(layout.slots, few)
     walk, launch = (
         (*queries, group, index.packed, index.clouds, Number("k")),
         functools.partial(steps.launch, grid=blocks),
     )
-    results, macros = (Result(0), Result(1)), (("LISTS", lists),)
+    macros = (("LISTS", lists),)
     if lists > 1:
         kernel = _kernel("many_neighbors", macros, KNN_THREADS // 32 * 8 * 2 * (32 * lists + 32))
         launch(kernel, block=KNN_THREADS, args=(*walk, *limits, *results))
     else:
         launch(_kernel("knn", macros), block=KNN_THREADS, args=(*walk, 0, *limits, *results))
-    return steps.plan()
 
 
 def add_knn_both(
     steps: Steps,
     names: tuple[str, str],
-    queries: tuple[Pointer, Pointer],
+    queries: tuple[Pointer | None, Pointer | None],
     layouts: tuple[Layout, Layout],
     indices: tuple[Index, Index],
-    d2: tuple[Pointer, Pointer],
-    nearest: tuple[Pointer, Pointer],
+    d2: tuple[Pointer | None, Pointer | None],
+    nearest: tuple[Pointer | None, Pointer | None],
     known: Pointer,
 ) -> None:
     """Add the search for each point's nearest in the other batch: squared distances and indices.
 
-    `queries` are the rows of each batch that search the other's index. The word at `known` is set to 0.
+    `queries` are the rows of each batch that search the other's index. A batch without them does not search. The word
+    at `known` is set to 0.
     """
     args: list[Any] = []
     blocks = 0
     for i in range(2):
+        if queries[i] is None:
+            args += [None, indices[i].clouds, 0, 1, indices[i].packed, None, None]
+            continue
         group, of_side = _grouped(layouts[i].slots, few=True)
         slots = Number(f"{names[i]} slots")
         args += [queries[i], indices[i].clouds, slots, group, indices[i].packed, d2[i], nearest[i]]
@@ -639,7 +668,7 @@ def _radius_count_plan(query: Side | None, points: Side, radii: Spec | None) -> 
 @functools.lru_cache(maxsize=256)
 def _radius_fill_plan(query: Layout, points: Layout, dtype: np.dtype, radii: Spec | None, capacity: int) -> Plan:
     steps = Steps(inputs=3 if radii is None else 4, results=2)
-    queries = _Queries(Input(1), argument(steps, "query", query), Number("query slots"))
+    queries = Queries(Input(1), argument(steps, "query", query), Number("query slots"))
     index = index_at(Input(2), points, dtype, argument(steps, "points", points))
     n = Number("query points")
     walk = *queries, index.packed, index.clouds, *_add_limits(steps, Input(3), radii, n)

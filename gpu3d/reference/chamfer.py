@@ -8,14 +8,26 @@ give the same bits.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from gpu3d.reference.neighbors import Cloud, local, nearest, origin
+from gpu3d.reference.neighbors import local, origin
 
 REDUCTIONS = ("mean", "sum", "none")
+POINTS = "points"  # the reduction that keeps the distance of each point
+DIRECTIONS = {
+    "both": (True, True),
+    "x_to_y": (True, False),
+    "y_to_x": (False, True),
+}  # whether x's and y's points search
 SUM_TILE = 1024
+
+# The nearest points of a side: d2 float32 [N] and indices int32 [N] into the other side. None: it did not search.
+Found = tuple[np.ndarray, np.ndarray] | None
+Side = tuple[
+    np.ndarray, Sequence[int], np.ndarray
+]  # points, the lengths of their clouds, and their gradient in float64
 
 
 def ordered_sum(values: Iterable[float]) -> np.float64:
@@ -35,49 +47,54 @@ def ordered_sum(values: Iterable[float]) -> np.float64:
     return sums[0]
 
 
+def spans(lengths: Sequence[int]) -> list[slice]:
+    """The rows of each cloud."""
+    ends = list(itertools.accumulate(lengths, initial=0))
+    return [slice(first, end) for first, end in itertools.pairwise(ends)]
+
+
 def chamfer(
-    x: np.ndarray,
-    x_clouds: Sequence[Cloud],
-    y: np.ndarray,
-    y_clouds: Sequence[Cloud],
-    squared: bool,
-    reduction: str,
+    x: Found, x_lengths: Sequence[int], y: Found, y_lengths: Sequence[int], squared: bool, reduction: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """The loss float32 [] or [B], and the residuals that `chamfer_backward` needs besides the points.
 
-    A cloud's loss is ordered_sum(d of x) / n + ordered_sum(d of y) / m in float64. Reduction "sum" takes the
-    ordered_sum over the clouds, and "mean" divides it by the number of clouds. The result is rounded to float32.
+    A cloud's loss is ordered_sum(d of x) / n + ordered_sum(d of y) / m in float64, without the side that did not
+    search, and 0 if the cloud is empty on either side. Reduction "sum" takes the ordered_sum over the clouds, and
+    "mean" divides it by the number of clouds. The result is rounded to float32.
 
-    The residuals are int32 [2 * (N + M + B)], see `residual_parts`.
+    The residuals are int32, see `residual_parts`.
     """
     parts: list[np.ndarray] = []
-    losses = np.zeros(len(x_clouds))
-    for points, clouds, others in ((x, x_clouds, y_clouds), (y, y_clouds, x_clouds)):
-        d2, indices = nearest(points, [cloud.length for cloud in clouds], others, 1)
-        d = np.sqrt(d2[:, 0])
-        largest = np.zeros(len(clouds), np.float32)
-        for b, cloud in enumerate(clouds):
-            of_cloud = d[cloud.first : cloud.first + cloud.length]
-            largest[b] = of_cloud.max(initial=0, where=np.isfinite(of_cloud))
-            of_cloud = d2[cloud.first : cloud.first + cloud.length, 0] if squared else of_cloud
-            losses[b] += ordered_sum(of_cloud) / cloud.length
-        parts += [indices[:, 0], d2[:, 0].view(np.int32), largest.view(np.int32)]
+    losses = np.zeros(len(x_lengths))
+    for found, lengths, other_lengths in ((x, x_lengths, y_lengths), (y, y_lengths, x_lengths)):
+        if found is None:
+            continue
+        d2, indices = found
+        d = np.sqrt(d2)
+        largest = np.zeros(len(lengths), np.float32)
+        for b, rows in enumerate(spans(lengths)):
+            if lengths[b] and other_lengths[b]:
+                largest[b] = d[rows].max(initial=0, where=np.isfinite(d[rows]))
+                losses[b] += ordered_sum(d2[rows] if squared else d[rows]) / lengths[b]
+        parts += [indices, d2.view(np.int32), largest.view(np.int32)]
     with np.errstate(over="ignore", invalid="ignore"):
         if reduction != "none":
             losses = np.array(ordered_sum(losses))
         if reduction == "mean":
-            losses = losses / np.float64(len(x_clouds))  # NaN if there are no clouds
+            losses = losses / np.float64(len(x_lengths))  # NaN if there are no clouds
         return np.asarray(losses, np.float32), np.concatenate(parts)
 
 
-def residual_parts(x_lengths: Sequence[int], y_lengths: Sequence[int]) -> list[int]:
+def residual_parts(x_lengths: Sequence[int], y_lengths: Sequence[int], direction: str) -> list[int]:
     """The first word of each part of the residuals, and the number of words.
 
-    There are three parts for x and then three for y: the index of each point's nearest neighbour in the other batch or
-    -1, int32; the squared distance to it, float32; and the largest finite distance of each cloud, float32.
+    There are three parts for x and then three for y, or only those of the side that searches: the index of each point's
+    nearest neighbour in the other batch or -1, int32; the squared distance to it, float32; and the largest finite
+    distance of each cloud, float32.
     """
-    n, m, clouds = sum(x_lengths), sum(y_lengths), len(x_lengths)
-    return list(itertools.accumulate((n, n, clouds, m, m, clouds), initial=0))
+    sides = itertools.compress((sum(x_lengths), sum(y_lengths)), DIRECTIONS[direction])
+    words = [words for n in sides for words in (n, n, len(x_lengths))]
+    return list(itertools.accumulate(words, initial=0))
 
 
 def chamfer_backward(
@@ -89,11 +106,13 @@ def chamfer_backward(
     y_lengths: Sequence[int],
     squared: bool,
     reduction: str,
+    direction: str,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The gradients of x and y in their dtypes; dloss float32 [] or [B] is the gradient of the loss, None means 1.
 
-    Each point i contributes a term. Let j be its nearest neighbour, v = x_i - y_j in float32, and d the length of v.
-    The term is v / d, or 2 * v if squared, in float32. It is 0 if d = 0, and NaN if d is not finite.
+    Each point i that searches contributes a term. Let j be its nearest neighbour, v = x_i - y_j in float32, and d the
+    length of v. The term is v / d, or 2 * v if squared, in float32. It is 0 if d = 0 or if the other cloud is empty,
+    and otherwise NaN if d is not finite.
 
     The gradient of x_i is own / n - given / m in float64: `own` is its own term, and `given` the sum of the terms of
     all points of y whose nearest neighbour is x_i. Reduction "mean" divides by the number of clouds. The result is
@@ -104,21 +123,19 @@ def chamfer_backward(
     every term: e = 1, or if squared e = 2 + E. E is the binary exponent of the largest finite d from that cloud to the
     other (frexp: d = f * 2**E with 1/2 <= f < 1). If no d is above 0, all terms are 0.
     """
-    parts = np.split(residuals, residual_parts(x_lengths, y_lengths)[1:-1])
-    of_x, of_y = (
-        (indices, d2.view(np.float32), largest.view(np.float32)) for indices, d2, largest in (parts[:3], parts[3:])
-    )
-    dx, dy, row, column = np.zeros((len(x), 3)), np.zeros((len(y), 3)), 0, 0
-    for b, (n, m) in enumerate(zip(x_lengths, y_lengths, strict=True)):
-        rows, columns = slice(row, row + n), slice(column, column + m)
-        own_x, given_y = _terms(x[rows], y[columns], of_x[0][rows] - column, of_x[1][rows], of_x[2][b], squared)
-        own_y, given_x = _terms(y[columns], x[rows], of_y[0][columns] - row, of_y[1][columns], of_y[2][b], squared)
-        dx[rows] = own_x / n + given_x / m
-        dy[columns] = own_y / m + given_y / n
-        row, column = row + n, column + m
+    parts = iter(np.split(residuals, residual_parts(x_lengths, y_lengths, direction)[1:-1]))
+    sides = (x, x_lengths, np.zeros((len(x), 3))), (y, y_lengths, np.zeros((len(y), 3)))
+    for (a, a_lengths, da), (b, b_lengths, db), _ in _searching(sides, direction):
+        indices, d2, largest = next(parts), next(parts).view(np.float32), next(parts).view(np.float32)
+        for rows, others, most in zip(spans(a_lengths), spans(b_lengths), largest, strict=True):
+            n = rows.stop - rows.start
+            if n and others.stop > others.start:
+                own, given = _terms(a[rows], b[others], indices[rows] - others.start, d2[rows], most, squared)
+                da[rows] += own / n
+                db[others] += given / n
     made = []
     with np.errstate(over="ignore", invalid="ignore"):
-        for gradient, points, lengths in ((dx, x, x_lengths), (dy, y, y_lengths)):
+        for points, lengths, gradient in sides:
             if reduction == "mean":
                 gradient /= np.float64(len(lengths))
             gradient = gradient[:, : points.shape[1]].astype(np.float32)
@@ -152,3 +169,87 @@ def _terms(
     given = np.zeros((len(targets), 3), np.int64)
     np.add.at(given, chosen, -np.rint(np.ldexp(own[finite], shift)).astype(np.int64))
     return own, np.ldexp(given.astype(np.float64), -shift)
+
+
+# ---- the distance of each point ------------------------------------------------------------------------------------
+
+
+def points(
+    x: Found, x_lengths: Sequence[int], y: Found, y_lengths: Sequence[int], squared: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distances float32 and indices int32 of the nearest points: those of x and then those of y, as far as they search.
+
+    The distance to an empty cloud is 0.
+    """
+    distances, nearest = [np.empty(0, np.float32)], [np.empty(0, np.int32)]
+    for found, lengths, other_lengths in ((x, x_lengths, y_lengths), (y, y_lengths, x_lengths)):
+        if found is not None:
+            d2, indices = found
+            filled = np.repeat(np.array(other_lengths, np.int64) > 0, lengths)
+            distances.append(np.where(filled, d2 if squared else np.sqrt(d2), np.float32(0)))
+            nearest.append(indices)
+    return np.concatenate(distances), np.concatenate(nearest)
+
+
+def points_backward(
+    ddistances: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
+    distances: np.ndarray,
+    nearest: np.ndarray,
+    x_lengths: Sequence[int],
+    y_lengths: Sequence[int],
+    squared: bool,
+    direction: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The gradients of x and y in their dtypes; ddistances float32 is the gradient of each distance of `points`.
+
+    Point i with nearest neighbour j has a factor: its ddistance g, or (2 * g) * d in float32 if squared. Its term is
+    factor * (v / d), which is exact in float64: v = x_i - y_j in float32, and d is the distance, or its root if
+    squared. There is no term where the distance is 0 or not finite, whatever g is there.
+
+    The gradient of x_i is own - given in float64, rounded to float32 and then to x's dtype: `own` is its own term, and
+    `given` the sum of the terms of all points of y whose nearest neighbour is x_i. Terms are added as integers: each
+    times 2**shift, rounded to nearest even, where shift = 61 - bit_length(number of points of the terms' cloud) - E,
+    and the largest |factor| of that sum is f * 2**E, 1/2 <= f < 1. A factor that is not finite makes the gradients of
+    both of its points NaN.
+    """
+    sides = (x, x_lengths, np.zeros((len(x), 3))), (y, y_lengths, np.zeros((len(y), 3)))
+    for (a, a_lengths, da), (b, b_lengths, db), place in _searching(sides, direction):
+        g, d, indices = ddistances[place], distances[place], nearest[place]
+        for rows, others in zip(spans(a_lengths), spans(b_lengths), strict=True):
+            i = rows.start + np.flatnonzero((indices[rows] >= 0) & (d[rows] > 0) & np.isfinite(d[rows]))
+            j, here, length = indices[i], origin(b[others]), np.sqrt(d[i]) if squared else d[i]
+            v = local(a[i], here) - local(b[j], here)
+            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+                factors = np.float32(2) * g[i] * length if squared else g[i]
+                terms = factors[:, None].astype(np.float64) * (v / length[:, None])
+            terms[~np.isfinite(factors)] = np.nan
+            da[i] += terms
+            db[others] += _given(terms, factors, j - others.start, rows.stop - rows.start, others.stop - others.start)
+    with np.errstate(over="ignore"):
+        dx, dy = (of[:, : z.shape[1]].astype(np.float32).astype(z.dtype, copy=False) for z, _, of in sides)
+    return dx, dy
+
+
+def _given(terms: np.ndarray, factors: np.ndarray, targets: np.ndarray, count: int, n: int) -> np.ndarray:
+    """Minus the sums of the terms by target, float64 [n, 3]. `count` is the number of points that have terms."""
+    largest = np.zeros(n, np.float32)
+    with np.errstate(invalid="ignore"):
+        np.maximum.at(largest, targets, np.abs(factors))
+    finite = np.isfinite(largest)
+    shifts = 61 - count.bit_length() - np.frexp(np.where(finite, largest, 0))[1][:, None]
+    kept = finite[targets]
+    terms, targets = terms[kept], targets[kept]
+    sums = np.zeros((n, 3), np.int64)
+    np.add.at(sums, targets, -np.rint(np.ldexp(terms, shifts[targets])).astype(np.int64))
+    return np.where(finite[:, None], np.ldexp(sums.astype(np.float64), -shifts), np.nan)
+
+
+def _searching(sides: tuple[Side, Side], direction: str) -> Iterator[tuple[Side, Side, slice]]:
+    """Each side that searches, the other one, and where its points lie among those of the sides that search."""
+    end = 0
+    for searches, side, other in zip(DIRECTIONS[direction], sides, sides[::-1], strict=True):
+        if searches:
+            first, end = end, end + len(side[0])
+            yield side, other, slice(first, end)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpu3d.reference.chamfer import ordered_sum
+from gpu3d.reference.chamfer import ordered_sum, spans
 from gpu3d.reference.neighbors import PAIRS, Cloud, local, origin, squared_distances
 
 SYMMETRIZATIONS = ("mean", "min")
@@ -435,13 +435,32 @@ def apml_backward(dloss: np.ndarray, gradient: np.ndarray, lengths: Sequence[int
         return (product.astype(np.float32) if gradient.itemsize == 2 else product).astype(gradient.dtype)
 
 
-def emd(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The mean distance float32 [] of the cheapest assignment of x to y, [n, 2 or 3]; NaN if a point is not finite."""
+def emd(
+    x: np.ndarray, x_lengths: Sequence[int], y: np.ndarray, y_lengths: Sequence[int], reduction: str, with_grad: bool
+) -> tuple[np.ndarray, ...]:
+    """The loss float32 [] or [B], and if with_grad the gradients of x and y [N, 2 or 3], in their dtypes.
+
+    A cloud's loss is the mean distance of the cheapest assignment of x to y. The assignment is held constant: with
+    v = x_i - y_j and d = |v| of an assigned pair, the gradient of x_i is v / d / n, and 0 if d = 0. Loss and gradients
+    of a pair of clouds are NaN if a point is not finite.
+    """
     from scipy.optimize import linear_sum_assignment  # here, so that gpu3d imports fast
     from scipy.spatial.distance import cdist
 
-    here = origin(y)
-    c = cdist(local(x, here), local(y, here))  # float64
-    if not np.isfinite(c).all():
-        return np.array(np.nan, np.float32)
-    return np.asarray(c[linear_sum_assignment(c)].mean(), np.float32)
+    losses, dx, dy = np.full(len(x_lengths), np.nan), np.full(x.shape, np.nan), np.full(y.shape, np.nan)
+    for b, (rows, columns) in enumerate(zip(spans(x_lengths), spans(y_lengths), strict=True)):
+        here = origin(y[columns])
+        sources, targets = local(x[rows], here), local(y[columns], here)
+        c = cdist(sources, targets)  # float64
+        if np.isfinite(c).all():
+            i, j = linear_sum_assignment(c)
+            losses[b] = c[i, j].mean()
+            v = (sources[i].astype(np.float64) - targets[j])[:, : x.shape[1]]
+            terms = v / np.where(c[i, j] > 0, c[i, j], 1)[:, None] / len(i)
+            dx[rows][i], dy[columns][j] = terms, -terms
+    if reduction != "none":
+        losses = losses.sum()
+    if reduction == "mean":
+        losses, dx, dy = (z / np.float64(len(x_lengths)) for z in (losses, dx, dy))  # NaN if there are no clouds
+    loss = np.asarray(losses, np.float32)
+    return (loss, dx.astype(x.dtype), dy.astype(y.dtype)) if with_grad else (loss,)

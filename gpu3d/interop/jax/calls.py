@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpu3d import _arrays, attention, neighbors, pooling, transport
+from gpu3d import _arrays, attention, metrics, neighbors, pooling, sampling, surface, transport
 from gpu3d import buckets as layouts
 from gpu3d._arrays import FLOAT32, INT32, INT64, UINT8, Given, Spec
 from gpu3d.chamfer import (  # a from-import, because gpu3d.chamfer is the function
@@ -22,12 +22,20 @@ from gpu3d.chamfer import (  # a from-import, because gpu3d.chamfer is the funct
     chamfer_results,
     check_chamfer,
     check_chamfer_backward,
+    check_points,
+    check_points_backward,
+    points_arrays,
+    points_backward_arrays,
+    points_results,
 )
 from gpu3d.cuda import attention as cuda_attention
 from gpu3d.cuda import buckets as cuda_buckets
 from gpu3d.cuda import chamfer as cuda_chamfer
+from gpu3d.cuda import metrics as cuda_metrics
 from gpu3d.cuda import neighbors as cuda_neighbors
 from gpu3d.cuda import pooling as cuda_pooling
+from gpu3d.cuda import sampling as cuda_sampling
+from gpu3d.cuda import surface as cuda_surface
 from gpu3d.cuda import transport as cuda_transport
 from gpu3d.cuda.plan import Call, Device
 from gpu3d.reference.pooling import EXTREMES
@@ -294,18 +302,44 @@ def radius_search_backward(
     return Work(neighbors.backward_results(query, points), on_gpu, on_cpu)
 
 
+# ---- sampling ------------------------------------------------------------------------------------------------------
+
+
+def farthest_points(points: Known, **options: Any) -> Work:
+    """`gpu3d.farthest_points` of packed points."""
+    checked = sampling.check_farthest(points, **options)
+    return Work(
+        sampling.farthest_results(len(checked.lengths), checked.k),
+        lambda points, device: cuda_sampling.farthest_points(points, *checked, device),
+        lambda points: sampling.farthest_arrays(points, *checked),
+    )
+
+
+# ---- surfaces ------------------------------------------------------------------------------------------------------
+
+
+def normals(points: Known, *, lengths: tuple[int, ...], k: int, viewpoint: Sequence[float] | None) -> Work:
+    """`gpu3d.normals` of packed points."""
+    k, lengths, seen_from = surface.check_normals(points, k, lengths, viewpoint)
+    return Work(
+        surface.normals_results(points, points.shape[0]),
+        lambda points, device: cuda_surface.normals(points, lengths, k, seen_from, device),
+        lambda points: surface.normals_arrays(points, k, lengths, seen_from),
+    )
+
+
 # ---- losses --------------------------------------------------------------------------------------------------------
 
 
 def chamfer(x: Known, y: Known, **options: Any) -> Work:
     """`gpu3d.chamfer` of packed points: the loss, and the residuals for its gradient."""
     checked = check_chamfer(x, y, **options)
-    x_lengths, y_lengths, squared, reduction = checked
+    x_lengths, y_lengths, squared, reduction, direction = checked
 
     def on_gpu(x: Spec, y: Spec, device: Device) -> Call:
-        return cuda_chamfer.chamfer(x, x_lengths, y, y_lengths, squared, reduction, device)
+        return cuda_chamfer.chamfer(x, x_lengths, y, y_lengths, squared, reduction, direction, device)
 
-    results = chamfer_results(x.shape[0], y.shape[0], len(x_lengths), reduction)
+    results = chamfer_results(x.shape[0], y.shape[0], len(x_lengths), reduction, direction)
     return Work(results, on_gpu, lambda x, y: chamfer_arrays(x, y, *checked))
 
 
@@ -320,6 +354,45 @@ def chamfer_backward(dloss: Known, x: Known, y: Known, residuals: Known, **optio
         return chamfer_backward_arrays(dloss, x, y, residuals, *checked)
 
     return Work(chamfer_backward_results(x, y), on_gpu, on_cpu)
+
+
+def chamfer_points(x: Known, y: Known, **options: Any) -> Work:
+    """`gpu3d.chamfer` with reduction "points": the distances of all points that search, and their nearest."""
+    checked = check_points(x, y, **options)
+    x_lengths, y_lengths, squared, direction = checked
+
+    def on_gpu(x: Spec, y: Spec, device: Device) -> Call:
+        return cuda_chamfer.points(x, x_lengths, y, y_lengths, squared, direction, device)
+
+    results = points_results(x.shape[0], y.shape[0], direction)
+    return Work(results, on_gpu, lambda x, y: points_arrays(x, y, *checked))
+
+
+def chamfer_points_backward(
+    ddistances: Known, x: Known, y: Known, distances: Known, nearest: Known, **options: Any
+) -> Work:
+    """The gradients of x and y, from that of the distances of their points."""
+    checked = check_points_backward(ddistances, x, y, distances, nearest, **options)
+
+    def on_gpu(ddistances: Spec, x: Spec, y: Spec, distances: Spec, nearest: Spec, device: Device) -> Call:
+        return cuda_chamfer.points_backward(ddistances, x, y, distances, nearest, *checked)
+
+    def on_cpu(ddistances: Given, x: Given, y: Given, distances: Given, nearest: Given) -> list[Any]:
+        return points_backward_arrays(ddistances, x, y, distances, nearest, *checked)
+
+    return Work(chamfer_backward_results(x, y), on_gpu, on_cpu)
+
+
+def compare_clouds(x: Known, y: Known, **options: Any) -> Work:
+    """`gpu3d.compare_clouds` of packed points."""
+    checked = metrics.check_compare_clouds(x, y, **options)
+    x_lengths, y_lengths, thresholds = checked
+
+    def on_gpu(x: Spec, y: Spec, device: Device) -> Call:
+        return cuda_metrics.compare_clouds(x, x_lengths, y, y_lengths, thresholds, device)
+
+    results = metrics.compare_clouds_results(len(x_lengths), len(thresholds))
+    return Work(results, on_gpu, lambda x, y: metrics.compare_clouds_arrays(x, y, *checked))
 
 
 def apml(pred: Known, target: Known, *, with_grad: bool, **options: Any) -> Work:
@@ -367,8 +440,13 @@ CALLS: dict[str, Callable[..., Work]] = {
         knn_backward,
         radius_search,
         radius_search_backward,
+        farthest_points,
+        normals,
         chamfer,
         chamfer_backward,
+        chamfer_points,
+        chamfer_points_backward,
+        compare_clouds,
         apml,
         apml_backward,
     )

@@ -11,13 +11,15 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from gpu3d import _arrays, attention, neighbors, pooling, transport
+from gpu3d import _arrays, attention, metrics, neighbors, pooling, sampling, surface, transport
 from gpu3d import buckets as layouts
 from gpu3d.buckets import Buckets, Scopes
-from gpu3d.chamfer import check_chamfer
+from gpu3d.chamfer import check_chamfer, check_points, distances_of, is_points
 from gpu3d.interop.jax.program import Options, alike, call, last_call, options, spec
+from gpu3d.metrics import CloudComparison
 from gpu3d.neighbors import NeighborIndex, Neighbors, RadiusNeighbors
 from gpu3d.pooling import Pooling
+from gpu3d.surface import Normals
 
 # ---- checks --------------------------------------------------------------------------------------------------------
 
@@ -531,6 +533,81 @@ def _max_entries(lengths: Sequence[int], others: Sequence[int]) -> int:
     return min(pairs, max(16 * (sum(lengths) + sum(others)), 2**18))
 
 
+# ---- sampling ------------------------------------------------------------------------------------------------------
+
+
+def farthest_points(points: jax.Array, k: int, *, lengths: Sequence[int] | None = None, start: int = 0) -> jax.Array:
+    """`gpu3d.farthest_points` under jax.jit too.
+
+    Parameters
+    ----------
+    points : Array [N, 3], [N, 2], [B, n, 3] or [B, n, 2]
+        As in `gpu3d.farthest_points`. Not differentiated: the gradient stops here.
+    k, lengths, start
+        As in `gpu3d.farthest_points`; static under jax.jit.
+
+    Returns
+    -------
+    Array int32 [B * k]
+
+    Examples
+    --------
+    >>> points = jax.random.uniform(jax.random.key(0), (2, 100, 3))
+    >>> jax.jit(lambda points: farthest_points(points, 10))(points).shape
+    (20,)
+    """
+    _check_arrays(points=points)
+    _check_lengths(lengths=lengths)
+    checked = sampling.check_farthest(spec(points), k, lengths, start)
+    return call("farthest_points", options(**checked._asdict()), _packed(jax.lax.stop_gradient(points)))[0]
+
+
+# ---- surfaces ------------------------------------------------------------------------------------------------------
+
+
+def normals(
+    points: jax.Array,
+    k: int = 16,
+    *,
+    lengths: Sequence[int] | None = None,
+    viewpoint: Sequence[float] | None = None,
+) -> Normals:
+    """`gpu3d.normals` under jax.jit too. It has no gradient: a derivative is an error.
+
+    Parameters
+    ----------
+    points : Array [N, 3] or [B, n, 3]
+        As in `gpu3d.normals`. Inside of jax.grad, pass ``jax.lax.stop_gradient(points)``.
+    k, lengths, viewpoint
+        As in `gpu3d.normals`; static under jax.jit.
+
+    Returns
+    -------
+    Normals
+        Arrays ``normals`` and ``curvature``.
+
+    Examples
+    --------
+    >>> points = jax.random.uniform(jax.random.key(0), (100, 3))
+    >>> jax.jit(lambda points: normals(points, 8))(points).normals.shape
+    (100, 3)
+    """
+    _check_arrays(points=points)
+    _check_lengths(lengths=lengths)
+    checked = surface.check_normals(spec(points), k, lengths, viewpoint)
+    return Normals(*_normals(options(**checked._asdict()), _packed(points)))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _normals(static: Options, points: jax.Array) -> Any:
+    return call("normals", static, points)
+
+
+@_normals.defjvp
+def _no_gradient_of_normals(static: Options, primals: Any, tangents: Any) -> Any:
+    raise TypeError("points is differentiated, and normals has no gradient: pass jax.lax.stop_gradient(points).")
+
+
 # ---- losses --------------------------------------------------------------------------------------------------------
 
 
@@ -542,30 +619,48 @@ def chamfer(
     y_lengths: Sequence[int] | None = None,
     squared: bool = False,
     reduction: str = "mean",
-) -> jax.Array:
+    direction: str = "both",
+    empty: str = "error",
+) -> Any:
     """`gpu3d.chamfer` with the gradients of x and y.
 
     Parameters
     ----------
     x, y : Array [N, 3], [N, 2], [B, n, 3] or [B, n, 2]
         As in `gpu3d.chamfer`; arrays, not a NeighborIndex.
-    x_lengths, y_lengths, squared, reduction
+    x_lengths, y_lengths, squared, reduction, direction, empty
         As in `gpu3d.chamfer`; static under jax.jit.
 
     Returns
     -------
     Array float32 [], or [B] for reduction "none"
+    ChamferDistances
+        For reduction "points": arrays ``x`` and ``y``, whose gradients go to both clouds. A distance of 0 and one that
+        is not finite add nothing to them.
 
     Examples
     --------
     >>> x = jax.random.uniform(jax.random.key(0), (2, 100, 3))
     >>> jax.jit(jax.grad(chamfer))(x, x[:, :80]).shape
     (2, 100, 3)
+    >>> chamfer(x, x[:, :80], reduction="points").y.shape
+    (160,)
     """
     _check_arrays(x=x, y=y)
     _check_lengths(x_lengths=x_lengths, y_lengths=y_lengths)
-    checked = check_chamfer(spec(x), spec(y), x_lengths, y_lengths, squared, reduction)
-    return _chamfer(options(**checked._asdict()), *alike(_packed(x), _packed(y)))
+    given = spec(x), spec(y), x_lengths, y_lengths
+    arrays = alike(_packed(x), _packed(y))
+    if is_points(reduction):
+        of_points = check_points(*given, squared, direction, empty)
+        distances, _ = _chamfer_points(options(**of_points._asdict(), empty=empty), *arrays)
+        return distances_of(distances, arrays[0].shape[0], direction)
+    checked = check_chamfer(*given, squared, reduction, direction, empty)
+    return _chamfer(options(**checked._asdict(), empty=empty), *arrays)
+
+
+def _without_empty(static: Options) -> Options:
+    """The options that the gradient takes: what may be empty was checked before."""
+    return tuple((name, value) for name, value in static if name != "empty")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -580,10 +675,75 @@ def _chamfer_forward(static: Options, x: jax.Array, y: jax.Array) -> Any:
 
 
 def _chamfer_backward(static: Options, saved: Any, dloss: jax.Array) -> Any:
-    return tuple(last_call("chamfer_backward", static, dloss, *saved))
+    return tuple(last_call("chamfer_backward", _without_empty(static), dloss, *saved))
 
 
 _chamfer.defvjp(_chamfer_forward, _chamfer_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chamfer_points(static: Options, x: jax.Array, y: jax.Array) -> Any:
+    return call("chamfer_points", static, x, y)
+
+
+def _points_forward(static: Options, x: jax.Array, y: jax.Array) -> Any:
+    found = last_call("chamfer_points", static, x, y)
+    return found, (x, y, *found)
+
+
+def _points_backward(static: Options, saved: Any, cotangents: Any) -> Any:
+    ddistances, _ = cotangents
+    return tuple(last_call("chamfer_points_backward", _without_empty(static), ddistances, *saved))
+
+
+_chamfer_points.defvjp(_points_forward, _points_backward)
+
+
+def compare_clouds(
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    x_lengths: Sequence[int] | None = None,
+    y_lengths: Sequence[int] | None = None,
+    thresholds: Sequence[float] = (),
+) -> CloudComparison:
+    """`gpu3d.compare_clouds` under jax.jit too. It has no gradient.
+
+    Parameters
+    ----------
+    x, y : Array [N, 3], [N, 2], [B, n, 3] or [B, n, 2]
+        As in `gpu3d.compare_clouds`; arrays, not a NeighborIndex. In a gradient pass ``jax.lax.stop_gradient(x)``.
+    x_lengths, y_lengths, thresholds
+        As in `gpu3d.compare_clouds`; static under jax.jit.
+
+    Returns
+    -------
+    CloudComparison
+        Its arrays are JAX's.
+
+    Examples
+    --------
+    >>> x = jax.random.uniform(jax.random.key(0), (2, 100, 3))
+    >>> jax.jit(lambda x: compare_clouds(x, x[:, :80], thresholds=(0.1, 0.2)))(x).fscore.shape
+    (2, 2)
+    """
+    _check_arrays(x=x, y=y)
+    _check_lengths(x_lengths=x_lengths, y_lengths=y_lengths)
+    checked = metrics.check_compare_clouds(spec(x), spec(y), x_lengths, y_lengths, thresholds)
+    return CloudComparison(*_compare_clouds(options(**checked._asdict()), *alike(_packed(x), _packed(y))))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _compare_clouds(static: Options, x: jax.Array, y: jax.Array) -> Any:
+    return call("compare_clouds", static, x, y)
+
+
+@_compare_clouds.defjvp
+def _no_derivative(static: Options, primals: Any, tangents: Any) -> Any:
+    raise TypeError(
+        "compare_clouds has no derivative, and jax asked for one with respect to x or y: pass jax.lax.stop_gradient of "
+        "both."
+    )
 
 
 def apml(

@@ -14,15 +14,17 @@ from typing import Any
 
 import torch
 
-from gpu3d import _arrays, attention, neighbors, pooling, transport
+from gpu3d import _arrays, attention, metrics, neighbors, pooling, sampling, surface, transport
 from gpu3d import buckets as layouts
 from gpu3d._arrays import Spec
 from gpu3d.buckets import Buckets, Scopes
-from gpu3d.chamfer import chamfer_arrays, check_chamfer
+from gpu3d.chamfer import ChamferDistances, check_chamfer, check_points, distances_of, is_points, plain_chamfer
 from gpu3d.interop.torch import operators
 from gpu3d.interop.torch.operators import run
+from gpu3d.metrics import CloudComparison
 from gpu3d.neighbors import NeighborIndex, Neighbors, RadiusNeighbors
 from gpu3d.pooling import Pooling
+from gpu3d.surface import Normals
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
 
@@ -421,6 +423,65 @@ def _capturing(x: torch.Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+# ---- sampling ------------------------------------------------------------------------------------------------------
+
+
+def farthest_points(points: Any, k: int, *, lengths: Sequence[int] | None = None, start: int = 0) -> torch.Tensor:
+    """`gpu3d.farthest_points` of a tensor, under torch.compile too. Points that require grad are an error.
+
+    Parameters
+    ----------
+    points : Tensor [N, 3], [N, 2], [B, n, 3] or [B, n, 2]
+        As in `gpu3d.farthest_points`. If they require grad, pass ``points.detach()``.
+    k, lengths, start
+        As in `gpu3d.farthest_points`.
+
+    Returns
+    -------
+    Tensor int32 [B * k]
+    """
+    _refuse_gradients("farthest_points", points=points)
+    _check_kind(points, "points")
+    if not _exact((k, int), (start, int)):
+        _, k, start = sampling.check_farthest(_spec(points), k, lengths, start)
+    points, lengths = _packed(points, lengths, "points", "lengths")
+    return run(operators.FARTHEST_POINTS, (points,), (lengths, k, start))
+
+
+# ---- surfaces ------------------------------------------------------------------------------------------------------
+
+
+def normals(
+    points: Any,
+    k: int = 16,
+    *,
+    lengths: Sequence[int] | None = None,
+    viewpoint: Sequence[float] | None = None,
+) -> Normals:
+    """`gpu3d.normals` of a tensor, under torch.compile too. Points that require grad are an error.
+
+    Parameters
+    ----------
+    points : Tensor [N, 3] or [B, n, 3]
+        As in `gpu3d.normals`. If they require grad, pass ``points.detach()``. Autocast does not change their dtype.
+    k, lengths, viewpoint
+        As in `gpu3d.normals`.
+
+    Returns
+    -------
+    Normals
+        Tensors ``normals`` and ``curvature``.
+    """
+    _refuse_gradients("normals", points=points)
+    _check_kind(points, "points")
+    if not _exact((k, int)):
+        k = surface.check_normals(_spec(points), k, lengths, viewpoint).k
+    packed, lengths = _packed(points, lengths, "points", "lengths", (3,))
+    seen_from = surface.check_viewpoint(viewpoint)
+    numbers = lengths, k, None if seen_from is None else list(seen_from)  # torch takes tuples for lengths
+    return Normals(*run(operators.NORMALS, (packed,), numbers))
+
+
 # ---- losses --------------------------------------------------------------------------------------------------------
 
 
@@ -432,6 +493,8 @@ def chamfer(
     y_lengths: Sequence[int] | None = None,
     squared: bool = False,
     reduction: str = "mean",
+    direction: str = "both",
+    empty: str = "error",
 ) -> Any:
     """`gpu3d.chamfer` with the gradients of x and y. Under autocast both are cast to float32.
 
@@ -439,25 +502,70 @@ def chamfer(
     ----------
     x, y : Tensor [N, 3], [N, 2], [B, n, 3] or [B, n, 2]
         As in `gpu3d.chamfer`. One of them may be a NeighborIndex, if the other does not require grad.
-    x_lengths, y_lengths, squared, reduction
+    x_lengths, y_lengths, squared, reduction, direction, empty
         As in `gpu3d.chamfer`.
 
     Returns
     -------
     Tensor float32 [], or [B] for reduction "none"
+    ChamferDistances
+        For reduction "points": tensors ``x`` and ``y``, whose gradients go to both clouds. A distance of 0 and one that
+        is not finite add nothing to them.
     """
     if isinstance(x, NeighborIndex) or isinstance(y, NeighborIndex):
         _refuse_gradients("chamfer with a NeighborIndex", x=x, y=y)
-        given_x, given_y = neighbors.read_points(x, "x"), neighbors.read_points(y, "y")
-        checked = check_chamfer(given_x, given_y, x_lengths, y_lengths, squared, reduction)
-        return chamfer_arrays(given_x, given_y, *checked)[0]
+        return plain_chamfer(x, y, x_lengths, y_lengths, squared, reduction, direction, empty)
     of_x, of_y = _tensors(x=x, y=y)
-    if not _exact((squared, bool), (reduction, str)):
-        squared = check_chamfer(_spec(of_x), _spec(of_y), x_lengths, y_lengths, squared, reduction).squared
+    points = is_points(reduction)
+    if not _exact((squared, bool), (reduction, str), (direction, str), (empty, str)):
+        given = _spec(of_x), _spec(of_y), x_lengths, y_lengths
+        if points:
+            squared = check_points(*given, squared, direction, empty).squared
+        else:
+            squared = check_chamfer(*given, squared, reduction, direction, empty).squared
     of_x, x_lengths = _packed(of_x, x_lengths, "x", "x_lengths")
     of_y, y_lengths = _packed(of_y, y_lengths, "y", "y_lengths")
-    loss, _ = run(operators.CHAMFER, (of_x, of_y), (x_lengths, y_lengths, squared, reduction))
+    if points:
+        numbers = x_lengths, y_lengths, squared, direction, empty
+        distances, _ = run(operators.CHAMFER_POINTS, (of_x, of_y), numbers)
+        return ChamferDistances(
+            *[None if z is None else _as(x, z) for z in distances_of(distances, of_x.shape[0], direction)]
+        )
+    loss, _ = run(operators.CHAMFER, (of_x, of_y), (x_lengths, y_lengths, squared, reduction, direction, empty))
     return _as(x, loss)
+
+
+def compare_clouds(
+    x: Any,
+    y: Any,
+    *,
+    x_lengths: Sequence[int] | None = None,
+    y_lengths: Sequence[int] | None = None,
+    thresholds: Sequence[float] = (),
+) -> CloudComparison:
+    """`gpu3d.compare_clouds` of tensors, under torch.compile too. Tensors that require grad are an error.
+
+    Parameters
+    ----------
+    x, y : Tensor [N, 3], [N, 2], [B, n, 3] or [B, n, 2], or NeighborIndex
+        As in `gpu3d.compare_clouds`. If they require grad, pass ``x.detach()``.
+    x_lengths, y_lengths, thresholds
+        As in `gpu3d.compare_clouds`.
+
+    Returns
+    -------
+    CloudComparison
+        Of tensors.
+    """
+    _refuse_gradients("compare_clouds", x=x, y=y)
+    if isinstance(x, NeighborIndex) or isinstance(y, NeighborIndex):
+        return metrics.plain_compare_clouds(x, y, x_lengths, y_lengths, thresholds)
+    of_x, of_y = _tensors(x=x, y=y)
+    limits = list(metrics.check_thresholds(thresholds))
+    of_x, x_lengths = _packed(of_x, x_lengths, "x", "x_lengths")
+    of_y, y_lengths = _packed(of_y, y_lengths, "y", "y_lengths")
+    found = run(operators.COMPARE_CLOUDS, (of_x, of_y), (x_lengths, y_lengths, limits))
+    return CloudComparison(*[_as(x, z) for z in found])
 
 
 def apml(
@@ -504,3 +612,43 @@ def apml(
     options = p_min, threshold, iterations, symmetrize, reduction, max_entries
     numbers = pred_lengths, target_lengths, *options, with_grad
     return _as(pred, run(operators.APML, (of_pred, of_target), numbers)[0])
+
+
+def emd(
+    x: Any,
+    y: Any,
+    *,
+    x_lengths: Sequence[int] | None = None,
+    y_lengths: Sequence[int] | None = None,
+    reduction: str = "mean",
+) -> Any:
+    """`gpu3d.emd` with the gradients of x and y, the assignment held constant. Under autocast both are float32.
+
+    Parameters
+    ----------
+    x, y : Tensor [N, 3], [N, 2], [B, n, 3] or [B, n, 2]
+        As in `gpu3d.emd`.
+    x_lengths, y_lengths, reduction
+        As in `gpu3d.emd`.
+
+    Returns
+    -------
+    Tensor float32 [], or [B] for reduction "none"
+
+    Raises
+    ------
+    RuntimeError
+        Under torch.compile(fullgraph=True), torch.jit.trace, and while a CUDA graph is captured. Without fullgraph
+        torch.compile leaves the call out of its graph.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        raise RuntimeError(
+            "emd assigns points on the host, which a compiled graph cannot do: call it outside of the compiled "
+            "function, or compile without fullgraph=True. apml and chamfer can be compiled."
+        )
+    of_x, of_y = _tensors(x=x, y=y)
+    if not _exact((reduction, str)):
+        transport.check_emd(_spec(of_x), _spec(of_y), x_lengths, y_lengths, reduction)
+    of_x, x_lengths = _packed(of_x, x_lengths, "x", "x_lengths")
+    of_y, y_lengths = _packed(of_y, y_lengths, "y", "y_lengths")
+    return _as(x, run(operators.EMD, (of_x, of_y), (x_lengths, y_lengths, reduction))[0])

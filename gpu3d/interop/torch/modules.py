@@ -77,7 +77,7 @@ class ChamferLoss(torch.nn.Module):
 
     Parameters
     ----------
-    squared, reduction
+    squared, reduction, direction, empty
         As in `chamfer`.
 
     Examples
@@ -88,9 +88,16 @@ class ChamferLoss(torch.nn.Module):
     torch.Size([2, 100, 3])
     """
 
-    def __init__(self, *, squared: bool = False, reduction: str = "mean") -> None:
+    def __init__(
+        self, *, squared: bool = False, reduction: str = "mean", direction: str = "both", empty: str = "error"
+    ) -> None:
         super().__init__()
-        self.squared, self.reduction = squared, reduction
+        self.options: dict[str, Any] = {
+            "squared": squared,
+            "reduction": reduction,
+            "direction": direction,
+            "empty": empty,
+        }
 
     def forward(
         self,
@@ -100,12 +107,11 @@ class ChamferLoss(torch.nn.Module):
         y_lengths: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Return the loss of x and y, which are packed as in `chamfer`."""
-        options: dict[str, Any] = {"squared": self.squared, "reduction": self.reduction}
-        return chamfer(x, y, x_lengths=x_lengths, y_lengths=y_lengths, **options)
+        return chamfer(x, y, x_lengths=x_lengths, y_lengths=y_lengths, **self.options)
 
     def extra_repr(self) -> str:
         """What print shows."""
-        return f"squared={self.squared}, reduction={self.reduction!r}"
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
 class APMLLoss(torch.nn.Module):

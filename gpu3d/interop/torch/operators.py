@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
-from gpu3d import _arrays, attention, neighbors, pooling, transport
+from gpu3d import _arrays, attention, metrics, neighbors, pooling, sampling, surface, transport
 from gpu3d import buckets as layouts
 from gpu3d._arrays import Spec
 from gpu3d.chamfer import (  # a from-import, because gpu3d.chamfer is the function
@@ -34,6 +34,11 @@ from gpu3d.chamfer import (  # a from-import, because gpu3d.chamfer is the funct
     chamfer_results,
     check_chamfer,
     check_chamfer_backward,
+    check_points,
+    check_points_backward,
+    points_arrays,
+    points_backward_arrays,
+    points_results,
 )
 
 NO_FORWARD_MODE = (
@@ -69,7 +74,7 @@ class Operator:
         self.apply_apart: Callable[..., Any] | None = None
         self.cast: tuple[int, Callable[[str], torch.dtype]] | None = None  # see `autocast`
         numbers = schema[: schema.index(")")].split(", ")[len(self.tensors) :]
-        self.lengths = [i for i, text in enumerate(numbers) if "[]" in text]  # which numbers are lengths
+        self.lengths = [i for i, text in enumerate(numbers) if "SymInt[]" in text]  # which numbers are lengths
         self.default = self._register(schema)
         self.eager = self._register(schema.replace("SymInt[]", "Tensor").replace("(", ".eager(", 1))
         self.traced = self.default
@@ -572,14 +577,40 @@ RADIUS_SEARCH.differentiate(
 RADIUS_SEARCH.autocast(2, lambda device: torch.float32)
 
 
+# ---- sampling ------------------------------------------------------------------------------------------------------
+
+
+def _farthest_points(points: Any, lengths: tuple[int, ...], k: int, start: int) -> list[Any]:
+    return sampling.farthest_arrays(points, *sampling.check_farthest(points, k, lengths, start))
+
+
+FARTHEST_POINTS = Operator(
+    "farthest_points(Tensor points, SymInt[] lengths, SymInt k, SymInt start) -> Tensor",
+    _farthest_points,
+    lambda points, lengths, k, start: sampling.farthest_results(len(lengths), k),
+)
+
+
+# ---- surfaces ------------------------------------------------------------------------------------------------------
+
+
+def _normals(points: Any, lengths: tuple[int, ...], k: int, viewpoint: list[float] | None) -> list[Any]:
+    return surface.normals_arrays(points, *surface.check_normals(points, k, lengths, viewpoint))
+
+
+NORMALS = Operator(
+    "normals(Tensor points, SymInt[] lengths, int k, float[]? viewpoint) -> (Tensor, Tensor)",
+    _normals,
+    lambda points, lengths, k, viewpoint: surface.normals_results(points, points.shape[0]),
+)
+
+
 # ---- losses --------------------------------------------------------------------------------------------------------
 
 
-def _chamfer(
-    x: Any, y: Any, x_lengths: tuple[int, ...], y_lengths: tuple[int, ...], squared: bool, reduction: str
-) -> list[Any]:
+def _chamfer(x: Any, y: Any, *numbers: Any) -> list[Any]:
     """The loss and the residuals, which its gradient needs."""
-    return chamfer_arrays(x, y, *check_chamfer(x, y, x_lengths, y_lengths, squared, reduction))
+    return chamfer_arrays(x, y, *check_chamfer(x, y, *numbers))
 
 
 def _chamfer_backward(dloss: Any, x: Any, y: Any, residuals: Any, *numbers: Any) -> list[Any]:
@@ -588,25 +619,68 @@ def _chamfer_backward(dloss: Any, x: Any, y: Any, residuals: Any, *numbers: Any)
 
 
 CHAMFER = Operator(
-    "chamfer(Tensor x, Tensor y, SymInt[] x_lengths, SymInt[] y_lengths, bool squared, str reduction) "
-    "-> (Tensor, Tensor)",
+    "chamfer(Tensor x, Tensor y, SymInt[] x_lengths, SymInt[] y_lengths, bool squared, str reduction, str direction, "
+    "str empty) -> (Tensor, Tensor)",
     _chamfer,
-    lambda x, y, x_lengths, y_lengths, squared, reduction: chamfer_results(
-        x.shape[0], y.shape[0], len(x_lengths), reduction
+    lambda x, y, x_lengths, y_lengths, squared, reduction, direction, empty: chamfer_results(
+        x.shape[0], y.shape[0], len(x_lengths), reduction, direction
     ),
 )
 CHAMFER_BACKWARD = Operator(
     "chamfer_backward(Tensor dloss, Tensor x, Tensor y, Tensor residuals, SymInt[] x_lengths, SymInt[] y_lengths, "
-    "bool squared, str reduction) -> (Tensor, Tensor)",
+    "bool squared, str reduction, str direction) -> (Tensor, Tensor)",
     _chamfer_backward,
     lambda dloss, x, y, *rest: chamfer_backward_results(x, y),
 )
 CHAMFER_BACKWARD.refuse_second_derivative()
 CHAMFER.differentiate(
     lambda tensors, results: (*tensors, results[1]),
-    lambda dloss, saved, numbers: run(CHAMFER_BACKWARD, (dloss, *saved), numbers),
+    lambda dloss, saved, numbers: run(CHAMFER_BACKWARD, (dloss, *saved), numbers[:-1]),
 )
 CHAMFER.autocast(2, lambda device: torch.float32)
+
+
+def _points(x: Any, y: Any, *numbers: Any) -> list[Any]:
+    """The distances of the points of x and then of y, and their nearest, which the gradient needs."""
+    return points_arrays(x, y, *check_points(x, y, *numbers))
+
+
+def _points_backward(ddistances: Any, x: Any, y: Any, distances: Any, nearest: Any, *numbers: Any) -> list[Any]:
+    given = ddistances, x, y, distances, nearest
+    return points_backward_arrays(*given, *check_points_backward(*given, *numbers))
+
+
+CHAMFER_POINTS = Operator(
+    "chamfer_points(Tensor x, Tensor y, SymInt[] x_lengths, SymInt[] y_lengths, bool squared, str direction, "
+    "str empty) -> (Tensor, Tensor)",
+    _points,
+    lambda x, y, x_lengths, y_lengths, squared, direction, empty: points_results(x.shape[0], y.shape[0], direction),
+)
+CHAMFER_POINTS_BACKWARD = Operator(
+    "chamfer_points_backward(Tensor ddistances, Tensor x, Tensor y, Tensor distances, Tensor nearest, "
+    "SymInt[] x_lengths, SymInt[] y_lengths, bool squared, str direction) -> (Tensor, Tensor)",
+    _points_backward,
+    lambda ddistances, x, y, *rest: chamfer_backward_results(x, y),
+)
+CHAMFER_POINTS_BACKWARD.refuse_second_derivative()
+CHAMFER_POINTS.differentiate(
+    lambda tensors, results: (*tensors, *results),
+    lambda ddistances, saved, numbers: run(CHAMFER_POINTS_BACKWARD, (ddistances, *saved), numbers[:-1]),
+)
+CHAMFER_POINTS.autocast(2, lambda device: torch.float32)
+
+
+def _compare_clouds(x: Any, y: Any, *numbers: Any) -> list[Any]:
+    return metrics.compare_clouds_arrays(x, y, *metrics.check_compare_clouds(x, y, *numbers))
+
+
+COMPARE_CLOUDS = Operator(
+    "compare_clouds(Tensor x, Tensor y, SymInt[] x_lengths, SymInt[] y_lengths, float[] thresholds) -> (Tensor, "
+    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _compare_clouds,
+    lambda x, y, x_lengths, y_lengths, thresholds: metrics.compare_clouds_results(len(x_lengths), len(thresholds)),
+)
+COMPARE_CLOUDS.autocast(2, lambda device: torch.float32)
 
 
 def _apml(
@@ -664,3 +738,21 @@ def _backward_of_apml(dloss: torch.Tensor, saved: Any, numbers: Any) -> Any:
 
 APML.differentiate(lambda tensors, results: (*results[1:], *tensors), _backward_of_apml)
 APML.autocast(2, lambda device: torch.float32)
+
+
+def _emd(x: Any, y: Any, x_lengths: tuple[int, ...], y_lengths: tuple[int, ...], reduction: str) -> list[Any]:
+    """The loss and the gradients of x and y, which come with the assignment."""
+    checked = transport.check_emd(x, y, x_lengths, y_lengths, reduction)
+    return transport.emd_arrays(x, y, *checked, with_grad=True)
+
+
+EMD = Operator(
+    "emd(Tensor x, Tensor y, SymInt[] x_lengths, SymInt[] y_lengths, str reduction) -> (Tensor, Tensor, Tensor)",
+    _emd,
+    lambda x, y, x_lengths, y_lengths, reduction: transport.apml_results(x, y, len(x_lengths), reduction, True),
+)
+EMD.differentiate(
+    lambda tensors, results: (*results[1:], *tensors),
+    lambda dloss, saved, numbers: run(APML_BACKWARD, (dloss, *saved), numbers[:2]),
+)
+EMD.autocast(2, lambda device: torch.float32)
