@@ -152,6 +152,7 @@ def bucketize(
     balance: str = "spill",
     voxel_size: float | str | None = None,
     seed: int = 0,
+    bounds: Any = None,
     check_finite: bool | None = None,
 ) -> Buckets:
     """Put the points of each cloud into buckets of exactly `bucket_size` space neighbours.
@@ -176,6 +177,13 @@ def bucketize(
         axis / 65536.
     seed : int
         The seed for the order of the neighbouring voxels that "probe" tries.
+    bounds : "robust" or (low, high), optional
+        What the voxels of each cloud span. Default: its minimum to its maximum. (low, high): these bounds for all
+        clouds, each a number or one number an axis, on the host. "robust": bounds around most of the points. Of
+        min(n, 1024) points, evenly spread over the cloud, the 1 % and the 99 % quantile of each axis are moved apart by
+        four times their distance and cut to the minimum and maximum. Points beyond the bounds get the voxel of the
+        bound. Use it for clouds with stray points, such as returns at (0, 0, 0) or heights of -99999, of which one
+        would put all the other points into one voxel.
     check_finite : bool, optional
         Whether NaN and inf raise an error. None checks host arrays only; True always checks, and synchronizes on a GPU;
         False never checks. Without the check, a non-finite coordinate counts as voxel 65535 and does not affect other
@@ -211,13 +219,14 @@ def bucketize(
     """
     if (interop := _arrays.interop_of(points)) is not None:
         options: dict[str, Any] = {"hash": hash, "balance": balance, "voxel_size": voxel_size, "seed": seed}
+        options["bounds"] = bounds
         return interop.bucketize(points, bucket_size, lengths=lengths, check_finite=check_finite, **options)
     given = _arrays.read(points, "points")
     if given.origin.library == "jax":
         importlib.import_module("gpu3d.interop.jax")  # registers Buckets as a pytree
     if lengths is not None:
         lengths = _arrays.packed_lengths(lengths)  # once, for the checks and for the plan
-    checked = check_bucketize(given, bucket_size, lengths, hash, balance, voxel_size, seed)
+    checked = check_bucketize(given, bucket_size, lengths, hash, balance, voxel_size, seed, bounds)
     slot_to_point, point_to_slot, moved = bucketize_arrays(given, checked, check_finite, _array_of_many(lengths))
     return Buckets(slot_to_point, point_to_slot, moved, checked.bucket_size, checked.lengths, checked.bucket_offsets)
 
@@ -231,11 +240,19 @@ class Bucketing(NamedTuple):
     balance: str
     voxel_size: float | str | None
     seed: int
+    bounds: reference.Bounds
     bucket_offsets: tuple[int, ...]
 
 
 def check_bucketize(
-    points: Given | Spec, bucket_size: Any, lengths: Any, hash: Any, balance: Any, voxel_size: Any, seed: Any
+    points: Given | Spec,
+    bucket_size: Any,
+    lengths: Any,
+    hash: Any,
+    balance: Any,
+    voxel_size: Any,
+    seed: Any,
+    bounds: Any,
 ) -> Bucketing:
     """The options of `bucketize`, checked against the shape and dtype of the points."""
     array, lengths = _array_of_many(lengths), _arrays.check_points(points, lengths)
@@ -246,6 +263,7 @@ def check_bucketize(
     seed = _arrays.check_integer(seed, "seed")
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}.")
+    bounds = check_bounds(bounds, points.dtype)
     offsets = _bucket_offsets(lengths if array is None else array, bucket_size)
     slots = offsets[-1] * bucket_size
     if slots > MAX_SLOTS:
@@ -253,7 +271,7 @@ def check_bucketize(
             f"a layout has at most 2**31 - 1 slots, because slots are int32; {sum(lengths)} points need {slots}. "
             "Bucketize parts of the batch."
         )
-    return Bucketing(lengths, bucket_size, hash, balance, voxel_size, seed, offsets)
+    return Bucketing(lengths, bucket_size, hash, balance, voxel_size, seed, bounds, offsets)
 
 
 def _array_of_many(lengths: Any) -> np.ndarray | None:
@@ -279,6 +297,26 @@ def check_voxel_size(voxel_size: Any) -> float | str | None:
     if not 2.0**-126 <= size < 2.0**127:
         raise ValueError(f"voxel_size must be a positive float32 number, got {size}.")
     return size
+
+
+def check_bounds(bounds: Any, dtype: np.dtype) -> reference.Bounds:
+    """None, "robust", or the two bounds of each axis, rounded to what the voxels of such points are computed in."""
+    if bounds is None or (isinstance(bounds, str) and bounds == "robust"):
+        return bounds
+    wrong = 'bounds must be None, "robust" or (low, high), each a number or one number an axis, in host memory'
+    if isinstance(bounds, str) or not hasattr(bounds, "__len__"):
+        error = ValueError if isinstance(bounds, str) else TypeError
+        raise error(f"{wrong}, got {_arrays.shown(bounds)}.")
+    try:
+        low, high = (
+            np.broadcast_to(np.asarray(bound, np.float64), 3).astype(dtype if dtype.itemsize == 8 else np.float32)
+            for bound in bounds
+        )
+    except (TypeError, ValueError):
+        raise ValueError(f"{wrong}, got {_arrays.shown(bounds)}.") from None
+    if not (np.isfinite(low) & np.isfinite(high) & (low <= high)).all():
+        raise ValueError(f"bounds must be finite, and none above the other, got {low.tolist()} and {high.tolist()}.")
+    return tuple(low.tolist()), tuple(high.tolist())
 
 
 def num_slots(lengths: Sequence[Any], bucket_size: int) -> Any:
@@ -312,13 +350,13 @@ def bucketize_arrays(
     if check_finite or (check_finite is None and origin.device is None):
         with _arrays.on(origin):
             _arrays.check_finite(points)
-    lengths, bucket_size, hash, balance, voxel_size, seed, offsets = checked
+    lengths, bucket_size, hash, balance, voxel_size, seed, bounds, offsets = checked
     if origin.device is None:
-        host, options = points.array.reshape(-1, 3), (hash, balance, voxel_size, seed)
+        host, options = points.array.reshape(-1, 3), (hash, balance, voxel_size, seed, bounds)
         return [_arrays.leave(x, origin) for x in reference.bucketize(host, bucket_size, lengths, *options)]
     device = launcher.device(origin.device)
     counts = lengths if array is None else array
-    call = cuda.bucketize(points, counts, bucket_size, hash, balance, voxel_size, seed, device)
+    call = cuda.bucketize(points, counts, bucket_size, hash, balance, voxel_size, seed, bounds, device)
     results = _kept_results(offsets[-1] * bucket_size, points.size // 3)
     return launcher.launch(call, (points,), results, origin)
 

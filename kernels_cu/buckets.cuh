@@ -66,8 +66,80 @@ __device__ __forceinline__ u64 key_of_point(const point_t *points, int i, const 
 
 // ---- block-wide bounds and frame -----------------------------------------------------------------------------------
 
-// The frame of a cloud from its rows of partial bounds. The whole block calls it, and every thread gets the frame.
-__device__ Frame frame_from_rows(const coord_t *bounds, int first, int last, float voxel_size) {
+// What the voxels of a cloud span.
+enum SpanKind { EXTREMES, ROBUST, GIVEN };  // mirrored by gpu3d/cuda/buckets.py, like the struct
+struct Span {
+    double low[3], high[3];  // if they are given
+    int kind;
+};
+
+#define SAMPLE 1024  // most points of a cloud whose quantiles make robust bounds
+
+// The quantiles of robust bounds: the rank-th smallest of the sample's numbers on an axis, counted from 0, where rank
+// is a hundredth of their number. UPPER: the rank-th largest. 0 if there are none. A warp calls it; NaN takes no part.
+template <bool UPPER>
+__device__ coord_t quantile(const coord_t *sample, int n) {
+    const int lane = threadIdx.x & 31;
+    int numbers = 0;
+    for (int i = lane; i < n; i += 32) numbers += sample[i] == sample[i];
+    numbers = sum_of_warp(numbers);
+    if (numbers == 0) return 0;
+    coord_t found = (coord_t)-INFINITE;
+    for (int below = 0; below <= numbers / 100;) {  // takes the smallest number above `found`; at most eleven times
+        coord_t next = (coord_t)INFINITE;
+        int count = 0;  // how many of the lane's numbers are `next`
+        for (int i = lane; i < n; i += 32) {
+            const coord_t x = UPPER ? -sample[i] : sample[i];
+            if (!(x > found && x <= next)) continue;
+            count = x == next ? count + 1 : 1;
+            next = x;
+        }
+        found = next;
+        for (int step = 16; step; step >>= 1) found = min(found, __shfl_xor_sync(FULL, found, step));
+        below += sum_of_warp(next == found ? count : 0);
+    }
+    return UPPER ? -found : found;
+}
+
+// Writes the robust bounds of points [first, last), before they are cut to the extremes of the cloud: a row of lower,
+// then of upper bounds. The whole block calls it; it has at least six warps, and thread 0 writes.
+__device__ void write_robust_bounds(
+    const point_t *points,
+    int first,
+    int last,
+    coord_t *sample,  // [3, SAMPLE] in shared memory
+    coord_t *row      // [6]
+) {
+    __shared__ coord_t quantiles[2][3];
+    const int n = last - first, m = min(n, SAMPLE), warp = threadIdx.x >> 5;
+    for (int j = threadIdx.x; j < m; j += blockDim.x) {
+        const size_t i = first + (n <= SAMPLE ? j : (size_t)j * n / SAMPLE);
+#pragma unroll
+        for (int d = 0; d < 3; ++d) {
+            const coord_t x = widen(points[3 * i + d]);
+            sample[d * SAMPLE + j] = is_finite(x) ? x : (coord_t)NAN_FLOAT;
+        }
+    }
+    __syncthreads();
+    if (warp < 6) {
+        const int d = warp % 3;
+        const coord_t q = warp < 3 ? quantile<false>(sample + d * SAMPLE, m) : quantile<true>(sample + d * SAMPLE, m);
+        if ((threadIdx.x & 31) == 0) quantiles[warp / 3][d] = q;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0)
+        for (int d = 0; d < 3; ++d) {
+            const coord_t low = quantiles[0][d], high = quantiles[1][d];
+            const coord_t margin = mul_rn((coord_t)4, sub_rn(high, low));
+            row[d] = sub_rn(low, margin);
+            row[3 + d] = add_rn(high, margin);
+        }
+}
+
+// The frame of a cloud from its rows of partial bounds. `robust` is the row of its robust bounds, if the span is that.
+// The whole block calls it, and every thread gets the frame.
+__device__ Frame
+frame_from_rows(const coord_t *bounds, int first, int last, float voxel_size, const Span &span, const coord_t *robust) {
     coord_t low[3] = {(coord_t)INFINITE, (coord_t)INFINITE, (coord_t)INFINITE};
     coord_t high[3] = {(coord_t)-INFINITE, (coord_t)-INFINITE, (coord_t)-INFINITE};
     for (int row = first + threadIdx.x; row < last; row += blockDim.x)
@@ -76,6 +148,17 @@ __device__ Frame frame_from_rows(const coord_t *bounds, int first, int last, flo
             high[d] = max(high[d], bounds[6 * (size_t)row + 3 + d]);
         }
     join_bounds(low, high);
+    if (span.kind != EXTREMES)
+        for (int d = 0; d < 3; ++d) {
+            const coord_t least = low[d], most = high[d];
+            if (span.kind == GIVEN) {
+                low[d] = (coord_t)span.low[d];
+                high[d] = (coord_t)span.high[d];
+            } else if (least <= most) {  // some coordinate is finite
+                low[d] = min(max(robust[d], least), most);
+                high[d] = min(max(robust[3 + d], least), most);
+            }
+        }
     return frame_from_bounds(low, high, voxel_size);
 }
 

@@ -5,7 +5,7 @@
 // sizes launches and latency cost more than memory traffic, so this is a sample sort with regular sampling (Shi and
 // Schaeffer 1992). Its partitions have a proven bound, so it needs no fallback: no data, not even duplicates, can
 // unbalance it. If no cloud is larger than a tile, a single launch does everything: merge_clouds, one block a cloud.
-//   1 bounds      a block a tile: partial bounds of its points
+//   1 bounds      a block a tile: partial bounds of its points; for robust bounds also a block a cloud
 //   2 tiles       a block a tile: voxels, keys, sort in shared memory; one of every 32 keys is a sample
 //   3 splitters   a block a tile: ranks its samples among all samples of the cloud; every SPAN-th is a splitter
 //   4 partitions  a block a partition: finds its run in every tile, sorts the runs together, writes both permutations
@@ -42,6 +42,7 @@
 #include "warp.cuh"
 
 static_assert(TILE == 1024 || TILE == 2048 || TILE == 4096, "a block has 256 to 1024 threads");
+static_assert(THREADS / 32 >= 6, "six warps find robust bounds");
 static_assert(CAPACITY <= 1 << POSITION_BITS, "a position in a partition has 15 bits");
 
 // ---- block-wide sort -----------------------------------------------------------------------------------------------
@@ -126,10 +127,19 @@ __device__ __forceinline__ int lower_bound(const u64 *run, int n, u64 bound) {
 extern "C" __global__ __launch_bounds__(THREADS) void merge_bounds(
     const point_t *points,  // [N, 3]
     const __grid_constant__ Clouds clouds,
-    coord_t *__restrict__ bounds  // [tiles, 6]
+    const __grid_constant__ Span span,
+    coord_t *__restrict__ bounds,  // [tiles, 6]
+    coord_t *__restrict__ robust   // [clouds, 6] robust bounds, by the first blocks; null: not wanted
 ) {
     start_early();
-    const int tile = blockIdx.x;  // ranges [0, tiles)
+    const int before = robust ? clouds.count : 0;  // blocks
+    if ((int)blockIdx.x < before) {
+        __shared__ coord_t sample[3 * SAMPLE];
+        const Cloud cloud = rows_of(clouds)[blockIdx.x], next = rows_of(clouds)[blockIdx.x + 1];
+        write_robust_bounds(points, cloud.point, next.point, sample, robust + 6 * (size_t)blockIdx.x);
+        return;
+    }
+    const int tile = blockIdx.x - before;  // ranges [0, tiles)
     if (tile >= tiles_of(clouds)) return;
     const int b = cloud_of<&Cloud::tile>(clouds, tile);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
@@ -167,7 +177,9 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_tiles(
 #else
     const point_t *points,  // [N, 3]
     const coord_t *bounds,  // [tiles, 6]
+    const coord_t *robust,  // [clouds, 6] or null
     float voxel_size,
+    const __grid_constant__ Span span,
 #endif
     const __grid_constant__ Clouds clouds,
     u64 *__restrict__ sorted,  // [tiles, TILE]
@@ -185,7 +197,8 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_tiles(
     load_elements(data, given, first, n);
 #else
     const u32 buckets = (next.slot - cloud.slot) / clouds.bucket_size;
-    load_elements(data, points, frame_from_rows(bounds, cloud.tile, next.tile, voxel_size), buckets, first, n);
+    const Frame frame = frame_from_rows(bounds, cloud.tile, next.tile, voxel_size, span, robust + 6 * (size_t)b);
+    load_elements(data, points, frame, buckets, first, n);
 #endif
     sort_shared<1>(data, n);
     for (int i = threadIdx.x; i < n; i += THREADS) {
@@ -376,6 +389,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_clouds(
 #else
     const point_t *points,  // [N, 3]
     float voxel_size,
+    const __grid_constant__ Span span,
 #endif
     const __grid_constant__ Clouds clouds,  // of at most TILE points each
     int *__restrict__ slot_to_point,        // [slots]
@@ -383,7 +397,12 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_clouds(
     int *__restrict__ moved                 // [] set to 0, or null
 ) {
     start_early();
+#if KEY == KEY_GIVEN
     __shared__ u64 data[TILE];
+#else
+    constexpr int SAMPLED = 3 * SAMPLE * sizeof(coord_t) / sizeof(u64);
+    __shared__ u64 data[TILE > SAMPLED ? TILE : SAMPLED];  // the sample for robust bounds, then the elements
+#endif
     const int b = blockIdx.x;  // ranges [0, clouds)
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
     const int n = next.point - cloud.point;
@@ -391,11 +410,13 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void merge_clouds(
 #if KEY == KEY_GIVEN
     load_elements(data, given, cloud.point, n);
 #else
-    __shared__ coord_t bounds[6];
+    __shared__ coord_t bounds[6], robust[6];
+    if (span.kind == ROBUST) write_robust_bounds(points, cloud.point, next.point, (coord_t *)data, robust);
     write_bounds(points, cloud.point, next.point, bounds);
     __syncthreads();
     const u32 buckets = (next.slot - cloud.slot) / clouds.bucket_size;
-    load_elements(data, points, frame_from_rows(bounds, 0, 1, voxel_size), buckets, cloud.point, n);
+    const Frame frame = frame_from_rows(bounds, 0, 1, voxel_size, span, robust);
+    load_elements(data, points, frame, buckets, cloud.point, n);
 #endif
     sort_shared<1>(data, n);
     for (int slot = cloud.slot + threadIdx.x; slot < next.slot; slot += THREADS) {

@@ -3,7 +3,9 @@
 //
 // "Onesweep" (Adinets and Merrill 2022): each pass reads and writes every record once. A block ranks its tile by an
 // 8-bit digit. It learns where its digits go by looking back at the counts that earlier tiles have published.
-//   1 frames      a block a group: bounds of its points; a cloud's last block joins them to the frame of its voxels
+//   1 frames      a block a group: bounds of its points; a cloud's last block joins them to the frame of its voxels.
+//   For
+//                 robust bounds each cloud has one more block, which finds their quantiles
 //   2 keys        a block a group: key of each point, and how often each digit of each pass occurs
 //   3 first, pass (four times), last: a block a tile: count, look back, rank, move; the last writes both permutations
 //
@@ -50,18 +52,28 @@ extern "C" __global__ __launch_bounds__(FRAME_THREADS) void radix_frames(
     const __grid_constant__ Clouds clouds,
     int group_points,  // points a group
     float voxel_size,
-    u32 *__restrict__ arrived,  // [clouds] groups whose bounds are written; starts at 0
+    const __grid_constant__ Span span,
+    u32 *__restrict__ arrived,  // [clouds] blocks that have written their bounds; starts at 0
     coord_t *bounds,            // [groups, 6]
+    coord_t *robust,            // [clouds, 6] robust bounds, by the first blocks; null: not wanted
     Frame *__restrict__ frames  // [clouds] not written if the cloud is empty
 ) {
-    const int group = blockIdx.x;  // ranges [0, groups)
+    __shared__ coord_t sample[3 * SAMPLE];
+    const int before = robust ? clouds.count : 0;  // blocks
+    const bool samples = (int)blockIdx.x < before;
+    const int group = blockIdx.x - before;  // ranges [0, groups), if the block does not sample
     if (group >= groups_of(clouds)) return;
-    const int b = cloud_of<&Cloud::group>(clouds, group);
+    const int b = samples ? blockIdx.x : cloud_of<&Cloud::group>(clouds, group);
     const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
-    const int first = cloud.point + (group - cloud.group) * group_points;
-    write_bounds(points, first, min(next.point - first, group_points) + first, bounds + 6 * (size_t)group);
-    if (!is_last_block(&arrived[b], next.group - cloud.group)) return;
-    const Frame frame = frame_from_rows(bounds, cloud.group, next.group, voxel_size);
+    coord_t *of_cloud = robust + 6 * (size_t)b;
+    if (samples) {
+        write_robust_bounds(points, cloud.point, next.point, sample, of_cloud);
+    } else {
+        const int first = cloud.point + (group - cloud.group) * group_points;
+        write_bounds(points, first, min(next.point - first, group_points) + first, bounds + 6 * (size_t)group);
+    }
+    if (!is_last_block(&arrived[b], next.group - cloud.group + (before > 0))) return;
+    const Frame frame = frame_from_rows(bounds, cloud.group, next.group, voxel_size, span, of_cloud);
     if (threadIdx.x == 0) frames[b] = frame;
 }
 

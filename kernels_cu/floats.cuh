@@ -20,6 +20,14 @@
 __device__ __forceinline__ bool is_finite(float x) { return x - x == 0; }
 __device__ __forceinline__ bool is_finite(double x) { return x - x == 0; }
 
+// Operations that are rounded once and never contracted.
+__device__ __forceinline__ float add_rn(float x, float y) { return __fadd_rn(x, y); }
+__device__ __forceinline__ float sub_rn(float x, float y) { return __fsub_rn(x, y); }
+__device__ __forceinline__ float mul_rn(float x, float y) { return __fmul_rn(x, y); }
+__device__ __forceinline__ double add_rn(double x, double y) { return __dadd_rn(x, y); }
+__device__ __forceinline__ double sub_rn(double x, double y) { return __dsub_rn(x, y); }
+__device__ __forceinline__ double mul_rn(double x, double y) { return __dmul_rn(x, y); }
+
 // Float<TYPE>: values lie in memory as Stored and are computed with as Wide. widen is exact, narrow rounds to the
 // nearest. A double becomes float16 in one rounding, but bfloat16 by way of float, in two: ml_dtypes on the CPU and
 // CuPy do the same.

@@ -2,7 +2,8 @@
 // The index of the neighbour search, and the traversal that skips what is too far.
 //
 // A cloud in bucket order is cut into nodes of 1024 points and these into tiles of 32 (neighbors_index.cu reorders the
-// points of a node for that). 32 nodes form a branch; no branch spans two clouds. Tiles, nodes and branches have a
+// points of a node for that). 32 nodes form a branch, 32 branches a box of the level above, and so on up to a level of
+// at most 32 boxes: the cost of a search grows as the logarithm of the cloud. No box spans two clouds. All have a
 // bounding box; tiles and nodes also have a slab: two parallel planes along the surface that the points lie on, which a
 // box cannot follow.
 //
@@ -41,15 +42,31 @@ struct __align__(16) Box {
     int first;     // the lowest index of a finite point, -1 if there is none
     float high[3];
     float below;      // below <= normal . point <= above, up to the rounding that slab_distance2 allows for
-    float normal[3];  // |normal| < 1; 0 for branches, and if the points have no plane
+    float normal[3];  // |normal| < 1; 0 above the nodes, and if the points have no plane
     float above;
 };
+
+// Levels of boxes above the nodes, the lowest of branches: enough for 2^30 points. Mirrored by gpu3d/cuda/neighbors.py.
+#define LEVELS 3
 
 struct Index {
     const Row *rows;  // [tiles * TILE]
     const Box *tiles, *nodes;
-    const Box *branches;  // null if no cloud has more than one
+    const Box *levels[LEVELS];  // null if no cloud needs them
+    int groups, clouds;         // how many branches and clouds lie before these in `levels`
 };
+
+// How many boxes of a level a cloud has, and where they begin in the level. `group` is its first branch and b its
+// number. A cloud of n boxes has ceil(n / 32) on the next level, and from group / 32 + b on there is room for
+// floor(n / 32) + 1. So no table is needed.
+__device__ __forceinline__ int boxes_of_level(int branches, int level) {
+    return (branches - 1 >> 5 * level) + 1;  // 0 if there are no branches
+}
+__device__ __forceinline__ int first_of_level(int group, int b, int level) {
+    int first = group;
+    for (; level > 0; --level) first = first / 32 + b;
+    return first;
+}
 
 // (d2, index) as one integer of the same order, since d2 is not negative. NaN comes last.
 __device__ __forceinline__ u64 key_of(float d2, int index) { return (u64)__float_as_uint(d2) << 32 | (u32)index; }
@@ -144,47 +161,97 @@ struct Ignore {
     __device__ __forceinline__ void operator()(float) const {}
 };
 
-// Calls visit(i) for each box i of [first, end) that may hold a key below bound(), the nearest of each 32 first;
-// bound() shrinks meanwhile. Calls pass(d2) for boxes that are skipped: none of their points is nearer than d2.
+// An order of up to 32 boxes [first, end), one a lane: open() returns whether there is something to visit, and what is
+// left is a word on each lane. next() returns the lane of the next box to visit, or -1 at the end.
+
+// Boxes that may hold a key below bound(), the nearest first; bound() shrinks meanwhile. Calls pass(d2) for boxes that
+// are skipped: none of their points is nearer than d2.
 template <class Bound, class Pass = Ignore>
 struct NearestFirst {
     Bound bound;
     Pass pass;
-    template <bool SLABS, class Visit>
-    __device__ __forceinline__ void walk(const Row &query, const Box *boxes, int first, int end, Visit visit) const {
-        for (int base = first; base < end; base += 32) {
-            const int mine = base + (threadIdx.x & 31);
-            float d2;
-            if (!bounds<SLABS>(d2, query, boxes, mine, end, distance2_of(bound()))) {
-                pass(d2);
-                continue;
-            }
-            u64 key = mine < end ? key_of(d2, boxes[mine].first) : NOTHING;
-            for (;;) {
-                const Nearest next = nearest_of(key < bound() ? (u32)(key >> 32) : FULL);
-                if (next.bits == FULL) break;
-                visit(base + next.lane);
-                if (mine == base + next.lane) key = NOTHING;
-            }
-            pass(distance2_of(key));
+    template <bool SLABS>
+    __device__ __forceinline__ bool open(u64 &left, const Row &query, const Box *boxes, int first, int end) const {
+        const int mine = first + (threadIdx.x & 31);
+        float d2;
+        if (!bounds<SLABS>(d2, query, boxes, mine, end, distance2_of(bound()))) {
+            pass(d2);
+            return false;
         }
+        left = mine < end ? key_of(d2, boxes[mine].first) : NOTHING;
+        return true;
+    }
+    __device__ __forceinline__ int next(u64 &left) const {
+        const Nearest nearest = nearest_of(left < bound() ? (u32)(left >> 32) : FULL);
+        if (nearest.bits == FULL) {
+            pass(distance2_of(left));
+            return -1;
+        }
+        if ((threadIdx.x & 31) == nearest.lane) left = NOTHING;
+        return nearest.lane;
     }
 };
 
-// Calls visit(i) for each box i of [first, end) that may hold a point within a radius.
+// Boxes that may hold a point within a radius.
 struct Within {
     float radius2;
-    template <bool SLABS, class Visit>
-    __device__ __forceinline__ void walk(const Row &query, const Box *boxes, int first, int end, Visit visit) const {
-        for (int base = first; base < end; base += 32) {
-            const int mine = base + (threadIdx.x & 31);
-            float d2;
-            if (!bounds<SLABS>(d2, query, boxes, mine, end, radius2)) continue;
-            u32 near = __ballot_sync(FULL, mine < end && d2 <= radius2);
-            for (; near; near &= near - 1) visit(base + __ffs(near) - 1);
-        }
+    template <bool SLABS>
+    __device__ __forceinline__ bool open(u64 &left, const Row &query, const Box *boxes, int first, int end) const {
+        const int mine = first + (threadIdx.x & 31);
+        float d2;
+        if (!bounds<SLABS>(d2, query, boxes, mine, end, radius2)) return false;
+        left = __ballot_sync(FULL, mine < end && d2 <= radius2);
+        return true;
+    }
+    __device__ __forceinline__ int next(u64 &left) const {
+        const u32 near = (u32)left;
+        left = near & near - 1;
+        return __ffs(near) - 1;
     }
 };
+
+// Calls visit(i) for boxes i of [first, end), at most 32, which have slabs.
+template <class Order, class Visit>
+__device__ __forceinline__ void walk(
+    const Row &query, const Box *boxes, int first, int end, const Order &order, Visit visit
+) {
+    u64 left;
+    if (!order.template open<true>(left, query, boxes, first, end)) return;
+    for (int lane; (lane = order.next(left)) >= 0;) visit(first + lane);
+}
+
+// The same for the branches of cloud b, which are counted from its first branch, by way of the levels above them. What
+// is left of each level lies in local memory, because few queries leave their first branch.
+template <class Order, class Visit>
+__device__ __forceinline__ void walk_branches(
+    const Row &query, const Index &index, int group, int count, int b, const Order &order, Visit visit
+) {
+    u64 left[LEVELS];
+    int first[LEVELS], level = 0;  // the first of the 32 boxes of each level, counted from the cloud's first
+    while (boxes_of_level(count, level) > 32) ++level;
+    const int top = level;
+    const auto open = [&](int from) {
+        const Box *boxes = index.levels[level] + first_of_level(index.groups + group, index.clouds + b, level);
+        first[level] = from;
+        order.template open<false>(left[level], query, boxes, from, min(from + 32, boxes_of_level(count, level)));
+    };
+    open(0);
+    for (;;) {
+        const int lane = order.next(left[level]);
+        if (lane < 0) {
+            if (level == top) return;
+            ++level;
+            continue;
+        }
+        const int box = first[level] + lane;
+        if (level == 0) {
+            visit(box);
+        } else {
+            --level;
+            open(32 * box);
+        }
+    }
+}
 
 // Calls visit(tile) for tiles of cloud b. `order`, a NearestFirst or a Within, says which and in which order. `clouds`
 // is the index's batch.
@@ -196,18 +263,18 @@ __device__ __forceinline__ void walk_tiles(
     const int tiles = uniform(cloud.slot) / TILE, tiles_end = uniform(next.slot) / TILE;
     const int first_node = uniform(cloud.tile), nodes_end = uniform(next.tile);
     const auto walk_nodes = [&](int nodes, int end) {
-        order.template walk<true>(query, index.nodes, nodes, end, [&](int node) {
+        walk(query, index.nodes, nodes, end, order, [&](int node) {
             const int first = tiles + (node - first_node) * 32;
-            order.template walk<true>(query, index.tiles, first, min(first + 32, tiles_end), visit);
+            walk(query, index.tiles, first, min(first + 32, tiles_end), order, visit);
         });
     };
-    if (!index.branches) {
-        walk_nodes(first_node, nodes_end);
+    if (nodes_end - first_node <= 32) {
+        if (first_node < nodes_end) walk_nodes(first_node, nodes_end);
         return;
     }
-    const int first_branch = uniform(cloud.group);
-    order.template walk<false>(query, index.branches, first_branch, uniform(next.group), [&](int branch) {
-        const int nodes = first_node + (branch - first_branch) * 32;
+    const int group = uniform(cloud.group), count = uniform(next.group) - group;
+    walk_branches(query, index, group, count, b, order, [&](int branch) {
+        const int nodes = first_node + branch * 32;
         walk_nodes(nodes, min(nodes + 32, nodes_end));
     });
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Builds the index of neighbors.cuh from a bucket order: rows, and the boxes of tiles, nodes and branches.
+// Builds the index of neighbors.cuh from a bucket order: rows, and the boxes of tiles, nodes and the levels above.
 //
 // 32 consecutive points of the bucket order's curve form a long shape, sometimes in two parts. So the points of a node
 // are split again: in halves across the longest edge of their box, down to tiles. On a sphere of 131,072 points,
@@ -13,7 +13,7 @@
 #define POINTS 1024              // a node
 #define EACH 4                   // points a thread
 #define THREADS (POINTS / EACH)  // mirrored by gpu3d/cuda/neighbors.py, like the next
-#define BRANCH_THREADS 128
+#define LEVEL_THREADS 128
 
 #include "clouds.cuh"
 #include "neighbors.cuh"
@@ -409,18 +409,29 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
     if (thread == 0) nodes[blockIdx.x] = box;
 }
 
-// One warp a branch: the box around up to 32 nodes.
-extern "C" __global__ __launch_bounds__(BRANCH_THREADS) void index_branches(
-    const Box *__restrict__ nodes,
+// One warp a box of a level above the nodes: the box around up to 32 boxes of the level below.
+extern "C" __global__ __launch_bounds__(LEVEL_THREADS) void index_level(
+    const Box *__restrict__ below,  // nodes for level 0
     const __grid_constant__ Clouds clouds,
-    int count,
-    Box *__restrict__ branches  // [count]
+    int level,
+    int room,                // boxes in `boxes`
+    Box *__restrict__ boxes  // [room] those between the clouds' are not written
 ) {
-    const int at = blockIdx.x * (BRANCH_THREADS / 32) + (threadIdx.x >> 5), lane = threadIdx.x & 31;
-    if (at >= count) return;
-    const int b = cloud_of<&Cloud::group>(clouds, at);
-    const Cloud cloud = rows_of(clouds)[b], next = rows_of(clouds)[b + 1];
-    const int node = cloud.tile + (at - cloud.group) * 32 + lane;
-    const Box box = joined<1, 32>(node < next.tile ? nodes[node] : no_box());
-    if (lane == 0) branches[at] = box;
+    const int at = blockIdx.x * (LEVEL_THREADS / 32) + (threadIdx.x >> 5), lane = threadIdx.x & 31;
+    if (at >= room) return;
+    const Cloud *rows = rows_of(clouds);
+    int b = 0;  // the last cloud that begins at or before `at`
+    for (int high = clouds.count; high - b > 1;) {
+        const int middle = (b + high) >> 1;
+        if (first_of_level(rows[middle].group, middle, level) <= at) b = middle;
+        else high = middle;
+    }
+    const Cloud cloud = rows[b], next = rows[b + 1];
+    const int branches = next.group - cloud.group, of_cloud = at - first_of_level(cloud.group, b, level);
+    if (of_cloud >= boxes_of_level(branches, level)) return;
+    const int first = level ? first_of_level(cloud.group, b, level - 1) : cloud.tile;
+    const int end = level ? first + boxes_of_level(branches, level - 1) : next.tile,
+              mine = first + 32 * of_cloud + lane;
+    const Box box = joined<1, 32>(mine < end ? below[mine] : no_box());
+    if (lane == 0) boxes[at] = box;
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Points in a voxel grid: coordinates, bounds, the grid's frame, voxels and Morton codes.
 //
-//   voxel    v_d = clamp(floor((x_d - min_d) / cell_d), 0, VOXELS - 1), every operation rounded once
+//   voxel    v_d = clamp(floor((x_d - low_d) / cell_d), 0, VOXELS - 1), every operation rounded once; points beyond
+//            the bounds low and high, which are mostly the minimum and maximum, are in the voxel of the bound
 //   Morton   bit 3b + d is bit b of axis d
 
 #ifndef GPU3D_VOXELS_CUH
@@ -36,6 +37,7 @@ __device__ __forceinline__ float coordinate(const point_t *points, int i, int d,
 // Where a cloud's voxel grid lies: the origin and the cell of each axis.
 struct Frame {
     coord_t origin[3];
+    float extent[3];   // from the origin to the upper bound
     float cell[3];     // 0 if the axis has no extent: then every finite coordinate is in voxel 0
     float inverse[3];  // 1 / cell, rounded; 0 if cell is 0; -1 if quotients by it need a true division
 };
@@ -52,16 +54,15 @@ __device__ __forceinline__ float difference(coord_t a, coord_t b) {
 // VOXELS.
 __device__ Frame frame_from_bounds(const coord_t low[3], const coord_t high[3], float voxel_size) {
     Frame frame;
-    float extent[3];
     for (int d = 0; d < 3; ++d) {
         const bool any = low[d] <= high[d];  // false where no coordinate was finite
         frame.origin[d] = any ? low[d] : (coord_t)0;
-        extent[d] = any ? difference(high[d], low[d]) : 0.0f;
+        frame.extent[d] = any ? difference(high[d], low[d]) : 0.0f;
     }
-    const float largest = fmaxf(extent[0], fmaxf(extent[1], extent[2]));
+    const float largest = fmaxf(frame.extent[0], fmaxf(frame.extent[1], frame.extent[2]));
     for (int d = 0; d < 3; ++d) {
         const float cell =
-            voxel_size > 0 ? voxel_size : __fdiv_rn(voxel_size == 0 ? largest : extent[d], (float)VOXELS);
+            voxel_size > 0 ? voxel_size : __fdiv_rn(voxel_size == 0 ? largest : frame.extent[d], (float)VOXELS);
         frame.cell[d] = cell < 1.17549435e-38f ? 0.0f : cell;
         const bool usual = 0x1p-100f < cell && cell < 0x1p100f;
         frame.inverse[d] = frame.cell[d] == 0.0f ? 0.0f : usual ? __frcp_rn(cell) : -1.0f;
@@ -80,7 +81,8 @@ __device__ __forceinline__ float quotient(float t, float cell, float inverse) {
 }
 
 __device__ __forceinline__ int voxel(coord_t x, const Frame &frame, int d) {
-    const float t = difference(x, frame.origin[d]);  // not negative if x is finite
+    float t = difference(x, frame.origin[d]);
+    if (!(t >= 0 && t <= frame.extent[d])) t = !is_finite(x) ? INFINITE : t < 0 ? 0 : frame.extent[d];
     const float q = frame.inverse[d] >= 0 ? quotient(t, frame.cell[d], frame.inverse[d])
                     : is_finite(x)        ? __fdiv_rn(t, frame.cell[d])
                                           : INFINITE;

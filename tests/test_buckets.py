@@ -87,6 +87,76 @@ def test_spill_is_the_definition(hash):
         assert buckets.moved == 0
 
 
+def bounds_by_definition(points):
+    """The robust bounds of one cloud, one axis at a time."""
+    n, f = len(points), points.dtype.type
+    found = []
+    for x in points.T:
+        s = sorted(v for v in (x[j * n // min(n, 1024)] for j in range(min(n, 1024))) if np.isfinite(v))
+        q1, q99 = (s[len(s) // 100], s[len(s) - 1 - len(s) // 100]) if s else (f(0), f(0))
+        finite = x[np.isfinite(x)]
+        least, most = (finite.min(), finite.max()) if len(finite) else (f(0), f(0))
+        cut = [min(max(v, least), most) for v in (q1 - f(4) * (q99 - q1), q99 + f(4) * (q99 - q1))]
+        found.append(cut)
+    return tuple(zip(*found, strict=True))
+
+
+def strays(n, dtype=np.float32, seed=0):
+    """A flat scan with a few returns far away in every direction."""
+    rng = np.random.default_rng(seed)
+    points = rng.normal(0, (30, 20, 1), (n, 3)).astype(dtype) + np.array([5e2, 4e3, 0], dtype)
+    far = rng.choice(n, max(1, n // 200), replace=False)
+    points[far, rng.integers(0, 3, len(far))] = rng.choice([0, -99999, 1e30, -1e30], len(far)).astype(dtype)
+    return points
+
+
+@pytest.mark.parametrize("n", [1, 2, 99, 100, 1023, 1025, 3000])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_robust_bounds(n, dtype):
+    points = strays(n, dtype)
+    points[n // 2, 1] = np.nan
+    with np.errstate(over="ignore"):
+        robust = bounds_by_definition(points)
+    for voxel_size in (None, "per_axis", 0.5):
+        wanted = reference.voxelize(points, voxel_size, bounds=robust)
+        np.testing.assert_array_equal(reference.voxelize(points, voxel_size, bounds="robust"), wanted)
+    for balance in reference.BALANCES:
+        a, b = (
+            gpu3d.bucketize(points, 64, balance=balance, bounds=bounds, check_finite=False)
+            for bounds in ("robust", robust)
+        )
+        np.testing.assert_array_equal(a.slot_to_point, b.slot_to_point)
+
+
+@pytest.mark.parametrize("voxel_size", [None, "per_axis", 0.5])
+def test_points_beyond_the_bounds_have_the_voxel_of_the_bound(voxel_size):
+    points = np.random.default_rng(0).normal(0, 100, (500, 3)).astype(np.float32)
+    low, high = np.float32([-50, -40, 7]), np.float32([90, 200, 7])
+    ends = np.stack([low, high])  # so that the clipped cloud spans the bounds
+    clipped = np.concatenate([np.clip(points, low, high), ends])
+    got = reference.voxelize(np.concatenate([points, ends]), voxel_size, bounds=(low, high))
+    np.testing.assert_array_equal(got, reference.voxelize(clipped, voxel_size))
+    assert len(np.unique(got[:, 0])) > 100
+
+
+def test_a_far_point_does_not_spoil_the_others_buckets():
+    """Each bucket of the others is about as small as without the far point."""
+    scan = np.random.default_rng(0).uniform(-50, 50, (20_000, 3)).astype(np.float32)
+
+    def radius(points, **options):
+        layout = gpu3d.bucketize(points, 64, **options)
+        radii = reference.bucket_radii(points, layout.slot_to_point, 64)
+        return np.median(radii)
+
+    clean = radius(scan)
+    for far in (1e5, -1e7, 1e20):
+        points = scan.copy()
+        points[7] = far
+        assert radius(points, bounds="robust") < 1.2 * clean
+        assert radius(points, bounds=(-50, [50, 50, 50])) < 1.2 * clean
+    assert radius(points) > 3 * clean
+
+
 def test_zorder_div_is_the_stable_sort_of_the_codes():
     points = clouds.lidar_like(20_000)
     codes = reference.morton(reference.voxelize(points))
@@ -398,6 +468,12 @@ BAD = [
     ({"voxel_size": -1.0}, ValueError, "voxel_size must be a positive"),
     ({"voxel_size": math.nan}, ValueError, "voxel_size must be a positive"),
     ({"voxel_size": "cell"}, TypeError, 'voxel_size must be a number, None or "per_axis"'),
+    ({"bounds": "tight"}, ValueError, "bounds must be None, \"robust\" or .*, got 'tight'"),
+    ({"bounds": 3.0}, TypeError, "bounds must be None, .*, got 3.0"),
+    ({"bounds": (0, 1, 2)}, ValueError, "bounds must be None, .*each a number or one number an axis"),
+    ({"bounds": (0, [1, 2])}, ValueError, "bounds must be None, "),
+    ({"bounds": (0, [1, 2, -1])}, ValueError, "bounds must be finite, and none above the other, got .*-1.0"),
+    ({"bounds": (0, math.nan)}, ValueError, "bounds must be finite"),
     ({"seed": -1}, ValueError, "seed must not be negative"),
     ({"seed": 0.5}, TypeError, "seed must be an integer"),
     ({"lengths": [50, 49]}, ValueError, "lengths must sum to the number of points, got a sum of 99 for 100 points"),

@@ -261,6 +261,8 @@ OPS: dict[str, Callable[..., Op]] = {
     "bucketize probe": functools.partial(op_bucketize, hash="xor_mod", balance="probe", seed=3),
     "bucketize cell": functools.partial(op_bucketize, voxel_size=0.01),
     "bucketize per axis": functools.partial(op_bucketize, voxel_size="per_axis"),
+    "bucketize robust": functools.partial(op_bucketize, bounds="robust"),
+    "bucketize bounds": functools.partial(op_bucketize, bounds=(-1, (1, 2, 3))),
     "farthest": op_farthest,
     "scatter": op_scatter,
     "gather": op_gather,
@@ -1113,7 +1115,7 @@ def gpu(monkeypatch):
 
 
 OPTIONS = {"lengths": [9000], "bucket_size": 16, "hash": "zorder_div", "balance": "spill"}
-OPTIONS |= {"voxel_size": None, "seed": 0, "check_finite": None}
+OPTIONS |= {"voxel_size": None, "seed": 0, "bounds": None, "check_finite": None}
 
 
 def bucketize_frame(gpu, addresses=(16, 1024, 2048, 4096, 8192), n=9000, room=1 << 20):

@@ -387,7 +387,14 @@ def _pooled():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"hash": "xor_mod", "balance": "probe", "seed": 3}, {"voxel_size": 0.01}, {"voxel_size": "per_axis"}],
+    [
+        {},
+        {"hash": "xor_mod", "balance": "probe", "seed": 3},
+        {"voxel_size": 0.01},
+        {"voxel_size": "per_axis"},
+        {"bounds": "robust"},
+        {"bounds": (0, [1, 2, 3])},
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_bucketize_and_scopes(dtype, options):

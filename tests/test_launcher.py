@@ -211,7 +211,7 @@ def test_the_table_of_a_batch(driver, count):
     lengths = tuple(np.random.default_rng(0).integers(0, 50, count).tolist())
     points = _arrays.Spec((sum(lengths), 3), np.dtype("f4"))
     buckets._spill_plan.cache_clear()
-    call = buckets.bucketize(points, lengths, 16, "zorder_div", "spill", None, 0, SM90)
+    call = buckets.bucketize(points, lengths, 16, "zorder_div", "spill", None, 0, None, SM90)
     launcher.run(call, (16, 32, 48, 64, 1 << 40)[: 4 + (call.plan.workspace > 0)], 0, 1)
     rows = np.zeros((count + 1, 4), np.int32)
     rows[1:, 0] = np.cumsum(lengths)

@@ -139,6 +139,59 @@ def test_a_million_points(cp, n):
     check_knn(cp, query[: n // 10], points, 16)
 
 
+@pytest.mark.parametrize("n", [2**20 + 70_001, 2**25 + 70_001])
+def test_levels_above_a_million_points(cp, n):
+    """Coordinates are small integers: then brute force is exact however CuPy rounds, and there are many ties."""
+    rng = cp.random.default_rng(0)
+    points = rng.integers(0, 1500, (n, 3)).astype(cp.float32)
+    points[:, 2] = cp.rint((points[:, 0] - 700) ** 2 / 1000)  # a surface
+    points[n // 3] = 1e30
+    query = cp.concatenate([points[:: n // 20][:20], rng.integers(-300, 1800, (20, 3)).astype(cp.float32)])
+    index = gpu3d.neighbor_index(points)
+    distances, indices = gpu3d.knn(query, index, 3)
+    offsets, within, _ = gpu3d.radius_search(query, index, 30.0)
+    for i, q in enumerate(query):
+        d2 = ((points - q) ** 2).sum(axis=1)
+        near = cp.flatnonzero(d2 <= cp.partition(d2, 2)[2])
+        expected = near[cp.lexsort(cp.stack([near, d2[near]]))][:3]
+        assert indices[i].tolist() == expected.tolist()
+        assert cp.array_equal(distances[i], cp.sqrt(d2[expected]))
+        begin, end = offsets[i : i + 2].tolist()
+        assert cp.array_equal(within[begin:end], cp.flatnonzero(d2 <= 900))
+
+
+def test_levels_of_two_batches(cp):
+    """Chamfer and APML prepare both sides together: a cloud's levels then begin behind those of other clouds."""
+    rng = cp.random.default_rng(0)
+    lengths = (40_000, 2**20 + 9), (2**20 + 70_001, 50_000)
+    x, y = (rng.random((sum(n), 3), dtype=cp.float32) * cp.float32([9, 9, 1]) for n in lengths)
+    losses = gpu3d.chamfer(x, y, x_lengths=lengths[0], y_lengths=lengths[1], reduction="none")
+    for b, (n, m) in enumerate(zip(*lengths, strict=True)):
+        one, other = x[:n] if b == 0 else x[-n:], y[:m] if b == 0 else y[-m:]
+        assert losses[b] == gpu3d.chamfer(one, other)
+        means = [gpu3d.knn(p, q, 1).distances.mean(dtype=cp.float64) for p, q in ((one, other), (other, one))]
+        np.testing.assert_allclose(float(losses[b]), float(sum(means)), rtol=1e-6)
+
+
+def test_a_far_point_costs_the_others_nothing(cp):
+    """The index sorts by robust bounds: without them all points but the far ones would share a voxel."""
+    points = cp.random.default_rng(0).random((300_000, 3), dtype=cp.float32)
+    points[[5, 77_777]] = cp.float32([[1e30, 0, 0], [0, -99999, 3]])
+
+    def milliseconds():
+        start, end = cp.cuda.Event(), cp.cuda.Event()
+        for _ in range(2):  # the first call compiles
+            start.record()
+            gpu3d.knn(points, points, 8)
+            end.record()
+        end.synchronize()
+        return cp.cuda.get_elapsed_time(start, end)
+
+    with_far = milliseconds()
+    points[[5, 77_777]] = 0.5
+    assert with_far < 3 * milliseconds()
+
+
 @pytest.mark.parametrize("name", special(10))
 def test_special_clouds(cp, name):
     points = special(5000)[name]
@@ -221,21 +274,20 @@ def test_too_many_entries(cp, monkeypatch):
     assert str(on_gpu.value) == str(on_cpu.value) and "query row 200 alone" in str(on_cpu.value)
 
 
-def test_as_many_entries_as_there_are(cp, data_dir):
-    """A sweep at half a metre has more than 64 neighbours a point."""
-    _, points = next(iter(clouds.real(data_dir)))
-    points = np.ascontiguousarray(points[:40_000])
-    found = check(cp, gpu3d.radius_search, points, points, 0.5)
-    assert len(found[1]) > 64 * 80_000
+def test_as_many_entries_as_there_are(cp):
+    """Results without max_entries have no limit that depends on the number of points."""
+    points = np.random.default_rng(0).random((20_000, 3), dtype=np.float32)
+    found = check(cp, gpu3d.radius_search, points, points, 0.15)
+    assert len(found[1]) > 64 * 2 * len(points)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nearest_within_a_radius(cp, kind):
-    query, points = pair(kind, 900, 6000)
+    query, points = pair(kind, 200, 6000)
     some = gpu3d.knn(query, points, 8).distances
-    radii = np.random.default_rng(1).choice([*np.quantile(some, [0.01, 0.5, 0.99]), 0, 6e4, np.inf], 900)
+    radii = np.random.default_rng(1).choice([*np.quantile(some, [0.01, 0.5, 0.99]), 0, 6e4, np.inf], 200)
     for radius in (0.0, float(some[3, 7]), math.inf, radii, radii.astype(np.float32), radii.astype(np.float16)):
-        for k in (1, 2, 32, 33, 200, 1024):
+        for k in (1, 32, 33, 1024):
             check_nearest(cp, query, points, radius, k, kind)
     check_radius(cp, query, points, np.minimum(radii, 5), kind)
 
@@ -269,7 +321,7 @@ def test_many_neighbours_of_large_clouds(cp):
     crowded = sweep.copy()
     crowded[rng.permutation(len(sweep))[:20_000]] = 0
     apart = sweep[:6000] + 1000 * rng.integers(0, 3, (6000, 3)).astype(np.float32)
-    for points, queries in ((sweep, 2000), (crowded, 700), (apart, 6000)):
+    for points, queries in ((sweep, 1000), (crowded, 300), (apart, 1000)):
         query = points[rng.permutation(len(points))[:queries]]
         for k in (64, 65, 256, 1024):
             check_knn(cp, query, points, k, "many")

@@ -49,10 +49,10 @@ def test_bucketize(lengths, arch):
     device, n = DEVICES[arch], sum(lengths)
     for dtype, hash, balance in itertools.product(FLOATS, HASHES, BALANCES):
         for points in (Spec((n, 3), dtype), strided((n, 3), dtype)):
-            for voxel_size in (None, 0.5, "per_axis"):
-                call = cuda_buckets.bucketize(points, lengths, 64, hash, balance, voxel_size, 3, device)
+            for voxel_size, bounds in ((None, None), (0.5, "robust"), ("per_axis", ((0.0,) * 3, (1.0,) * 3))):
+                call = cuda_buckets.bucketize(points, lengths, 64, hash, balance, voxel_size, 3, bounds, device)
                 unused = plans.check(call, [points], buckets.bucketize_results(lengths, 64, n), device)
-                assert unused <= {"cell"}
+                assert unused <= {"cell", "span"}
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
@@ -62,9 +62,9 @@ def test_grids_cover_the_work(arch):
     for n in (2000, 60_001, 524_200, 700_000, 3_000_000):
         most = -(-n // size) * size
         calls = [
-            cuda_buckets.bucketize(Spec((m, 3), FLOATS[0]), (m,), size, "zorder_div", balance, None, 0, device)
+            cuda_buckets.bucketize(Spec((m, 3), FLOATS[0]), (m,), size, "zorder_div", balance, None, 0, bounds, device)
             for m in (n, most)
-            for balance in BALANCES
+            for balance, bounds in itertools.product(BALANCES, (None, "robust"))
         ]
         for call in calls:
             table = call.numbers["clouds"]
@@ -74,7 +74,7 @@ def test_grids_cover_the_work(arch):
                     assert grid >= table.tiles
                 if name in ("merge_partitions", "radix_keys"):
                     assert grid >= table.groups
-        assert calls[0].plan is calls[2].plan and calls[1].plan is calls[3].plan
+        assert all(one.plan is other.plan for one, other in zip(calls[:4], calls[4:], strict=True))
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float16", "float32", "complex128", "float8_e5m2"])
@@ -162,6 +162,7 @@ CLOUDS = {
     "nodes": ((1000,), (1024,)),
     "sorted": ((3000,), (5000,)),
     "branches": ((40_000, 10), (7, 70_000)),
+    "levels": ((1_100_000, 5, 2**25 + 1), (70_000, 2**20 + 1, 0)),
     "radix": ((600_000,), (5,)),
     "ragged": ((5, 7, 100), (3, 2000, 50)),
     "a full table": ((30,) * 64, (40,) * 64),
@@ -172,6 +173,25 @@ CLOUDS = {
 
 
 GPUS = DEVICES["sm_80"], DEVICES["sm_90a"]
+
+
+def test_levels_of_an_index():
+    """Where a level begins for a cloud follows from its first branch. Clouds do not overlap, and all fit the memory."""
+    rng = np.random.default_rng(0)
+    batches = [(2**30 - 1,), (2**25 + 1, 2**20, 0, 1), (2**15,), (2**15 + 1,) * 70]
+    batches += [tuple(2 ** int(e) + int(d) for e, d in rng.integers(-1, 25, (9, 2)).clip(0)) for _ in range(20)]
+    for lengths in batches:
+        made, _ = neighbors.layout(lengths, None)
+        assert (made.levels == ()) == (max(lengths) <= 32**3)
+        branches = [-(-n // 32**3) for n in lengths]
+        first = np.concatenate([[0], np.cumsum(branches)])[:-1]
+        for level, room in enumerate(made.levels):
+            if level:
+                first = first // 32 + np.arange(len(lengths))
+            end = first + [(count - 1 >> 5 * level) + 1 for count in branches]
+            assert (end[:-1] <= first[1:]).all() and end.max() <= room
+        if made.levels:
+            assert max((count - 1 >> 5 * level) + 1 for count in branches) <= 32
 
 
 def arrays_of(n, dtype):
@@ -381,7 +401,7 @@ def _pooling(lengths, device):
 def _buckets(lengths, device):
     points = rows(sum(lengths), 3)
     for balance in BALANCES:
-        cuda_buckets.bucketize(points, lengths, SIZE, "zorder_div", balance, None, 0, device)
+        cuda_buckets.bucketize(points, lengths, SIZE, "zorder_div", balance, None, 0, None, device)
     cuda_buckets.scopes(buckets.bucket_offsets(lengths, SIZE), SIZE, 4, 1, 1)
 
 

@@ -262,7 +262,7 @@ def samples(device: str = "cpu") -> Any:
     q, k, v = (x.detach() for x in inputs_of(CASES["bucket_attention"], at, wide))
     out, lse = gpu3d.bucket_attention(q, k, v, buckets, scopes, return_lse=True)
     window = scopes.table, *shape, None
-    yield ops.bucketize, points(device=device), *shape, "zorder_div", "spill", 0.01, False, 0, None
+    yield ops.bucketize, points(device=device), *shape, "zorder_div", "spill", 0.01, False, 0, False, None, None
     yield ops.scopes, buckets.slot_to_point, *shape, 2, 1, 3
     yield ops.move_rows, numbers(POINTS, 5), buckets.slot_to_point, buckets.point_to_slot, 0, "x"
     yield ops.bucket_attention, *(z.clone().requires_grad_() for z in (q, k, v)), *window

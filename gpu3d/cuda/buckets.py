@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -37,18 +38,21 @@ MOVE_THREADS = 256
 MOVE_ROWS_A_THREAD = 4
 
 KEY_GIVEN = 4
-FRAME_BYTES = {4: 36, 8: 48}  # struct Frame: three origins, then three cells and their inverses in float32
+FRAME_BYTES = {4: 48, 8: 64}  # struct Frame: three origins, then three extents, cells and their inverses in float32
 CANDIDATES_BYTES = 256  # struct Candidates of buckets_probe.cu
 PATTERN_BYTES = 16  # struct Pattern of buckets_move.cu
 
-# The parameters of each kernel as formats of the module struct; c stands for struct Clouds.
+_SPAN = struct.Struct("<6di4x")  # struct Span of buckets.cuh: low, high, kind
+_SPANS = None, "robust"  # by their kinds; bounds that are given have the next
+
+# The parameters of each kernel as formats of the module struct; c and v stand for struct Clouds and Span.
 _SIGNATURES = {
-    "merge_bounds": "QcQ",
-    "merge_tiles": "QQfcQQ",
+    "merge_bounds": "QcvQQ",
+    "merge_tiles": "QQQfvcQQ",
     "merge_splitters": "QcQQQ",
     "merge_partitions": "QQQQcQQQ",
-    "merge_clouds": "QfcQQQ",
-    "radix_frames": "QcifQQQ",
+    "merge_clouds": "QfvcQQQ",
+    "radix_frames": "QcifvQQQQ",
     "radix_keys": "QQciQQ",
     "radix_first": "QQciQQQ",
     "radix_pass": "QQQciiQQQ",
@@ -63,7 +67,8 @@ _EARLY = "merge", "move"  # prefixes of kernels that start early
 @functools.cache
 def _kernel(function: str, macros: Macros, signature: str | None = None, **options: Any) -> Kernel:
     """A kernel of buckets_<prefix of its name>.cu."""
-    formats, prefix = (signature or _SIGNATURES[function]).replace("c", clouds.FORMAT), function.split("_")[0]
+    formats, prefix = signature or _SIGNATURES[function], function.split("_")[0]
+    formats = formats.replace("c", clouds.FORMAT).replace("v", f"{_SPAN.size}s")
     return Kernel("buckets_" + prefix, function, formats, macros, early=prefix in _EARLY, **options)
 
 
@@ -178,18 +183,37 @@ def _radix_tile(device: Device, lengths: Any) -> int:
     return min(fitting, key=points_a_multiprocessor)
 
 
+class Grid(NamedTuple):
+    """The voxels of points, as far as a plan depends on them, and what their kernels get."""
+
+    cell: Number | float  # 0: an isotropic cell; -1: a cell for each axis
+    span: Number | bytes  # struct Span
+    robust: bool  # whether the bounds are robust ones
+
+
+def packed_span(bounds: Any) -> bytes:
+    """The struct Span of checked bounds."""
+    if isinstance(bounds, tuple):
+        return _SPAN.pack(*bounds[0], *bounds[1], len(_SPANS))
+    return _SPAN.pack(*[0.0] * 6, _SPANS.index(bounds))
+
+
+WHOLE_CLOUD = Grid(0.0, packed_span(None), robust=False)
+MOST_OF_CLOUD = Grid(0.0, packed_span("robust"), robust=True)
+
+
 def add_sort(
     steps: Steps,
     sort: Sort,
     keys: Pointer,
     macros: Macros,
-    cell: Number | float,
+    grid: Grid,
     slot_to_point: Pointer,
     point_to_slot: Pointer,
     moved: Pointer | None,
     batch: Any,
 ) -> None:
-    """Add the launches that sort contiguous keys: points, or with KEY_GIVEN in `macros` bucket numbers.
+    """Add the launches that sort contiguous keys: points in a grid, or with KEY_GIVEN in `macros` bucket numbers.
 
     `batch` is the struct Clouds of `sorting`. The word at `moved` is set to 0.
     """
@@ -197,16 +221,16 @@ def add_sort(
     results = slot_to_point, point_to_slot, moved
     if sort.method == "cloud":
         kernel = _kernel("merge_clouds", (*macros, ("TILE", sort.tile)), "QcQQQ" if given else None)
-        source = (keys,) if given else (keys, cell)
+        source = (keys,) if given else (keys, grid.cell, grid.span)
         steps.launch(kernel, grid=sort.clouds, block=sort.tile // 4, args=(*source, batch, *results))
     elif sort.method == "merge":
-        _add_merge(steps, sort, keys, macros, cell, batch, results)
+        _add_merge(steps, sort, keys, macros, grid, batch, results)
     else:
-        _add_radix(steps, sort, keys, macros, cell, batch, results)
+        _add_radix(steps, sort, keys, macros, grid, batch, results)
 
 
 def _add_merge(
-    steps: Steps, sort: Sort, keys: Pointer, macros: Macros, cell: Any, batch: Any, results: tuple[Any, ...]
+    steps: Steps, sort: Sort, keys: Pointer, macros: Macros, grid: Grid, batch: Any, results: tuple[Any, ...]
 ) -> None:
     """Add four launches of buckets_merge.cu, or three if the keys are given."""
     (_, point), (_, key) = macros
@@ -220,11 +244,15 @@ def _add_merge(
     if key == KEY_GIVEN:
         sort_tiles, source = _kernel("merge_tiles", tiled, "QcQQ"), (keys,)
     else:
-        bounds = steps.workspace("bounds", 6 * _bound_bytes(FLOATS[point]) * tiles)
-        steps.launch(_kernel("merge_bounds", tiled), grid=tiles, block=threads, args=(keys, batch, bounds))
-        sort_tiles, source = _kernel("merge_tiles", tiled), (keys, bounds, cell)  # type: ignore[assignment]
+        size = 6 * _bound_bytes(FLOATS[point])
+        bounds, robust = steps.workspace("bounds", size * tiles), _add_robust(steps, size, sort, grid)
+        args: tuple[Any, ...] = keys, batch, grid.span, bounds, robust
+        blocks = tiles + sort.clouds * grid.robust
+        steps.launch(_kernel("merge_bounds", tiled), grid=blocks, block=threads, args=args)
+        sort_tiles = _kernel("merge_tiles", tiled)
+        source = (keys, bounds, robust, grid.cell, grid.span)  # type: ignore[assignment]
     steps.launch(sort_tiles, grid=tiles, block=threads, args=(*source, batch, ordered, sampled))
-    args: tuple[Any, ...] = sampled, batch, splitter, splitter_tile, below
+    args = sampled, batch, splitter, splitter_tile, below
     steps.launch(_kernel("merge_splitters", tiled), grid=tiles, block=MERGE_RANK_THREADS, args=args)
     join = _kernel("merge_partitions", tiled, shared_mem=12 * 32 * (tile // 64 + MERGE_MAX_TILES))
     args = ordered, splitter, splitter_tile, below, batch, *results
@@ -232,7 +260,7 @@ def _add_merge(
 
 
 def _add_radix(
-    steps: Steps, sort: Sort, keys: Pointer, macros: Macros, cell: Any, batch: Any, results: tuple[Any, ...]
+    steps: Steps, sort: Sort, keys: Pointer, macros: Macros, grid: Grid, batch: Any, results: tuple[Any, ...]
 ) -> None:
     """Add eight launches of buckets_radix.cu, or seven if the keys are given."""
     tiled, count_bytes = (*macros, ("TILE", sort.tile)), 4 * RADIX_PASSES * RADIX_DIGITS
@@ -247,7 +275,7 @@ def _add_radix(
     if macros[1][1] == KEY_GIVEN:
         key, source = _kernel("radix_keys", tiled, "QciQQ"), (keys,)
     else:
-        frames = _add_frames(steps, sort, keys, macros, cell, batch, arrived)
+        frames = _add_frames(steps, sort, keys, macros, grid, batch, arrived)
         key, source = _kernel("radix_keys", tiled), (keys, frames)  # type: ignore[assignment]
     args: tuple[Any, ...] = *source, batch, sort.group, records[0], histogram
     steps.launch(key, grid=sort.groups, block=RADIX_THREADS, args=args)
@@ -269,19 +297,25 @@ def _bound_bytes(dtype: np.dtype) -> int:
     return 8 if dtype.itemsize == 8 else 4
 
 
+def _add_robust(steps: Steps, size: int, sort: Sort, grid: Grid) -> Pointer | None:
+    """The memory of the robust bounds of every cloud, of `size` bytes each."""
+    return steps.workspace("robust bounds", size * sort.clouds) if grid.robust else None
+
+
 def _add_frames(
-    steps: Steps, sort: Sort, points: Pointer, macros: Macros, cell: Any, batch: Any, arrived: Pointer
+    steps: Steps, sort: Sort, points: Pointer, macros: Macros, grid: Grid, batch: Any, arrived: Pointer
 ) -> Pointer:
     """Add the launch of buckets_radix.cu that computes the voxel frame of every cloud.
 
     `arrived` points to a word for each cloud, all of them zero.
     """
     size = _bound_bytes(FLOATS[macros[0][1]])
-    bounds = steps.workspace("bounds", 6 * size * sort.groups)
+    bounds, robust = steps.workspace("bounds", 6 * size * sort.groups), _add_robust(steps, 6 * size, sort, grid)
     frames = steps.workspace("frames", FRAME_BYTES[size] * sort.clouds)
     kernel = _kernel("radix_frames", (*macros, ("TILE", RADIX_TILES[0])))  # this kernel does not use TILE
-    args = points, batch, sort.group, cell, arrived, bounds, frames
-    steps.launch(kernel, grid=sort.groups, block=RADIX_FRAME_THREADS, args=args)
+    args = points, batch, sort.group, grid.cell, grid.span, arrived, bounds, robust, frames
+    blocks = sort.groups + sort.clouds * grid.robust
+    steps.launch(kernel, grid=blocks, block=RADIX_FRAME_THREADS, args=args)
     return frames
 
 
@@ -296,11 +330,12 @@ def bucketize(
     balance: str,
     voxel_size: float | str | None,
     seed: int,
+    bounds: Any,
     device: Device,
 ) -> Call:
     """Input: points [N, 3]. Results: slot_to_point, point_to_slot, moved."""
     copied = arrays.copied(points)
-    return _bucketize(lengths, points.dtype, copied, bucket_size, hash, balance, voxel_size, seed, device)
+    return _bucketize(lengths, points.dtype, copied, bucket_size, hash, balance, voxel_size, seed, bounds, device)
 
 
 @clouds.remembered
@@ -313,15 +348,17 @@ def _bucketize(
     balance: str,
     voxel_size: float | str | None,
     seed: int,
+    bounds: Any,
     device: Device,
 ) -> Call:
     numbers: dict[str, Any] = {"cell": -1.0 if voxel_size == "per_axis" else float(voxel_size or 0.0)}
+    numbers["span"], robust = packed_span(bounds), bounds == "robust"
     if not any(lengths):
         return Call(_empty_plan(), numbers)
     sort, numbers["clouds"] = sorting(lengths, bucket_size, device)
     key = HASHES.index(hash)
     if balance == "spill":
-        return Call(_spill_plan(sort, dtype, copied, key), numbers)
+        return Call(_spill_plan(sort, dtype, copied, key, robust), numbers)
     group = _radix_group(sort.slots)
     n: Any = clouds.array(lengths) if len(lengths) > clouds.INLINE_CLOUDS else lengths
     tiles, groups = (_each(lambda n, by=by: -(-n // by), n) for by in (bucket_size, group))
@@ -329,7 +366,7 @@ def _bucketize(
     numbers["candidates"] = _packed_candidates(seed)
     most = total(_each(lambda n: -(-(-(-n // bucket_size) * bucket_size) // group), n))
     probed = Sort("probe", sort.clouds, bucket_size, sort.slots, bucket_size, numbers["probed"].tiles, most, group)
-    return Call(_probe_plan(sort, probed, dtype, copied, key, device.multiprocessors), numbers)
+    return Call(_probe_plan(sort, probed, dtype, copied, key, robust, device.multiprocessors), numbers)
 
 
 @functools.cache
@@ -340,18 +377,25 @@ def _empty_plan() -> Plan:
 
 
 @functools.lru_cache(maxsize=512)
-def _spill_plan(sort: Sort, dtype: np.dtype, copied: arrays.Strided | None, key: int) -> Plan:
+def _spill_plan(sort: Sort, dtype: np.dtype, copied: arrays.Strided | None, key: int, robust: bool) -> Plan:
     steps = Steps(inputs=1, results=3)
     points = arrays.add_copy(steps, Input(0), copied)
     macros = ("POINT", FLOATS.index(dtype)), ("KEY", key)
     batch = clouds.argument(steps, "clouds", sort.clouds, sort.bucket_size)
-    add_sort(steps, sort, points, macros, Number("cell"), Result(0), Result(1), Result(2), batch)
+    grid = Grid(Number("cell"), Number("span"), robust)
+    add_sort(steps, sort, points, macros, grid, Result(0), Result(1), Result(2), batch)
     return steps.plan()
 
 
 @functools.lru_cache(maxsize=256)
 def _probe_plan(
-    sort: Sort, probed: Sort, dtype: np.dtype, copied: arrays.Strided | None, key: int, multiprocessors: int
+    sort: Sort,
+    probed: Sort,
+    dtype: np.dtype,
+    copied: arrays.Strided | None,
+    key: int,
+    robust: bool,
+    multiprocessors: int,
 ) -> Plan:
     """The plan for balance="probe": find the bucket of each point, numbered over the batch, and sort by it."""
     steps = Steps(inputs=1, results=3)
@@ -371,12 +415,13 @@ def _probe_plan(
     left = steps.workspace("left", 4 * blocks)
     voxels = steps.workspace("voxels", 8 * probed.slots)
     proposal, home = (steps.workspace(name, 4 * probed.slots) for name in ("proposal", "home"))
-    frames = _add_frames(steps, probed, points, macros, Number("cell"), batch, arrived + 4)
+    grid = Grid(Number("cell"), Number("span"), robust)
+    frames = _add_frames(steps, probed, points, macros, grid, batch, arrived + 4)
     scratch = arrived, totals, counts, rooms, cursors, left, voxels, proposal
     args = points, frames, batch, Number("candidates"), *scratch, home, moved
     steps.launch(_kernel("probe_buckets", macros, cooperative=True), grid=blocks, block=PROBE_THREADS, args=args)
     batch = clouds.argument(steps, "clouds", sort.clouds, sort.bucket_size)
-    add_sort(steps, sort, home, (("POINT", 0), ("KEY", KEY_GIVEN)), 0.0, Result(0), Result(1), None, batch)
+    add_sort(steps, sort, home, (("POINT", 0), ("KEY", KEY_GIVEN)), WHOLE_CLOUD, Result(0), Result(1), None, batch)
     return steps.plan()
 
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plans of knn, radius_search, their gradients and neighbor_index: kernels_cu/neighbors_*.cu.
 
-`layout` cuts a batch of clouds into tiles, nodes and branches. A plan depends on lengths only through this layout.
+`layout` cuts a batch of clouds into tiles, nodes and the levels above. A plan depends on lengths only through it.
 `add_index` and `add_pair` add the steps that prepare clouds for searches; Chamfer and APML use them too.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import struct
 from collections.abc import Sequence
@@ -23,17 +24,18 @@ from gpu3d.reference.buckets import HASHES
 from gpu3d.reference.chamfer import SUM_TILE
 from gpu3d.reference.neighbors import squared_radius
 
-TILE = 32  # points in a tile, tiles in a node, and nodes in a branch
+TILE = 32  # points in a tile, tiles in a node, nodes in a branch, and boxes in a box of each level above
+LEVELS = 3  # of boxes above the nodes, the lowest of branches
 NODE = SUM_TILE  # points in a node, for which an index keeps a box and a Chamfer distance a sum
 INDEX_THREADS = NODE // 4
-BRANCH_THREADS = KNN_THREADS = RADIUS_THREADS = 128
+LEVEL_THREADS = KNN_THREADS = RADIUS_THREADS = 128
 QUERIES, QUERIES_OF_FEW = 8, 2  # queries of a warp; fewer if k <= 2, because the search ends with its slowest warp
 FEWEST_WARPS = 8192  # a warp takes several queries only if there is work for this many warps
 BACKWARD_THREADS = 256
 RADIUS_LANES = 8  # lanes that share a query in the gradient of radius_search
 MAX_POINTS = 2**31 - 1  # points of two batches that are prepared together
 
-INDEX_FORMAT = "32s"  # struct Index of neighbors.cuh
+INDEX_FORMAT = "56s"  # struct Index of neighbors.cuh
 ROW_BYTES, BOX_BYTES = 16, 48
 _ENTRIES = "<QQQQqii"  # struct Entries of neighbors_backward.cu
 _RADIUS_WARPS = RADIUS_THREADS // 32
@@ -43,7 +45,7 @@ _ZORDER_DIV = ("KEY", HASHES.index("zorder_div"))
 # Entries.
 _SIGNATURES = {
     "index_nodes": "QQQciQQQQ",
-    "index_branches": "QciQ",
+    "index_level": "QciiQ",
     "index_join": "QqQqQ",
     "knn": "QciixciiifQQQ",
     "knn_both": "QciixQQQciixQQQ",
@@ -82,7 +84,7 @@ def _of(dtype: np.dtype) -> tuple[str, int]:
 
 
 class Layout(NamedTuple):
-    """How a batch of clouds is cut into tiles, nodes and branches. A plan depends on lengths only through this.
+    """How a batch of clouds is cut into tiles, nodes and levels. A plan depends on lengths only through this.
 
     Numbers are rounded up, so that there are few different ones and a plan serves many lengths. Kernels read the exact
     numbers in the table of clouds. Blocks beyond them return, and memory beyond them stays unused.
@@ -92,9 +94,8 @@ class Layout(NamedTuple):
     points: int
     slots: int  # TILE for each tile
     nodes: int
-    branches: int
+    levels: tuple[int, ...]  # boxes of each level above the nodes, up to one of at most 32 boxes a cloud
     single: bool  # whether every cloud is a single node
-    deep: bool  # whether a cloud has several branches, so that an index keeps boxes of branches
     sort: buckets.Sort | None  # how points are put in bucket order; None if they are not
 
 
@@ -109,7 +110,7 @@ def _rounded(n: int) -> int:
 class Tables(NamedTuple):
     """The numbers of a call that describe a batch of clouds."""
 
-    clouds: clouds.Table  # its tiles are nodes, and its groups are branches
+    clouds: clouds.Table  # its tiles are nodes, and its groups are branches: boxes of the lowest level
     sort: clouds.Table | None
     points: int
     slots: int
@@ -127,7 +128,6 @@ class Tables(NamedTuple):
             f"{name} rows": ROW_BYTES * self.slots,
             f"{name} boxes of tiles": BOX_BYTES * (self.slots // TILE),
             f"{name} boxes of nodes": BOX_BYTES * nodes,
-            f"{name} boxes of branches": BOX_BYTES * branches,
         }
         if self.sort is not None:
             found[f"{name} sort"] = self.sort
@@ -147,8 +147,12 @@ def layout(lengths: tuple[int, ...], device: Device | None) -> tuple[Layout, Tab
     if device and largest > NODE:
         sort, sort_table = buckets.sorting(n, TILE, device)
         sort = sort._replace(slots=most, tiles=_rounded(sort.tiles), groups=_rounded(sort.groups))
-    size = len(lengths), most, most, _rounded(table.tiles), _rounded(table.groups)
-    return Layout(*size, largest <= NODE, largest > TILE**3, sort), Tables(table, sort_table, points, slots)
+    levels: list[int] = []
+    while largest > TILE ** (len(levels) + 3):
+        # The next level of a cloud begins at first // 32 + its number: see first_of_level in neighbors.cuh.
+        levels.append(levels[-1] // TILE + len(lengths) if levels else _rounded(table.groups))
+    size = len(lengths), most, most, _rounded(table.tiles), tuple(levels)
+    return Layout(*size, largest <= NODE, sort), Tables(table, sort_table, points, slots)
 
 
 def pair_layout(x_lengths: tuple[int, ...], y_lengths: tuple[int, ...], device: Device) -> tuple[Layout, Tables]:
@@ -176,14 +180,17 @@ class Index(NamedTuple):
     rows: Any  # a Pointer to struct Row [slots]; None, as all but the clouds, if nothing searches these clouds
     tiles: Any  # a Pointer to struct Box; the next two are the same
     nodes: Any
-    branches: Pointer | None
+    levels: tuple[Pointer, ...]
     clouds: Number | Packed  # struct Clouds
     origins: Pointer | None = None  # float64 [clouds, 3], subtracted from coordinates; None: nothing is
+    branches_before: Number | int = 0  # of other clouds, in `levels`
+    clouds_before: int = 0
 
     @property
     def packed(self) -> Packed:
         """The struct Index as a kernel's argument."""
-        return Packed("<QQQQ", self[:4])
+        levels = *self.levels, *[None] * (LEVELS - len(self.levels))
+        return Packed("<QQQQQQii", (*self[:3], *levels, self.branches_before, self.clouds_before))
 
 
 def index_bytes(layout: Layout, dtype: np.dtype) -> int:
@@ -193,16 +200,14 @@ def index_bytes(layout: Layout, dtype: np.dtype) -> int:
 
 def index_at(memory: Pointer, layout: Layout, dtype: np.dtype, batch: Number | Packed) -> Index:
     """The index in this memory: rows, then boxes, then origins. `batch` is from `argument`."""
-    rows, tiles, nodes, branches, origins = (memory + offset for offset in _offsets(layout))
-    return Index(rows, tiles, nodes, branches if layout.deep else None, batch, origins if dtype == FLOAT64 else None)
+    rows, tiles, nodes, *levels, origins = (memory + offset for offset in _offsets(layout))
+    return Index(rows, tiles, nodes, tuple(levels), batch, origins if dtype == FLOAT64 else None)
 
 
-def _offsets(layout: Layout) -> tuple[int, int, int, int, int]:
-    """Where the rows, the boxes of tiles, nodes and branches, and the origins of an index begin."""
-    tiles = ROW_BYTES * layout.slots
-    nodes = tiles + BOX_BYTES * (layout.slots // TILE)
-    branches = nodes + BOX_BYTES * layout.nodes
-    return 0, tiles, nodes, branches, branches + (BOX_BYTES * layout.branches if layout.deep else 0)
+def _offsets(layout: Layout) -> tuple[int, ...]:
+    """Where the rows, the boxes of tiles, nodes and each level, and the origins of an index begin."""
+    boxes = [BOX_BYTES * count for count in (layout.slots // TILE, layout.nodes, *layout.levels)]
+    return 0, *itertools.accumulate(boxes, initial=ROW_BYTES * layout.slots)
 
 
 def argument(steps: Steps, name: str, layout: Layout) -> Number | Packed:
@@ -216,7 +221,9 @@ def add_order(steps: Steps, points: Pointer, dtype: np.dtype, name: str, layout:
         return None
     order, inverse = steps.workspace("order", 4 * layout.slots), steps.workspace("inverse", 4 * layout.points)
     batch = clouds.argument(steps, f"{name} sort", layout.sort.clouds, layout.sort.bucket_size)
-    buckets.add_sort(steps, layout.sort, points, (_of(dtype), _ZORDER_DIV), 0.0, order, inverse, None, batch)
+    # One far point would otherwise put all the others into one voxel.
+    macros, grid = (_of(dtype), _ZORDER_DIV), buckets.MOST_OF_CLOUD
+    buckets.add_sort(steps, layout.sort, points, macros, grid, order, inverse, None, batch)
     return order
 
 
@@ -257,7 +264,7 @@ def add_index(
     index = index_at(memory, layout, dtype, batch)
     if index.origins is not None:
         arrays.add_origins(steps, points, batch, layout.clouds, layout.nodes, index.origins)
-    _add_boxes(steps, (points, points), layout.clouds, dtype, order, name, layout, index)
+    _add_boxes(steps, (points, points), layout.clouds, dtype, order, layout, index)
     return index
 
 
@@ -296,13 +303,12 @@ def add_pair(
     if memory is None:
         memory = steps.workspace("index", pair_bytes(both))
     index = index_at(memory, both, FLOATS[0], batch)._replace(origins=origins)
-    _add_boxes(steps, points, first.clouds, dtype, order, names[2], both, index)
+    _add_boxes(steps, points, first.clouds, dtype, order, both, index)
     x = index._replace(clouds=argument(steps, names[0], first))
-    parts = [Number(f"{names[0]} {part}") for part in ("rows", "boxes of tiles", "boxes of nodes", "boxes of branches")]
-    rows, tiles, nodes = (start + part for start, part in zip(index[:3], parts[:3], strict=True))
-    branches = None if index.branches is None else index.branches + parts[3]
-    y = Index(rows, tiles, nodes, branches, argument(steps, names[1], second), origins)
-    return x, y
+    parts = [Number(f"{names[0]} {part}") for part in ("rows", "boxes of tiles", "boxes of nodes")]
+    rows, tiles, nodes = (start + part for start, part in zip(index[:3], parts, strict=True))
+    before = Number(f"{names[0]} branches"), first.clouds
+    return x, Index(rows, tiles, nodes, index.levels, argument(steps, names[1], second), origins, *before)
 
 
 def _add_boxes(
@@ -311,18 +317,16 @@ def _add_boxes(
     second: int,
     dtype: np.dtype,
     order: Pointer | None,
-    name: str,
     layout: Layout,
     index: Index,
 ) -> None:
     """Add rows and boxes of an index. `second` is the first cloud of the second batch of points."""
     args: tuple[Any, ...] = *points, order, index.clouds, second, index.origins, index.rows, index.tiles, index.nodes
     steps.launch(_kernel("index_nodes", (_of(dtype),)), grid=layout.nodes, block=INDEX_THREADS, args=args)
-    if index.branches is not None:
-        kernel = _kernel("index_branches", (_of(dtype),))
-        grid = -(-layout.branches // (BRANCH_THREADS // 32))
-        args = index.nodes, index.clouds, Number(f"{name} branches"), index.branches
-        steps.launch(kernel, grid=grid, block=BRANCH_THREADS, args=args)
+    for level, boxes in enumerate(index.levels):
+        room, below = layout.levels[level], index.levels[level - 1] if level else index.nodes
+        grid, kernel = -(-room // (LEVEL_THREADS // 32)), _kernel("index_level", (_of(dtype),))
+        steps.launch(kernel, grid=grid, block=LEVEL_THREADS, args=(below, index.clouds, level, room, boxes))
 
 
 # ---- searches ------------------------------------------------------------------------------------------------------

@@ -263,7 +263,7 @@ def _add_layout(
     macros = ("POINT", FLOATS.index(FLOAT32)), ("KEY", buckets.HASHES.index(hash))
     if not depth:
         steps.clear(back, 4 * sort.slots, 0xFF)
-    buckets.add_sort(steps, sort, points, macros, 0.0, slots, back, moved, batch)
+    buckets.add_sort(steps, sort, points, macros, buckets.WHOLE_CLOUD, slots, back, moved, batch)
     return slots, back
 
 

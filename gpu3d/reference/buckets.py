@@ -18,7 +18,13 @@ HASHES = ("xor_mod", "xor_div", "zorder_mod", "zorder_div")
 BALANCES = ("spill", "probe")
 
 
-def voxelize(points: np.ndarray, voxel_size: float | str | None = None, count: int = 65536) -> np.ndarray:
+# What voxels span: None for the whole cloud, "robust", or the lower and the upper bound of each axis.
+Bounds = str | tuple[tuple[float, ...], tuple[float, ...]] | None
+
+
+def voxelize(
+    points: np.ndarray, voxel_size: float | str | None = None, count: int = 65536, bounds: Bounds = None
+) -> np.ndarray:
     """Voxels int64 [n, 3] of one cloud, each in 0..count - 1. A non-finite coordinate gets the last voxel."""
     if points.dtype in (np.float16, BFLOAT16):
         points = points.astype(np.float32)
@@ -28,6 +34,10 @@ def voxelize(points: np.ndarray, voxel_size: float | str | None = None, count: i
     low = points.min(axis=1, initial=np.inf, where=bounded)
     high = points.max(axis=1, initial=-np.inf, where=bounded)
     low, high = np.where(low <= high, (low, high), 0).astype(points.dtype)  # 0 for an axis without a finite coordinate
+    if bounds is not None:
+        given = robust_bounds(points) if isinstance(bounds, str) else np.array(bounds, points.dtype)
+        low, high = np.clip(given, low, high) if isinstance(bounds, str) else given
+        points = np.where(finite, np.clip(points, low[:, None], high[:, None]), points)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         extent = (high - low).astype(np.float32)
         if voxel_size is None:
@@ -42,6 +52,22 @@ def voxelize(points: np.ndarray, voxel_size: float | str | None = None, count: i
     voxels[cell == 0] = 0
     voxels[~finite] = count - 1
     return voxels.astype(np.int64).T
+
+
+def robust_bounds(points: np.ndarray) -> np.ndarray:
+    """Bounds [2, 3] around most of a cloud's points [3, n], before they are cut to the extremes."""
+    n = points.shape[1]
+    m = min(n, 1024)
+    sample = points[:, np.arange(m) * n // max(1, m)]
+    bounds = np.zeros((2, 3), points.dtype)
+    for d, x in enumerate(sample):
+        s = np.sort(x[np.isfinite(x)])
+        if len(s):
+            low, high = s[len(s) // 100], s[-1 - len(s) // 100]
+            with np.errstate(over="ignore"):
+                margin = points.dtype.type(4) * (high - low)
+                bounds[:, d] = low - margin, high + margin
+    return bounds
 
 
 def morton(voxels: np.ndarray) -> np.ndarray:
@@ -67,9 +93,11 @@ def hash_bucket(voxels: np.ndarray, hash: str, num_buckets: int) -> np.ndarray:
     return h % num_buckets if hash.endswith("mod") else h // -(-65536 // num_buckets)
 
 
-def order(points: np.ndarray, num_buckets: int, hash: str, voxel_size: float | str | None) -> np.ndarray:
+def order(
+    points: np.ndarray, num_buckets: int, hash: str, voxel_size: float | str | None, bounds: Bounds = None
+) -> np.ndarray:
     """The order of the points for balance="spill": by (hash bucket, full-resolution code, index)."""
-    voxels = voxelize(points, voxel_size)
+    voxels = voxelize(points, voxel_size, bounds=bounds)
     codes = [morton(voxels)]
     if hash.startswith("xor"):
         codes.append((voxels[:, 0] ^ voxels[:, 1] ^ voxels[:, 2]).astype(np.uint64))
@@ -97,10 +125,16 @@ def candidates(seed: int) -> np.ndarray:
 
 
 def probe(
-    points: np.ndarray, num_buckets: int, bucket_size: int, hash: str, voxel_size: float | str | None, seed: int
+    points: np.ndarray,
+    num_buckets: int,
+    bucket_size: int,
+    hash: str,
+    voxel_size: float | str | None,
+    seed: int,
+    bounds: Bounds = None,
 ) -> tuple[np.ndarray, int]:
     """For balance="probe": the bucket int64 [n] of each point, and how many points are not in their hash bucket."""
-    voxels = voxelize(points, voxel_size)
+    voxels = voxelize(points, voxel_size, bounds=bounds)
     named = hash_bucket(voxels, hash, num_buckets)
     room = np.full(num_buckets, bucket_size)
     room[-1] = len(points) - (num_buckets - 1) * bucket_size
@@ -131,6 +165,7 @@ def bucketize(
     balance: str,
     voxel_size: float | str | None,
     seed: int,
+    bounds: Bounds = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """slot_to_point int32 [slots], point_to_slot int32 [N], and int32 [] the points that "probe" moved elsewhere."""
     counts = [-(-n // bucket_size) for n in lengths]
@@ -141,9 +176,9 @@ def bucketize(
         if n:
             cloud = points[point : point + n]
             if balance == "spill":
-                permutation = order(cloud, num_buckets, hash, voxel_size)
+                permutation = order(cloud, num_buckets, hash, voxel_size, bounds)
             else:
-                home, away = probe(cloud, num_buckets, bucket_size, hash, voxel_size, seed)
+                home, away = probe(cloud, num_buckets, bucket_size, hash, voxel_size, seed, bounds)
                 permutation = np.argsort(home, kind="stable")
                 moved += away
             slot_to_point[slot : slot + n] = point + permutation

@@ -72,6 +72,7 @@ def bucketize(
     balance: str = "spill",
     voxel_size: float | str | None = None,
     seed: int = 0,
+    bounds: Any = None,
     check_finite: bool | None = None,
 ) -> Buckets:
     """`gpu3d.bucketize` under jax.jit too.
@@ -80,7 +81,7 @@ def bucketize(
     ----------
     points : Array [N, 3] or [B, n, 3]
         As in `gpu3d.bucketize`. Not differentiated: the gradient stops here.
-    bucket_size, lengths, hash, balance, voxel_size, seed
+    bucket_size, lengths, hash, balance, voxel_size, seed, bounds
         As in `gpu3d.bucketize`; static under jax.jit.
     check_finite : bool, optional
         As in `gpu3d.bucketize`. Under jax.jit, True is an error, because values are not known while a program is
@@ -100,7 +101,7 @@ def bucketize(
     """
     _check_arrays(points=points)
     _check_lengths(lengths=lengths)
-    checked = layouts.check_bucketize(spec(points), bucket_size, lengths, hash, balance, voxel_size, seed)
+    checked = layouts.check_bucketize(spec(points), bucket_size, lengths, hash, balance, voxel_size, seed, bounds)
     if check_finite is not None and _arrays.check_flag(check_finite, "check_finite"):
         if isinstance(points, jax.core.Tracer):
             raise ValueError(

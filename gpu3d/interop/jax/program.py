@@ -135,7 +135,14 @@ def _finish() -> None:
     ends before a later program of its thread.
     """
     static = options(
-        lengths=(0,), bucket_size=16, hash="zorder_div", balance="spill", voxel_size=None, seed=0, check_finite=False
+        lengths=(0,),
+        bucket_size=16,
+        hash="zorder_div",
+        balance="spill",
+        voxel_size=None,
+        seed=0,
+        bounds=None,
+        check_finite=False,
     )
     with contextlib.suppress(Exception):  # errors of a program are for those who read its results
         call("bucketize", static, jax.numpy.zeros((0, 3)))[0].block_until_ready()

@@ -107,6 +107,7 @@ def bucketize(
     balance: str = "spill",
     voxel_size: float | str | None = None,
     seed: int = 0,
+    bounds: Any = None,
     check_finite: bool | None = None,
 ) -> Buckets:
     """`gpu3d.bucketize` of a tensor, under torch.compile too. Points that require grad are an error.
@@ -115,7 +116,7 @@ def bucketize(
     ----------
     points : Tensor [N, 3] or [B, n, 3]
         As in `gpu3d.bucketize`. If they require grad, pass ``points.detach()``.
-    bucket_size, lengths, hash, balance, voxel_size, seed, check_finite
+    bucket_size, lengths, hash, balance, voxel_size, seed, bounds, check_finite
         As in `gpu3d.bucketize`.
 
     Returns
@@ -128,13 +129,18 @@ def bucketize(
     per_axis = isinstance(voxel_size, str) and voxel_size == "per_axis"
     cell = None if per_axis else voxel_size
     if not _exact((bucket_size, int), (hash, str), (balance, str), (cell, float, type(None)), (seed, int)):
-        checked = layouts.check_bucketize(_spec(points), bucket_size, lengths, hash, balance, voxel_size, seed)
-        _, bucket_size, hash, balance, voxel_size, seed, _ = checked
+        checked = layouts.check_bucketize(_spec(points), bucket_size, lengths, hash, balance, voxel_size, seed, None)
+        _, bucket_size, hash, balance, voxel_size, seed, *_ = checked
         cell = None if per_axis else voxel_size
     packed, lengths = _packed(points, lengths, "points", "lengths", (3,))
     if check_finite is not None:
         check_finite = bool(check_finite)
-    numbers = bucket_size, lengths, hash, balance, cell, per_axis, seed, check_finite
+    if not torch.compiler.is_compiling():  # under it the operator checks at run time
+        bounds = layouts.check_bounds(bounds, _spec(points).dtype)
+    robust, ends = isinstance(bounds, str) and bounds == "robust", None
+    if bounds is not None and not robust:
+        ends = tuple([float(x) for end in bounds for x in (end if isinstance(end, (tuple, list)) else (end,) * 3)])
+    numbers = bucket_size, lengths, hash, balance, cell, per_axis, seed, robust, ends, check_finite
     return layouts.buckets_of(run(operators.BUCKETIZE, (packed,), numbers), lengths, bucket_size)
 
 

@@ -300,16 +300,19 @@ def _bucketize(
     voxel_size: float | None,
     per_axis: bool,
     seed: int,
+    robust: bool,
+    ends: Sequence[float] | None,
     check_finite: bool | None,
 ) -> list[Any]:
     voxel = "per_axis" if per_axis else voxel_size
-    checked = layouts.check_bucketize(points, bucket_size, lengths, hash, balance, voxel, seed)
+    bounds = "robust" if robust else (ends[:3], ends[3:]) if ends else None
+    checked = layouts.check_bucketize(points, bucket_size, lengths, hash, balance, voxel, seed, bounds)
     return layouts.bucketize_arrays(points, checked, check_finite)
 
 
 BUCKETIZE = Operator(
     "bucketize(Tensor points, int bucket_size, SymInt[] lengths, str hash, str balance, float? voxel_size, "
-    "bool per_axis, int seed, bool? check_finite) -> (Tensor, Tensor, Tensor)",
+    "bool per_axis, int seed, bool robust, float[]? ends, bool? check_finite) -> (Tensor, Tensor, Tensor)",
     _bucketize,
     lambda points, bucket_size, lengths, *options: layouts.bucketize_results(lengths, bucket_size, points.shape[0]),
 )
