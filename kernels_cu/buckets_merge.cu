@@ -9,8 +9,8 @@
 //   2 tiles       a block a tile: voxels, keys, sort in shared memory; one of every 32 keys is a sample
 //   3 splitters   a block a tile: ranks its samples among all samples of the cloud; every SPAN-th is a splitter
 //   4 partitions  a block a partition: finds its run in every tile, sorts the runs together, writes both permutations
-// Every launch starts early (early.cuh). With launches 2 to 4 early, the five sorts of the backbone's levels, of 34,688
-// points and fewer, take 95.0 us instead of 104.2 (H200, 2026-11-30).
+// Launches 2 to 4 start early (early.cuh). Then the five sorts of the backbone's levels, of 34,688 points and fewer,
+// take 97.1 us. They take 100.3 if none is early, and 104.3 if the first is too (H200, 2026-11-30).
 //
 // The bound: if a tile's samples are its elements 32 g + phase, and `a` of them lie before a splitter, then more than
 // 32 (a - 1) + phase and at most 32 a + phase of its elements lie before the splitter. So two splitters SPAN samples
@@ -131,7 +131,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void merge_bounds(
     coord_t *__restrict__ bounds,  // [tiles, 6]
     coord_t *__restrict__ robust   // [clouds, 6] robust bounds, by the first blocks; null: not wanted
 ) {
-    start_early();
+    let_next_start();
     const int before = robust ? clouds.count : 0;  // blocks
     if ((int)blockIdx.x < before) {
         __shared__ coord_t sample[3 * SAMPLE];

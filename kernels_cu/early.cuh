@@ -16,11 +16,18 @@
 #ifndef GPU3D_EARLY_CUH
 #define GPU3D_EARLY_CUH
 
-// Lets the launch behind start early when all blocks of this one have started. Waits for the end of the launches ahead,
-// after which all that they wrote can be read.
-__device__ __forceinline__ void start_early() {
+// Lets the launch behind start early when all blocks of this one have come here. A kernel that is not early may call
+// it.
+__device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Lets the next start, then waits for the end of the launches ahead, after which all that they wrote can be read.
+__device__ __forceinline__ void start_early() {
+    let_next_start();
+#if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }

@@ -61,7 +61,7 @@ _SIGNATURES = {
     "move_rows": f"QQqqqi{PATTERN_BYTES}sQ",
     "move_scopes": "cqiqqQ",
 }
-_EARLY = "merge", "move"  # prefixes of kernels that start early
+_EARLY = "merge_tiles", "merge_splitters", "merge_partitions", "merge_clouds", "move_rows", "move_scopes"
 
 
 @functools.cache
@@ -69,7 +69,7 @@ def _kernel(function: str, macros: Macros, signature: str | None = None, **optio
     """A kernel of buckets_<prefix of its name>.cu."""
     formats, prefix = signature or _SIGNATURES[function], function.split("_")[0]
     formats = formats.replace("c", clouds.FORMAT).replace("v", f"{_SPAN.size}s")
-    return Kernel("buckets_" + prefix, function, formats, macros, early=prefix in _EARLY, **options)
+    return Kernel("buckets_" + prefix, function, formats, macros, early=function in _EARLY, **options)
 
 
 def configurations() -> list[Configuration]:
