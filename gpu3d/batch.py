@@ -75,6 +75,7 @@ def map_files(
     devices: Sequence[int | str] | None = None,
     client: Any = None,
     resume: str | os.PathLike[str] | None = None,
+    each: Callable[[Done | Failed], Any] | None = None,
     progress: bool = True,
 ) -> Report:
     """Run a function on many files, and report which failed.
@@ -86,7 +87,7 @@ def map_files(
     ----------
     function : callable
         ``function(path)``, or with ``out``: ``function(path, target)``, which must write the file ``target``. Both are
-        of type Path. What it returns is dropped; `imap_files` keeps it.
+        of type Path. What it returns goes to ``each``, and is dropped without it.
 
         Workers import the function by its name. So it stands at the top level of a module or a script, and a script
         calls `map_files` below ``if __name__ == "__main__":``. To pass more arguments, use ``functools.partial``.
@@ -121,6 +122,9 @@ def map_files(
         A file that gets a line for each finished file, at once. Files that it names are skipped if their size and time
         of change are the same and their target exists. Failed files are tried again. Use one such file for each
         function and each ``out``.
+    each : callable, optional
+        Called in this process with what came of each file, as it ends: a `Done`, which has what the function returned,
+        or a `Failed`. An exception of it ends the run.
     progress : bool, default True
         Show a bar on stderr if that is a terminal.
 
@@ -158,7 +162,7 @@ def map_files(
     (3, [])
     """
     begin = time.perf_counter()
-    run = _runner(function, jobs, retries, devices, client, keep=False)
+    run = _runner(function, jobs, retries, devices, client, keep=each is not None)
     tasks, total = _tasks(files, out, to, endings)
     finished = {} if resume is None else _read_finished(Path(resume))
     done, skipped, failures = 0, 0, []
@@ -187,6 +191,8 @@ def map_files(
                     record.write(_finished_line(outcome, stamp))
                     record.flush()
             bar.update()
+            if each is not None:
+                each(outcome)
     return Report(done, skipped, failures, time.perf_counter() - begin)
 
 

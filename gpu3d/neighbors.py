@@ -106,7 +106,7 @@ def neighbor_index(points: Any, *, lengths: Sequence[int] | None = None) -> Neig
     Returns
     -------
     NeighborIndex
-        Pass it to `knn`, `radius_search` and `chamfer` in place of the points and their lengths.
+        Pass it to `knn`, `radius_search`, `chamfer` and `compare_clouds` in place of the points and their lengths.
 
     Raises
     ------

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from gpu3d.buckets import Buckets
 
-__all__ = ["plot_buckets"]
+__all__ = ["plot_buckets", "plot_points"]
 
 _BACKGROUND = "#0a0c11"
 _BRIGHT = "#e8ecf2"
@@ -43,24 +43,72 @@ def plot_buckets(points: Any, buckets: Buckets, path: str | os.PathLike[str], *,
     title : str, optional
         Written above the picture, left of the numbers of points and buckets.
     """
+    points = _to_numpy(points, "points")
+    bucket_of_point = _to_numpy(buckets.point_to_slot, "buckets.point_to_slot") // buckets.bucket_size
+    rank = np.empty(len(points))
+    rank[_by_height(points)] = np.linspace(0, 1, len(points))
+    numbers = f"{len(points):,} points in {buckets.num_buckets:,} buckets of {buckets.bucket_size:,}"
+    _write(path, points, _bucket_colors(bucket_of_point, rank), numbers, title)
+
+
+def plot_points(points: Any, path: str | os.PathLike[str], *, color: Any = None, title: str | None = None) -> None:
+    """Draw a cloud from above, coloured by height or by an attribute, and write it as a PNG.
+
+    The panels are those of `plot_buckets`.
+
+    Parameters
+    ----------
+    points : array [N, 3]
+        Finite coordinates, z upwards.
+    path : str or path-like
+        The PNG file to write. An existing file is replaced, but not before the picture is whole.
+    color : array [N] or [N, 3], optional
+        Whole numbers of one or two bytes and few values, as labels or rings, get a hue each. Other numbers [N] go from
+        blue (the 1st percentile) to yellow (the 99th), and those that are not finite are grey. [N, 3] is red, green and
+        blue: floating-point from 0 to 1, or integers up to 255 or, if one is larger, 65535. Default: the height.
+    title : str, optional
+        Written above the picture, left of the number of points.
+
+    Raises
+    ------
+    ValueError
+        `color` has not one row a point.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from gpu3d.plot import plot_points
+    >>> points = np.random.default_rng(0).normal(size=(1000, 3))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     plot_points(points, f"{folder}/cloud.png", color=points[:, 0], title="by x")
+    """
+    points = _to_numpy(points, "points")
+    values = points[:, 2] if color is None else _to_numpy(color, "color")
+    if values.shape not in ((len(points),), (len(points), 1), (len(points), 3)):
+        raise ValueError(f"color must have shape [N] or [N, 3] for {len(points)} points, got {list(values.shape)}.")
+    _write(path, points, _value_colors(values), f"{len(points):,} points", title)
+
+
+def _write(
+    path: str | os.PathLike[str], points: np.ndarray, colors: np.ndarray, numbers: str, title: str | None
+) -> None:
     from matplotlib import style
 
     with style.context("default"), replaced(Path(path)) as stream:  # a matplotlibrc of the user could ask for LaTeX
-        _draw_buckets(points, buckets, stream, title)
+        _draw_panels(points, colors, numbers, stream, title)
 
 
-def _draw_buckets(points: Any, buckets: Buckets, stream: BinaryIO, title: str | None) -> None:
+def _by_height(points: np.ndarray) -> np.ndarray:
+    return np.argsort(points[:, 2], kind="stable")
+
+
+def _draw_panels(points: np.ndarray, colors: np.ndarray, numbers: str, stream: BinaryIO, title: str | None) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    points = _to_numpy(points, "points")
-    bucket_of_point = _to_numpy(buckets.point_to_slot, "buckets.point_to_slot") // buckets.bucket_size
-    rank = np.empty(len(points))
-    by_height = np.argsort(points[:, 2], kind="stable")
-    rank[by_height] = np.linspace(0, 1, len(points))
-    colors = _bucket_colors(bucket_of_point, rank)
-    xy, colors = points[by_height, :2].astype(np.float64), colors[by_height]  # high points are drawn last
+    order = _by_height(points)  # high points are drawn last
+    xy, colors = points[order, :2].astype(np.float64), colors[order]
 
     center, half = _view(xy)
     middle = np.median(xy, axis=0) if len(xy) else center
@@ -74,7 +122,6 @@ def _draw_buckets(points: Any, buckets: Buckets, stream: BinaryIO, title: str | 
     _draw(zoomed, xy, colors, middle, near)
     corner = middle - center - near
     whole.add_patch(Rectangle(tuple(corner), 2 * near, 2 * near, fill=False, color=_BRIGHT, lw=0.9))
-    numbers = f"{len(points):,} points in {buckets.num_buckets:,} buckets of {buckets.bucket_size:,}"
     plain: dict[str, Any] = {"va": "center", "parse_math": False}  # a $ in a file's name is a $
     figure.text(0.012, 0.962, numbers if title is None else title, color=_BRIGHT, size=19, **plain)
     if title is not None:
@@ -86,11 +133,37 @@ def _bucket_colors(bucket_of_point: np.ndarray, brightness: np.ndarray) -> np.nd
     """Colour points: the hue from the bucket, the lightness from ``brightness`` in [0, 1]; RGB [N, 3].
 
     From bucket to bucket the hue advances by the golden section of the circle, so successive buckets have very
-    different hues. Colours are made in OKLCH, where equal lightness looks equally bright:
-    https://bottosson.github.io/posts/oklab/
+    different hues.
     """
-    hue = 2 * np.pi * ((bucket_of_point * 0.6180339887498949) % 1)
-    lightness = 0.56 + 0.34 * brightness
+    return _oklch(2 * np.pi * ((bucket_of_point * 0.6180339887498949) % 1), 0.56 + 0.34 * brightness)
+
+
+_MOST_HUES = 64  # different whole numbers that still are names of things and no measurements
+
+
+def _value_colors(values: np.ndarray) -> np.ndarray:
+    """Colour points by a value or by red, green and blue; RGB [N, 3]."""
+    if values.ndim == 2 and values.shape[1] == 3:
+        if values.dtype.kind == "f":
+            return np.nan_to_num(values.astype(np.float64)).clip(0, 1)
+        return values / (65535 if values.size and values.max() > 255 else 255)
+    values = values.reshape(-1)
+    if values.dtype.kind in "iub" and values.dtype.itemsize <= 2 and len(np.unique(values)) <= _MOST_HUES:
+        return _bucket_colors(values.astype(np.int64), np.full(len(values), 0.6))
+    values = values.astype(np.float64)
+    finite = np.isfinite(values)
+    low, high = np.percentile(values[finite], [1, 99]) if finite.any() else (0, 1)
+    share = ((np.where(finite, values, low) - low) / (high - low if high > low else 1)).clip(0, 1)
+    colors = _oklch(4.6 - 2.8 * share, 0.58 + 0.32 * share)
+    colors[~finite] = 0.4
+    return colors
+
+
+def _oklch(hue: np.ndarray, lightness: np.ndarray) -> np.ndarray:
+    """RGB [N, 3] of a hue in radians and a lightness in [0, 1].
+
+    In OKLCH equal lightness looks equally bright: https://bottosson.github.io/posts/oklab/
+    """
     chroma = 0.145
     a, b = chroma * np.cos(hue), chroma * np.sin(hue)
     cone = np.stack(

@@ -20,7 +20,7 @@ RECORD = ROOT / "tests" / "gpu_record.json"
 
 
 # Files that launch nothing.
-SKIPPED = {"io", "plot.py", "cli.py", "batch.py", "__main__.py", "data"}
+SKIPPED = {"io", "plot.py", "cli", "batch.py", "__main__.py", "data"}
 
 
 def hashed_files() -> list[Path]:

@@ -41,6 +41,11 @@ def copy_or_fail(path, target):
         raise ValueError("this scan is bad")
 
 
+def copy_and_measure(path, target):
+    copy_or_fail(path, target)
+    return size(path)
+
+
 def copy_or_die(path, target):
     copy(path, target)
     die(path)
@@ -486,6 +491,17 @@ def test_resume(tmp_path):
     assert contents(out) == contents(folder)
     assert again(out=out).skipped == 5
     assert again(out=tmp_path / "other").done == 5  # these targets are not there
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_each_gets_what_came_of_a_file(tmp_path, jobs):
+    folder = tree(tmp_path / "in", **{"a.bin": "good", "b.bin": "bad"})
+    outcomes = []
+    report = map_files(copy_and_measure, folder, out=tmp_path / "out", jobs=jobs, each=outcomes.append)
+    good, bad = sorted(outcomes, key=lambda outcome: outcome.path.name)
+    assert (good.value, good.target.read_text()) == (4, "good") and bad == report.failures[0]
+    with pytest.raises(KeyError):
+        map_files(size, folder, jobs=1, each=lambda outcome: {}[outcome.path])
 
 
 def test_resume_after_a_torn_line(tmp_path):

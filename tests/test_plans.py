@@ -216,6 +216,7 @@ def pairs_of(lengths):
 
 @pytest.mark.parametrize("lengths", CLOUDS.values(), ids=CLOUDS)
 def test_searches(lengths):
+    turns = itertools.count()
     for device, (x, y) in zip(itertools.cycle(GPUS), pairs_of(lengths), strict=False):
         memory = neighbors.index_memory(y, lengths[1])
         plans.check(neighbors.neighbor_index(y, lengths[1], device), [y], [memory], device)
@@ -230,20 +231,21 @@ def test_searches(lengths):
                 call = neighbors.knn(*arguments, k, device, **how)
                 plans.check(call, inputs, op_neighbors.knn_results(n, k), device)
             radii = (Spec((n,), FLOATS[0]), Spec((n,), FLOATS[1]), Spec((n,), FLOATS[2], (6,)))[n % 3]
-            for limits in (neighbors.Limits(0.5), neighbors.Limits(1e30, None, same), neighbors.Limits(radii=radii)):
-                own = [] if limits.radii is None else [radii]
-                for k in (1, 16, 65):
-                    call = neighbors.knn(*arguments, k, device, limits=limits, **how)
-                    plans.check(call, inputs + own, op_neighbors.knn_results(n, k), device)
-                for most in (0, 1, 1000):
-                    call = neighbors.radius(*arguments, limits, most, device, **how)
-                    plans.check(call, inputs + own, op_neighbors.radius_results(n, most), device)
-                call, kept = neighbors.radius_count(*arguments, limits, device, **how)
-                offsets, total = Spec((n + 1,), INT64), Spec((1,), INT64)
-                plans.check(call, inputs + own, [offsets, total, *kept], device)
-                call = neighbors.radius_fill(query_lengths, y, lengths[1], limits, 77)
-                ready = [offsets, memory if same else kept[0], memory, *own]
-                plans.check(call, ready, op_neighbors.radius_results(n, 77)[1:], device)
+            kinds = neighbors.Limits(0.5), neighbors.Limits(1e30, None, same), neighbors.Limits(radii=radii)
+            limits = kinds[next(turns) % 3]
+            own = [] if limits.radii is None else [radii]
+            for k in (1, 16, 65):
+                call = neighbors.knn(*arguments, k, device, limits=limits, **how)
+                plans.check(call, inputs + own, op_neighbors.knn_results(n, k), device)
+            for most in (0, 1, 1000):
+                call = neighbors.radius(*arguments, limits, most, device, **how)
+                plans.check(call, inputs + own, op_neighbors.radius_results(n, most), device)
+            call, kept = neighbors.radius_count(*arguments, limits, device, **how)
+            offsets, total = Spec((n + 1,), INT64), Spec((1,), INT64)
+            plans.check(call, inputs + own, [offsets, total, *kept], device)
+            call = neighbors.radius_fill(query_lengths, y, lengths[1], limits, 77)
+            ready = [offsets, memory if same else kept[0], memory, *own]
+            plans.check(call, ready, op_neighbors.radius_results(n, 77)[1:], device)
 
 
 @pytest.mark.parametrize("lengths", [lengths for lengths, _ in CLOUDS.values()], ids=CLOUDS)
@@ -301,12 +303,9 @@ def test_grids_of_gradients():
 @pytest.mark.parametrize("lengths", CLOUDS.values(), ids=CLOUDS)
 def test_chamfer(lengths):
     (n, m), count = map(sum, lengths), len(lengths[0])
+    directions = itertools.cycle(("both", "x_to_y", "y_to_x"))
     for device, (x, y) in zip(itertools.cycle(GPUS), pairs_of(lengths), strict=False):
-        for reduction, squared, direction in (
-            ("mean", False, "both"),
-            ("none", True, "x_to_y"),
-            ("sum", True, "y_to_x"),
-        ):
+        for (reduction, squared), direction in zip((("mean", False), ("none", True)), directions, strict=False):
             loss, residuals = chamfer_results(n, m, count, reduction, direction)
             gradients = chamfer_backward_results(x, y)
             arguments = x, lengths[0], y, lengths[1], squared, reduction, direction
@@ -327,12 +326,13 @@ def test_chamfer(lengths):
                     call = chamfer.chamfer_backward(dloss, x, y, saved, *lengths, squared, reduction, direction)
                     plans.check(call, [dloss, x, y, saved], gradients, device)
             distances, nearest = searched
-            views = (
-                strided(distances.shape, "f4"),
-                Spec(distances.shape, FLOATS[2]),
-                Spec(distances.shape, FLOATS[0], (0,)),
-            )
-            for given, saved in itertools.product((distances, *views), (nearest, nearest._replace(strides=(8,)))):
+            spread = nearest._replace(strides=(8,))
+            for given, saved in (
+                (distances, nearest),
+                (strided(distances.shape, "f4"), spread),
+                (Spec(distances.shape, FLOATS[2]), nearest),
+                (Spec(distances.shape, FLOATS[0], (0,)), spread),
+            ):
                 inputs = [given, x, y, distances, saved]
                 call = chamfer.points_backward(*inputs, *lengths, squared, direction)
                 plans.check(call, inputs, gradients, device)

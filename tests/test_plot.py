@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gpu3d
-from gpu3d.plot import plot_buckets
+from gpu3d.plot import plot_buckets, plot_points
 
 
 def draw(points, path, bucket_size=16, **options):
@@ -76,3 +76,25 @@ def test_matplotlib_global_state_is_left_alone(points, tmp_path):
     before = dict(matplotlib.rcParams)
     draw(points, tmp_path / "state.png")
     assert dict(matplotlib.rcParams) == before
+
+
+def test_points_by_an_attribute(points, tmp_path):
+    def drawn(color, name):
+        plot_points(points, tmp_path / name, color=color)
+        return matplotlib.image.imread(tmp_path / name)[..., :3]
+
+    labels = (np.arange(len(points)) % 2).astype(np.uint8)
+    assert hues(drawn(None, "height.png")) > 8
+    assert 2 <= hues(drawn(labels, "labels.png")) <= 8
+    red = np.tile(np.uint8([255, 0, 0]), (len(points), 1))
+    assert 1 <= hues(drawn(red, "red.png")) <= 2
+    gaps = points[:, 0].copy()
+    gaps[::3] = np.nan
+    assert hues(drawn(gaps, "gaps.png")) > 8
+    assert np.array_equal(drawn(red.astype(np.uint16) * 257, "deep.png"), drawn(red, "red.png"))
+
+
+def test_points_with_a_colour_of_another_shape(points, tmp_path):
+    with pytest.raises(ValueError, match=r"color must have shape \[N\] or \[N, 3\] for 2000 points, got \[5\]"):
+        plot_points(points, tmp_path / "x.png", color=np.zeros(5))
+    assert not list(tmp_path.iterdir())

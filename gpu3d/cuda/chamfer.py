@@ -384,7 +384,7 @@ def _add_separately(steps: Steps, search: Search, contiguous: Contiguous) -> tup
             if search.directions[1 - i]:
                 indices.append(neighbors.add_index(steps, points, spec.dtype, order, name, layout, batch))
             else:
-                indices.append(Index(None, None, None, None, batch))
+                indices.append(Index(None, None, None, (), batch))
         orders.append(order)
     queries: list[Pointer | None] = [None, None]
     for i, (spec, layout, index) in enumerate(search.sides):
