@@ -45,6 +45,10 @@ SWEEP_MUST, SWEEP_AIM = 1.2, 0.7  # k = 16, a real sweep searched in itself
 MANY = {64: (1.2, 0.8), 256: (5.0, 3.0), 1024: (25.0, 12.0)}  # by k; the same sweep
 NEAREST, NEAREST_MUST, NEAREST_AIM = 32, 0.8, 0.4  # max_neighbors of a search within RADIUS
 MILLION_MUST = 6.0  # k = 1
+LARGE = {(1, 10**7): (16, 10), (1, 10**8): (200, 120), (16, 10**7): (22, 15)}  # by (k, points)
+WIDE_MUST, WIDE_AIM = 2.0, 1.5  # times the time in float32
+STRAY_MUST = 1.05  # times the time without stray points
+UTM = 500_000.0, 4_200_000.0, 100.0  # m
 CHAMFER_MUST = {(1, 65_536): 0.5, (32, 2048): 0.15, (8, 8192): 0.25}  # by (clouds, points per cloud)
 GRADIENT_MUST = 1.5  # times the forward
 ONE_SIDED_MUST, POINTS_MUST, COMPARE_MUST = 0.5, 1.0, 1.2  # times the forward of both directions
@@ -77,8 +81,10 @@ ROWS = "rows sorted by index, d2 <= r * r, as many as by brute force"
 def run(setting: Setting) -> Iterator[Row]:
     for part in (
         _sweeps,
+        _float64,
         _many,
         _million,
+        _large,
         _chamfer,
         _variants,
         _growth,
@@ -362,6 +368,41 @@ def _sweeps(setting: Setting) -> Iterator[Row]:
             note=f"{name if what == 'real' else data.describe(setting.folder)}",
         )
         yield row._replace(checks=row.checks | _near_scipy(case, 16, case.knn(16)[0]))
+
+
+def _float64(setting: Setting) -> Iterator[Row]:
+    """A real sweep in map coordinates, alone and with points far away. SciPy searches in float64 too."""
+    import cupy
+
+    name, real = _real_sweep(setting.folder)
+    cloud = real.astype(np.float64) + UTM
+    strays = np.array([[0, 0, 0], [*UTM[:2], -99_999], [*UTM[:2], 1e30]])
+    single = timing.call_time(partial(_self_case(real).knn, 16))
+    clean = None
+    for what, points in (("alone", cloud), ("and three stray points", np.concatenate([cloud, strays]))):
+        x = cupy.asarray(points)
+        ours = timing.call_time(lambda x=x: gpu3d.knn(x, x, 16))
+        distances, _ = (z.get() for z in gpu3d.knn(x, x, 16))
+        theirs, _ = KDTree(points).query(points, 16, workers=-1)
+        checks = {"SciPy's distances, to 4 ulp": bool((abs(distances - theirs) <= 4 * np.spacing(theirs)).all())}
+        must, aim = (WIDE_MUST * single, WIDE_AIM * single) if clean is None else (STRAY_MUST * clean, None)
+        clean = ours
+        note = f"{name}; float32: {number(single)} ms"
+        yield Row(f"knn, k 16: sweep in float64, {what}", "eager", "ms", ours, must, aim, checks=checks, note=note)
+
+
+def _large(setting: Setting) -> Iterator[Row]:
+    for (k, n), (must, aim) in LARGE.items():
+        what = f"knn, k {k}: near, {n:,}" + (", on itself" if k > 1 else "")
+        if setting.quick:
+            yield Row(what, "eager", "ms", None, note="skipped: --quick")
+            continue
+        case = _pair("near", n)
+        if k > 1:
+            case = case._replace(query=case.points)
+        yield _knn_row(setting, what, case, k, must, aim)
+        del case
+        timing.free()
 
 
 def _many(setting: Setting) -> Iterator[Row]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from gpu3d import _arrays
-from gpu3d._arrays import FLOAT32, INT32, Given, Spec
+from gpu3d._arrays import FLOAT32, FLOAT64, INT32, Given, Spec
 from gpu3d.cuda import chamfer as cuda
 from gpu3d.cuda import launcher
 from gpu3d.neighbors import (
@@ -471,14 +471,10 @@ def inputs_of(
     x: Given | NeighborIndex, y: Given | NeighborIndex
 ) -> tuple[tuple[Given, Given], list[Given], dict[str, Any]]:
     """The points of both sides, the inputs of a call on a GPU, and which sides are indices."""
-    of_x, of_y, indices = x, y, []
-    if x_index := isinstance(x, NeighborIndex):
-        of_x = x.given
-        indices.append(x.search)
-    if y_index := isinstance(y, NeighborIndex):
-        of_y = y.given
-        indices.append(y.search)
-    assert isinstance(of_x, Given) and isinstance(of_y, Given)
+    of_x, of_y = (z.given if isinstance(z, NeighborIndex) else z for z in (x, y))
+    # An index of float64 points is for searches in float64, and this search is in float32.
+    x_index, y_index = (isinstance(z, NeighborIndex) and z.dtype != FLOAT64 for z in (x, y))
+    indices = [z.search for z, used in ((x, x_index), (y, y_index)) if isinstance(z, NeighborIndex) and used]
     return (of_x, of_y), [of_x, of_y, *indices], {"x_index": x_index, "y_index": y_index}
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu3d import _arrays
-from gpu3d._arrays import FLOAT32, INT32, INT64, Given, Origin, Spec
+from gpu3d._arrays import FLOAT32, FLOAT64, INT32, INT64, Given, Origin, Spec
 from gpu3d.cuda import launcher
 from gpu3d.cuda import neighbors as cuda
 from gpu3d.reference import neighbors as reference
@@ -32,7 +32,7 @@ class Neighbors(NamedTuple):
     This is the result of `knn`, and of `radius_search` with max_neighbors.
     """
 
-    distances: Any  # float32 [N, k]; inf for a missing neighbour, NaN if the query is not finite
+    distances: Any  # float32 or float64 [N, k]; inf for a missing neighbour, NaN if the query is not finite
     indices: Any  # int32 [N, k], into the packed points; -1 for a missing neighbour
 
 
@@ -45,7 +45,7 @@ class RadiusNeighbors(NamedTuple):
 
     offsets: Any  # int64 [N + 1]; JAX makes them int32 unless jax_enable_x64 is set
     indices: Any  # int32 [entries], into the packed points
-    distances: Any  # float32 [entries]
+    distances: Any  # float32 or float64 [entries]
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +163,7 @@ def knn(
     Returns
     -------
     Neighbors
-        ``distances`` float32 [N, k] and ``indices`` int32 [N, k] into the packed points: ``points[indices[i, j]]`` is
+        ``distances`` [N, k] and ``indices`` int32 [N, k] into the packed points: ``points[indices[i, j]]`` is
         the j-th nearest of ``query[i]``. They are arrays of the library of `query`. The same call gives the same bits
         on CPU and GPU.
 
@@ -174,13 +174,13 @@ def knn(
 
     Notes
     -----
-    A distance is the square root of d2 = (dx*dx + dy*dy) + dz*dz of float32 differences, each operation rounded once.
+    A distance is the square root of d2 = (dx*dx + dy*dy) + dz*dz of differences, each operation rounded once.
     Neighbours are ordered by (d2, index). A query that is one of the points finds itself, unless exclude_self is True.
-    Coordinates are converted to float32. If `points` are float64, the minimum of the searched cloud is first subtracted
-    from both in float64, so that map coordinates keep their millimetres.
+    If query or points are float64, both are converted to float64, float64 arithmetic decides, and the distances are
+    float64: whatever the extent of a cloud is, and wherever a stray point lies. Else all of it is float32.
 
-    A point with NaN or inf (in float32) is not found by any query. A query with NaN or inf has no neighbours: its
-    indices are -1 and its distances NaN.
+    A point with NaN or inf is not found by any query. A query with NaN or inf has no neighbours: its indices are -1 and
+    its distances NaN.
 
     Distances of tensors and of JAX arrays have gradients with respect to query and points. The gradient of a distance
     of 0, and of a missing neighbour, is 0. Gradients are deterministic, as in `chamfer_value_and_grad`.
@@ -240,7 +240,7 @@ def radius_search(
     Returns
     -------
     RadiusNeighbors
-        Without max_neighbors: ``offsets`` int64 [N + 1], ``indices`` int32 and ``distances`` float32 [entries], in
+        Without max_neighbors: ``offsets`` int64 [N + 1], ``indices`` int32 and ``distances`` [entries], in
         order of (query, index): the neighbours of ``query[i]`` are ``indices[offsets[i]:offsets[i + 1]]``. They are
         arrays of the library of `query`. With max_entries, ``indices`` and ``distances`` have that length, filled up
         with -1 and NaN. If there are more neighbours, every index is -1, every distance NaN, and every offset minus the
@@ -259,9 +259,9 @@ def radius_search(
 
     Notes
     -----
-    A point is found if d2 <= r*r, with d2 as in `knn`. r is the radius rounded to float32, and r*r is rounded to
-    float32 too (to inf, if it is too large). The notes of `knn` on float64, NaN and gradients hold here too. Radii have
-    no gradient. If max_entries is too small, the gradients are NaN.
+    A point is found if d2 <= r*r, with d2 as in `knn`. r is the radius rounded to the dtype of the distances, and r*r
+    is rounded to it too (to inf, if it is too large). The notes of `knn` on float64, NaN and gradients hold here too.
+    Radii have no gradient. If max_entries is too small, the gradients are NaN.
 
     With neither max_entries nor max_neighbors the call synchronizes, because the host reads the number of neighbours.
     Otherwise it never waits for the GPU, and after a first call it can be captured in a CUDA graph.
@@ -504,7 +504,7 @@ def check_knn_backward(
     checked = _check_search(query, points, query_lengths, lengths)
     if distances.ndim != 2:
         raise ValueError(f"distances must be those of knn, [N, k], got {list(distances.shape)}.")
-    made = knn_results(sum(checked[0]), distances.shape[1])
+    made = knn_results(sum(checked[0]), distances.shape[1], distance_dtype(query, points))
     _check_found(made, {"distances": distances, "indices": indices})
     _check_gradient(ddistances, distances)
     arrays = {"query": query, "points": points, "ddistances": ddistances, "distances": distances, "indices": indices}
@@ -524,7 +524,7 @@ def check_radius_backward(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Check the arrays of a `radius_search` and the gradient of its distances; return the lengths."""
     checked = _check_search(query, points, query_lengths, lengths)
-    made = radius_results(sum(checked[0]), math.prod(distances.shape))
+    made = radius_results(sum(checked[0]), math.prod(distances.shape), distance_dtype(query, points))
     found = {"offsets": offsets, "indices": indices, "distances": distances}
     _check_found(made, found)
     _check_gradient(ddistances, distances)
@@ -554,9 +554,14 @@ def _check_gradient(ddistances: Given | Spec, distances: Given | Spec) -> None:
 # ---- arrays --------------------------------------------------------------------------------------------------------
 
 
-def knn_results(queries: Any, k: int) -> tuple[Spec, Spec]:
+def distance_dtype(query: Given | Spec, points: Clouds) -> np.dtype:
+    """What a search computes in, and what its distances are: float64 if one of the arrays is that."""
+    return FLOAT64 if FLOAT64 in (query.dtype, points.dtype) else FLOAT32
+
+
+def knn_results(queries: Any, k: int, dtype: np.dtype = FLOAT32) -> tuple[Spec, Spec]:
     """The specs of distances and indices; the number of queries may be a symbol."""
-    return Spec((queries, k), FLOAT32), Spec((queries, k), INT32)
+    return Spec((queries, k), dtype), Spec((queries, k), INT32)
 
 
 _kept_results = functools.lru_cache(maxsize=256)(knn_results)  # for numbers of queries that are ints
@@ -577,19 +582,20 @@ def knn_arrays(query: Given, points: Given | NeighborIndex, radii: Given | None,
     origin, (query_lengths, lengths, k, _, exclude_self) = query.origin, checked
     if origin.device is None:
         reach = _reach(radii, checked)
-        found = reference.knn(packed(query), query_lengths, trees(points, lengths), k, reach, exclude_self)
+        clouds = trees(points, lengths, distance_dtype(query, points) == FLOAT64)
+        found = reference.knn(packed(query), query_lengths, clouds, k, reach, exclude_self)
         return [_arrays.leave(x, origin) for x in found]
     inputs, index, same = _inputs(query, query_lengths, points, lengths, radii)
     device, limits = launcher.device(origin.device), _limits(radii, checked)
     of_query = query.spec
     of_points = of_query if same else points.spec
     call = cuda.knn(of_query, query_lengths, of_points, lengths, k, device, limits=limits, index=index, same=same)
-    return launcher.launch(call, inputs, _kept_results(sum(query_lengths), k), origin)
+    return launcher.launch(call, inputs, _kept_results(sum(query_lengths), k, distance_dtype(query, points)), origin)
 
 
-def radius_results(queries: Any, entries: Any) -> tuple[Spec, Spec, Spec]:
+def radius_results(queries: Any, entries: Any, dtype: np.dtype = FLOAT32) -> tuple[Spec, Spec, Spec]:
     """The specs of offsets, indices and distances; the numbers of queries and entries may be symbols."""
-    return Spec((queries + 1,), INT64), Spec((entries,), INT32), Spec((entries,), FLOAT32)
+    return Spec((queries + 1,), INT64), Spec((entries,), INT32), Spec((entries,), dtype)
 
 
 def radius_arrays(query: Given, points: Given | NeighborIndex, radii: Given | None, checked: Radius) -> list[Any]:
@@ -597,15 +603,16 @@ def radius_arrays(query: Given, points: Given | NeighborIndex, radii: Given | No
     origin, (query_lengths, lengths, radius, max_entries, exclude_self) = query.origin, checked
     if origin.device is None:
         reach = _reach(radii, checked)
-        clouds = trees(points, lengths)
+        clouds = trees(points, lengths, distance_dtype(query, points) == FLOAT64)
         arrays = reference.radius_search(packed(query), query_lengths, clouds, reach, max_entries, exclude_self)
         return [_arrays.leave(x, origin) for x in arrays]
     inputs, index, same = _inputs(query, query_lengths, points, lengths, radii)
     device, n, limits = launcher.device(origin.device), sum(query_lengths), _limits(radii, checked)
+    dtype = distance_dtype(query, points)
     arguments = query.spec, query_lengths, points.spec, lengths, limits
     if max_entries is not None:
         call = cuda.radius(*arguments, max_entries, device, index=index, same=same)
-        return launcher.launch(call, inputs, radius_results(n, max_entries))
+        return launcher.launch(call, inputs, radius_results(n, max_entries, dtype))
     # A first call counts the neighbours, the host reads their number, and a second call writes them.
     here = working_origin(origin)
     call, kept = cuda.radius_count(*arguments, device, index=index, same=same)
@@ -618,9 +625,9 @@ def radius_arrays(query: Given, points: Given | NeighborIndex, radii: Given | No
         given = radius if radii is None else _arrays.download(radii)
         raise reference.too_many_entries(given, entries, row, int(counts[row]))
     memory = inputs[1] if index else ready[-1]
-    call = cuda.radius_fill(query_lengths, points.spec, lengths, limits, entries)
+    call = cuda.radius_fill(query_lengths, dtype == FLOAT64, lengths, limits, entries)
     inputs = offsets, memory if same else ready[0], memory, *inputs[2:]
-    found = launcher.launch(call, inputs, radius_results(n, entries)[1:], origin)
+    found = launcher.launch(call, inputs, radius_results(n, entries, dtype)[1:], origin)
     return [offsets.array if here is origin else _arrays.leave(offsets.array, origin), *found]
 
 
@@ -635,15 +642,13 @@ def knn_backward_arrays(
     points: Given,
     distances: Given,
     indices: Given,
-    query_lengths: tuple[int, ...],
-    lengths: tuple[int, ...],
 ) -> list[Any]:
     """The gradients of query and points, of the query's library. ddistances is the gradient of the distances."""
     inputs = ddistances, query, points, distances, indices
     if query.origin.device is None:
-        return _backward_on_the_host(reference.knn_backward, inputs, query_lengths, lengths)
+        return _backward_on_the_host(reference.knn_backward, inputs)
     specs = ddistances.spec, query.spec, points.spec, distances.spec, indices.spec
-    call = cuda.knn_backward(*specs, query_lengths, lengths)
+    call = cuda.knn_backward(*specs)
     return launcher.launch(call, inputs, backward_results(query, points), query.origin)
 
 
@@ -654,24 +659,20 @@ def radius_backward_arrays(
     offsets: Given,
     indices: Given,
     distances: Given,
-    query_lengths: tuple[int, ...],
-    lengths: tuple[int, ...],
 ) -> list[Any]:
     """The same for `radius_search`. If max_entries was too small, both gradients are NaN."""
     inputs = ddistances, query, points, offsets, indices, distances
     if query.origin.device is None:
-        return _backward_on_the_host(reference.radius_backward, inputs, query_lengths, lengths)
+        return _backward_on_the_host(reference.radius_backward, inputs)
     specs = ddistances.spec, query.spec, points.spec, offsets.spec, indices.spec, distances.spec
-    call = cuda.radius_backward(*specs, query_lengths, lengths)
+    call = cuda.radius_backward(*specs)
     return launcher.launch(call, inputs, backward_results(query, points), query.origin)
 
 
-def _backward_on_the_host(
-    backward: Any, inputs: tuple[Given, ...], query_lengths: tuple[int, ...], lengths: tuple[int, ...]
-) -> list[Any]:
+def _backward_on_the_host(backward: Any, inputs: tuple[Given, ...]) -> list[Any]:
     ddistances, query, points, *found = inputs
-    given = ddistances.array.astype(FLOAT32, copy=False)
-    arrays = backward(given, packed(query), packed(points), *[x.array for x in found], query_lengths, lengths)
+    given = ddistances.array.astype(distance_dtype(query, points), copy=False)
+    arrays = backward(given, packed(query), packed(points), *[x.array for x in found])
     return [_arrays.leave(x.reshape(of.shape), query.origin) for x, of in zip(arrays, (query, points), strict=True)]
 
 
@@ -680,16 +681,20 @@ def packed(points: Given) -> np.ndarray:
     return points.array.reshape(-1, points.shape[-1])
 
 
-def trees(points: Given | NeighborIndex, lengths: tuple[int, ...]) -> tuple[reference.Cloud, ...]:
-    """Clouds on the host, ready to be searched."""
-    return points.search if isinstance(points, NeighborIndex) else reference.index(packed(points), lengths)
+def trees(points: Given | NeighborIndex, lengths: tuple[int, ...], wide: bool = False) -> tuple[reference.Cloud, ...]:
+    """Clouds on the host, ready to be searched in float64 if `wide`, else in float32."""
+    if isinstance(points, NeighborIndex):
+        if wide == (points.dtype == FLOAT64):
+            return points.search
+        points = points.given
+    return reference.index(packed(points), lengths, wide)
 
 
 def _search_of(points: Given, lengths: tuple[int, ...]) -> Any:
     """The `search` of a NeighborIndex."""
     origin = points.origin
     if origin.device is None:
-        return reference.index(packed(points), lengths)
+        return reference.index(packed(points), lengths, points.dtype == FLOAT64)
     call = cuda.neighbor_index(points.spec, lengths, launcher.device(origin.device))
     specs = (cuda.index_memory(points.spec, lengths),)
     (memory,) = launcher.launch(call, (points,), specs, working_origin(origin))
@@ -709,7 +714,9 @@ def _inputs(
     radii: Given | None,
 ) -> tuple[tuple[Given, ...], bool, bool]:
     """The inputs of a search on a GPU, whether the points are an index, and whether the queries are the points."""
-    index = isinstance(points, NeighborIndex)
-    searched, memory = (points.given, points.search) if isinstance(points, NeighborIndex) else (points, points)
+    searched = memory = points.given if isinstance(points, NeighborIndex) else points
+    # An index of float32 points is of no use for a search in float64.
+    if index := isinstance(points, NeighborIndex) and distance_dtype(query, points) in (FLOAT32, points.dtype):
+        memory = points.search
     same = query[:4] == searched[:4] and query_lengths == lengths  # shape, dtype, strides and address
     return (query, memory) if radii is None else (query, memory, radii), index, same

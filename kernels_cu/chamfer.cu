@@ -368,7 +368,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void chamfer_weighted_gradient(
 #pragma unroll
     for (int e = 0; e < 3; ++e) {
         const size_t at = 3 * (size_t)i + e;
-        double sum = own ? weighted_term(side, other, b, i, e, factor, squared) : 0;
+        double sum = 0;
+        if (own) sum += weighted_term(side, other, b, i, e, factor, squared);  // 0 + -0 is 0
         if (has_terms(largest)) sum += scalbn((double)(long long)side.contributions[at], -shift);
         if (!is_finite(factor) || (largest && !has_terms(largest))) sum = NAN_DOUBLE;
         side.gradient[at] = narrow((float)sum);

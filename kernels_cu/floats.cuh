@@ -27,6 +27,18 @@ __device__ __forceinline__ float mul_rn(float x, float y) { return __fmul_rn(x, 
 __device__ __forceinline__ double add_rn(double x, double y) { return __dadd_rn(x, y); }
 __device__ __forceinline__ double sub_rn(double x, double y) { return __dsub_rn(x, y); }
 __device__ __forceinline__ double mul_rn(double x, double y) { return __dmul_rn(x, y); }
+__device__ __forceinline__ float div_rn(float x, float y) { return __fdiv_rn(x, y); }
+__device__ __forceinline__ double div_rn(double x, double y) { return __ddiv_rn(x, y); }
+__device__ __forceinline__ float fma_rn(float x, float y, float z) { return __fmaf_rn(x, y, z); }
+__device__ __forceinline__ double fma_rn(double x, double y, double z) { return __fma_rn(x, y, z); }
+__device__ __forceinline__ float sqrt_rn(float x) { return __fsqrt_rn(x); }
+__device__ __forceinline__ double sqrt_rn(double x) { return __dsqrt_rn(x); }
+
+// Bits of numbers that are not negative have the order of the numbers.
+__device__ __forceinline__ u32 bits_of(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ u64 bits_of(double x) { return (u64)__double_as_longlong(x); }
+__device__ __forceinline__ float number_of(u32 bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ double number_of(u64 bits) { return __longlong_as_double((long long)bits); }
 
 // Float<TYPE>: values lie in memory as Stored and are computed with as Wide. widen is exact, narrow rounds to the
 // nearest. A double becomes float16 in one rounding, but bfloat16 by way of float, in two: ml_dtypes on the CPU and

@@ -17,6 +17,9 @@
 // far, and the boxes of slanted tiles reach far inwards. k = 2 took 19.9 ms without slabs, 4.3 ms with them, and 2.4 ms
 // with slabs tested before boxes and compact tiles (neighbors_index.cu; H100).
 //
+// With REAL all of this is in double, for float64 clouds: the same search, exact for any extent, and no coordinate is
+// rounded. An index then takes twice the memory.
+//
 // In the index's table of clouds, Cloud::slot / 32 is the cloud's first tile, Cloud::tile its first node and
 // Cloud::group its first branch.
 
@@ -27,23 +30,33 @@
 #include "floats.cuh"
 #include "warp.cuh"
 
-#define TILE 32                        // points a tile; mirrored by gpu3d/cuda/neighbors.py
-#define NOTHING 0x7f800000ffffffffull  // the key of a missing neighbour: infinitely far, index -1
+#ifndef REAL
+#define REAL 0  // what coordinates, distances and boxes are in: 0 float, 1 double
+#endif
+#define TILE 32  // points a tile; mirrored by gpu3d/cuda/neighbors.py
 
-// A point: its coordinates relative to the origin of the searched cloud (all NaN if one is not finite) and its index in
-// the caller's array, -1 in padding.
+#if REAL
+typedef double real;
+typedef u64 bits_t;
+#else
+typedef float real;
+typedef u32 bits_t;
+#endif
+
+// A point: its coordinates (all NaN if one is not finite) and its index in the caller's array, -1 in padding. Floats
+// are relative to the origin of the searched cloud.
 struct __align__(16) Row {
-    float x, y, z;
+    real x, y, z;
     int index;
 };
 
 struct __align__(16) Box {
-    float low[3];  // low > high if no point is finite
-    int first;     // the lowest index of a finite point, -1 if there is none
-    float high[3];
-    float below;      // below <= normal . point <= above, up to the rounding that slab_distance2 allows for
-    float normal[3];  // |normal| < 1; 0 above the nodes, and if the points have no plane
-    float above;
+    real low[3];  // low > high if no point is finite
+    int first;    // the lowest index of a finite point, -1 if there is none
+    real high[3];
+    real below;      // below <= normal . point <= above, up to the rounding that slab_distance2 allows for
+    real normal[3];  // |normal| < 1; 0 above the nodes, and if the points have no plane
+    real above;
 };
 
 // Levels of boxes above the nodes, the lowest of branches: enough for 2^30 points. Mirrored by gpu3d/cuda/neighbors.py.
@@ -68,77 +81,109 @@ __device__ __forceinline__ int first_of_level(int group, int b, int level) {
     return first;
 }
 
-// (d2, index) as one integer of the same order, since d2 is not negative. NaN comes last.
-__device__ __forceinline__ u64 key_of(float d2, int index) { return (u64)__float_as_uint(d2) << 32 | (u32)index; }
-__device__ __forceinline__ float distance2_of(u64 key) { return __uint_as_float(key >> 32); }
+// (d2, index) in this order; d2 is not negative, and NaN comes last. Of floats it is one integer.
+#if REAL
+struct __align__(16) Key {
+    u64 d2;
+    u32 index;
+};
+__device__ __forceinline__ Key key_of(real d2, int index) { return {bits_of(d2), (u32)index}; }
+__device__ __forceinline__ real distance2_of(const Key &key) { return number_of(key.d2); }
+__device__ __forceinline__ int index_of(const Key &key) { return (int)key.index; }
+__device__ __forceinline__ bool operator<(const Key &a, const Key &b) {
+    return a.d2 < b.d2 || (a.d2 == b.d2 && a.index < b.index);
+}
+__device__ __forceinline__ Key min(const Key &a, const Key &b) { return b < a ? b : a; }
+__device__ __forceinline__ Key max(const Key &a, const Key &b) { return b < a ? a : b; }
+__device__ __forceinline__ Key __shfl_sync(u32 mask, const Key &key, int lane) {
+    return {__shfl_sync(mask, key.d2, lane), __shfl_sync(mask, key.index, lane)};
+}
+__device__ __forceinline__ Key __shfl_up_sync(u32 mask, const Key &key, int step) {
+    return {__shfl_up_sync(mask, key.d2, step), __shfl_up_sync(mask, key.index, step)};
+}
+__device__ __forceinline__ Key __shfl_xor_sync(u32 mask, const Key &key, int lanes) {
+    return {__shfl_xor_sync(mask, key.d2, lanes), __shfl_xor_sync(mask, key.index, lanes)};
+}
+__device__ __forceinline__ Key min_of_warp(const Key &key) {
+    const u64 least = min_of_warp(key.d2);
+    return {least, __reduce_min_sync(FULL, key.d2 == least ? key.index : FULL)};
+}
+#else
+typedef u64 Key;
+__device__ __forceinline__ Key key_of(real d2, int index) { return (u64)bits_of(d2) << 32 | (u32)index; }
+__device__ __forceinline__ real distance2_of(Key key) { return number_of((u32)(key >> 32)); }
+__device__ __forceinline__ int index_of(Key key) { return (int)(u32)key; }
+#endif
+#define NOTHING key_of(INFINITE, -1)  // the key of a missing neighbour: infinitely far, index -1
 
 // Writes a neighbour, or index -1 and distance `missing` if the key is that of a missing one.
 __device__ __forceinline__ void write_neighbor(
-    u64 key, size_t at, float missing, bool squared, float *distances, int *indices
+    const Key &key, size_t at, real missing, bool squared, real *distances, int *indices
 ) {
-    const int found = (int)(u32)key;
+    const int found = index_of(key);
     indices[at] = found;
-    distances[at] = found < 0 ? missing : squared ? distance2_of(key) : __fsqrt_rn(distance2_of(key));
+    distances[at] = found < 0 ? missing : squared ? distance2_of(key) : sqrt_rn(distance2_of(key));
 }
 
-__device__ __forceinline__ float norm2(float x, float y, float z) {
-    return __fadd_rn(__fadd_rn(__fmul_rn(x, x), __fmul_rn(y, y)), __fmul_rn(z, z));
+__device__ __forceinline__ real norm2(real x, real y, real z) {
+    return add_rn(add_rn(mul_rn(x, x), mul_rn(y, y)), mul_rn(z, z));
 }
 
 __device__ __forceinline__ bool is_finite(const Row &row) {
     return (row.x - row.x) + (row.y - row.y) + (row.z - row.z) == 0;
 }
 
-__device__ __forceinline__ float distance2(const Row &query, const Row &point) {
-    return norm2(__fsub_rn(query.x, point.x), __fsub_rn(query.y, point.y), __fsub_rn(query.z, point.z));
+__device__ __forceinline__ real distance2(const Row &query, const Row &point) {
+    return norm2(sub_rn(query.x, point.x), sub_rn(query.y, point.y), sub_rn(query.z, point.z));
 }
 
-__device__ __forceinline__ float outside(float x, float low, float high) {
-    return fmaxf(fmaxf(__fsub_rn(low, x), __fsub_rn(x, high)), 0);
+__device__ __forceinline__ real outside(real x, real low, real high) {
+    return max(max(sub_rn(low, x), sub_rn(x, high)), (real)0);
 }
 
-__device__ __forceinline__ float distance2(const Row &query, const Box &box) {
+__device__ __forceinline__ real distance2(const Row &query, const Box &box) {
     return norm2(
         outside(query.x, box.low[0], box.high[0]), outside(query.y, box.low[1], box.high[1]),
         outside(query.z, box.low[2], box.high[2])
     );
 }
 
-__device__ __forceinline__ float along_normal(const Box &box, float x, float y, float z) {
-    return __fmaf_rn(box.normal[0], x, __fmaf_rn(box.normal[1], y, __fmul_rn(box.normal[2], z)));
+__device__ __forceinline__ real along_normal(const Box &box, real x, real y, real z) {
+    return fma_rn(box.normal[0], x, fma_rn(box.normal[1], y, mul_rn(box.normal[2], z)));
 }
 
 // A lower bound of the rounded d2 of the points between the planes.
 //
-// With u = 2^-24, along_normal has an error below 4 u (|x| + |y| + |z|). SLACK is 8 u; the query's is subtracted here,
-// the points' is part of the planes. Normals are shortened by 32 u, so their square by 64 u, which covers the 5 u of
-// d2.
-#define SLACK 0x1p-21f
+// With u = 2^-24, or 2^-53 for double, along_normal has an error below 4 u (|x| + |y| + |z|). SLACK is 8 u; the query's
+// is subtracted here, the points' is part of the planes. Normals, which are computed as floats, are shortened by 2^-19,
+// so their square by 2^-18, which covers the 5 u of d2.
+#define SLACK (REAL ? (real)0x1p-50 : (real)0x1p-21)
 #define SHORTENED 0x1.ffffcp-1f
-__device__ __forceinline__ float slab_distance2(const Row &query, const Box &box) {
-    const float s = along_normal(box, query.x, query.y, query.z),
-                slack = SLACK * (fabsf(query.x) + fabsf(query.y) + fabsf(query.z));
-    const float gap = fmaxf(fmaxf(box.below - s, s - box.above) - slack, 0);
+__device__ __forceinline__ real slab_distance2(const Row &query, const Box &box) {
+    const real s = along_normal(box, query.x, query.y, query.z),
+               slack = SLACK * (fabs(query.x) + fabs(query.y) + fabs(query.z));
+    const real gap = max(max(box.below - s, s - box.above) - slack, (real)0);
     return gap * gap;
 }
 
 // The square of the radius of a query: `radius2`, or that of its own of `radii` if they are not null. A negative or NaN
 // radius finds nothing: then it is negative.
-__device__ __forceinline__ float reach2_of(float radius2, const float *radii, int query) {
+__device__ __forceinline__ real reach2_of(real radius2, const real *radii, int query) {
     if (!radii) return radius2;
-    const float radius = radii[query];
-    return radius >= 0 ? __fmul_rn(radius, radius) : -1;
+    const real radius = radii[query];
+    return radius >= 0 ? mul_rn(radius, radius) : -1;
 }
 
-// The least of the lanes' d2, as bits, and one lane that has it. Lanes pass FULL to take no part; FULL is left if none
+// The least of the lanes' d2, as bits, and one lane that has it. Lanes pass NO_BITS to take no part; it is left if none
 // does.
+#define NO_BITS (~(bits_t)0)
 struct Nearest {
-    u32 bits;
+    bits_t bits;
     int lane;
 };
 
-__device__ __forceinline__ Nearest nearest_of(u32 bits) {
-    const u32 least = __reduce_min_sync(FULL, bits);
+__device__ __forceinline__ Nearest nearest_of(bits_t bits) {
+    const bits_t least = min_of_warp(bits);
     return {least, __ffs(__ballot_sync(FULL, bits == least)) - 1};
 }
 
@@ -146,34 +191,35 @@ __device__ __forceinline__ Nearest nearest_of(u32 bits) {
 // own box, and infinite on lanes past `end`. Slabs are cheaper, and rule most boxes out where all are about equally
 // far.
 template <bool SLABS>
-__device__ __forceinline__ bool bounds(float &d2, const Row &query, const Box *boxes, int mine, int end, float reach2) {
+__device__ __forceinline__ bool bounds(real &d2, const Row &query, const Box *boxes, int mine, int end, real reach2) {
     const Box &box = boxes[min(mine, end - 1)];
     if (SLABS) {
         d2 = slab_distance2(query, box);
         if (!__any_sync(FULL, d2 <= reach2)) return false;
-        d2 = fmaxf(d2, distance2(query, box));
+        d2 = max(d2, distance2(query, box));
     } else d2 = distance2(query, box);
     if (mine >= end) d2 = INFINITE;
     return true;
 }
 
 struct Ignore {
-    __device__ __forceinline__ void operator()(float) const {}
+    __device__ __forceinline__ void operator()(real) const {}
 };
 
-// An order of up to 32 boxes [first, end), one a lane: open() returns whether there is something to visit, and what is
-// left is a word on each lane. next() returns the lane of the next box to visit, or -1 at the end.
+// An order of up to 32 boxes [first, end), one a lane: open() returns whether there is something to visit, and each
+// lane has a Left, what is left. next() returns the lane of the next box to visit, or -1 at the end.
 
 // Boxes that may hold a key below bound(), the nearest first; bound() shrinks meanwhile. Calls pass(d2) for boxes that
 // are skipped: none of their points is nearer than d2.
 template <class Bound, class Pass = Ignore>
 struct NearestFirst {
+    typedef Key Left;
     Bound bound;
     Pass pass;
     template <bool SLABS>
-    __device__ __forceinline__ bool open(u64 &left, const Row &query, const Box *boxes, int first, int end) const {
+    __device__ __forceinline__ bool open(Left &left, const Row &query, const Box *boxes, int first, int end) const {
         const int mine = first + (threadIdx.x & 31);
-        float d2;
+        real d2;
         if (!bounds<SLABS>(d2, query, boxes, mine, end, distance2_of(bound()))) {
             pass(d2);
             return false;
@@ -181,9 +227,9 @@ struct NearestFirst {
         left = mine < end ? key_of(d2, boxes[mine].first) : NOTHING;
         return true;
     }
-    __device__ __forceinline__ int next(u64 &left) const {
-        const Nearest nearest = nearest_of(left < bound() ? (u32)(left >> 32) : FULL);
-        if (nearest.bits == FULL) {
+    __device__ __forceinline__ int next(Left &left) const {
+        const Nearest nearest = nearest_of(left < bound() ? bits_of(distance2_of(left)) : NO_BITS);
+        if (nearest.bits == NO_BITS) {
             pass(distance2_of(left));
             return -1;
         }
@@ -194,19 +240,20 @@ struct NearestFirst {
 
 // Boxes that may hold a point within a radius.
 struct Within {
-    float radius2;
+    typedef u32 Left;
+    real radius2;
     template <bool SLABS>
-    __device__ __forceinline__ bool open(u64 &left, const Row &query, const Box *boxes, int first, int end) const {
+    __device__ __forceinline__ bool open(Left &left, const Row &query, const Box *boxes, int first, int end) const {
         const int mine = first + (threadIdx.x & 31);
-        float d2;
+        real d2;
         if (!bounds<SLABS>(d2, query, boxes, mine, end, radius2)) return false;
         left = __ballot_sync(FULL, mine < end && d2 <= radius2);
         return true;
     }
-    __device__ __forceinline__ int next(u64 &left) const {
-        const u32 near = (u32)left;
-        left = near & near - 1;
-        return __ffs(near) - 1;
+    __device__ __forceinline__ int next(Left &left) const {
+        const int lane = __ffs(left) - 1;
+        left &= left - 1;
+        return lane;
     }
 };
 
@@ -215,7 +262,7 @@ template <class Order, class Visit>
 __device__ __forceinline__ void walk(
     const Row &query, const Box *boxes, int first, int end, const Order &order, Visit visit
 ) {
-    u64 left;
+    typename Order::Left left;
     if (!order.template open<true>(left, query, boxes, first, end)) return;
     for (int lane; (lane = order.next(left)) >= 0;) visit(first + lane);
 }
@@ -226,7 +273,7 @@ template <class Order, class Visit>
 __device__ __forceinline__ void walk_branches(
     const Row &query, const Index &index, int group, int count, int b, const Order &order, Visit visit
 ) {
-    u64 left[LEVELS];
+    typename Order::Left left[LEVELS];
     int first[LEVELS], level = 0;  // the first of the 32 boxes of each level, counted from the cloud's first
     while (boxes_of_level(count, level) > 32) ++level;
     const int top = level;

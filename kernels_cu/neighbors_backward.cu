@@ -13,13 +13,20 @@
 
 #define THREADS 256  // mirrored by gpu3d/cuda/neighbors.py
 
-#include "clouds.cuh"
 #include "voxels.cuh"
+
+// What distances and their gradients are in: double for float64 coordinates, and float for others.
+typedef coord_t real;
+#if POINT == FLOAT64
+typedef u64 bits_t;
+#else
+typedef u32 bits_t;
+#endif
 
 // Entries lie one behind the other, query by query.
 struct Entries {
-    const float *ddistances;   // [entries] the gradient of each distance
-    const float *distances;    // [entries]
+    const real *ddistances;    // [entries] the gradient of each distance
+    const real *distances;     // [entries]
     const int *indices;        // [entries] the point, or -1
     const long long *offsets;  // [queries + 1] where each query's begin; null: each has `width`
     long long count;
@@ -28,7 +35,7 @@ struct Entries {
 
 // Whether an entry has a gradient: not where there is no neighbour, where d is infinite, or where d is 0.
 __device__ __forceinline__ bool is_found(const Entries &entries, long long entry) {
-    const float d = entries.distances[entry];
+    const real d = entries.distances[entry];
     return entries.indices[entry] >= 0 && is_finite(d) && d > 0;
 }
 
@@ -36,53 +43,53 @@ __device__ __forceinline__ bool is_found(const Entries &entries, long long entry
 __device__ __forceinline__ bool is_cut(const Entries &entries) { return entries.offsets && entries.offsets[0] < 0; }
 
 // The bits of |x|, which are in the order of |x|; those of NaN come last.
-__device__ __forceinline__ u32 magnitude(float x) { return __float_as_uint(fabsf(x)); }
+__device__ __forceinline__ bits_t magnitude(real x) { return bits_of(fabs(x)); }
 
 // One thread an entry.
 extern "C" __global__ __launch_bounds__(THREADS) void backward_largest(
     const __grid_constant__ Entries entries,
-    u32 *largest  // [points] magnitude of the largest gradient among its entries; starts at 0
+    bits_t *largest  // [points] magnitude of the largest gradient among its entries; starts at 0
 ) {
     const long long entry = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (entry >= entries.count || !is_found(entries, entry)) return;
-    u32 *of_point = &largest[entries.indices[entry]];
-    const u32 mine = magnitude(entries.ddistances[entry]);
-    if (mine > *(volatile u32 *)of_point) atomicMax(of_point, mine);  // rarely, where many queries share the point
+    bits_t *of_point = &largest[entries.indices[entry]];
+    const bits_t mine = magnitude(entries.ddistances[entry]);
+    if (mine > *(volatile bits_t *)of_point) atomicMax(of_point, mine);  // rarely, where many queries share the point
 }
 
 // The scale of a sum of up to `count` terms whose gradients are at most `largest`, which is finite and not 0.
 struct Scale {
     int shift;
-    __device__ __forceinline__ Scale(long long count, u32 largest)
-        : shift(60 - (64 - __clzll(count)) - ilogbf(__uint_as_float(largest))) {}
-    static __device__ __forceinline__ double power_of_two(int e) {
-        return __longlong_as_double((long long)(1023 + e) << 52);
+    __device__ __forceinline__ Scale(long long count, bits_t largest)
+        : shift(60 - (64 - __clzll(count)) - ilogb(number_of(largest))) {}
+    static __device__ __forceinline__ double scaled(double x, int e) {
+#if POINT == FLOAT64
+        return scalbn(x, e);
+#else
+        return x * __longlong_as_double((long long)(1023 + e) << 52);
+#endif
     }
     // A vector of an entry has components below 2, so `count` integers are below 2^62 together.
-    __device__ __forceinline__ u64 integer(double term) const { return (u64)llrint(term * power_of_two(shift)); }
-    __device__ __forceinline__ float number(u64 sum) const {
-        return (float)((double)(long long)sum * power_of_two(-shift));
-    }
+    __device__ __forceinline__ u64 integer(double term) const { return (u64)llrint(scaled(term, shift)); }
+    __device__ __forceinline__ real number(u64 sum) const { return (real)scaled((double)(long long)sum, -shift); }
 };
 
 // Whether a sum has terms that are numbers, and not all 0.
-__device__ __forceinline__ bool has_terms(u32 largest) { return largest && is_finite(__uint_as_float(largest)); }
+__device__ __forceinline__ bool has_terms(bits_t largest) { return largest && is_finite(number_of(largest)); }
 
-__device__ __forceinline__ float gradient_of(u64 sum, long long count, u32 largest) {
-    return has_terms(largest) ? Scale(count, largest).number(sum) : largest ? NAN_FLOAT : 0.0f;
+__device__ __forceinline__ real gradient_of(u64 sum, long long count, bits_t largest) {
+    return has_terms(largest) ? Scale(count, largest).number(sum) : largest ? (real)NAN_FLOAT : (real)0;
 }
 
 // `lanes` neighbouring lanes take a query, a power of two of at most 32.
 extern "C" __global__ __launch_bounds__(THREADS) void backward_queries(
     const __grid_constant__ Entries entries,
-    const point_t *__restrict__ query,      // [queries, 3]
-    const point_t *__restrict__ points,     // [points, 3]
-    const double *__restrict__ origins,     // [clouds, 3] of the search; null: 0
-    const __grid_constant__ Clouds clouds,  // of the queries; looked into only where there are origins
+    const point_t *__restrict__ query,   // [queries, 3]
+    const point_t *__restrict__ points,  // [points, 3]
     int lanes,
-    const u32 *__restrict__ largest,  // [points]
-    u64 *__restrict__ sums,           // [points, 3] start at 0
-    float *__restrict__ gradient      // [queries, 3]
+    const bits_t *__restrict__ largest,  // [points]
+    u64 *__restrict__ sums,              // [points, 3] start at 0
+    real *__restrict__ gradient          // [queries, 3]
 ) {
     const long long thread = (long long)blockIdx.x * THREADS + threadIdx.x, i = thread / lanes;
     const int lane = (int)(thread & (lanes - 1));
@@ -92,23 +99,22 @@ extern "C" __global__ __launch_bounds__(THREADS) void backward_queries(
         first = entries.offsets ? entries.offsets[i] : i * entries.width;
         end = entries.offsets ? entries.offsets[i + 1] : first + entries.width;
     }
-    u32 most = 0;
+    bits_t most = 0;
     for (long long entry = first + lane; entry < end; entry += lanes)
         if (is_found(entries, entry)) most = max(most, magnitude(entries.ddistances[entry]));
     for (int step = lanes / 2; step; step /= 2) most = max(most, __shfl_xor_sync(FULL, most, step));
 
-    const double *origin = origins && first < end ? origins + 3 * cloud_of<&Cloud::point>(clouds, (int)i) : nullptr;
     u64 own[3] = {0, 0, 0};
     for (long long entry = first + lane; entry < end; entry += lanes) {
         if (!is_found(entries, entry)) continue;
         const int j = entries.indices[entry];
-        const u32 most_of_point = largest[j];
+        const bits_t most_of_point = largest[j];
         const double given = entries.ddistances[entry];
-        const float d = entries.distances[entry];
+        const real d = entries.distances[entry];
 #pragma unroll
         for (int e = 0; e < 3; ++e) {
-            const float v = __fsub_rn(coordinate(query, (int)i, e, origin), coordinate(points, j, e, origin));
-            const double term = given * __fdiv_rn(v, d);  // exact
+            const real v = sub_rn(widen(query[3 * i + e]), widen(points[3 * (size_t)j + e]));
+            const double term = __dmul_rn(given, div_rn(v, d));  // exact if real is float
             if (has_terms(most)) own[e] += Scale(end - first, most).integer(term);
             if (has_terms(most_of_point))
                 atomicAdd(&sums[3 * (size_t)j + e], Scale(entries.queries, most_of_point).integer(-term));
@@ -118,7 +124,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void backward_queries(
     for (int e = 0; e < 3; ++e) {
         for (int step = lanes / 2; step; step /= 2) own[e] += __shfl_xor_sync(FULL, own[e], step);
         if (lane == 0 && i < entries.queries)
-            gradient[3 * i + e] = cut ? NAN_FLOAT : gradient_of(own[e], end - first, most);
+            gradient[3 * i + e] = cut ? (real)NAN_FLOAT : gradient_of(own[e], end - first, most);
     }
 }
 
@@ -126,13 +132,13 @@ extern "C" __global__ __launch_bounds__(THREADS) void backward_queries(
 extern "C" __global__ __launch_bounds__(THREADS) void backward_points(
     const __grid_constant__ Entries entries,
     int count,  // of points
-    const u32 *__restrict__ largest,
+    const bits_t *__restrict__ largest,
     const u64 *__restrict__ sums,
-    float *__restrict__ gradient  // [points, 3]
+    real *__restrict__ gradient  // [points, 3]
 ) {
     const u32 i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= (u32)count) return;
 #pragma unroll
     for (size_t at = 3 * (size_t)i; at < 3 * (size_t)i + 3; ++at)
-        gradient[at] = is_cut(entries) ? NAN_FLOAT : gradient_of(sums[at], entries.queries, largest[i]);
+        gradient[at] = is_cut(entries) ? (real)NAN_FLOAT : gradient_of(sums[at], entries.queries, largest[i]);
 }

@@ -33,6 +33,12 @@ __device__ __forceinline__ int ordered(float x) {
 __device__ __forceinline__ float unordered(int i) { return __int_as_float(i ^ (i >> 31 & 0x7fffffff)); }
 __device__ __forceinline__ float least(float x) { return unordered(__reduce_min_sync(FULL, ordered(x))); }
 __device__ __forceinline__ float most(float x) { return unordered(__reduce_max_sync(FULL, ordered(x))); }
+__device__ __forceinline__ double least(double x) {
+#pragma unroll
+    for (int step = 16; step; step /= 2) x = min(x, __shfl_xor_sync(FULL, x, step));
+    return x;
+}
+__device__ __forceinline__ double most(double x) { return -least(-x); }
 
 // Lanes and Block: sums of N numbers, minimum and maximum over LANES lanes, or over the block. Every thread gets them.
 template <int LANES>
@@ -42,21 +48,21 @@ struct Lanes {
 #pragma unroll
         for (int i = 0; i < N; ++i) x[i] = sum_of_lanes<LANES>(x[i]);
     }
-    __device__ __forceinline__ void bound(float &low, float &high) const {
+    __device__ __forceinline__ void bound(real &low, real &high) const {
         if constexpr (LANES == 32) {
             low = least(low);
             high = most(high);
         } else
 #pragma unroll
             for (int step = LANES / 2; step; step /= 2) {
-                low = fminf(low, __shfl_xor_sync(FULL, low, step));
-                high = fmaxf(high, __shfl_xor_sync(FULL, high, step));
+                low = min(low, __shfl_xor_sync(FULL, low, step));
+                high = max(high, __shfl_xor_sync(FULL, high, step));
             }
     }
 };
 
 struct Block {
-    float (*shared)[WARPS];  // [6]
+    real (*shared)[WARPS];  // [6]
     template <int N>
     __device__ __forceinline__ void add(float (&x)[N]) const {
         const int lane = threadIdx.x & 31;
@@ -67,10 +73,10 @@ struct Block {
             for (int i = 0; i < N; ++i) shared[i][threadIdx.x >> 5] = x[i];
         __syncthreads();
 #pragma unroll
-        for (int i = 0; i < N; ++i) x[i] = shared[i][lane % WARPS];
+        for (int i = 0; i < N; ++i) x[i] = (float)shared[i][lane % WARPS];
         Lanes<WARPS>().add(x);
     }
-    __device__ __forceinline__ void bound(float &low, float &high) const {
+    __device__ __forceinline__ void bound(real &low, real &high) const {
         const int lane = threadIdx.x & 31;
         Lanes<32>().bound(low, high);
         __syncthreads();
@@ -104,8 +110,8 @@ __device__ __forceinline__ Box joined(const Box &box) {
     for (int step = STEP; step < LANES; step *= 2) {
 #pragma unroll
         for (int d = 0; d < 3; ++d) {
-            all.low[d] = fminf(all.low[d], __shfl_xor_sync(FULL, all.low[d], step));
-            all.high[d] = fmaxf(all.high[d], __shfl_xor_sync(FULL, all.high[d], step));
+            all.low[d] = min(all.low[d], __shfl_xor_sync(FULL, all.low[d], step));
+            all.high[d] = max(all.high[d], __shfl_xor_sync(FULL, all.high[d], step));
         }
         first = min(first, __shfl_xor_sync(FULL, first, step));
     }
@@ -121,21 +127,22 @@ __device__ __forceinline__ Box joined(const Box &box) {
 // correct slab; a good one gives a useful slab.
 template <class Threads>
 __device__ __forceinline__ void find_slab(Box &box, const Row (&points)[EACH], const Threads &threads) {
-    float size = 0, reach = 0, scaled[EACH][3], sums[4] = {}, moments[6] = {};
+    real size = 0, reach = 0;
+    float scaled[EACH][3], sums[4] = {}, moments[6] = {};
 #pragma unroll
     for (int d = 0; d < 3; ++d) {
-        size = fmaxf(size, box.high[d] - box.low[d]);
-        reach += fmaxf(fabsf(box.low[d]), fabsf(box.high[d]));
+        size = max(size, box.high[d] - box.low[d]);
+        reach += max(fabs(box.low[d]), fabs(box.high[d]));
     }
     // Infinite for a single point: all that follows is NaN, and there is no slab.
-    const float scale = __fdividef(1, size);
+    const float scale = __fdividef(1, (float)size);
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
-        const float x[3] = {points[k].x, points[k].y, points[k].z};
+        const real x[3] = {points[k].x, points[k].y, points[k].z};
         const bool finite = is_finite(points[k]);
 #pragma unroll
         for (int d = 0; d < 3; ++d)
-            sums[d] += scaled[k][d] = finite ? (x[d] - 0.5f * (box.low[d] + box.high[d])) * scale : 0;
+            sums[d] += scaled[k][d] = finite ? (float)(x[d] - (real)0.5 * (box.low[d] + box.high[d])) * scale : 0;
         sums[3] += finite;
     }
     threads.add(sums);
@@ -178,17 +185,17 @@ __device__ __forceinline__ void find_slab(Box &box, const Row (&points)[EACH], c
     }
     const float shorter = SHORTENED * rsqrtf(normal[0] * normal[0] + normal[1] * normal[1] + normal[2] * normal[2]);
     // No slab if all points coincide or lie on a line, nor if along_normal may overflow.
-    const bool usable = shorter > 0 && shorter < INFINITE && reach < 1e37f;
+    const bool usable = shorter > 0 && shorter < INFINITE && reach < (REAL ? (real)1e300 : (real)1e37f);
 #pragma unroll
     for (int d = 0; d < 3; ++d) box.normal[d] = usable ? normal[d] * shorter : 0;
-    float low = INFINITE, high = -INFINITE;
+    real low = INFINITE, high = -INFINITE;
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
         const Row &point = points[k];
-        const float s = along_normal(box, point.x, point.y, point.z);
-        const float slack = SLACK * (fabsf(point.x) + fabsf(point.y) + fabsf(point.z));
-        low = fminf(low, s - slack);  // fminf and fmaxf ignore the NaN of non-finite points
-        high = fmaxf(high, s + slack);
+        const real s = along_normal(box, point.x, point.y, point.z);
+        const real slack = SLACK * (fabs(point.x) + fabs(point.y) + fabs(point.z));
+        low = min(low, s - slack);  // min and max ignore the NaN of non-finite points
+        high = max(high, s + slack);
     }
     threads.bound(low, high);
     box.below = usable ? low : 0;
@@ -199,10 +206,10 @@ __device__ __forceinline__ void find_slab(Box &box, const Row (&points)[EACH], c
 static_assert(POINTS <= 1 << 10, "a place and a point share a word");
 
 struct __align__(16) Splitter {
-    float x[3][POINTS];
+    real x[3][POINTS];
     int index[POINTS];
     u32 keys[2][POINTS];
-    float low[3][WARPS], high[3][WARPS];
+    real low[3][WARPS], high[3][WARPS];
 };
 
 // Compares this thread's keys with those of the thread whose number differs in the bits of MASK. Keeps the smaller keys
@@ -274,15 +281,15 @@ template <int SIZE>
 __device__ __forceinline__ void split(Splitter &splitter, u32 (&key)[EACH], int buffer) {
     constexpr int LANES = SIZE / EACH < 32 ? SIZE / EACH : 32, OF_SIZE = SIZE / EACH / LANES;  // in warps
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    float x[EACH][3], low[3] = {INFINITE, INFINITE, INFINITE}, high[3] = {-INFINITE, -INFINITE, -INFINITE};
+    real x[EACH][3], low[3] = {INFINITE, INFINITE, INFINITE}, high[3] = {-INFINITE, -INFINITE, -INFINITE};
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
         key[k] &= POINTS - 1;
 #pragma unroll
         for (int d = 0; d < 3; ++d) {
             x[k][d] = splitter.x[d][key[k]];
-            low[d] = fminf(low[d], x[k][d]);  // fminf and fmaxf ignore NaN
-            high[d] = fmaxf(high[d], x[k][d]);
+            low[d] = min(low[d], x[k][d]);  // min and max ignore NaN
+            high[d] = max(high[d], x[k][d]);
         }
     }
 #pragma unroll
@@ -304,12 +311,13 @@ __device__ __forceinline__ void split(Splitter &splitter, u32 (&key)[EACH], int 
         }
     }
     const bool y_longest = high[1] - low[1] > high[0] - low[0];
-    const float xy = y_longest ? high[1] - low[1] : high[0] - low[0], edge = fmaxf(xy, high[2] - low[2]);
+    const real xy = y_longest ? high[1] - low[1] : high[0] - low[0], edge = max(xy, high[2] - low[2]);
     const bool z_longest = edge > xy;
-    const float from = z_longest ? low[2] : y_longest ? low[1] : low[0], scale = __fdividef(PLACES, edge);
+    const real from = z_longest ? low[2] : y_longest ? low[1] : low[0];
+    const float scale = __fdividef(PLACES, (float)edge);
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
-        const float at = ((z_longest ? x[k][2] : y_longest ? x[k][1] : x[k][0]) - from) * scale;
+        const float at = (float)((z_longest ? x[k][2] : y_longest ? x[k][1] : x[k][0]) - from) * scale;
         u32 place = min((u32)at, PLACES - 3);  // 0 for NaN, if all points coincide
         if (x[k][0] != x[k][0]) place = splitter.index[key[k]] >= 0 ? PLACES - 2 : PLACES - 1;
         key[k] |= place << 10;
@@ -330,7 +338,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_join(
     if (i < all) joined[i] = i < count ? first[i] : second[i - count];
 }
 
-// One block a node. `origins` are subtracted from float64 coordinates in float64; the results are rounded to float32.
+// One block a node. If rows are floats, `origins` are subtracted from float64 coordinates in float64, and the results
+// rounded to float32.
 extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
     const point_t *__restrict__ points,     // [points, 3]
     const point_t *__restrict__ others,     // [points, 3] of a second batch, if there is one
@@ -358,9 +367,14 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
             const int i = slot_to_point ? slot_to_point[slot] : place < next.point ? place : -1;
             if (i >= 0) {
                 row.index = i - base;
-                float x[3];
+                real x[3];
 #pragma unroll
-                for (int d = 0; d < 3; ++d) x[d] = coordinate(in_first ? points : others, row.index, d, origin);
+                for (int d = 0; d < 3; ++d)
+#if REAL
+                    x[d] = widen((in_first ? points : others)[3 * (size_t)row.index + d]);
+#else
+                    x[d] = coordinate(in_first ? points : others, row.index, d, origin);
+#endif
                 // Infinities become NaN. Otherwise such a point could be found at infinite distance, or within an
                 // infinite radius.
                 if (is_finite(x[0]) && is_finite(x[1]) && is_finite(x[2])) row = Row{x[0], x[1], x[2], row.index};
@@ -385,13 +399,13 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
         const int from = key[k] & POINTS - 1;
-        const float x[3] = {splitter.x[0][from], splitter.x[1][from], splitter.x[2][from]};
+        const real x[3] = {splitter.x[0][from], splitter.x[1][from], splitter.x[2][from]};
         row[k] = Row{x[0], x[1], x[2], splitter.index[from]};
         if (slot < next.slot) rows[slot + k] = row[k];
 #pragma unroll
         for (int d = 0; d < 3; ++d) {
-            box.low[d] = fminf(box.low[d], x[d]);  // fminf and fmaxf ignore NaN
-            box.high[d] = fmaxf(box.high[d], x[d]);
+            box.low[d] = min(box.low[d], x[d]);  // min and max ignore NaN
+            box.high[d] = max(box.high[d], x[d]);
         }
         if (is_finite(row[k])) box.first = (int)min((u32)box.first, (u32)row[k].index);
     }
@@ -400,7 +414,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
     find_slab(box, row, Lanes<OF_TILE>());
     if (lane % OF_TILE == 0 && slot < next.slot) tiles[slot / TILE] = box;
     __shared__ Box boxes[WARPS];
-    __shared__ float sums[6][WARPS];
+    __shared__ real sums[6][WARPS];
     box = joined<OF_TILE, 32>(box);
     if (lane == 0) boxes[warp] = box;
     __syncthreads();

@@ -23,28 +23,28 @@
 
 struct Best {
 #if LISTS
-    u64 key;  // neighbour i is on lane i
+    Key key;  // neighbour i is on lane i
 #endif
-    u64 worst;  // the k-th best key; for k = 1 the only one
+    Key worst;  // the k-th best key; for k = 1 the only one
 };
 
 #if LISTS
 
-__device__ __forceinline__ u64 reversed(u64 key) { return __shfl_xor_sync(FULL, key, 31); }
+__device__ __forceinline__ Key reversed(const Key &key) { return __shfl_xor_sync(FULL, key, 31); }
 
 __device__ __forceinline__ void set_worst(Best &best, int k) { best.worst = __shfl_sync(FULL, best.key, k - 1); }
 
 // Inserts one key, which is the same on every lane.
-__device__ __forceinline__ void insert(Best &best, u64 key, int k) {
+__device__ __forceinline__ void insert(Best &best, const Key &key, int k) {
     const int lane = threadIdx.x & 31, place = __popc(__ballot_sync(FULL, best.key < key));
-    const u64 before = __shfl_up_sync(FULL, best.key, 1);
+    const Key before = __shfl_up_sync(FULL, best.key, 1);
     if (lane >= place) best.key = lane == place ? key : before;
     set_worst(best, k);
 }
 
 // Inserts 32 keys, one a lane.
-__device__ __forceinline__ void merge(Best &best, u64 key, int k) {
-    u64 keys[1] = {key};
+__device__ __forceinline__ void merge(Best &best, const Key &key, int k) {
+    Key keys[1] = {key};
     sort_warp(keys);
     best.key = merge_warp(min(best.key, reversed(keys[0])));
     set_worst(best, k);
@@ -54,11 +54,11 @@ __device__ __forceinline__ void merge(Best &best, u64 key, int k) {
 
 // Inserts 32 keys, one a lane, as far as they are closer, except that of point `excluded`. Returns whether the nearest
 // neighbour changed.
-__device__ __forceinline__ bool take(Best &best, u64 key, int k, bool exclude, int excluded) {
+__device__ __forceinline__ bool take(Best &best, Key key, int k, bool exclude, int excluded) {
     u32 closer = __ballot_sync(FULL, key < best.worst);
     if (!closer) return false;
     if (exclude) {
-        if ((int)(u32)key == excluded) key = NOTHING;
+        if (index_of(key) == excluded) key = NOTHING;
         closer = __ballot_sync(FULL, key < best.worst);
         if (!closer) return false;
     }
@@ -66,12 +66,12 @@ __device__ __forceinline__ bool take(Best &best, u64 key, int k, bool exclude, i
     best.worst = min(best.worst, min_of_warp(key));
     return true;
 #else
-    const u64 nearest = best.key;
+    const Key nearest = best.key;
     if (__popc(closer) >= MANY) merge(best, key, k);
     else
         for (; closer; closer = __ballot_sync(FULL, key < best.worst)) {
             const int from = __ffs(closer) - 1;
-            const u64 next = __shfl_sync(FULL, key, from);
+            const Key next = __shfl_sync(FULL, key, from);
             if ((threadIdx.x & 31) == from) key = NOTHING;
             insert(best, next, k);
         }
@@ -91,9 +91,9 @@ __device__ __forceinline__ void search(
     int k,
     int squared,
     int exclude,
-    float radius2,
-    const float *__restrict__ radii,
-    float *__restrict__ distances,
+    real radius2,
+    const real *__restrict__ radii,
+    real *__restrict__ distances,
     int *__restrict__ indices
 ) {
     const int first = uniform((block * (THREADS / 32) + (threadIdx.x >> 5)) * group), lane = threadIdx.x & 31;
@@ -104,7 +104,7 @@ __device__ __forceinline__ void search(
         const Row query = queries[first + number];
         if (__any_sync(FULL, query.index < 0)) continue;  // padding
         const bool usable = __any_sync(FULL, is_finite(query));
-        const float reach2 = reach2_of(radius2, radii, query.index);
+        const real reach2 = reach2_of(radius2, radii, query.index);
         Best best;
         best.worst = key_of(reach2, -1);
 #if LISTS
@@ -123,7 +123,7 @@ __device__ __forceinline__ void search(
                 if (tile != begin) look(tile);
             });
         }
-        const float missing = usable && !squared ? INFINITE : NAN_FLOAT;
+        const real missing = usable && !squared ? INFINITE : NAN_FLOAT;
         const size_t row = (size_t)query.index * k;
 #if LISTS
         if (lane < k) write_neighbor(best.key, row + lane, missing, squared, distances, indices);
@@ -142,12 +142,12 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn(
     const __grid_constant__ Index index,
     const __grid_constant__ Clouds clouds,
     int k,
-    int squared,                      // 1: write d2, and NaN for every missing neighbour
-    int exclude,                      // 1: point i is no neighbour of query i
-    float radius2,                    // of each query, if there are no `radii`
-    const float *__restrict__ radii,  // [queries] or null
-    float *__restrict__ distances,    // [queries, k]; inf for a missing neighbour, NaN if the query is not finite
-    int *__restrict__ indices         // [queries, k]; -1 for a missing neighbour
+    int squared,                     // 1: write d2, and NaN for every missing neighbour
+    int exclude,                     // 1: point i is no neighbour of query i
+    real radius2,                    // of each query, if there are no `radii`
+    const real *__restrict__ radii,  // [queries] or null
+    real *__restrict__ distances,    // [queries, k]; inf for a missing neighbour, NaN if the query is not finite
+    int *__restrict__ indices        // [queries, k]; -1 for a missing neighbour
 ) {
     search(
         blockIdx.x, queries, query_clouds, query_slots, group, index, clouds, k, squared, exclude, radius2, radii,
@@ -155,7 +155,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn(
     );
 }
 
-#if LISTS == 0
+#if LISTS == 0 && !REAL
 
 // Nearest neighbours of x's points in y, and of y's points in x. The blocks of the second search follow those of the
 // first.

@@ -14,29 +14,35 @@
 #ifndef LISTS
 #define LISTS 4  // neighbours that a lane sorts, a power of two from 2 to 32: k <= 32 * LISTS
 #endif
-#define THREADS 128
-#define BLOCKS (LISTS <= 4 ? 8 : LISTS == 8 ? 6 : LISTS == 16 ? 5 : 3)  // blocks a multiprocessor
 
 #include "clouds.cuh"
 #include "neighbors.cuh"
 #include "sort.cuh"
 
+#if REAL                                              // keys of twice the size
+#define THREADS (LISTS == 32 ? 64 : 128)              // mirrored by gpu3d/cuda/neighbors.py
+#define BLOCKS (LISTS <= 4 ? 5 : LISTS == 8 ? 3 : 2)  // blocks a multiprocessor
+#else
+#define THREADS 128
+#define BLOCKS (LISTS <= 4 ? 8 : LISTS == 8 ? 6 : LISTS == 16 ? 5 : 3)
+#endif
+
 #define MOST (32 * LISTS)  // neighbours
 #define BEST (MOST + 32)   // keys: the best, with a gap a lane, so that banks differ
 #define FOUND (MOST + 32)  // keys: the last tile may exceed MOST
-#define SLACK_OF_GUESS 1.00001f
+#define SLACK_OF_GUESS ((real)1.00001)
 
 struct Best {
-    u64 *sorted;  // [BEST] in shared memory: key e at place_of(e)
-    u64 *found;   // [FOUND] in shared memory, in the order of the traversal
+    Key *sorted;  // [BEST] in shared memory: key e at place_of(e)
+    Key *found;   // [FOUND] in shared memory, in the order of the traversal
     int count;    // of found
-    u64 worst;    // the k-th best key
+    Key worst;    // the k-th best key
 };
 
 __device__ __forceinline__ int place_of(int e) { return e + e / LISTS; }
 
 // Sorts LISTS keys in the registers of a lane, which rise and then fall.
-__device__ __forceinline__ void merge_lane(u64 (&key)[LISTS]) {
+__device__ __forceinline__ void merge_lane(Key (&key)[LISTS]) {
 #pragma unroll
     for (int step = LISTS / 2; step; step /= 2)
 #pragma unroll
@@ -45,7 +51,7 @@ __device__ __forceinline__ void merge_lane(u64 (&key)[LISTS]) {
 }
 
 // Sorts LISTS keys in the registers of a lane.
-__device__ __forceinline__ void sort_lane(u64 (&key)[LISTS]) {
+__device__ __forceinline__ void sort_lane(Key (&key)[LISTS]) {
 #pragma unroll
     for (int size = 2; size <= LISTS; size *= 2)
 #pragma unroll
@@ -61,11 +67,11 @@ __device__ __forceinline__ void sort_lane(u64 (&key)[LISTS]) {
 // unrolled: its last merge is with the best instead of keys of other lanes.
 __device__ __forceinline__ void merge(Best &best, int k) {
     const int lane = threadIdx.x & 31, count = min(best.count, MOST), rest = best.count - count;  // rest < 32
-    u64 key[LISTS];  // before the sort in any order, then key e is key[e % LISTS] of lane e / LISTS
+    Key key[LISTS];  // before the sort in any order, then key e is key[e % LISTS] of lane e / LISTS
     __syncwarp();
 #pragma unroll
     for (int r = 0; r < LISTS; ++r) key[r] = 32 * r + lane < count ? best.found[32 * r + lane] : NOTHING;
-    const u64 kept = lane < rest ? best.found[MOST + lane] : NOTHING;
+    const Key kept = lane < rest ? best.found[MOST + lane] : NOTHING;
     __syncwarp();
     if (lane < rest) best.found[lane] = kept;
     best.count = rest;
@@ -76,8 +82,8 @@ __device__ __forceinline__ void merge(Best &best, int k) {
             const bool low = (lane & lanes / 2) == 0;
 #pragma unroll
             for (int r = 0; r < LISTS / 2; ++r) {
-                u64 &a = key[r], &b = key[LISTS - 1 - r];
-                const u64 of_b = __shfl_xor_sync(FULL, b, lanes - 1), of_a = __shfl_xor_sync(FULL, a, lanes - 1);
+                Key &a = key[r], &b = key[LISTS - 1 - r];
+                const Key of_b = __shfl_xor_sync(FULL, b, lanes - 1), of_a = __shfl_xor_sync(FULL, a, lanes - 1);
                 a = chosen(a, of_b, low);
                 b = chosen(b, of_a, low);
             }
@@ -102,7 +108,7 @@ __device__ __forceinline__ void merge(Best &best, int k) {
 }
 
 // Appends 32 keys, one a lane, as far as they are closer.
-__device__ __forceinline__ void take(Best &best, u64 key, int k) {
+__device__ __forceinline__ void take(Best &best, Key key, int k) {
     const bool mine = key < best.worst;
     const u32 closer = __ballot_sync(FULL, mine);
     if (mine) best.found[best.count + rank_in(closer, threadIdx.x & 31)] = key;
@@ -120,12 +126,12 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void many_neighbors(
     const __grid_constant__ Clouds clouds,
     int k,
     int exclude,
-    float radius2,
-    const float *__restrict__ radii,
-    float *__restrict__ distances,
+    real radius2,
+    const real *__restrict__ radii,
+    real *__restrict__ distances,
     int *__restrict__ indices
 ) {
-    extern __shared__ u64 shared[];  // [warps, BEST + FOUND]
+    extern __shared__ Key shared[];  // [warps, BEST + FOUND]
     const int warp = threadIdx.x >> 5, first = uniform((blockIdx.x * (THREADS / 32) + warp) * group),
               lane = threadIdx.x & 31;
     if (first >= query_slots) return;
@@ -134,14 +140,14 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void many_neighbors(
     best.sorted = shared + warp * (BEST + FOUND);
     best.found = best.sorted + BEST;
     Row before = {0, 0, 0, -1};  // the previous query, and the distance of its k-th neighbour
-    float far = INFINITE;
+    real far = INFINITE;
     for (int number = 0; number < group; ++number) {
         const Row query = queries[first + number];
         if (__any_sync(FULL, query.index < 0)) continue;  // padding
         const bool usable = __any_sync(FULL, is_finite(query));
-        const float reach2 = reach2_of(radius2, radii, query.index), moved = __fsqrt_rn(distance2(query, before)),
-                    guess = (far + moved) * SLACK_OF_GUESS;
-        float bound2 = usable ? fminf(reach2, guess * guess) : reach2;
+        const real reach2 = reach2_of(radius2, radii, query.index), moved = sqrt_rn(distance2(query, before)),
+                   guess = (far + moved) * SLACK_OF_GUESS;
+        real bound2 = usable ? min(reach2, guess * guess) : reach2;
         for (;;) {
             best.count = 0;
             best.worst = key_of(bound2, -1);
@@ -152,20 +158,20 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void many_neighbors(
                 const auto bound = [&] { return best.worst; };
                 walk_tiles(query, index, clouds, b, NearestFirst<decltype(bound)>{bound, {}}, [&](int tile) {
                     const Row point = index.rows[(size_t)tile * TILE + lane];
-                    u64 key = key_of(distance2(query, point), point.index);  // a NaN key is never taken
+                    Key key = key_of(distance2(query, point), point.index);  // a NaN key is never taken
                     if (exclude && point.index == query.index) key = NOTHING;
                     take(best, key, k);
                 });
                 if (best.count) merge(best, k);
             }
-            if ((int)(u32)best.worst >= 0 || !(bound2 < reach2)) break;
+            if (index_of(best.worst) >= 0 || !(bound2 < reach2)) break;
             bound2 = reach2;
         }
         if (usable) {
             before = query;
-            far = (int)(u32)best.worst >= 0 ? __fsqrt_rn(distance2_of(best.worst)) : INFINITE;
+            far = index_of(best.worst) >= 0 ? sqrt_rn(distance2_of(best.worst)) : INFINITE;
         }
-        const float missing = usable ? INFINITE : NAN_FLOAT;
+        const real missing = usable ? INFINITE : NAN_FLOAT;
         for (int e = lane; e < k; e += 32)
             write_neighbor(best.sorted[place_of(e)], (size_t)query.index * k + e, missing, false, distances, indices);
     }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // All points within a radius of each query, exactly, ordered by (query, index): counts them, writes them, sorts them.
+// What is sorted are words of an index and the float d2, or with REAL of an index and the place where the double d2 is.
 
 #define THREADS 128  // mirrored by gpu3d/cuda/neighbors.py
 #define ROW 512      // most neighbours that a warp sorts
@@ -8,17 +9,17 @@
 #include "neighbors.cuh"
 #include "sort_rows.cuh"
 
-// Calls found(hits, hit, key) for each tile that may hold points within the radius, other than point `excluded`: `hit`
-// tells whether the lane's point is one, `hits` has a bit for each lane, and keys order by index.
+// Calls found(hits, hit, index, d2) for each tile that may hold points within the radius, other than point `excluded`:
+// `hit` tells whether the lane's point is one, and `hits` has a bit for each lane.
 template <class Found>
 __device__ __forceinline__ void walk_ball(
-    const Row &query, const Index &index, const Clouds &clouds, int b, float radius2, int excluded, Found found
+    const Row &query, const Index &index, const Clouds &clouds, int b, real radius2, int excluded, Found found
 ) {
     walk_tiles(query, index, clouds, b, Within{radius2}, [&](int tile) {
         const Row point = index.rows[(size_t)tile * TILE + (threadIdx.x & 31)];
-        const float d2 = distance2(query, point);
+        const real d2 = distance2(query, point);
         const bool hit = d2 <= radius2 && point.index != excluded;  // padding and non-finite points: their d2 is NaN
-        found(__ballot_sync(FULL, hit), hit, (u64)(u32)point.index << 32 | __float_as_uint(d2));
+        found(__ballot_sync(FULL, hit), hit, point.index, d2);
     });
 }
 
@@ -29,10 +30,10 @@ extern "C" __global__ __launch_bounds__(THREADS) void radius_count(
     int query_slots,
     const __grid_constant__ Index index,
     const __grid_constant__ Clouds clouds,
-    int exclude,                      // 1: point i is no neighbour of query i
-    float radius2,                    // of each query, if there are no `radii`
-    const float *__restrict__ radii,  // [queries] or null
-    long long *__restrict__ counts    // [queries]
+    int exclude,                     // 1: point i is no neighbour of query i
+    real radius2,                    // of each query, if there are no `radii`
+    const real *__restrict__ radii,  // [queries] or null
+    long long *__restrict__ counts   // [queries]
 ) {
     const int slot = uniform(blockIdx.x * WARPS + (threadIdx.x >> 5));
     if (slot >= query_slots) return;
@@ -43,7 +44,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void radius_count(
         walk_ball(
             query, index, clouds, uniform(cloud_of<&Cloud::slot>(query_clouds, slot)),
             reach2_of(radius2, radii, query.index), exclude ? query.index : -1,
-            [&](u32 hits, bool, u64) { count += __popc(hits); }
+            [&](u32 hits, bool, int, real) { count += __popc(hits); }
         );
     if ((threadIdx.x & 31) == 0) counts[query.index] = count;
 }
@@ -56,23 +57,34 @@ extern "C" __global__ __launch_bounds__(THREADS) void radius_fill(
     const __grid_constant__ Index index,
     const __grid_constant__ Clouds clouds,
     int exclude,
-    float radius2,
-    const float *__restrict__ radii,
+    real radius2,
+    const real *__restrict__ radii,
     const long long *__restrict__ offsets,  // [all queries + 1]
     int all,                                // queries
     long long capacity,                     // in entries
-    u64 *__restrict__ entries               // [capacity] index << 32 | d2, in the order of the traversal
+#if REAL
+    double *__restrict__ squares,  // [capacity] d2 in the order of the traversal
+#endif
+    u64 *__restrict__ entries  // [capacity] in this order: index << 32 | d2, or the number of the query's entry if REAL
 ) {
     const int slot = uniform(blockIdx.x * WARPS + (threadIdx.x >> 5)), lane = threadIdx.x & 31;
     if (slot >= query_slots || offsets[all] > capacity) return;
     const Row query = queries[slot];
     if (__any_sync(FULL, query.index < 0 || !is_finite(query))) return;
-    u64 *to = entries + offsets[query.index];
+    const long long first = offsets[query.index];
+    u32 count = 0;
     const int b = uniform(cloud_of<&Cloud::slot>(query_clouds, slot));
-    const float reach2 = reach2_of(radius2, radii, query.index);
-    walk_ball(query, index, clouds, b, reach2, exclude ? query.index : -1, [&](u32 hits, bool hit, u64 key) {
-        if (hit) to[rank_in(hits, lane)] = key;
-        to += __popc(hits);
+    const real reach2 = reach2_of(radius2, radii, query.index);
+    walk_ball(query, index, clouds, b, reach2, exclude ? query.index : -1, [&](u32 hits, bool hit, int index, real d2) {
+        const u32 at = count + rank_in(hits, lane);
+#if REAL
+        if (hit) squares[first + at] = d2;
+        const u32 word = at;
+#else
+        const u32 word = bits_of(d2);
+#endif
+        if (hit) entries[first + at] = (u64)(u32)index << 32 | word;
+        count += __popc(hits);
     });
 }
 
@@ -81,10 +93,13 @@ extern "C" __global__ __launch_bounds__(THREADS) void radius_sort(
     const long long *__restrict__ offsets,  // [all + 1]
     int all,                                // queries
     long long capacity,
-    u64 *__restrict__ entries,     // [capacity]
-    u64 *__restrict__ spare,       // [capacity]
-    int *__restrict__ indices,     // [capacity] -1 behind the last entry; -1 everywhere if the capacity is exceeded
-    float *__restrict__ distances  // [capacity] NaN where indices are -1
+#if REAL
+    const double *__restrict__ squares,  // [capacity]
+#endif
+    u64 *__restrict__ entries,    // [capacity]
+    u64 *__restrict__ spare,      // [capacity]
+    int *__restrict__ indices,    // [capacity] -1 behind the last entry; -1 everywhere if the capacity is exceeded
+    real *__restrict__ distances  // [capacity] NaN where indices are -1
 ) {
     __shared__ u64 shared[WARPS * STAGED];
     const long long total = offsets[all], end = total <= capacity ? total : 0;
@@ -96,7 +111,11 @@ extern "C" __global__ __launch_bounds__(THREADS) void radius_sort(
     const auto writer = [=](long long first) {
         return [=](int e, u64 key) {
             indices[first + e] = (int)(key >> 32);
-            distances[first + e] = __fsqrt_rn(__uint_as_float((u32)key));
+#if REAL
+            distances[first + e] = sqrt_rn(squares[first + (u32)key]);
+#else
+            distances[first + e] = sqrt_rn(number_of((u32)key));
+#endif
         };
     };
     const int begin = blockIdx.x * WARPS, warp = uniform(threadIdx.x >> 5);

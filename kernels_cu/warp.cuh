@@ -42,6 +42,8 @@ __device__ __forceinline__ u64 min_of_warp(u64 x) {
     return (u64)least << 32 | __reduce_min_sync(FULL, high == least ? (u32)x : FULL);
 }
 
+__device__ __forceinline__ u32 min_of_warp(u32 x) { return __reduce_min_sync(FULL, x); }
+
 // How many lanes of `mask` come before `lane`.
 __device__ __forceinline__ int rank_in(u32 mask, int lane) { return __popc(mask & (1u << lane) - 1); }
 

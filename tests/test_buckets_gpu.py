@@ -66,13 +66,16 @@ def test_every_dtype_and_voxel_size(cp, hash, dtype, voxel_size):
 def test_bounds(cp, dtype, bounds):
     """By every sort: of one block, of tiles, and by radix."""
     for n in (1, 99, 1025, 4097, 20_000):
-        points = strays(n).astype(dtype)
+        with np.errstate(over="ignore"):  # float16 has no such strays
+            points = strays(n).astype(dtype)
         assert_same(cp, points, 64, bounds=bounds, check_finite=False)
         points[n // 3, 0] = np.nan
         options = {"balance": "probe", "voxel_size": "per_axis"} if n < 20_000 else {"voxel_size": 0.3}
         assert_same(cp, points, 64, bounds=bounds, hash="xor_div", check_finite=False, **options)
     for lengths in ([0, 9000, 0, 999], [9000, *[0, 13] * 60, 219], [600_000, 0, 5]):
-        assert_same(cp, strays(sum(lengths)).astype(dtype), 64, bounds=bounds, lengths=lengths, check_finite=False)
+        with np.errstate(over="ignore"):
+            points = strays(sum(lengths)).astype(dtype)
+        assert_same(cp, points, 64, bounds=bounds, lengths=lengths, check_finite=False)
     nothing = np.full((5000, 3), np.nan, np.float32).astype(dtype)
     nothing[:, 2] = np.arange(5000)
     assert_same(cp, nothing, 64, bounds=bounds, check_finite=False)

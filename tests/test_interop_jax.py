@@ -191,7 +191,7 @@ def op_knn(dtype, asarray, d=3):
     x, y = two_sides(dtype, asarray, d)
 
     def backward(ddistances):
-        return neighbors.knn_backward_arrays(*read(ddistances, x, y, *run(x, y)), *SIDES)
+        return neighbors.knn_backward_arrays(*read(ddistances, x, y, *run(x, y)))
 
     return Op(run, (x, y), backward)
 
@@ -202,7 +202,7 @@ def op_nearest(dtype, asarray):
     x, y = two_sides(dtype, asarray)
 
     def backward(ddistances):
-        return neighbors.knn_backward_arrays(*read(ddistances, x, y, *run(x, y)), *SIDES)
+        return neighbors.knn_backward_arrays(*read(ddistances, x, y, *run(x, y)))
 
     return Op(run, (x, y), backward)
 
@@ -217,7 +217,7 @@ def op_radius(dtype, asarray, max_entries=1000):
         return found.distances, found
 
     def backward(ddistances):
-        return neighbors.radius_backward_arrays(*read(ddistances, x, y, *search(x, y)), *SIDES)
+        return neighbors.radius_backward_arrays(*read(ddistances, x, y, *search(x, y)))
 
     return Op(run, (x, y), backward)
 

@@ -122,7 +122,7 @@ def check_radius(query, points, radius, query_lengths=None, lengths=None, note="
     if found:
         got = gpu3d.radius_search(query, points, radius, max_entries=found - 1, **options)
         flagged = np.full(len(query) + 1, -found), np.full(found - 1, -1, np.int32)
-        assert_same_bits(got, (*flagged, np.full(found - 1, np.nan, np.float32)), note)
+        assert_same_bits(got, (*flagged, np.full(found - 1, np.nan, expected[2].dtype)), note)
     return expected
 
 
@@ -131,20 +131,18 @@ def check_radius(query, points, radius, query_lengths=None, lengths=None, note="
 
 def d2_by_definition(a, b):
     with np.errstate(all="ignore"):
-        x, y, z = (np.float32(p) - np.float32(q) for p, q in zip(a, b, strict=True))
+        x, y, z = (p - q for p, q in zip(a, b, strict=True))
         return (x * x + y * y) + z * z
 
 
 def located_by_definition(query, points):
-    """Both arrays as rows of three np.float32; for float64 clouds relative to the minimum of finite coordinates."""
-    low = [0.0] * points.shape[1]
-    if points.dtype == np.float64:
-        low = [min((float(x) for x in axis if math.isfinite(x)), default=0.0) for axis in points.T]
+    """Both arrays as rows of three np.float64 if one of them is that, else of three np.float32."""
+    real = np.float64 if np.float64 in (query.dtype, points.dtype) else np.float32
 
     def located(cloud):
         with np.errstate(over="ignore", invalid="ignore"):
-            rows = [[np.float32(float(x) - o) for x, o in zip(row, low, strict=True)] for row in cloud]
-        return [row + [np.float32(0)] * (3 - len(row)) for row in rows]
+            rows = [[real(float(x)) for x in row] for row in cloud]
+        return [row + [real(0)] * (3 - len(row)) for row in rows]
 
     return located(query), located(points)
 
@@ -169,18 +167,20 @@ def test_is_the_definition(dtype, dimensions):
     expected = neighbors_by_definition(query, points)
     assert len(expected[0]) == 68 and expected[7] == expected[8] == []
     distances, indices = gpu3d.knn(query, points, 70)
-    near = [[*row, (np.float32(np.inf), -1), (np.float32(np.inf), -1)] for row in expected]
-    near[7] = near[8] = [(np.float32(np.nan), -1)] * 70
+    real = distances.dtype.type
+    assert real == (np.float64 if dtype == "float64" else np.float32)
+    near = [[*row, (real(np.inf), -1), (real(np.inf), -1)] for row in expected]
+    near[7] = near[8] = [(real(np.nan), -1)] * 70
     assert indices.tolist() == [[j for _, j in row] for row in near]
-    assert_same_bits([distances], [np.sqrt(np.array([[d2 for d2, _ in row] for row in near], np.float32))])
+    assert_same_bits([distances], [np.sqrt(np.array([[d2 for d2, _ in row] for row in near], real))])
     radius = float(distances[2, 20])
     offsets, indices, distances = gpu3d.radius_search(query, points, radius)
-    kept = [sorted((j, d2) for d2, j in row if d2 <= np.float32(radius) * np.float32(radius)) for row in expected]
+    kept = [sorted((j, d2) for d2, j in row if d2 <= real(radius) * real(radius)) for row in expected]
     assert np.diff(offsets).tolist() == [len(row) for row in kept] and 20 <= len(kept[2]) < 68
     found = sorted((q, j) for q, row in enumerate(kept) for j, _ in row)
     assert sorted(zip(np.repeat(np.arange(40), np.diff(offsets)).tolist(), indices.tolist(), strict=True)) == found
     assert indices.tolist() == [j for row in kept for j, _ in row]
-    assert_same_bits([distances], [np.sqrt(np.array([d2 for row in kept for _, d2 in row], np.float32))])
+    assert_same_bits([distances], [np.sqrt(np.array([d2 for row in kept for _, d2 in row], real))])
 
 
 # ---- brute force, to the bit ---------------------------------------------------------------------------------------
@@ -364,10 +364,8 @@ def test_real_sweeps(data_dir):
 def assert_within_two_ulp(distances, query, points):
     expected, _ = cKDTree(points.astype(np.float64)).query(query.astype(np.float64), distances.shape[1])
     error = np.abs(distances - expected.reshape(distances.shape))
-    allowed = 2 * np.spacing(distances)
-    if points.dtype == np.float64:  # coordinates relative to the minimum were rounded to float32
-        allowed = allowed + 4 * np.spacing(np.float32(np.ptp(points, axis=0).max()))
-    assert (error <= allowed).all(), error.max()
+    # Both round in float64: SciPy's error counts too.
+    assert (error <= (4 if distances.dtype == np.float64 else 2) * np.spacing(distances)).all(), error.max()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -380,6 +378,55 @@ def test_scipy_agrees(kind):
     assert (np.diff(distances, axis=1) >= 0).all() and distances.max() > 0
 
 
+STRAYS = {
+    "none": [],
+    "origin": [[0, 0, 0]],
+    "no data": [[5e5, 4.2e6, -99999]],
+    "huge": [[5e5, 4.2e6, 1e30], [-1e30, 0, 0]],
+    "overflows": [[1e200, 4.2e6, 0], [5e5, -1e308, 0], [1.7e308, 1.7e308, -1.7e308]],
+    "not finite": [[np.nan, 0, 0], [np.inf, 4.2e6, 0]],
+}
+
+
+def surveyed(n, seed=0):
+    """A road in UTM coordinates, in float64: points 5 cm apart, whose digits do not fit float32."""
+    points = np.random.default_rng(seed).normal(0, (30, 30, 0.02), (n, 3)).cumsum(axis=0) / 300
+    return points + [500_000.0, 4.2e6, 100.0]
+
+
+@pytest.mark.parametrize("stray", STRAYS)
+def test_float64_decides_wherever_a_stray_point_lies(stray):
+    cloud, extra = surveyed(900), np.array(STRAYS[stray]).reshape(-1, 3)
+    points = np.concatenate([cloud[:500], extra, cloud[500:]])
+    old = np.delete(np.arange(len(points)), np.arange(500, 500 + len(extra)))  # where the cloud's points are now
+    query = np.concatenate([points, cloud[::7] + 0.01])
+    check_knn(query, points, 5, note=stray)
+    check_knn(points, points, 3, note=stray, exclude_self=True)
+    check_knn(query[:50], points, len(points), note=stray)
+    for radius in (0.1, 1e29, 1e155, 1e300, math.inf):
+        check_radius(query[:300:7] if radius > 1 else query, points, radius, note=stray)
+    alone, found = gpu3d.knn(cloud, cloud, 4), gpu3d.knn(cloud, points, 4)
+    np.testing.assert_array_equal(found.distances, alone.distances)
+    np.testing.assert_array_equal(found.indices, old[alone.indices])
+    expected, theirs = cKDTree(cloud).query(cloud, 4)
+    np.testing.assert_allclose(alone.distances, expected, rtol=1e-15)
+    assert (alone.indices == theirs).mean() > 0.999
+
+
+def test_both_are_widened_if_one_is_float64():
+    """An index of float32 points is of no use then, but stands in for its points."""
+    query, points = pair("near", 300, 700)
+    for dtypes in (("float64", "float32"), ("float32", "float64"), ("bfloat16", "float64")):
+        a, b = query.astype(DTYPES[dtypes[0]]), points.astype(DTYPES[dtypes[1]])
+        wide = gpu3d.knn(a.astype(np.float64), b.astype(np.float64), 6)
+        assert_same_bits(gpu3d.knn(a, b, 6), wide)
+        assert_same_bits(gpu3d.knn(a, gpu3d.neighbor_index(b), 6), wide)
+        assert_same_bits(gpu3d.radius_search(a, gpu3d.neighbor_index(b), 0.3), gpu3d.radius_search(a, b, 0.3))
+        assert wide.distances.dtype == np.float64
+    index = gpu3d.neighbor_index(points.astype(np.float64))
+    assert_same_bits([gpu3d.chamfer(query, index)], [gpu3d.chamfer(query, points.astype(np.float64))])
+
+
 def test_map_coordinates_keep_their_millimetres():
     """float64 coordinates near 5e6 m, where float32 has steps of half a metre."""
     rng = np.random.default_rng(0)
@@ -387,7 +434,7 @@ def test_map_coordinates_keep_their_millimetres():
     shift = [5e6, 4.5e6, 300]
     query, points = near[:900], near[500:]
     moved = gpu3d.knn(query + shift, points + shift, 8)
-    here = gpu3d.knn(query.astype(np.float32), points.astype(np.float32), 8)
+    here = gpu3d.knn(query, points, 8)
     assert_same_bits(moved, here)
     assert_same_bits(gpu3d.radius_search(query + shift, points + shift, 3.0), gpu3d.radius_search(query, points, 3.0))
     check_knn(query + shift, points + shift, 8)
@@ -559,12 +606,13 @@ def gradients(ddistances, query, points, found, query_lengths=None, lengths=None
         else (op.check_knn_backward, op.knn_backward_arrays)
     )
     given = read(ddistances, query, points, *found)
-    return pull(*given, *check(*given, *sides))
+    check(*given, *sides)
+    return pull(*given)
 
 
 def upstream(found, seed=0):
     """A gradient of the distances of a search."""
-    return np.random.default_rng(seed).normal(size=found.distances.shape).astype(np.float32)
+    return np.random.default_rng(seed).normal(size=found.distances.shape).astype(found.distances.dtype)
 
 
 def pairs_of(found, n):
@@ -615,17 +663,19 @@ def test_gradients_are_those_of_the_differences(dimensions, dtype):
             ddistances = upstream(found)
             got = gradients(ddistances, query, points, found, **lengths)
             near = float(np.nanmin(np.where(found.distances > 0, found.distances, np.nan)))
-            rounded = 16 * float(np.finfo(np.float32).eps) / near
+            rounded = 16 * float(np.finfo(found.distances.dtype).eps) / near
             expected = explicit(ddistances, query, points, found)
             for x, of, (total, size) in zip(got, (query, points), expected, strict=True):
                 assert x.dtype == of.dtype and x.shape == of.shape
-                eps = {2: 2.0**-8 if of.dtype == _arrays.BFLOAT16 else 2.0**-11}.get(of.dtype.itemsize, 2.0**-23)
-                assert (abs(x.astype(np.float64) - total) <= (rounded + eps) * size + 1e-7).all()
+                halves = 2.0**-8 if of.dtype == _arrays.BFLOAT16 else 2.0**-11
+                eps = {2: halves, 4: 2.0**-23, 8: 2.0**-50}[of.dtype.itemsize]
+                least = 1e-7 if of.dtype.itemsize == 2 else 0
+                assert (abs(x.astype(np.float64) - total) <= (rounded + eps) * size + least).all()
                 assert (x != 0).mean() > 0.5
 
 
 def test_gradients_against_finite_differences():
-    """The gradient of a smooth function of the distances to all points; distances are float32."""
+    """The gradient of a smooth function of the distances to all points, in float64."""
     rng = np.random.default_rng(0)
     x, y, *directions = rng.normal(size=(4, 12, 3))
     y[:, 0] += 4  # no distance is near 0
@@ -638,7 +688,7 @@ def test_gradients_against_finite_differences():
     got = gradients(2 * found.distances, x, y, found)
     slope = sum((z * d).sum() for z, d in zip(got, directions, strict=True))
     difference = (energy(0.01)[0] - energy(-0.01)[0]) / 0.02  # exact for a square, except for rounding
-    np.testing.assert_allclose(slope, difference, rtol=1e-4)
+    np.testing.assert_allclose(slope, difference, rtol=1e-10)
 
 
 def test_gradients_far_from_the_origin():

@@ -15,6 +15,7 @@ from test_neighbors import (
     KINDS,
     KS,
     RAGGED,
+    STRAYS,
     assert_refused,
     assert_same_bits,
     check_empty,
@@ -24,6 +25,7 @@ from test_neighbors import (
     ragged,
     searches,
     special,
+    surveyed,
     upstream,
 )
 
@@ -164,7 +166,7 @@ def test_levels_of_two_batches(cp):
     """Chamfer and APML prepare both sides together: a cloud's levels then begin behind those of other clouds."""
     rng = cp.random.default_rng(0)
     lengths = (40_000, 2**20 + 9), (2**20 + 70_001, 50_000)
-    x, y = (rng.random((sum(n), 3), dtype=cp.float32) * cp.float32([9, 9, 1]) for n in lengths)
+    x, y = (rng.random((sum(n), 3), dtype=cp.float32) * cp.asarray([9, 9, 1], cp.float32) for n in lengths)
     losses = gpu3d.chamfer(x, y, x_lengths=lengths[0], y_lengths=lengths[1], reduction="none")
     for b, (n, m) in enumerate(zip(*lengths, strict=True)):
         one, other = x[:n] if b == 0 else x[-n:], y[:m] if b == 0 else y[-m:]
@@ -173,10 +175,37 @@ def test_levels_of_two_batches(cp):
         np.testing.assert_allclose(float(losses[b]), float(sum(means)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("n", [900, 5000, 40_000])
+@pytest.mark.parametrize("stray", STRAYS)
+def test_float64_decides_wherever_a_stray_point_lies(cp, stray, n):
+    """In one node, in several, and in several branches."""
+    cloud, extra = surveyed(n), np.array(STRAYS[stray]).reshape(-1, 3)
+    points = np.concatenate([cloud[: n // 2], extra, cloud[n // 2 :]])
+    query = np.concatenate([points[-300:], points[n // 2 - 5 : n // 2 + 5], cloud[:: n // 50] + 0.01])
+    for k in (1, 2, 16, 33, 300, 1024) if n < 40_000 else (1, 16, 65):
+        check_knn(cp, query, points, k, note=stray)
+    check_knn(cp, points[:3000], points[:3000], 5, note=stray, exclude_self=True)
+    for radius in (0.1, 1.0) if n > 900 else (0.1, 1e29, 1e155, math.inf):
+        check_radius(cp, query, points, radius, note=stray)
+        check(cp, gpu3d.radius_search, query, points, radius, max_neighbors=20, note=stray)
+
+
+def test_both_are_widened_if_one_is_float64(cp):
+    query, points = pair("near", 3000, 7000)
+    for x, y in ((query.astype(np.float64), points), (query, points.astype(np.float64))):
+        check_knn(cp, x, y, 7)
+        check_radius(cp, x, y, 0.3)
+        wanted = gpu3d.knn(x, y, 7)
+        index = gpu3d.neighbor_index(cp.asarray(y))
+        assert_same_bits(to_host(gpu3d.knn(cp.asarray(x), index, 7)), wanted)
+        assert_same_bits(to_host(gpu3d.radius_search(cp.asarray(x), index, 0.3)), gpu3d.radius_search(x, y, 0.3))
+        assert_same_bits([gpu3d.chamfer(cp.asarray(x), index).get()], [gpu3d.chamfer(x, y)])
+
+
 def test_a_far_point_costs_the_others_nothing(cp):
     """The index sorts by robust bounds: without them all points but the far ones would share a voxel."""
     points = cp.random.default_rng(0).random((300_000, 3), dtype=cp.float32)
-    points[[5, 77_777]] = cp.float32([[1e30, 0, 0], [0, -99999, 3]])
+    points[[5, 77_777]] = cp.asarray([[1e30, 0, 0], [0, -99999, 3]], cp.float32)
 
     def milliseconds():
         start, end = cp.cuda.Event(), cp.cuda.Event()

@@ -223,29 +223,33 @@ def test_searches(lengths):
         for index, same in ((False, False), (True, False), (False, True), (True, True)):
             if same and x.dtype != y.dtype:
                 continue
+            if index and neighbors.is_wide(x) > neighbors.is_wide(y):  # then the index is of no use
+                continue
+            dtype = op_neighbors.distance_dtype(x, y)
             queries, query_lengths = (y, lengths[1]) if same else (x, lengths[0])
             n, inputs = sum(query_lengths), [queries, memory if index else y]
             how = {"index": index, "same": same}
             arguments = queries, query_lengths, y, lengths[1]
             for k in (1, 2, 32, 33, 1024):
                 call = neighbors.knn(*arguments, k, device, **how)
-                plans.check(call, inputs, op_neighbors.knn_results(n, k), device)
+                plans.check(call, inputs, op_neighbors.knn_results(n, k, dtype), device)
             radii = (Spec((n,), FLOATS[0]), Spec((n,), FLOATS[1]), Spec((n,), FLOATS[2], (6,)))[n % 3]
             kinds = neighbors.Limits(0.5), neighbors.Limits(1e30, None, same), neighbors.Limits(radii=radii)
             limits = kinds[next(turns) % 3]
             own = [] if limits.radii is None else [radii]
             for k in (1, 16, 65):
                 call = neighbors.knn(*arguments, k, device, limits=limits, **how)
-                plans.check(call, inputs + own, op_neighbors.knn_results(n, k), device)
+                plans.check(call, inputs + own, op_neighbors.knn_results(n, k, dtype), device)
             for most in (0, 1, 1000):
                 call = neighbors.radius(*arguments, limits, most, device, **how)
-                plans.check(call, inputs + own, op_neighbors.radius_results(n, most), device)
+                plans.check(call, inputs + own, op_neighbors.radius_results(n, most, dtype), device)
             call, kept = neighbors.radius_count(*arguments, limits, device, **how)
             offsets, total = Spec((n + 1,), INT64), Spec((1,), INT64)
             plans.check(call, inputs + own, [offsets, total, *kept], device)
-            call = neighbors.radius_fill(query_lengths, y, lengths[1], limits, 77)
-            ready = [offsets, memory if same else kept[0], memory, *own]
-            plans.check(call, ready, op_neighbors.radius_results(n, 77)[1:], device)
+            call = neighbors.radius_fill(query_lengths, dtype == FLOATS[1], lengths[1], limits, 77)
+            searched = memory if index else kept[-1]
+            ready = [offsets, searched if same else kept[0], searched, *own]
+            plans.check(call, ready, op_neighbors.radius_results(n, 77, dtype)[1:], device)
 
 
 @pytest.mark.parametrize("lengths", [lengths for lengths, _ in CLOUDS.values()], ids=CLOUDS)
@@ -266,17 +270,18 @@ def test_gradients_of_searches(lengths):
     n, device = sum(lengths[0]), DEVICES["sm_90a"]
     for x, y in pairs_of(lengths):
         for k, room in ((1, 0), (3, 1), (64, 1000)):
-            distances, indices = op_neighbors.knn_results(n, k)
+            dtype = op_neighbors.distance_dtype(x, y)
+            distances, indices = op_neighbors.knn_results(n, k, dtype)
             views = strided((n, k), "f4"), Spec((n, k), FLOATS[2]), Spec((n, k), FLOATS[0], (0, 0)), distances
-            for given, saved in itertools.product(views, (distances, distances._replace(strides=(8 * k, 8)))):
+            for given, saved in itertools.product(views, (distances, distances._replace(strides=(16 * k, 16)))):
                 inputs = [given, x, y, saved, indices]
-                call = neighbors.knn_backward(*inputs, *lengths)
+                call = neighbors.knn_backward(*inputs)
                 plans.check(call, inputs, op_neighbors.backward_results(x, y), device)
-            offsets, indices, distances = op_neighbors.radius_results(n, room)
+            offsets, indices, distances = op_neighbors.radius_results(n, room, dtype)
             views = strided((room,), "f4"), Spec((room,), FLOATS[1]), Spec((room,), FLOATS[0], (0,)), distances
             for given, saved in itertools.product(views, (offsets, offsets._replace(misalignment=4))):
                 inputs = [given, x, y, saved, indices, distances]
-                call = neighbors.radius_backward(*inputs, *lengths)
+                call = neighbors.radius_backward(*inputs)
                 plans.check(call, inputs, op_neighbors.backward_results(x, y), device)
 
 
@@ -284,18 +289,19 @@ def test_grids_of_gradients():
     """One plan serves all smaller lengths. Its grids cover all their entries, queries and points."""
     for n, m, k in ((1, 1, 1), (1000, 3000, 5), (1023, 3071, 5), (70_000, 9, 64)):
         for dtype in (FLOATS[0], FLOATS[1]):
-            x, y, (distances, indices) = Spec((n, 3), dtype), Spec((m, 3), dtype), op_neighbors.knn_results(n, k)
-            call = neighbors.knn_backward(distances, x, y, distances, indices, (n,), (m,))
+            x, y = Spec((n, 3), dtype), Spec((m, 3), dtype)
+            distances, indices = op_neighbors.knn_results(n, k, dtype)
+            call = neighbors.knn_backward(distances, x, y, distances, indices)
             launches = {step.kernel.function: step for step in call.plan.steps if hasattr(step, "kernel")}
             threads = {name: step.grid * step.block for name, step in launches.items()}
-            lanes = launches["backward_queries"].args[5]
+            lanes = launches["backward_queries"].args[3]
             assert lanes & (lanes - 1) == 0 and min(k, 32) <= lanes <= 32
             assert threads["backward_largest"] >= n * k and threads["backward_points"] >= m
             assert threads["backward_queries"] >= n * lanes
     calls = [
-        neighbors.knn_backward(distances, Spec((n, 3), dtype), y, distances, indices, (n,), (m,)).plan
+        neighbors.knn_backward(distances, Spec((n, 3), dtype), y, distances, indices).plan
         for n in range(1000, 5000)
-        for distances, indices in [op_neighbors.knn_results(n, 4)]
+        for distances, indices in [op_neighbors.knn_results(n, 4, dtype)]
     ]
     assert len(set(calls)) < 15
 

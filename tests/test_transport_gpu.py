@@ -32,6 +32,7 @@ from test_transport import (
 
 import gpu3d
 from gpu3d import _arrays, transport
+from gpu3d.reference import transport as reference
 
 pytestmark = pytest.mark.gpu
 
@@ -287,11 +288,12 @@ def test_how_much_room_there_is_changes_no_bit(cp, kind, n):
         assert all(np.isfinite(z).all() and z.any() for z in first)
 
 
-def test_outliers_that_hold_the_whole_cloud(cp):
+def test_outliers_that_hold_the_whole_cloud(cp, monkeypatch):
     check_outliers(cp.asarray)
     check_room(*outliers(), **on_gpu(cp))
     check(*outliers(), **on_gpu(cp))
     x, y = outliers()
+    monkeypatch.setattr(reference, "default_limit", lambda points: 64 * points)
     with pytest.raises(ValueError) as on_cpu:
         gpu3d.apml(x, y)
     with pytest.raises(ValueError) as here:

@@ -167,9 +167,9 @@ def _search(name: str, **options: Any) -> Case:
 
     def backward(at: Any, dout: Any, found: Any, x: Any, y: Any) -> Any:
         arrays = [_arrays.read(z, "an array") for z in (dout, x, y, *found)]
-        return backward_arrays(*arrays, *map(tuple, _clouds_of_search(at)))
+        return backward_arrays(*arrays)
 
-    return Case(lambda at: [(sum(n), 3) for n in _clouds_of_search(at)], forward, backward, float64=False)
+    return Case(lambda at: [(sum(n), 3) for n in _clouds_of_search(at)], forward, backward)
 
 
 def inputs_of(case: Case, at: Any, dtype: Any = torch.float32) -> list[torch.Tensor]:

@@ -75,8 +75,9 @@ def _counts(points: Any, radius: float) -> np.ndarray:
     """How many other points lie within the radius of each point."""
     index, counts = gpu3d.neighbor_index(points), []
     for begin in range(0, len(points), _QUERIES):
-        offsets = gpu3d.radius_search(points[begin : begin + _QUERIES], index, radius).offsets
-        counts.append(np.diff(devices.fetch(offsets)) - 1)  # a point finds itself
+        found = gpu3d.radius_search(points[begin : begin + _QUERIES], index, radius)
+        assert isinstance(found, gpu3d.RadiusNeighbors)  # Neighbors come with max_neighbors
+        counts.append(np.diff(devices.fetch(found.offsets)) - 1)  # a point finds itself
     return np.concatenate(counts).astype(np.int32)
 
 

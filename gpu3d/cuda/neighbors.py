@@ -36,7 +36,8 @@ RADIUS_LANES = 8  # lanes that share a query in the gradient of radius_search
 MAX_POINTS = 2**31 - 1  # points of two batches that are prepared together
 
 INDEX_FORMAT = "56s"  # struct Index of neighbors.cuh
-ROW_BYTES, BOX_BYTES = 16, 48
+ROW_BYTES, BOX_BYTES = 16, 48  # of floats; twice as many of doubles
+_REAL = ("REAL", 1)  # the macro of kernels that search in float64
 _ENTRIES = "<QQQQqii"  # struct Entries of neighbors_backward.cu
 _RADIUS_WARPS = RADIUS_THREADS // 32
 _ZORDER_DIV = ("KEY", HASHES.index("zorder_div"))
@@ -54,30 +55,46 @@ _SIGNATURES = {
     "radius_fill": "QcixcifQQiqQ",
     "radius_sort": "QiqQQQQ",
     "backward_largest": "eQ",
-    "backward_queries": "eQQQciQQQ",
+    "backward_queries": "eQQiQQQ",
     "backward_points": "eiQQQ",
 }
+_SIGNATURES_OF_REAL = {"radius_fill": "QcixcifQQiqQQ", "radius_sort": "QiqQQQQQ"}  # these take squares too
 
 
 def configurations() -> list[Configuration]:
     """Every module that this file uses."""
     found = [Configuration("neighbors_index", (("POINT", p),)) for p in range(len(FLOATS))]
-    found += [Configuration("neighbors_knn", (("LISTS", lists),)) for lists in range(2)]
-    found += [Configuration("neighbors_many", (("LISTS", 1 << power),)) for power in range(1, 6)]
-    found += [Configuration("neighbors_backward", (_of(dtype),)) for dtype in (FLOAT32, FLOAT64)]
-    return [*found, Configuration("neighbors_radius")]
+    found.append(Configuration("neighbors_index", of_real(True, _of(FLOAT64))))
+    for wide in (False, True):
+        found += [Configuration("neighbors_knn", of_real(wide, ("LISTS", lists))) for lists in range(2)]
+        found += [Configuration("neighbors_many", of_real(wide, ("LISTS", 1 << power))) for power in range(1, 6)]
+        found.append(Configuration("neighbors_radius", of_real(wide)))
+    return [*found, *(Configuration("neighbors_backward", (_of(dtype),)) for dtype in (FLOAT32, FLOAT64))]
 
 
 @functools.cache
 def _kernel(function: str, macros: Macros = (), shared_mem: int = 0) -> Kernel:
     """A kernel of neighbors_<prefix of its name>.cu."""
-    formats = _SIGNATURES[function].replace("c", clouds.FORMAT).replace("x", INDEX_FORMAT)
+    formats = _SIGNATURES[function]
+    if _REAL in macros:
+        formats = _SIGNATURES_OF_REAL.get(function, formats).replace("f", "d")
+    formats = formats.replace("c", clouds.FORMAT).replace("x", INDEX_FORMAT)
     formats = formats.replace("e", f"{struct.calcsize(_ENTRIES)}s")
     return Kernel("neighbors_" + function.split("_")[0], function, formats, macros, shared_mem)
 
 
 def _of(dtype: np.dtype) -> tuple[str, int]:
     return "POINT", FLOATS.index(dtype)
+
+
+def of_real(wide: bool, *macros: tuple[str, int]) -> Macros:
+    """The macros of a kernel that computes in float32, or in float64 if `wide`."""
+    return (*macros, _REAL) if wide else macros
+
+
+def is_wide(*arrays: Spec) -> bool:
+    """Whether a search among these arrays computes in float64: if one of them is that."""
+    return any([array.dtype == FLOAT64 for array in arrays])
 
 
 # ---- layouts -------------------------------------------------------------------------------------------------------
@@ -193,21 +210,25 @@ class Index(NamedTuple):
         return Packed("<QQQQQQii", (*self[:3], *levels, self.branches_before, self.clouds_before))
 
 
-def index_bytes(layout: Layout, dtype: np.dtype) -> int:
+def index_bytes(layout: Layout, dtype: np.dtype, wide: bool = False) -> int:
     """The bytes of an index of points of this dtype."""
-    return _offsets(layout)[-1] + (24 * layout.clouds if dtype == FLOAT64 else 0)
+    return _offsets(layout, wide)[-1] + (24 * layout.clouds if dtype == FLOAT64 and not wide else 0)
 
 
-def index_at(memory: Pointer, layout: Layout, dtype: np.dtype, batch: Number | Packed) -> Index:
-    """The index in this memory: rows, then boxes, then origins. `batch` is from `argument`."""
-    rows, tiles, nodes, *levels, origins = (memory + offset for offset in _offsets(layout))
-    return Index(rows, tiles, nodes, tuple(levels), batch, origins if dtype == FLOAT64 else None)
+def index_at(memory: Pointer, layout: Layout, dtype: np.dtype, batch: Number | Packed, wide: bool = False) -> Index:
+    """The index in this memory: rows, then boxes, then origins. `batch` is from `argument`.
+
+    If it is `wide`, rows and boxes are of doubles, and there are no origins.
+    """
+    rows, tiles, nodes, *levels, origins = (memory + offset for offset in _offsets(layout, wide))
+    return Index(rows, tiles, nodes, tuple(levels), batch, origins if dtype == FLOAT64 and not wide else None)
 
 
-def _offsets(layout: Layout) -> tuple[int, ...]:
+def _offsets(layout: Layout, wide: bool = False) -> tuple[int, ...]:
     """Where the rows, the boxes of tiles, nodes and each level, and the origins of an index begin."""
-    boxes = [BOX_BYTES * count for count in (layout.slots // TILE, layout.nodes, *layout.levels)]
-    return 0, *itertools.accumulate(boxes, initial=ROW_BYTES * layout.slots)
+    row, box = (size << wide for size in (ROW_BYTES, BOX_BYTES))
+    boxes = [box * count for count in (layout.slots // TILE, layout.nodes, *layout.levels)]
+    return 0, *itertools.accumulate(boxes, initial=row * layout.slots)
 
 
 def argument(steps: Steps, name: str, layout: Layout) -> Number | Packed:
@@ -236,15 +257,16 @@ def add_queries(
     batch: Number | Packed,
     origins: Pointer | None,
     rows: Pointer | None = None,
+    wide: bool = False,
 ) -> Pointer:
     """Add the rows of contiguous points [N, 3], in this order, that search clouds with these origins.
 
     The rows are written to `rows`, or to workspace.
     """
     if rows is None:
-        rows = steps.workspace("queries", ROW_BYTES * layout.slots)
-    args = points, points, order, batch, layout.clouds, origins, rows, None, None
-    steps.launch(_kernel("index_nodes", (_of(dtype),)), grid=layout.nodes, block=INDEX_THREADS, args=args)
+        rows = steps.workspace("queries", (ROW_BYTES << wide) * layout.slots)
+    args, kernel = (points, points, order, batch, layout.clouds, origins, rows, None, None), "index_nodes"
+    steps.launch(_kernel(kernel, of_real(wide, _of(dtype))), grid=layout.nodes, block=INDEX_THREADS, args=args)
     return rows
 
 
@@ -257,14 +279,15 @@ def add_index(
     layout: Layout,
     batch: Number | Packed,
     memory: Pointer | None = None,
+    wide: bool = False,
 ) -> Index:
     """Add the index of contiguous points [N, 3] in this order, to `memory` of `index_bytes` or to workspace."""
     if memory is None:
-        memory = steps.workspace("index", index_bytes(layout, dtype))
-    index = index_at(memory, layout, dtype, batch)
+        memory = steps.workspace("index", index_bytes(layout, dtype, wide))
+    index = index_at(memory, layout, dtype, batch, wide)
     if index.origins is not None:
         arrays.add_origins(steps, points, batch, layout.clouds, layout.nodes, index.origins)
-    _add_boxes(steps, (points, points), layout.clouds, dtype, order, layout, index)
+    _add_boxes(steps, (points, points), layout.clouds, of_real(wide, _of(dtype)), order, layout, index)
     return index
 
 
@@ -303,7 +326,7 @@ def add_pair(
     if memory is None:
         memory = steps.workspace("index", pair_bytes(both))
     index = index_at(memory, both, FLOATS[0], batch)._replace(origins=origins)
-    _add_boxes(steps, points, first.clouds, dtype, order, both, index)
+    _add_boxes(steps, points, first.clouds, (_of(dtype),), order, both, index)
     x = index._replace(clouds=argument(steps, names[0], first))
     parts = [Number(f"{names[0]} {part}") for part in ("rows", "boxes of tiles", "boxes of nodes")]
     rows, tiles, nodes = (start + part for start, part in zip(index[:3], parts, strict=True))
@@ -315,17 +338,17 @@ def _add_boxes(
     steps: Steps,
     points: tuple[Pointer, Pointer],
     second: int,
-    dtype: np.dtype,
+    macros: Macros,
     order: Pointer | None,
     layout: Layout,
     index: Index,
 ) -> None:
     """Add rows and boxes of an index. `second` is the first cloud of the second batch of points."""
     args: tuple[Any, ...] = *points, order, index.clouds, second, index.origins, index.rows, index.tiles, index.nodes
-    steps.launch(_kernel("index_nodes", (_of(dtype),)), grid=layout.nodes, block=INDEX_THREADS, args=args)
+    steps.launch(_kernel("index_nodes", macros), grid=layout.nodes, block=INDEX_THREADS, args=args)
     for level, boxes in enumerate(index.levels):
         room, below = layout.levels[level], index.levels[level - 1] if level else index.nodes
-        grid, kernel = -(-room // (LEVEL_THREADS // 32)), _kernel("index_level", (_of(dtype),))
+        grid, kernel = -(-room // (LEVEL_THREADS // 32)), _kernel("index_level", macros)
         steps.launch(kernel, grid=grid, block=LEVEL_THREADS, args=(below, index.clouds, level, room, boxes))
 
 
@@ -347,8 +370,8 @@ def side(spec: Spec, lengths: tuple[int, ...], index: bool, device: Device | Non
 
 
 def index_memory(points: Spec, lengths: tuple[int, ...]) -> Spec:
-    """The spec of the memory of an index of these points."""
-    return Spec((index_bytes(layout(lengths, None)[0], points.dtype),), UINT8)
+    """The spec of the memory of an index of these points, for searches in their dtype."""
+    return Spec((index_bytes(layout(lengths, None)[0], points.dtype, is_wide(points)),), UINT8)
 
 
 def neighbor_index(points: Spec, lengths: tuple[int, ...], device: Device) -> Call:
@@ -360,18 +383,18 @@ def neighbor_index(points: Spec, lengths: tuple[int, ...], device: Device) -> Ca
 @functools.lru_cache(maxsize=256)
 def _index_plan(points: Side) -> Plan:
     steps = Steps(inputs=1, results=1)
-    _add_points(steps, Input(0), points, Result(0))
+    _add_points(steps, Input(0), points, is_wide(points.spec), Result(0))
     return steps.plan()
 
 
-def _add_points(steps: Steps, source: Pointer, points: Side, memory: Pointer | None = None) -> Index:
+def _add_points(steps: Steps, source: Pointer, points: Side, wide: bool, memory: Pointer | None = None) -> Index:
     """The index at `source`, or the steps that make the index of the points there."""
-    dtype, batch = points.spec.dtype, argument(steps, "points", points.layout)
+    dtype, batch = FLOAT64 if wide else points.spec.dtype, argument(steps, "points", points.layout)
     if points.indexed:
-        return index_at(source, points.layout, dtype, batch)
+        return index_at(source, points.layout, dtype, batch, wide)
     contiguous = arrays.add_rows(steps, source, arrays.rows(points.spec, dtype, 3), None, Number("points points"))
     order = add_order(steps, contiguous, dtype, "points", points.layout)
-    return add_index(steps, contiguous, dtype, order, "points", points.layout, batch, memory)
+    return add_index(steps, contiguous, dtype, order, "points", points.layout, batch, memory, wide)
 
 
 class Queries(NamedTuple):
@@ -389,15 +412,20 @@ def _add_search(
 
     The results are written to `rows` and `memory`, or to workspace.
     """
-    index = _add_points(steps, Input(1), points, memory)
+    wide = _is_wide(query, points)
+    index = _add_points(steps, Input(1), points, wide, memory)
     if query is None:
         return Queries(index.rows, index.clouds, Number("points slots")), index
-    # If a float64 origin is subtracted, coordinates are float64 until then.
-    dtype = FLOAT64 if points.spec.dtype == FLOAT64 else query.spec.dtype
+    dtype = FLOAT64 if wide else query.spec.dtype
     contiguous = arrays.add_rows(steps, Input(0), arrays.rows(query.spec, dtype, 3), None, Number("query points"))
     order, batch = add_order(steps, contiguous, dtype, "query", query.layout), argument(steps, "query", query.layout)
-    rows = add_queries(steps, contiguous, dtype, order, query.layout, batch, index.origins, rows)
+    rows = add_queries(steps, contiguous, dtype, order, query.layout, batch, None, rows, wide)
     return Queries(rows, batch, Number("query slots")), index
+
+
+def _is_wide(query: Side | None, points: Side) -> bool:
+    """Whether the search computes in float64. Then an index that is given is one of float64 points."""
+    return is_wide(points.spec) or (query is not None and is_wide(query.spec))
 
 
 def _sides(
@@ -441,10 +469,10 @@ class Limits(NamedTuple):
     radii: Spec | None = None
     exclude_self: bool = False
 
-    @property
-    def numbers(self) -> dict[str, Any]:
+    def numbers(self, wide: bool) -> dict[str, Any]:
         """The numbers that steps of the search refer to."""
-        radius2 = math.inf if self.radius == math.inf else float(squared_radius(self.radius))
+        dtype = FLOAT64 if wide else FLOAT32
+        radius2 = math.inf if self.radius == math.inf else float(squared_radius(self.radius, dtype))
         return {"radius2": radius2, "exclude": int(self.exclude_self)}
 
     def column(self, queries: int) -> Spec | None:
@@ -462,10 +490,11 @@ def _column(spec: Spec) -> Spec:
 
 
 def _add_limits(
-    steps: Steps, source: Pointer, radii: Spec | None, number: Number
+    steps: Steps, source: Pointer, radii: Spec | None, number: Number, wide: bool
 ) -> tuple[Number, Number, Pointer | None]:
     """The arguments exclude, radius2 and radii of a search's kernel; converts the radii [number] at `source`."""
-    at = None if radii is None else arrays.add_rows(steps, source, arrays.rows(radii, FLOAT32, 1), None, number)
+    dtype = FLOAT64 if wide else FLOAT32
+    at = None if radii is None else arrays.add_rows(steps, source, arrays.rows(radii, dtype, 1), None, number)
     return Number("exclude"), Number("radius2"), at
 
 
@@ -503,15 +532,17 @@ def _knn(
 ) -> Call:
     of_query, of_points, numbers = _sides(query, query_lengths, points, lengths, index, same, device)
     radii = limits.column(_of_queries(of_query, of_points).points)
-    return Call(_knn_plan(of_query, of_points, radii, lists_of(k), k <= 2), {**numbers, **limits.numbers, "k": k})
+    numbers |= {**limits.numbers(_is_wide(of_query, of_points)), "k": k}
+    return Call(_knn_plan(of_query, of_points, radii, lists_of(k), k <= 2), numbers)
 
 
 @functools.lru_cache(maxsize=256)
 def _knn_plan(query: Side | None, points: Side, radii: Spec | None, lists: int, few: bool) -> Plan:
     steps = Steps(inputs=2 if radii is None else 3, results=2)
     queries, index = _add_search(steps, query, points)
-    limits = _add_limits(steps, Input(2), radii, _number_of_queries(query))
-    add_knn(steps, queries, _of_queries(query, points), index, lists, few, limits, (Result(0), Result(1)))
+    wide = _is_wide(query, points)
+    limits = _add_limits(steps, Input(2), radii, _number_of_queries(query), wide)
+    add_knn(steps, queries, _of_queries(query, points), index, lists, few, limits, (Result(0), Result(1)), wide)
     return steps.plan()
 
 
@@ -532,23 +563,23 @@ def add_knn(
     few: bool,
     limits: tuple[Any, Any, Pointer | None],
     results: tuple[Pointer, Pointer],
+    wide: bool = False,
 ) -> None:
     """Add the search for the `Number("k")` nearest of each query: distances and indices. `layout` is of the queries.
 
     `lists` is from `lists_of`, and `few` says that k <= 2. `limits` are the kernel's arguments exclude, radius2 and
-    radii.
+    radii. `wide`: the rows and the distances are float64.
     """
     group, blocks = _grouped(layout.slots, few)
-    walk, launch = (
-        (*queries, group, index.packed, index.clouds, Number("k")),
-        functools.partial(steps.launch, grid=blocks),
-    )
-    macros = (("LISTS", lists),)
+    walk, launch = (*queries, group, index.packed, index.clouds, Number("k")), steps.launch
+    macros = of_real(wide, ("LISTS", lists))
     if lists > 1:
-        kernel = _kernel("many_neighbors", macros, KNN_THREADS // 32 * 8 * 2 * (32 * lists + 32))
-        launch(kernel, block=KNN_THREADS, args=(*walk, *limits, *results))
+        halves = 2 if wide and lists == 32 else 1  # blocks of half the size, whose shared memory every GPU has
+        shared = KNN_THREADS // halves // 32 * (8 << wide) * 2 * (32 * lists + 32)
+        kernel, threads = _kernel("many_neighbors", macros, shared), KNN_THREADS // halves
+        launch(kernel, grid=blocks * halves, block=threads, args=(*walk, *limits, *results))
     else:
-        launch(_kernel("knn", macros), block=KNN_THREADS, args=(*walk, 0, *limits, *results))
+        launch(_kernel("knn", macros), grid=blocks, block=KNN_THREADS, args=(*walk, 0, *limits, *results))
 
 
 def add_knn_both(
@@ -598,7 +629,7 @@ def radius(
     """Inputs as in `knn`. Results: offsets, and `max_entries` indices and distances."""
     of_query, of_points, numbers = _sides(query, query_lengths, points, lengths, index, same, device)
     radii = limits.column(_of_queries(of_query, of_points).points)
-    numbers |= {**limits.numbers, "room": max_entries}
+    numbers |= {**limits.numbers(_is_wide(of_query, of_points)), "room": max_entries}
     return Call(_radius_plan(of_query, of_points, radii, _capacity(max_entries)), numbers)
 
 
@@ -620,24 +651,25 @@ def radius_count(
     """
     of_query, of_points, numbers = _sides(query, query_lengths, points, lengths, index, same, device)
     radii = limits.column(_of_queries(of_query, of_points).points)
-    kept = [] if of_query is None else [Spec((ROW_BYTES * of_query.layout.slots,), UINT8)]
+    wide = _is_wide(of_query, of_points)
+    kept = [] if of_query is None else [Spec(((ROW_BYTES << wide) * of_query.layout.slots,), UINT8)]
     if not index:
-        kept.append(index_memory(points, lengths))
-    return Call(_radius_count_plan(of_query, of_points, radii), {**numbers, **limits.numbers}), kept
+        kept.append(Spec((index_bytes(of_points.layout, points.dtype, wide),), UINT8))
+    return Call(_radius_count_plan(of_query, of_points, radii), {**numbers, **limits.numbers(wide)}), kept
 
 
 def radius_fill(
-    query_lengths: tuple[int, ...], points: Spec, lengths: tuple[int, ...], limits: Limits, entries: int
+    query_lengths: tuple[int, ...], wide: bool, lengths: tuple[int, ...], limits: Limits, entries: int
 ) -> Call:
-    """The second of two calls. Results: indices, distances [entries].
+    """The second of two calls. Results: indices, distances [entries]. `wide`: the search is in float64.
 
     Inputs: offsets, the queries' rows, the index, and radii if the limits have any. If the queries are the points of
     the index, their rows are at the beginning of the index.
     """
     (queries, query_tables), (searched, tables) = layout(query_lengths, None), layout(lengths, None)
-    numbers = {**query_tables.numbers("query"), **tables.numbers("points"), **limits.numbers, "room": entries}
+    numbers = {**query_tables.numbers("query"), **tables.numbers("points"), **limits.numbers(wide), "room": entries}
     radii = limits.column(queries.points)
-    return Call(_radius_fill_plan(queries, searched, points.dtype, radii, _capacity(entries)), numbers)
+    return Call(_radius_fill_plan(queries, searched, wide, radii, _capacity(entries)), numbers)
 
 
 def _capacity(entries: int) -> int:
@@ -650,9 +682,10 @@ def _radius_plan(query: Side | None, points: Side, radii: Spec | None, capacity:
     steps = Steps(inputs=2 if radii is None else 3, results=3)
     queries, index = _add_search(steps, query, points)
     layout, n, total = _of_queries(query, points), _number_of_queries(query), steps.workspace("total", 8)
-    walk = *queries, index.packed, index.clouds, *_add_limits(steps, Input(2), radii, n)
-    _add_count(steps, walk, n, layout, Result(0), total)
-    _add_fill(steps, walk, n, layout, capacity, Result(0), (Result(1), Result(2)))
+    wide = _is_wide(query, points)
+    walk = *queries, index.packed, index.clouds, *_add_limits(steps, Input(2), radii, n, wide)
+    _add_count(steps, walk, n, layout, wide, Result(0), total)
+    _add_fill(steps, walk, n, layout, wide, capacity, Result(0), (Result(1), Result(2)))
     arrays.add_overflow(steps, total, Number("room"), n, layout.points, Result(0))
     return steps.plan()
 
@@ -664,19 +697,20 @@ def _radius_count_plan(query: Side | None, points: Side, radii: Spec | None) -> 
     memory = None if points.indexed else Result(3 if query else 2)
     queries, index = _add_search(steps, query, points, rows, memory)
     n = _number_of_queries(query)
-    walk = *queries, index.packed, index.clouds, *_add_limits(steps, Input(2), radii, n)
-    _add_count(steps, walk, n, _of_queries(query, points), Result(0), Result(1))
+    wide = _is_wide(query, points)
+    walk = *queries, index.packed, index.clouds, *_add_limits(steps, Input(2), radii, n, wide)
+    _add_count(steps, walk, n, _of_queries(query, points), wide, Result(0), Result(1))
     return steps.plan()
 
 
 @functools.lru_cache(maxsize=256)
-def _radius_fill_plan(query: Layout, points: Layout, dtype: np.dtype, radii: Spec | None, capacity: int) -> Plan:
+def _radius_fill_plan(query: Layout, points: Layout, wide: bool, radii: Spec | None, capacity: int) -> Plan:
     steps = Steps(inputs=3 if radii is None else 4, results=2)
     queries = Queries(Input(1), argument(steps, "query", query), Number("query slots"))
-    index = index_at(Input(2), points, dtype, argument(steps, "points", points))
+    index = index_at(Input(2), points, FLOAT32, argument(steps, "points", points), wide)
     n = Number("query points")
-    walk = *queries, index.packed, index.clouds, *_add_limits(steps, Input(3), radii, n)
-    _add_fill(steps, walk, n, query, capacity, Input(0), (Result(0), Result(1)))
+    walk = *queries, index.packed, index.clouds, *_add_limits(steps, Input(3), radii, n, wide)
+    _add_fill(steps, walk, n, query, wide, capacity, Input(0), (Result(0), Result(1)))
     return steps.plan()
 
 
@@ -690,15 +724,15 @@ def _number_of_queries(query: Side | None) -> Number:
 
 
 def _add_count(
-    steps: Steps, walk: tuple[Any, ...], n: Number, layout: Layout, offsets: Pointer, total: Pointer
+    steps: Steps, walk: tuple[Any, ...], n: Number, layout: Layout, wide: bool, offsets: Pointer, total: Pointer
 ) -> None:
     """Add the count: where the neighbours of each of n queries begin, and their total.
 
     `walk` are the arguments of both kernels that say what is searched, and `layout` is of the queries.
     """
     counts = steps.workspace("counts", 8 * layout.points)
-    args = *walk, counts
-    steps.launch(_kernel("radius_count"), grid=-(-layout.slots // _RADIUS_WARPS), block=RADIUS_THREADS, args=args)
+    args, kernel = (*walk, counts), _kernel("radius_count", of_real(wide))
+    steps.launch(kernel, grid=-(-layout.slots // _RADIUS_WARPS), block=RADIUS_THREADS, args=args)
     arrays.add_offsets(steps, counts, n, layout.points, offsets, total)
 
 
@@ -707,6 +741,7 @@ def _add_fill(
     walk: tuple[Any, ...],
     n: Number,
     layout: Layout,
+    wide: bool,
     capacity: int,
     offsets: Pointer,
     results: tuple[Pointer, Pointer],
@@ -716,10 +751,11 @@ def _add_fill(
         return
     room, launch = Number("room"), functools.partial(steps.launch, block=RADIUS_THREADS)
     entries, spare = steps.workspace("entries", 8 * capacity), steps.workspace("spare entries", 8 * capacity)
-    args = *walk, offsets, n, room, entries
-    launch(_kernel("radius_fill"), grid=-(-layout.slots // _RADIUS_WARPS), args=args)
-    sort = offsets, n, room, entries, spare, *results
-    launch(_kernel("radius_sort"), grid=max(1, -(-layout.points // _RADIUS_WARPS)), args=sort)
+    squares = [steps.workspace("squares", 8 * capacity)] if wide else []
+    args = *walk, offsets, n, room, *squares, entries
+    launch(_kernel("radius_fill", of_real(wide)), grid=-(-layout.slots // _RADIUS_WARPS), args=args)
+    sort = offsets, n, room, *squares, entries, spare, *results
+    launch(_kernel("radius_sort", of_real(wide)), grid=max(1, -(-layout.points // _RADIUS_WARPS)), args=sort)
 
 
 # ---- gradients -----------------------------------------------------------------------------------------------------
@@ -731,16 +767,14 @@ def knn_backward(
     points: Spec,
     distances: Spec,
     indices: Spec,
-    query_lengths: tuple[int, ...],
-    lengths: tuple[int, ...],
 ) -> Call:
     """Inputs: ddistances, query, points, distances, indices. Results: the gradients of query and points."""
     n, k = distances.shape
     given = arrays.canonical(ddistances, _rounded(n))
-    copies = arrays.copied(distances, 4), arrays.copied(indices, 4)
-    sides, tables, numbers = _sides_of_gradient(query, points, query_lengths, lengths)
+    copies = arrays.copied(distances, distances.dtype.itemsize), arrays.copied(indices, 4)
+    sides, numbers = _sides_of_gradient(query, points)
     numbers |= {"rows": n, "entries": n * k, "k": k}
-    return Call(_knn_backward_plan(given, _rounded(n), k, copies, *sides, tables), numbers)
+    return Call(_knn_backward_plan(given, _rounded(n), k, copies, *sides), numbers)
 
 
 def radius_backward(
@@ -750,38 +784,22 @@ def radius_backward(
     offsets: Spec,
     indices: Spec,
     distances: Spec,
-    query_lengths: tuple[int, ...],
-    lengths: tuple[int, ...],
 ) -> Call:
     """Inputs: ddistances, query, points, offsets, indices, distances. Results: the gradients of query and points."""
     room = math.prod(distances.shape)
     given = arrays.canonical(_column(ddistances), _rounded(room))
-    copies = arrays.copied(offsets, 8), arrays.copied(indices, 4), arrays.copied(distances, 4)
-    sides, tables, numbers = _sides_of_gradient(query, points, query_lengths, lengths)
+    copies = arrays.copied(offsets, 8), arrays.copied(indices, 4), arrays.copied(distances, distances.dtype.itemsize)
+    sides, numbers = _sides_of_gradient(query, points)
     numbers |= {"rows": room, "entries": room}
-    return Call(_radius_backward_plan(given, _rounded(room), copies, *sides, tables), numbers)
+    return Call(_radius_backward_plan(given, _rounded(room), copies, *sides), numbers)
 
 
-class _Tables(NamedTuple):
-    """The clouds of a search with origins, as far as a plan depends on them."""
-
-    query: Layout
-    points: Layout
-
-
-def _sides_of_gradient(
-    query: Spec, points: Spec, query_lengths: tuple[int, ...], lengths: tuple[int, ...]
-) -> tuple[tuple[Spec, int, Spec, int], _Tables | None, dict[str, Any]]:
-    """Both arrays with their capacity in rows, the tables of clouds if there are origins, and the numbers."""
+def _sides_of_gradient(query: Spec, points: Spec) -> tuple[tuple[Spec, int, Spec, int], dict[str, Any]]:
+    """Both arrays with their capacity in rows, and the numbers."""
     n, m = math.prod(query.shape[:-1]), math.prod(points.shape[:-1])
     rooms = _rounded(n), _rounded(m)
     sides = arrays.canonical(query, rooms[0]), rooms[0], arrays.canonical(points, rooms[1]), rooms[1]
-    numbers: dict[str, Any] = {"query points": n, "points points": m}
-    if points.dtype != FLOAT64:
-        return sides, None, numbers
-    (of_query, query_tables), (of_points, tables) = layout(query_lengths, None), layout(lengths, None)
-    numbers |= {"query": query_tables.clouds, "points": tables.clouds}
-    return sides, _Tables(of_query, of_points), numbers
+    return sides, {"query points": n, "points points": m}
 
 
 @functools.lru_cache(maxsize=256)
@@ -789,7 +807,8 @@ def _knn_backward_plan(
     ddistances: Spec, rows: int, k: int, copies: tuple[arrays.Strided | None, ...], *rest: Any
 ) -> Plan:
     steps = Steps(inputs=5, results=2)
-    given = arrays.add_rows(steps, Input(0), arrays.rows(ddistances, FLOAT32, k), None, Number("rows"))
+    dtype = _dtype_of_gradient(rest[0], rest[2])
+    given = arrays.add_rows(steps, Input(0), arrays.rows(ddistances, dtype, k), None, Number("rows"))
     distances, indices = (arrays.add_copy(steps, Input(3 + i), copied) for i, copied in enumerate(copies))
     entries = given, distances, indices, None, Number("entries"), Number("query points"), Number("k")
     lanes = min(32, 1 << (k - 1).bit_length()) if k else 1
@@ -800,48 +819,41 @@ def _knn_backward_plan(
 @functools.lru_cache(maxsize=256)
 def _radius_backward_plan(ddistances: Spec, room: int, copies: tuple[arrays.Strided | None, ...], *rest: Any) -> Plan:
     steps = Steps(inputs=6, results=2)
-    given = arrays.add_rows(steps, Input(0), arrays.rows(ddistances, FLOAT32, 1), None, Number("rows"))
+    dtype = _dtype_of_gradient(rest[0], rest[2])
+    given = arrays.add_rows(steps, Input(0), arrays.rows(ddistances, dtype, 1), None, Number("rows"))
     offsets, indices, distances = (arrays.add_copy(steps, Input(3 + i), copied) for i, copied in enumerate(copies))
     entries = given, distances, indices, offsets, Number("entries"), Number("query points"), 0
     _add_gradients(steps, Packed(_ENTRIES, entries), room, RADIUS_LANES, *rest)
     return steps.plan()
 
 
+def _dtype_of_gradient(query: Spec, points: Spec) -> np.dtype:
+    """What distances and their gradients are in."""
+    return FLOAT64 if is_wide(query, points) else FLOAT32
+
+
 def _add_gradients(
-    steps: Steps,
-    entries: Packed,
-    most: int,
-    lanes: int,
-    query: Spec,
-    queries: int,
-    points: Spec,
-    count: int,
-    tables: _Tables | None,
+    steps: Steps, entries: Packed, most: int, lanes: int, query: Spec, queries: int, points: Spec, count: int
 ) -> None:
     """Add the gradients of inputs 1 and 2, with up to `queries` and `count` rows, from up to `most` entries."""
-    dtype = FLOAT32 if tables is None else FLOAT64
+    dtype = _dtype_of_gradient(query, points)
     numbers = Number("query points"), Number("points points")
     contiguous = [
         arrays.add_rows(steps, Input(1 + i), arrays.rows(spec, dtype, 3), None, numbers[i])
         for i, spec in enumerate((query, points))
     ]
-    origins: Pointer | None = None
-    batch: Number | Packed = clouds.NONE
-    if tables is not None:
-        origins, batch = steps.workspace("origins", 24 * tables.points.clouds), argument(steps, "query", tables.query)
-        searched = argument(steps, "points", tables.points)
-        arrays.add_origins(steps, contiguous[1], searched, tables.points.clouds, tables.points.nodes, origins)
-    largest, sums = steps.workspace("largest", 4 * count), steps.workspace("sums", 24 * count)
-    steps.clear(largest, 4 * count)
+    size = dtype.itemsize
+    largest, sums = steps.workspace("largest", size * count), steps.workspace("sums", 24 * count)
+    steps.clear(largest, size * count)
     steps.clear(sums, 24 * count)
     sides = []
     for i, (spec, room) in enumerate(((query, queries), (points, count))):
-        made = Spec((room, 3), FLOAT32)
+        made = Spec((room, 3), dtype)
         rows = arrays.rows(made, spec.dtype, spec.shape[-1])
         sides.append((Result(i) if rows is None else steps.workspace("gradient", made.nbytes), rows))
     launch, macros = functools.partial(steps.launch, block=BACKWARD_THREADS), (_of(dtype),)
     launch(_kernel("backward_largest", macros), grid=-(-most // BACKWARD_THREADS), args=(entries, largest))
-    args = entries, *contiguous, origins, batch, lanes, largest, sums, sides[0][0]
+    args = entries, *contiguous, lanes, largest, sums, sides[0][0]
     launch(_kernel("backward_queries", macros), grid=-(-queries * lanes // BACKWARD_THREADS), args=args)
     of_points = entries, numbers[1], largest, sums, sides[1][0]
     launch(_kernel("backward_points", macros), grid=-(-count // BACKWARD_THREADS), args=of_points)

@@ -6,10 +6,12 @@ from __future__ import annotations
 import functools
 import struct
 
-from gpu3d._arrays import FLOATS, Spec
+import numpy as np
+
+from gpu3d._arrays import FLOAT64, FLOATS, Spec
 from gpu3d.cuda import arrays, clouds, neighbors
 from gpu3d.cuda.compiler import Configuration
-from gpu3d.cuda.plan import Call, Device, Input, Kernel, Number, Plan, Result, Steps
+from gpu3d.cuda.plan import Call, Device, Input, Kernel, Macros, Number, Plan, Result, Steps
 
 THREADS = 128  # the same constant as in surface_normals.cu
 
@@ -18,7 +20,11 @@ _VIEWPOINT = struct.Struct("<3di4x")  # struct Viewpoint
 
 def configurations() -> list[Configuration]:
     """Every module that this file uses."""
-    return [Configuration("surface_normals", (("POINT", p),)) for p in range(len(FLOATS))]
+    return [Configuration("surface_normals", _macros(dtype)) for dtype in FLOATS]
+
+
+def _macros(dtype: np.dtype) -> Macros:
+    return neighbors.of_real(dtype == FLOAT64, ("POINT", FLOATS.index(dtype)))
 
 
 def normals(
@@ -45,13 +51,15 @@ def _plan(points: neighbors.Side, k: int) -> Plan:
     contiguous = arrays.add_rows(steps, Input(0), arrays.rows(points.spec, dtype, 3), None, Number("points points"))
     order = neighbors.add_order(steps, contiguous, dtype, "points", layout)
     batch = neighbors.argument(steps, "points", layout)
-    index = neighbors.add_index(steps, contiguous, dtype, order, "points", layout, batch)
-    found = steps.workspace("distances", 4 * layout.points * k), steps.workspace("indices", 4 * layout.points * k)
+    wide = dtype == FLOAT64
+    index = neighbors.add_index(steps, contiguous, dtype, order, "points", layout, batch, wide=wide)
+    pairs = layout.points * k
+    found = steps.workspace("distances", (8 if wide else 4) * pairs), steps.workspace("indices", 4 * pairs)
     queries = neighbors.Queries(index.rows, batch, Number("points slots"))
     lists = neighbors.lists_of(k)
-    neighbors.add_knn(steps, queries, layout, index, lists, False, neighbors.NO_LIMITS, found)
-    signature, macros = f"QiQQi{_VIEWPOINT.size}sQQ", (("POINT", FLOATS.index(dtype)),)
-    kernel = Kernel("surface_normals", "normals_and_curvature", signature, macros)
+    neighbors.add_knn(steps, queries, layout, index, lists, False, neighbors.NO_LIMITS, found, wide)
+    signature = f"QiQQi{_VIEWPOINT.size}sQQ"
+    kernel = Kernel("surface_normals", "normals_and_curvature", signature, _macros(dtype))
     args = index.rows, queries.slots, contiguous, found[1], Number("k"), Number("viewpoint"), Result(0), Result(1)
     steps.launch(kernel, grid=-(-layout.slots // THREADS), block=THREADS, args=args)
     return steps.plan()

@@ -19,7 +19,7 @@ def normals(
 
     Fewer than 3 neighbours: NaN. No extent: the normal lies along z, and the curvature is 0.
     """
-    _, indices = neighbors.knn(points, lengths, neighbors.index(points, lengths), k)
+    _, indices = neighbors.knn(points, lengths, neighbors.index(points, lengths, points.dtype == np.float64), k)
     covariance, count = covariances(points, indices)
     with np.errstate(over="ignore"):
         trace = covariance.trace(axis1=1, axis2=2)

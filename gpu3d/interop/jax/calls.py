@@ -231,20 +231,20 @@ def knn(
         return neighbors.knn_arrays(query, points, radii[0] if radii else None, options)
 
     checked(query, points, *[Spec(x.shape, x.dtype) for x in radii])
-    return Work(neighbors.knn_results(query.shape[0], k), on_gpu, on_cpu)
+    return Work(neighbors.knn_results(query.shape[0], k, neighbors.distance_dtype(query, points)), on_gpu, on_cpu)
 
 
 def knn_backward(
     ddistances: Known, query: Known, points: Known, distances: Known, indices: Known, **lengths: Any
 ) -> Work:
     """The gradients of query and points, from that of the distances of `gpu3d.knn`."""
-    checked = neighbors.check_knn_backward(ddistances, query, points, distances, indices, **lengths)
+    neighbors.check_knn_backward(ddistances, query, points, distances, indices, **lengths)
 
     def on_gpu(ddistances: Spec, query: Spec, points: Spec, distances: Spec, indices: Spec, device: Device) -> Call:
-        return cuda_neighbors.knn_backward(ddistances, query, points, distances, indices, *checked)
+        return cuda_neighbors.knn_backward(ddistances, query, points, distances, indices)
 
     def on_cpu(ddistances: Given, query: Given, points: Given, distances: Given, indices: Given) -> list[Any]:
-        return neighbors.knn_backward_arrays(ddistances, query, points, distances, indices, *checked)
+        return neighbors.knn_backward_arrays(ddistances, query, points, distances, indices)
 
     return Work(neighbors.backward_results(query, points), on_gpu, on_cpu)
 
@@ -276,7 +276,8 @@ def radius_search(
         return [offsets.view(np.int32).reshape(-1, 2), indices, distances]
 
     checked(query, points, *[Spec(x.shape, x.dtype) for x in radii])
-    offsets, *found = neighbors.radius_results(query.shape[0], max_entries)
+    dtype = neighbors.distance_dtype(query, points)
+    offsets, *found = neighbors.radius_results(query.shape[0], max_entries, dtype)
     return Work([Spec((*offsets.shape, 2), INT32), *found], on_gpu, on_cpu)
 
 
@@ -286,18 +287,18 @@ def radius_search_backward(
     """The gradients of query and points, from that of the distances of `radius_search`, whose offsets are halves."""
     _check("offsets", offsets, (query.shape[0] + 1, 2), INT32)
     whole = Spec((query.shape[0] + 1,), INT64)
-    checked = neighbors.check_radius_backward(ddistances, query, points, whole, indices, distances, **lengths)
+    neighbors.check_radius_backward(ddistances, query, points, whole, indices, distances, **lengths)
 
     def on_gpu(
         ddistances: Spec, query: Spec, points: Spec, offsets: Spec, indices: Spec, distances: Spec, device: Device
     ) -> Call:
-        return cuda_neighbors.radius_backward(ddistances, query, points, offsets, indices, distances, *checked)
+        return cuda_neighbors.radius_backward(ddistances, query, points, offsets, indices, distances)
 
     def on_cpu(
         ddistances: Given, query: Given, points: Given, offsets: Given, indices: Given, distances: Given
     ) -> list[Any]:
         joined = _arrays.read(np.ascontiguousarray(offsets.array).view(np.int64)[:, 0], "offsets")
-        return neighbors.radius_backward_arrays(ddistances, query, points, joined, indices, distances, *checked)
+        return neighbors.radius_backward_arrays(ddistances, query, points, joined, indices, distances)
 
     return Work(neighbors.backward_results(query, points), on_gpu, on_cpu)
 

@@ -507,13 +507,16 @@ KNN = Operator(
     "knn(Tensor query, Tensor points, Tensor? radii, SymInt[] query_lengths, SymInt[] lengths, int k, float radius, "
     "bool exclude_self) -> (Tensor, Tensor)",
     _knn,
-    lambda query, points, radii, query_lengths, lengths, k, *rest: neighbors.knn_results(query.shape[0], k),
+    lambda query, points, radii, query_lengths, lengths, k, *rest: neighbors.knn_results(
+        query.shape[0], k, neighbors.distance_dtype(query, points)
+    ),
 )
 
 
 def _knn_backward(ddistances: Any, query: Any, points: Any, distances: Any, indices: Any, *lengths: Any) -> list[Any]:
     given = ddistances, query, points, distances, indices
-    return neighbors.knn_backward_arrays(*given, *neighbors.check_knn_backward(*given, *lengths))
+    neighbors.check_knn_backward(*given, *lengths)
+    return neighbors.knn_backward_arrays(*given)
 
 
 KNN_BACKWARD = Operator(
@@ -547,7 +550,7 @@ def _radius_search(
 def _radius_results(query: Spec, points: Spec, *rest: Any) -> Any:
     max_entries = rest[-2]
     entries = torch.library.get_ctx().new_dynamic_size() if max_entries is None else max_entries
-    return neighbors.radius_results(query.shape[0], entries)
+    return neighbors.radius_results(query.shape[0], entries, neighbors.distance_dtype(query, points))
 
 
 RADIUS_SEARCH = Operator(
@@ -562,7 +565,8 @@ def _radius_backward(
     ddistances: Any, query: Any, points: Any, offsets: Any, indices: Any, distances: Any, *lengths: Any
 ) -> list[Any]:
     given = ddistances, query, points, offsets, indices, distances
-    return neighbors.radius_backward_arrays(*given, *neighbors.check_radius_backward(*given, *lengths))
+    neighbors.check_radius_backward(*given, *lengths)
+    return neighbors.radius_backward_arrays(*given)
 
 
 RADIUS_SEARCH_BACKWARD = Operator(
