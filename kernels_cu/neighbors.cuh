@@ -268,35 +268,35 @@ __device__ __forceinline__ void walk(
 }
 
 // The same for the branches of cloud b, which are counted from its first branch, by way of the levels above them. What
-// is left of each level lies in local memory, because few queries leave their first branch.
+// is left of those levels lies in local memory, because few queries leave the first 32 branches that they see.
 template <class Order, class Visit>
 __device__ __forceinline__ void walk_branches(
     const Row &query, const Index &index, int group, int count, int b, const Order &order, Visit visit
 ) {
-    typename Order::Left left[LEVELS];
+    typename Order::Left branches, left[LEVELS];
     int first[LEVELS], level = 0;  // the first of the 32 boxes of each level, counted from the cloud's first
     while (boxes_of_level(count, level) > 32) ++level;
     const int top = level;
-    const auto open = [&](int from) {
+    const auto open = [&](typename Order::Left &at, int from) {
         const Box *boxes = index.levels[level] + first_of_level(index.groups + group, index.clouds + b, level);
-        first[level] = from;
-        order.template open<false>(left[level], query, boxes, from, min(from + 32, boxes_of_level(count, level)));
+        order.template open<false>(at, query, boxes, from, min(from + 32, boxes_of_level(count, level)));
+        return from;
     };
-    open(0);
+    int first_branch = 0;
+    if (top == 0) open(branches, 0);
+    else first[top] = open(left[top], 0);
     for (;;) {
-        const int lane = order.next(left[level]);
-        if (lane < 0) {
-            if (level == top) return;
-            ++level;
-            continue;
+        while (level > 0) {  // down to branches
+            const int lane = order.next(left[level]);
+            if (lane >= 0) {
+                const int from = 32 * (first[level--] + lane);
+                if (level > 0) first[level] = open(left[level], from);
+                else first_branch = open(branches, from);
+            } else if (level++ == top) return;
         }
-        const int box = first[level] + lane;
-        if (level == 0) {
-            visit(box);
-        } else {
-            --level;
-            open(32 * box);
-        }
+        for (int lane; (lane = order.next(branches)) >= 0;) visit(first_branch + lane);
+        if (top == 0) return;
+        level = 1;
     }
 }
 

@@ -24,7 +24,7 @@ static_assert(POINT == FLOAT32 || POINT == FLOAT64, "16-bit coordinates are conv
 typedef double coord_t;
 typedef long long bits_t;
 #define UNREACHED INFINITE_DOUBLE
-__device__ __forceinline__ bits_t bits_of(double x) { return __double_as_longlong(x); }
+__device__ __forceinline__ bits_t signed_bits_of(double x) { return __double_as_longlong(x); }
 __device__ __forceinline__ double minus(double a, double b) { return __dsub_rn(a, b); }
 __device__ __forceinline__ double squared_norm(double x, double y, double z) {
     return __dadd_rn(__dadd_rn(__dmul_rn(x, x), __dmul_rn(y, y)), __dmul_rn(z, z));
@@ -38,7 +38,7 @@ __device__ __forceinline__ bits_t max_of_warp(bits_t x) {
 typedef float coord_t;
 typedef int bits_t;
 #define UNREACHED INFINITE
-__device__ __forceinline__ bits_t bits_of(float x) { return __float_as_int(x); }
+__device__ __forceinline__ bits_t signed_bits_of(float x) { return __float_as_int(x); }
 __device__ __forceinline__ float minus(float a, float b) { return __fsub_rn(a, b); }
 __device__ __forceinline__ float squared_norm(float x, float y, float z) {
     return __fadd_rn(__fadd_rn(__fmul_rn(x, x), __fmul_rn(y, y)), __fmul_rn(z, z));

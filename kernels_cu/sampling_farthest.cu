@@ -66,10 +66,10 @@ extern "C" __global__ __launch_bounds__(THREADS) void farthest_points(
                     item = i;
                 }
             }
-            const Farthest mine = farthest_of_warp({bits_of(largest), (u32)(item * THREADS + t)});
+            const Farthest mine = farthest_of_warp({signed_bits_of(largest), (u32)(item * THREADS + t)});
             if (lane == 0) found[taken & 1][warp] = mine;
             __syncthreads();
-            Farthest other = {bits_of(TAKEN), FULL};
+            Farthest other = {signed_bits_of(TAKEN), FULL};
             if (lane < WARPS) other = found[taken & 1][lane];
             const Farthest next = farthest_of_warp(other);
             if (next.d2 < 0) break;  // every point is taken

@@ -121,9 +121,9 @@ __device__ void update_bucket(
             }
         }
     }
-    const Farthest top = farthest_of_warp({bits_of(largest), index});
+    const Farthest top = farthest_of_warp({signed_bits_of(largest), index});
     // Indices differ, so this is one lane; it is lane 0 if no lane has a point to take.
-    const u32 holders = __ballot_sync(FULL, bits_of(largest) == top.d2 && index == top.index);
+    const u32 holders = __ballot_sync(FULL, signed_bits_of(largest) == top.d2 && index == top.index);
     if (lane == __ffs(holders) - 1) {
         *farthest = rows[best_place];
         *reach = largest;
@@ -173,8 +173,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void pruned_points(
     if (start < n && nearest[start_place] > 0) {  // a finite point
         Box box = {};
         if (t < buckets) box = boxes[t];
-        Farthest mine = {bits_of(TAKEN), FULL};  // of the own bucket
-        coord_t reach = TAKEN;                   // its d2
+        Farthest mine = {signed_bits_of(TAKEN), FULL};  // of the own bucket
+        coord_t reach = TAKEN;                          // its d2
         int place = start_place, own = place / share;
         Row sample = rows[place];
         while (true) {
@@ -208,7 +208,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void pruned_points(
             __syncthreads();
             if (changes) {
                 reach = reaches[t];
-                mine = {bits_of(reach), (u32)farthest[t].index};
+                mine = {signed_bits_of(reach), (u32)farthest[t].index};
             }
             const Farthest top = farthest_of_warp(mine);
             const u32 holders = __ballot_sync(FULL, mine.d2 == top.d2 && mine.index == top.index);

@@ -218,11 +218,11 @@ def test_the_table_of_a_batch(driver, count):
     rows[1:, 3] = np.cumsum([-(-n // 16) * 16 for n in lengths])
     *writes, (function, shape, _, args, _) = driver.done
     assert function == "merge_clouds" and shape[0] == count
-    table, clouds_count, bucket_size = struct.unpack_from("<Qii", args[2])
-    assert (clouds_count, bucket_size) == (count, 16) and args[0] == 16 and args[3:] == (32, 48, 64)
+    table, clouds_count, bucket_size = struct.unpack_from("<Qii", args[3])
+    assert (clouds_count, bucket_size) == (count, 16) and args[0] == 16 and args[4:] == (32, 48, 64)
     if count <= clouds.INLINE_CLOUDS:
         assert table == 0 and not writes
-        found = np.frombuffer(args[2], np.int32, 4 * (count + 1), 16).reshape(-1, 4)
+        found = np.frombuffer(args[3], np.int32, 4 * (count + 1), 16).reshape(-1, 4)
     else:
         assert table == 1 << 40
         found = np.zeros((count + 1, 4), np.int32)

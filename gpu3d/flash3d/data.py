@@ -115,7 +115,7 @@ def features(points: Any, attributes: Mapping[str, Any], names: Sequence[str]) -
     Notes
     -----
     A name with a number k describes the k points nearest to a point, itself among them (all points of a smaller cloud).
-    Their standard deviations along their principal axes are s1 >= s2 >= s3. k is at most 64.
+    Their standard deviations along their principal axes are s1 >= s2 >= s3. k is at most 99.
 
     ===============  ===================================================================
     linearity_k      (s1 - s2) / s1: 1 along a pole or a wire
