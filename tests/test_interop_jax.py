@@ -1111,7 +1111,7 @@ class Gpu:
 @pytest.fixture
 def gpu(monkeypatch):
     forget(monkeypatch)
-    handler._function.cache_clear()  # it knows functions by the address of an API, and a new one may lie at an old one's
+    handler._function.cache_clear()  # it knows them by an address, and a new API may lie at an old one
     return Gpu(monkeypatch)
 
 

@@ -242,8 +242,8 @@ def add_order(steps: Steps, points: Pointer, dtype: np.dtype, name: str, layout:
         return None
     order, inverse = steps.workspace("order", 4 * layout.slots), steps.workspace("inverse", 4 * layout.points)
     batch = clouds.argument(steps, f"{name} sort", layout.sort.clouds, layout.sort.bucket_size)
-    # One far point would otherwise put all the others into one voxel. In a cloud of a few nodes that costs less than the
-    # robust bounds, which one block would find before it sorts.
+    # With other bounds, one far point would put all the others into one voxel. In a cloud of a few nodes that costs
+    # less than robust bounds, which one block would find before it sorts.
     macros = _of(dtype), _ZORDER_DIV
     grid = buckets.WHOLE_CLOUD if layout.sort.method == "cloud" else buckets.MOST_OF_CLOUD
     buckets.add_sort(steps, layout.sort, points, macros, grid, order, inverse, None, batch)
