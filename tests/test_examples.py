@@ -175,6 +175,22 @@ def test_surface_normals(tmp_path):
     assert run("surface_normals.py", tmp_path, "scan.npy", "--k", "2", "--device", "cpu").returncode == 1
 
 
+def test_fewer_points(tmp_path):
+    """All ways keep as many points, and farthest points leave the smallest gap."""
+    points = np.random.default_rng(0).normal(size=(3000, 3)) * [9, 9, 1]
+    np.save(tmp_path / "scan.npy", points)
+    done = run("fewer_points.py", tmp_path, "scan.npy", "--voxel", "2", "--out", "picture.png", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    row = r"^(at random|one per voxel|farthest points) +([\d,]+) +([\d.]+) +([\d.]+) +([\d.]+)%"
+    names, counts, mean, largest, near = zip(*re.findall(row, done.stdout, re.M), strict=True)
+    assert len(names) == 3 and len(set(counts)) == 1 and 300 < int(counts[0].replace(",", "")) < 2000
+    assert float(largest[2]) == min(map(float, largest)) < 2 and 0 < float(mean[1]) < float(mean[0])
+    assert float(near[1]) > float(near[0])
+    image = matplotlib.image.imread(tmp_path / "picture.png")[:, :, :3]
+    assert (image.max(axis=2) - image.min(axis=2) > 0.4).sum() > 2000  # the points that are kept
+    assert run("fewer_points.py", tmp_path, "scan.npy", "--voxel", "0", "--device", "cpu").returncode == 1
+
+
 NUMBER = r" +[\d.]+e[+-]\d+"
 
 
