@@ -89,9 +89,10 @@ def chamfer(
 
     Notes
     -----
-    Distances are those of `knn`, summed in float64 in a fixed order. A point with NaN or inf that searches makes the
-    loss NaN. The mean over no clouds is NaN. A call never waits for the GPU. After a first call it can be captured in a
-    CUDA graph.
+    Distances are those of `knn` for float32 coordinates, summed in float64 in a fixed order. If the cloud that is
+    searched is float64, its minimum is first subtracted from both in float64, so that map coordinates keep their
+    millimetres. A point with NaN or inf (in float32) that searches makes the loss NaN. The mean over no clouds is NaN.
+    A call never waits for the GPU. After a first call it can be captured in a CUDA graph.
 
     Distances are Euclidean, in two or three dimensions. For other norms, and for features, take ``torch.cdist`` or
     ``scipy.spatial.cKDTree``.

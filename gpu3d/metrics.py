@@ -72,9 +72,10 @@ def compare_clouds(
 
     Notes
     -----
-    Distances are those of `knn`, and a threshold is rounded to float32. Every metric but the density-aware one has the
-    same bits on CPU and GPU; that one differs by less than 1e-6, because exp is rounded differently. The same call
-    gives the same bits. A point with NaN or inf is within no threshold, and makes the other metrics of its pair NaN.
+    Distances are those of `chamfer`, in float32, and a threshold is rounded to float32. Every metric but the
+    density-aware one has the same bits on CPU and GPU; that one differs by less than 1e-6, because exp is rounded
+    differently. The same call gives the same bits. A point with NaN or inf is within no threshold, and makes the other
+    metrics of its pair NaN.
 
     For x with n and y with m points, the density-aware distance is the mean of two directions. That from x is the mean
     over its points i of 1 - exp(-1000 d_i^2) (n / m) / c_i. d_i is the distance to the nearest point of y, and c_i the

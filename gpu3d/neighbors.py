@@ -106,7 +106,9 @@ def neighbor_index(points: Any, *, lengths: Sequence[int] | None = None) -> Neig
     Returns
     -------
     NeighborIndex
-        Pass it to `knn`, `radius_search`, `chamfer` and `compare_clouds` in place of the points and their lengths.
+        Pass it to `knn`, `radius_search`, `chamfer` and `compare_clouds` in place of the points and their lengths. A
+        search in another dtype than that of the index makes one of its own: one in float64 with an index of float32
+        points, and `chamfer` and `compare_clouds`, which search in float32, with one of float64 points.
 
     Raises
     ------
