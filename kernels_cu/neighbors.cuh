@@ -207,7 +207,8 @@ struct Ignore {
 };
 
 // An order of up to 32 boxes [first, end), one a lane: open() returns whether there is something to visit, and each
-// lane has a Left, what is left. next() returns the lane of the next box to visit, or -1 at the end.
+// lane has a Left, what is left. next() returns whether there is a next box to visit, and finds its lane. What they
+// return comes straight from a vote or a reduction: so the compiler knows that the whole warp branches alike.
 
 // Boxes that may hold a key below bound(), the nearest first; bound() shrinks meanwhile. Calls pass(d2) for boxes that
 // are skipped: none of their points is nearer than d2.
@@ -227,14 +228,12 @@ struct NearestFirst {
         left = mine < end ? key_of(d2, boxes[mine].first) : NOTHING;
         return true;
     }
-    __device__ __forceinline__ int next(Left &left) const {
+    __device__ __forceinline__ bool next(Left &left, int &lane) const {
         const Nearest nearest = nearest_of(left < bound() ? bits_of(distance2_of(left)) : NO_BITS);
-        if (nearest.bits == NO_BITS) {
-            pass(distance2_of(left));
-            return -1;
-        }
-        if ((threadIdx.x & 31) == nearest.lane) left = NOTHING;
-        return nearest.lane;
+        lane = nearest.lane;
+        if (nearest.bits == NO_BITS) pass(distance2_of(left));
+        else if ((threadIdx.x & 31) == lane) left = NOTHING;
+        return nearest.bits != NO_BITS;
     }
 };
 
@@ -250,10 +249,11 @@ struct Within {
         left = __ballot_sync(FULL, mine < end && d2 <= radius2);
         return true;
     }
-    __device__ __forceinline__ int next(Left &left) const {
-        const int lane = __ffs(left) - 1;
+    __device__ __forceinline__ bool next(Left &left, int &lane) const {
+        const bool found = left != 0;
+        lane = __ffs(left) - 1;
         left &= left - 1;
-        return lane;
+        return found;
     }
 };
 
@@ -264,40 +264,38 @@ __device__ __forceinline__ void walk(
 ) {
     typename Order::Left left;
     if (!order.template open<true>(left, query, boxes, first, end)) return;
-    for (int lane; (lane = order.next(left)) >= 0;) visit(first + lane);
+    for (int lane; order.next(left, lane);) visit(first + lane);
 }
 
-// The same for the branches of cloud b, which are counted from its first branch, by way of the levels above them. What
-// is left of those levels lies in local memory, because few queries leave the first 32 branches that they see.
+// Calls visit(i) for boxes i of level LEVEL of cloud b, counted from the cloud's first, of its 32 from `from` on; of a
+// level that the cloud does not need, for the one box that all would have as their parent.
+template <int LEVEL, class Order, class Visit>
+__device__ __forceinline__ void walk_level(
+    const Row &query, const Index &index, int group, int count, int b, int from, const Order &order, Visit visit
+) {
+    const int boxes = boxes_of_level(count, LEVEL);
+    const bool needed = LEVEL == 0 || boxes > 1;
+    typename Order::Left left;
+    const Box *level = index.levels[LEVEL] + first_of_level(index.groups + group, index.clouds + b, LEVEL);
+    if (needed) order.template open<false>(left, query, level, from, min(from + 32, boxes));
+    int lane = 0;
+    do {
+        if (needed && !order.next(left, lane)) return;
+        visit(from + lane);
+    } while (needed);
+}
+
+// Calls visit(i) for branches i of cloud b, counted from its first, by way of the levels above them.
 template <class Order, class Visit>
 __device__ __forceinline__ void walk_branches(
     const Row &query, const Index &index, int group, int count, int b, const Order &order, Visit visit
 ) {
-    typename Order::Left branches, left[LEVELS];
-    int first[LEVELS], level = 0;  // the first of the 32 boxes of each level, counted from the cloud's first
-    while (boxes_of_level(count, level) > 32) ++level;
-    const int top = level;
-    const auto open = [&](typename Order::Left &at, int from) {
-        const Box *boxes = index.levels[level] + first_of_level(index.groups + group, index.clouds + b, level);
-        order.template open<false>(at, query, boxes, from, min(from + 32, boxes_of_level(count, level)));
-        return from;
-    };
-    int first_branch = 0;
-    if (top == 0) open(branches, 0);
-    else first[top] = open(left[top], 0);
-    for (;;) {
-        while (level > 0) {  // down to branches
-            const int lane = order.next(left[level]);
-            if (lane >= 0) {
-                const int from = 32 * (first[level--] + lane);
-                if (level > 0) first[level] = open(left[level], from);
-                else first_branch = open(branches, from);
-            } else if (level++ == top) return;
-        }
-        for (int lane; (lane = order.next(branches)) >= 0;) visit(first_branch + lane);
-        if (top == 0) return;
-        level = 1;
-    }
+    static_assert(LEVELS == 3, "a loop for each level");
+    walk_level<2>(query, index, group, count, b, 0, order, [&](int above) {
+        walk_level<1>(query, index, group, count, b, 32 * above, order, [&](int box) {
+            walk_level<0>(query, index, group, count, b, 32 * box, order, visit);
+        });
+    });
 }
 
 // Calls visit(tile) for tiles of cloud b. `order`, a NearestFirst or a Within, says which and in which order. `clouds`

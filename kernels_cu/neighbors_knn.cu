@@ -110,7 +110,8 @@ __device__ __forceinline__ void search(
 #if LISTS
         best.key = best.worst;
 #endif
-        if (usable && reach2 >= 0) {
+        // A vote of a warp that agrees: so the compiler knows that it stays together.
+        if (__any_sync(FULL, usable && reach2 >= 0)) {
             const int begin = near;
             const auto bound = [&] { return best.worst; };
             const auto look = [&](int tile) {

@@ -154,7 +154,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void many_neighbors(
             __syncwarp();  // all lanes are done with what `sorted` held
             for (int i = lane; i < BEST; i += 32) best.sorted[i] = best.worst;
             __syncwarp();
-            if (usable && reach2 >= 0) {
+            if (__any_sync(FULL, usable && reach2 >= 0)) {
                 const auto bound = [&] { return best.worst; };
                 walk_tiles(query, index, clouds, b, NearestFirst<decltype(bound)>{bound, {}}, [&](int tile) {
                     const Row point = index.rows[(size_t)tile * TILE + lane];
@@ -164,7 +164,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void many_neighbors(
                 });
                 if (best.count) merge(best, k);
             }
-            if (index_of(best.worst) >= 0 || !(bound2 < reach2)) break;
+            if (__any_sync(FULL, index_of(best.worst) >= 0 || !(bound2 < reach2))) break;
             bound2 = reach2;
         }
         if (usable) {
