@@ -584,16 +584,18 @@ def cloud_lengths(
 FEW_LENGTHS = 64  # for more, NumPy takes less time than a list
 
 
-def packed_lengths(lengths: Any) -> Any:
-    """A list of many ints as an int64 array; anything else as it is, for `check_lengths` to judge."""
+def many_lengths(lengths: Any) -> np.ndarray | None:
+    """More than FEW_LENGTHS ints as an int64 array. None for fewer, and for what `check_lengths` has to judge."""
+    if isinstance(lengths, np.ndarray):
+        return lengths if lengths.dtype == INT64 and lengths.ndim == 1 and lengths.size > FEW_LENGTHS else None
     if not isinstance(lengths, (list, tuple)) or len(lengths) <= FEW_LENGTHS:
-        return lengths
-    if list(map(type, lengths)).count(int) != len(lengths):
-        return lengths
+        return None
     try:
-        return int64_array(lengths)
-    except struct.error:  # beyond 64 bits
-        return lengths
+        array = int64_array(lengths)
+    except struct.error:  # not an integer, or beyond 64 bits
+        return None
+    # A bool is packed as 0 or 1 and yet no length, but nearly all lengths are larger.
+    return None if bool in [type(lengths[i]) for i in np.flatnonzero(array <= 1).tolist()] else array
 
 
 def _sums_to(lengths: np.ndarray, total: int) -> bool:

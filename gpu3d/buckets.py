@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu3d import _arrays
-from gpu3d._arrays import INT32, INT64, Given, Spec
+from gpu3d._arrays import INT32, Given, Spec
 from gpu3d.cuda import buckets as cuda
 from gpu3d.cuda import clouds, launcher
 from gpu3d.reference import buckets as reference
@@ -224,10 +224,8 @@ def bucketize(
     given = _arrays.read(points, "points")
     if given.origin.library == "jax":
         importlib.import_module("gpu3d.interop.jax")  # registers Buckets as a pytree
-    if lengths is not None:
-        lengths = _arrays.packed_lengths(lengths)  # once, for the checks and for the plan
     checked = check_bucketize(given, bucket_size, lengths, hash, balance, voxel_size, seed, bounds)
-    slot_to_point, point_to_slot, moved = bucketize_arrays(given, checked, check_finite, _array_of_many(lengths))
+    slot_to_point, point_to_slot, moved = bucketize_arrays(given, checked, check_finite)
     return Buckets(slot_to_point, point_to_slot, moved, checked.bucket_size, checked.lengths, checked.bucket_offsets)
 
 
@@ -242,6 +240,7 @@ class Bucketing(NamedTuple):
     seed: int
     bounds: reference.Bounds
     bucket_offsets: tuple[int, ...]
+    array: np.ndarray | None  # the lengths of many clouds, for NumPy
 
 
 def check_bucketize(
@@ -255,7 +254,8 @@ def check_bucketize(
     bounds: Any,
 ) -> Bucketing:
     """The options of `bucketize`, checked against the shape and dtype of the points."""
-    array, lengths = _array_of_many(lengths), _arrays.check_points(points, lengths)
+    array = None if lengths is None else _arrays.many_lengths(lengths)
+    lengths = _arrays.check_points(points, lengths if array is None else array)
     bucket_size = check_bucket_size(bucket_size)
     _arrays.check_choice(hash, reference.HASHES, "hash")
     _arrays.check_choice(balance, reference.BALANCES, "balance")
@@ -271,14 +271,7 @@ def check_bucketize(
             f"a layout has at most 2**31 - 1 slots, because slots are int32; {sum(lengths)} points need {slots}. "
             "Bucketize parts of the batch."
         )
-    return Bucketing(lengths, bucket_size, hash, balance, voxel_size, seed, bounds, offsets)
-
-
-def _array_of_many(lengths: Any) -> np.ndarray | None:
-    """The lengths, if they are an int64 array of many clouds; otherwise None."""
-    if isinstance(lengths, np.ndarray) and lengths.dtype == INT64 and lengths.size > clouds.INLINE_CLOUDS:
-        return lengths
-    return None
+    return Bucketing(lengths, bucket_size, hash, balance, voxel_size, seed, bounds, offsets, array)
 
 
 def check_bucket_size(bucket_size: Any) -> int:
@@ -339,18 +332,13 @@ def _results(slots: Any, points: Any) -> tuple[Spec, Spec, Spec]:
 _kept_results = functools.lru_cache(maxsize=256)(_results)  # for sizes that are ints
 
 
-def bucketize_arrays(
-    points: Given, checked: Bucketing, check_finite: bool | None, array: np.ndarray | None = None
-) -> list[Any]:
-    """The arrays slot_to_point, point_to_slot and moved, of the points' library.
-
-    `array` are the checked lengths of many clouds, if the caller has them as an int64 array.
-    """
+def bucketize_arrays(points: Given, checked: Bucketing, check_finite: bool | None) -> list[Any]:
+    """The arrays slot_to_point, point_to_slot and moved, of the points' library."""
     origin = points.origin
     if check_finite or (check_finite is None and origin.device is None):
         with _arrays.on(origin):
             _arrays.check_finite(points)
-    lengths, bucket_size, hash, balance, voxel_size, seed, bounds, offsets = checked
+    lengths, bucket_size, hash, balance, voxel_size, seed, bounds, offsets, array = checked
     if origin.device is None:
         host, options = points.array.reshape(-1, 3), (hash, balance, voxel_size, seed, bounds)
         return [_arrays.leave(x, origin) for x in reference.bucketize(host, bucket_size, lengths, *options)]

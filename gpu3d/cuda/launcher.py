@@ -93,6 +93,7 @@ def _starts_early(ordinal: int) -> bool:
 # ---- preparing -----------------------------------------------------------------------------------------------------
 
 
+FEW = 8  # pointers to one memory that are written together with those to other memories
 PART = 64  # steps that are prepared at a time: at least so many, and until nothing runs on branch 1
 
 
@@ -100,9 +101,13 @@ class _Template(NamedTuple):
     """The first part of a plan prepared for a device: the bytes of its arguments, and what goes where."""
 
     buffer: bytes
-    # Per memory: (word of the buffer, offset) of its pointers. Items of a dict, because a tuple for each of a thousand
-    # pointers would set off Python's garbage collector.
-    pointers: tuple[ItemsView[int, int], ...]
+    memories: int
+    # Pointers of memories that have few, which are written whenever a memory has moved: word of the buffer, memory,
+    # offset. That takes less time than to find out which memories have moved.
+    few: tuple[tuple[int, int, int], ...]
+    # Memories that have many pointers, each with (word of the buffer, offset) of its pointers. Items of a dict, because
+    # a tuple for each of a thousand pointers would set off Python's garbage collector.
+    many: tuple[tuple[int, ItemsView[int, int]], ...]
     moved: tuple[tuple[int, int, int, str], ...]  # word, memory, offset, and the name of the number to add
     numbers: tuple[tuple[str, Any, int], ...]  # name, packer (None for a table of clouds), byte of the buffer
     streams: tuple[tuple[int, ...], tuple[int, ...]]  # 8-byte words of the buffer that hold each branch's stream
@@ -240,7 +245,9 @@ def _template(plan: Plan, ordinal: int) -> _Template:
             launches.append((step, at, 0))
     return _Template(
         buffer=bytes(buffer),
-        pointers=tuple([offsets.items() for offsets in pointers]),
+        memories=len(pointers),
+        few=tuple([(word, i, places[word]) for i, places in enumerate(pointers) if len(places) <= FEW for word in places]),
+        many=tuple([(i, places.items()) for i, places in enumerate(pointers) if len(places) > FEW]),
         moved=tuple(moved),
         numbers=tuple(numbers),
         streams=(tuple(streams[0]), tuple(streams[1])),
@@ -255,7 +262,7 @@ def _template(plan: Plan, ordinal: int) -> _Template:
 
 def _ready(template: _Template) -> _Ready:
     """A new copy, with the addresses of its own parts in it."""
-    ready = _Ready(bytearray(template.buffer), len(template.pointers))
+    ready = _Ready(bytearray(template.buffer), template.memories)
     words = (_Argument * len(ready.words)).from_buffer(ready.buffer)
     np.asarray(ready.words)[template.own] += ctypes.addressof(words)
     if template.streams[1]:
@@ -321,8 +328,11 @@ def _fill(template: _Template, ready: _Ready, numbers: dict[str, Any], memories:
     """Write what differs from the run before: addresses, numbers and the stream."""
     words, others, moved = ready.words, numbers is not ready.numbers, memories != ready.memories
     if moved:
-        for address, before, places in zip(memories, ready.memories, template.pointers, strict=False):
-            if address != before:
+        for word, memory, offset in template.few:
+            words[word] = memories[memory] + offset
+        for memory, places in template.many:
+            address = memories[memory]
+            if address != ready.memories[memory]:
                 for word, offset in places:
                     words[word] = address + offset
         ready.memories = memories[:]
@@ -346,8 +356,9 @@ def _fill(template: _Template, ready: _Ready, numbers: dict[str, Any], memories:
 
 def write_table(parts: Sequence[tuple[bytes, int, int]], address: int, ordinal: int, stream: int) -> None:
     """Write the parts of `clouds.parts_of` to an address of the current device, which is `ordinal`."""
+    memories = [address]
     for part, first, rows in parts:
-        run(Call(clouds.write, {"part": part, "first": first, "rows": rows}), (address,), ordinal, stream)
+        run(Call(clouds.write, {"part": part, "first": first, "rows": rows}), memories, ordinal, stream)
 
 
 def _raise(status: int) -> None:
