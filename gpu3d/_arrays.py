@@ -100,6 +100,12 @@ class Given(NamedTuple):
         shape, dtype, strides, address, _, _ = self
         return _new(Spec, (shape, dtype, strides, address % 16))
 
+    @property
+    def alike(self) -> Given:
+        """Another array of the same spec and origin, without memory, as a cache key. Checks cannot tell them apart."""
+        shape, dtype, strides, address, origin, _ = self
+        return _new(Given, (shape, dtype, strides, address % 16, origin, None))
+
 
 # Of a result whose sizes are ints. Finding it takes half the time of making it.
 kept_spec = functools.lru_cache(maxsize=1024)(Spec)
@@ -254,6 +260,13 @@ def read_tensor(x: Any, name: str) -> Given:
         raise TypeError(f"{name} must not be quantized: call {name}.dequantize().")
     if x.is_conj() or x.is_neg():  # views whose memory holds other values, like z.conj()
         x = x.resolve_conj().resolve_neg()
+    if not (x.is_cuda or x.is_cpu):
+        raise TypeError(f"{name} is on device {x.device}; gpu3d runs on CPU and CUDA: move it by {name}.to('cuda').")
+    return read_dense(x, name)
+
+
+def read_dense(x: Any, name: str) -> Given:
+    """Describe a torch tensor as the kernel of an operator gets it: dense, on the CPU or a GPU, and no lazy view."""
     dtype = numpy_dtype(x.dtype)
     if x.is_cuda:
         if "cupy" not in sys.modules:
@@ -262,10 +275,8 @@ def read_tensor(x: Any, name: str) -> Given:
         if not x.is_contiguous():
             strides = tuple([step * dtype.itemsize for step in x.stride()])
         return _new(Given, (tuple(x.shape), dtype, strides, x.data_ptr(), _torch_origin(x.get_device()), x))
-    if x.device.type != "cpu":
-        raise TypeError(f"{name} is on device {x.device}; gpu3d runs on CPU and CUDA: move it by {name}.to('cuda').")
-    array = _numpy_of(x.detach(), dtype, torch)
-    return Given(array.shape, dtype, None, 0, _torch_origin(None), array)
+    array = _numpy_of(x.detach(), dtype, sys.modules["torch"])
+    return _new(Given, (array.shape, dtype, None, 0, _torch_origin(None), array))
 
 
 def _numpy_of(x: Any, dtype: np.dtype, torch: Any) -> np.ndarray:

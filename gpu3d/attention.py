@@ -15,6 +15,7 @@ from gpu3d._arrays import FLOAT32, FLOAT64, FLOAT_DTYPES, INT32, Given, Spec
 from gpu3d.buckets import Buckets, Scopes, bucket_offsets, check_buckets
 from gpu3d.cuda import attention as cuda
 from gpu3d.cuda import launcher
+from gpu3d.cuda.plan import Call
 from gpu3d.reference import attention as reference
 
 
@@ -113,15 +114,31 @@ def attention_arrays(
 ) -> list[Any]:
     """The arrays out, and lse if it is asked for, of q's library."""
     origin = q.origin
-    if not origin is k.origin is v.origin is table.origin:
-        _check_devices(table, q=q, k=k, v=v)
     if origin.device is None:
+        _check_devices(table, q=q, k=k, v=v)
         layout = bucket_size, bucket_offsets(lengths, bucket_size), lengths
         both = reference.bucket_attention(q.array, k.array, v.array, table.array, *layout, scale)
         return [_arrays.leave(x, origin) for x in both[: 1 + return_lse]]
-    call = cuda.attention(q, k, v, table, lengths, bucket_size, scale, return_lse, launcher.device(origin.device))
-    results = attention_results(q) if return_lse else (_arrays.kept_spec(q.shape, q.dtype),)
+    call, results = attention_call(q, k, v, table, lengths, bucket_size, scale, return_lse)
     return launcher.launch(call, (q, k, v, table), results, origin)
+
+
+def attention_call(
+    q: Given,
+    k: Given,
+    v: Given,
+    table: Given,
+    lengths: tuple[int, ...],
+    bucket_size: int,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Call, tuple[Spec, ...]]:
+    """What a GPU runs for `attention_arrays`, and the specs of its results."""
+    if not q.origin is k.origin is v.origin is table.origin:
+        _check_devices(table, q=q, k=k, v=v)
+    device = launcher.device(q.origin.device)
+    call = cuda.attention(q, k, v, table, lengths, bucket_size, scale, return_lse, device)
+    return call, attention_results(q) if return_lse else (_arrays.kept_spec(q.shape, q.dtype),)
 
 
 def bucket_attention_backward(
@@ -235,15 +252,34 @@ def attention_backward_arrays(
     scale: float,
 ) -> list[Any]:
     """The arrays dq, dk and dv, of q's library."""
-    _check_devices(table, q=q, k=k, v=v, dout=dout, out=out, lse=lse)
     if q.device is None:
+        _check_devices(table, q=q, k=k, v=v, dout=dout, out=out, lse=lse)
         saved = dout.array, q.array, k.array, v.array, out.array, lse.array, table.array
         layout = bucket_size, bucket_offsets(lengths, bucket_size), lengths
         gradients = reference.bucket_attention_backward(*saved, *layout, scale)
         return [_arrays.leave(x, q.origin) for x in gradients]
     given = dout, q, k, v, out, lse, table
-    call = cuda.attention_backward(*given, lengths, bucket_size, scale, launcher.device(q.device))
-    return launcher.launch(call, given, attention_backward_results(q), q.origin)
+    call, results = attention_backward_call(*given, lengths, bucket_size, scale)
+    return launcher.launch(call, given, results, q.origin)
+
+
+def attention_backward_call(
+    dout: Given,
+    q: Given,
+    k: Given,
+    v: Given,
+    out: Given,
+    lse: Given,
+    table: Given,
+    lengths: tuple[int, ...],
+    bucket_size: int,
+    scale: float,
+) -> tuple[Call, tuple[Spec, ...]]:
+    """What a GPU runs for `attention_backward_arrays`, and the specs of its results."""
+    _check_devices(table, q=q, k=k, v=v, dout=dout, out=out, lse=lse)
+    given = dout, q, k, v, out, lse, table
+    device = launcher.device(q.origin.device)
+    return cuda.attention_backward(*given, lengths, bucket_size, scale, device), attention_backward_results(q)
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from gpu3d import _arrays
 from gpu3d._arrays import FLOAT32, FLOAT64, INT32, Given, Spec
 from gpu3d.cuda import chamfer as cuda
 from gpu3d.cuda import launcher
+from gpu3d.cuda.plan import Call
 from gpu3d.neighbors import (
     Clouds,
     NeighborIndex,
@@ -365,6 +366,21 @@ def chamfer_arrays(
     return _launch(x, y, x_lengths, y_lengths, squared, reduction, direction, specs, gradients=False)
 
 
+def chamfer_call(
+    x: Given,
+    y: Given,
+    x_lengths: tuple[int, ...],
+    y_lengths: tuple[int, ...],
+    squared: bool,
+    reduction: str,
+    direction: str,
+) -> tuple[Call, tuple[Spec, ...]]:
+    """What a GPU runs for `chamfer_arrays` of two arrays, and the specs of its results."""
+    options = squared, reduction, direction, launcher.device(x.origin.device)
+    call = cuda.chamfer(x.spec, x_lengths, y.spec, y_lengths, *options)
+    return call, _kept_results(sum(x_lengths), sum(y_lengths), len(x_lengths), reduction, direction)
+
+
 def chamfer_backward_results(x: Given | Spec, y: Given | Spec) -> tuple[Spec, Spec]:
     """The specs of the gradients of x and y."""
     return Spec(x.shape, x.dtype), Spec(y.shape, y.dtype)
@@ -387,9 +403,17 @@ def chamfer_backward_arrays(
         asked = None if dloss is None else dloss.array.astype(FLOAT32, copy=False)
         arrays = reference.chamfer_backward(asked, packed(x), packed(y), residuals.array, *options)
         return [_arrays.leave(dz.reshape(z.shape), z.origin) for dz, z in zip(arrays, (x, y), strict=True)]
-    call = cuda.chamfer_backward(None if dloss is None else dloss.spec, x.spec, y.spec, residuals.spec, *options)
-    dx, dy = launcher.launch(call, (dloss, x, y, residuals), chamfer_backward_results(x, y), x.origin)
+    call, results = chamfer_backward_call(dloss, x, y, residuals, *options)
+    dx, dy = launcher.launch(call, (dloss, x, y, residuals), results, x.origin)
     return [dx, _arrays.passed_on(dy, x.origin.library, y.origin)]
+
+
+def chamfer_backward_call(
+    dloss: Given | None, x: Given, y: Given, residuals: Given, *options: Any
+) -> tuple[Call, tuple[Spec, ...]]:
+    """What a GPU runs for `chamfer_backward_arrays` with these options, and the specs of its results."""
+    call = cuda.chamfer_backward(None if dloss is None else dloss.spec, x.spec, y.spec, residuals.spec, *options)
+    return call, chamfer_backward_results(x, y)
 
 
 def _value_and_gradients(

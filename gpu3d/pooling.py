@@ -216,15 +216,23 @@ def pool_arrays(
 ) -> list[Any]:
     """What `pool_results` lists, as arrays of the features' library."""
     origin = features.origin
-    if points.origin.device != origin.device:
-        _arrays.check_same_device(features=origin, points=points.origin)
     if origin.device is None:
+        _arrays.check_same_device(features=origin, points=points.origin)
         arrays = list(reference.bucket_pool(features.array, points.array, bucket_size, lengths, ratio, reduce))
         if arrays[3] is None:
             arrays[3] = np.empty((0, features.shape[1]), np.uint8)
         return [_arrays.leave(x, origin) for x in arrays]
-    call, results = _on_gpu(lengths, features.spec, points.spec, bucket_size, ratio, reduce)
+    call, results = pool_call(features, points, lengths, bucket_size, ratio, reduce)
     return launcher.launch(call, (features, points), results, origin)
+
+
+def pool_call(
+    features: Given, points: Given, lengths: tuple[int, ...], bucket_size: int, ratio: int, reduce: str
+) -> tuple[Call, tuple[Spec, ...]]:
+    """What a GPU runs for `pool_arrays`, and the specs of its results."""
+    if points.origin.device != features.origin.device:
+        _arrays.check_same_device(features=features.origin, points=points.origin)
+    return _on_gpu(lengths, features.spec, points.spec, bucket_size, ratio, reduce)
 
 
 @clouds.remembered
@@ -341,17 +349,34 @@ def pool_backward_arrays(
     reduce: str,
 ) -> list[Any]:
     """The array dfeatures, of dchild's library. argmember is read for min and max only."""
-    if reduce not in reference.EXTREMES:
-        argmember = None
-    _check_devices("dchild_features", dchild, members, argmember)
     if dchild.device is None:
+        if reduce not in reference.EXTREMES:
+            argmember = None
+        _check_devices("dchild_features", dchild, members, argmember)
         first = None if argmember is None else argmember.array
         slots = num_slots(lengths, bucket_size)
         dfeatures = reference.bucket_pool_backward(dchild.array, members.array, first, slots, reduce)
         return [_arrays.leave(dfeatures, dchild.origin)]
+    call, results = pool_backward_call(dchild, members, argmember, lengths, bucket_size, ratio, reduce)
+    return launcher.launch(call, (dchild, members, argmember), results)
+
+
+def pool_backward_call(
+    dchild: Given,
+    members: Given,
+    argmember: Given | None,
+    lengths: tuple[int, ...],
+    bucket_size: int,
+    ratio: int,
+    reduce: str,
+) -> tuple[Call, tuple[Spec, ...]]:
+    """What a GPU runs for `pool_backward_arrays`, and the specs of its results."""
+    if reduce not in reference.EXTREMES:
+        argmember = None
+    _check_devices("dchild_features", dchild, members, argmember)
     of_argmember = None if argmember is None else argmember.spec
     call = cuda.pool_backward(dchild.spec, members.spec, of_argmember, lengths, bucket_size, ratio, reduce)
-    return launcher.launch(call, (dchild, members, argmember), pool_backward_results(dchild, lengths, bucket_size))
+    return call, pool_backward_results(dchild, lengths, bucket_size)
 
 
 # ---- unpool --------------------------------------------------------------------------------------------------------

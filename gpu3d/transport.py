@@ -19,6 +19,7 @@ from gpu3d import _arrays
 from gpu3d._arrays import FLOAT32, INT32, INT64, Given, Origin, Spec
 from gpu3d.cuda import launcher
 from gpu3d.cuda import transport as cuda
+from gpu3d.cuda.plan import Call
 from gpu3d.neighbors import NeighborIndex, check_clouds, check_no_empty_cloud, check_pair, packed, working_origin
 from gpu3d.reference import transport as reference
 from gpu3d.reference.chamfer import REDUCTIONS
@@ -537,18 +538,33 @@ def apml_arrays(
             _arrays.leave(x.reshape(spec.shape), origin)
             for x, spec, origin in zip(arrays, results, origins, strict=True)
         ]
-    device = launcher.device(ordinal)
     if max_entries is not None:
-        both = of_pred, pred_lengths, of_target, target_lengths
-        call = cuda.apml(*both, options, reduction, max_entries, with_grad, device)
+        call, _ = apml_call(pred, pred_lengths, target, target_lengths, options, reduction, max_entries, with_grad)
         made = launcher.launch(call, (pred, target), results)
     else:
-        pair = cuda.pair(of_pred, pred_lengths, of_target, target_lengths, device)
+        pair = cuda.pair(of_pred, pred_lengths, of_target, target_lengths, launcher.device(ordinal))
         found, total = _found(pred, target, pair, options, None)
         call = cuda.transport(pair, options, reduction, with_grad, total)
         made = launcher.launch(call, found, results, pred.origin)
     loss, dpred, dtarget = made
     return [loss, dpred, _arrays.passed_on(dtarget, pred.origin.library, target.origin)]
+
+
+def apml_call(
+    pred: Given,
+    pred_lengths: tuple[int, ...],
+    target: Given,
+    target_lengths: tuple[int, ...],
+    options: Options,
+    reduction: str,
+    max_entries: int,
+    with_grad: bool,
+) -> tuple[Call, tuple[Spec, ...]]:
+    """What a GPU runs for `apml_arrays` with max_entries, and the specs of its results."""
+    of_pred, of_target, device = pred.spec, target.spec, launcher.device(pred.origin.device)
+    both = of_pred, pred_lengths, of_target, target_lengths
+    call = cuda.apml(*both, options, reduction, max_entries, with_grad, device)
+    return call, _kept_results(of_pred, of_target, len(pred_lengths), reduction, with_grad)
 
 
 def _found(
@@ -602,20 +618,33 @@ def apml_backward_arrays(
     dloss: Given, dpred: Given, dtarget: Given, pred_lengths: tuple[int, ...], target_lengths: tuple[int, ...]
 ) -> list[Any]:
     """The gradients of `apml_arrays` times dloss []; if dloss is [B], those of each cloud times its own."""
+    check_apml_backward(dloss, dpred, dtarget, pred_lengths)
+    origin = dpred.origin
+    if origin.device is None:
+        sides = (dpred.array, pred_lengths), (dtarget.array, target_lengths)
+        return [_arrays.leave(reference.apml_backward(dloss.array, *side), origin) for side in sides]
+    call, results = apml_backward_call(dloss, dpred, dtarget, pred_lengths, target_lengths)
+    return launcher.launch(call, (dloss, dpred, dtarget), results, origin)
+
+
+def check_apml_backward(dloss: Given, dpred: Given, dtarget: Given, pred_lengths: tuple[int, ...]) -> None:
+    """Check that dloss fits the loss, and that all are on one device."""
     if dloss.ndim and dloss.shape != (len(pred_lengths),):
         raise ValueError(
             f"dloss must have shape [] or [{len(pred_lengths)}], one for each cloud, got {list(dloss.shape)}."
         )
     _arrays.check_floats(dloss, "dloss")
-    origin = dpred.origin
-    _arrays.check_same_device(dloss=dloss.origin, dpred=origin, dtarget=dtarget.origin)
-    if origin.device is None:
-        sides = (dpred.array, pred_lengths), (dtarget.array, target_lengths)
-        return [_arrays.leave(reference.apml_backward(dloss.array, *side), origin) for side in sides]
+    _arrays.check_same_device(dloss=dloss.origin, dpred=dpred.origin, dtarget=dtarget.origin)
+
+
+def apml_backward_call(
+    dloss: Given, dpred: Given, dtarget: Given, pred_lengths: tuple[int, ...], target_lengths: tuple[int, ...]
+) -> tuple[Call, tuple[Spec, ...]]:
+    """What a GPU runs for `apml_backward_arrays`, and the specs of its results."""
     # torch multiplies a tensor and a 0-d tensor in the dtype of the former.
-    rounded = dloss.ndim == 0 and origin.library == "torch"
+    rounded = dloss.ndim == 0 and dpred.origin.library == "torch"
     call = cuda.apml_backward(dloss.spec, dpred.spec, dtarget.spec, pred_lengths, target_lengths, rounded)
-    return launcher.launch(call, (dloss, dpred, dtarget), apml_backward_results(dpred, dtarget), origin)
+    return call, apml_backward_results(dpred, dtarget)
 
 
 # ---- the assignment ------------------------------------------------------------------------------------------------

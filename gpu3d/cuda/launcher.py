@@ -243,10 +243,11 @@ def _template(plan: Plan, ordinal: int) -> _Template:
             at = add((step.pointer, 0), "QQ") // 8
             streams[branch].append(at + 1)
             launches.append((step, at, 0))
+    few = [(i, places) for i, places in enumerate(pointers) if len(places) <= FEW]
     return _Template(
         buffer=bytes(buffer),
         memories=len(pointers),
-        few=tuple([(word, i, places[word]) for i, places in enumerate(pointers) if len(places) <= FEW for word in places]),
+        few=tuple([(word, i, places[word]) for i, places in few for word in places]),
         many=tuple([(i, places.items()) for i, places in enumerate(pointers) if len(places) > FEW]),
         moved=tuple(moved),
         numbers=tuple(numbers),
@@ -379,27 +380,33 @@ def launch(
     """
     if origin is None:
         origin = inputs[0].origin  # type: ignore[union-attr]
+    addresses: list[int] = []
+    lent: list[Any] = []
+    for given in inputs:
+        if given is None:
+            addresses.append(0)
+        else:
+            addresses.append(given.address)
+            if given.origin.lent:
+                lent.append(given.array)
+    made = launch_at(call, addresses, results, origin)
+    if lent:
+        with _cupy_cuda().Device(origin.device):
+            _keep(lent, _arrays.current_stream(origin))
+    if origin.library == "jax":
+        return [_arrays.leave(array, origin) for array in made]
+    return made
+
+
+def launch_at(call: Call, addresses: list[int], results: Sequence[_arrays.Spec], origin: _arrays.Origin) -> list[Any]:
+    """`launch` for the addresses of inputs. Results are torch's tensors for torch, otherwise CuPy's arrays."""
     ordinal: Any = origin.device
     cuda = _cupy_cuda()
     if cuda.runtime.getDevice() != ordinal:
         with cuda.Device(ordinal):
-            return launch(call, inputs, results, origin)
-    memories: list[int] = []
-    lent: list[Any] = []
-    for given in inputs:
-        if given is None:
-            memories.append(0)
-        else:
-            memories.append(given.address)
-            if given.origin.lent:
-                lent.append(given.array)
-    made, _workspace = _arrays.empty(results, call.plan.workspace, origin, memories)
-    stream = _arrays.current_stream(origin)
-    run(call, memories, ordinal, stream)
-    if lent:
-        _keep(lent, stream)
-    if origin.library == "jax":
-        return [_arrays.leave(array, origin) for array in made]
+            return launch_at(call, addresses, results, origin)
+    made, _workspace = _arrays.empty(results, call.plan.workspace, origin, addresses)
+    run(call, addresses, ordinal, _arrays.current_stream(origin))
     return made
 
 

@@ -76,7 +76,7 @@ def bucketize(points: Known, *, check_finite: bool | None, **options: Any) -> Wo
     checked = layouts.check_bucketize(points, **options)
     return Work(
         layouts.bucketize_results(checked.lengths, checked.bucket_size, points.shape[0]),
-        lambda points, device: cuda_buckets.bucketize(points, *checked[:-1], device),
+        lambda points, device: cuda_buckets.bucketize(points, *checked[:-2], device),
         lambda points: layouts.bucketize_arrays(points, checked, check_finite),
     )
 

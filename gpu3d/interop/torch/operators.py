@@ -3,7 +3,9 @@
 
 An operator takes tensors first, then numbers. Its kernel reads the tensors, checks all arguments, and calls the op
 module's `*_arrays`. So it launches the plan of a plain call, on torch's current stream, with results and workspace in
-torch's memory. It is registered in three ways, which differ in how lengths and gradients go in:
+torch's memory. On a GPU the operators of a training step keep what they launch (`call_of`): for tensors alike and the
+same numbers, checks and plans would be the same. An operator is registered in three ways, which differ in how lengths
+and gradients go in:
 
 - `gpu3d::chamfer`: lengths are `SymInt[]`, and torch.library knows the gradient. It is for torch.compile, torch.export,
   and programs that call the operator itself.
@@ -15,6 +17,8 @@ torch's memory. It is registered in three ways, which differ in how lengths and 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import re
 from collections.abc import Callable, Sequence
@@ -30,7 +34,9 @@ from gpu3d._arrays import Spec
 from gpu3d.chamfer import (  # a from-import, because gpu3d.chamfer is the function
     chamfer_arrays,
     chamfer_backward_arrays,
+    chamfer_backward_call,
     chamfer_backward_results,
+    chamfer_call,
     chamfer_results,
     check_chamfer,
     check_chamfer_backward,
@@ -40,6 +46,7 @@ from gpu3d.chamfer import (  # a from-import, because gpu3d.chamfer is the funct
     points_backward_arrays,
     points_results,
 )
+from gpu3d.cuda import clouds, launcher
 
 NO_FORWARD_MODE = (
     "gpu3d has no forward-mode derivatives, and an argument of {} has a tangent (torch.func.jvp, jacfwd, or a dual "
@@ -61,13 +68,23 @@ class Operator:
     results : callable
         A function of the tensors, as `Spec`, and of the numbers. It returns the specs of the results. Sizes and lengths
         may be symbols.
+    call_of : callable, optional
+        For tensors on a GPU: a function like `kernel` that checks all arguments and launches nothing. It returns the
+        `Call` and the specs of its results, and None if they must not be kept.
     """
 
-    def __init__(self, schema: str, kernel: Callable[..., Any], results: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        schema: str,
+        kernel: Callable[..., Any],
+        results: Callable[..., Any],
+        call_of: Callable[..., Any] | None = None,
+    ) -> None:
         self.name = schema.partition("(")[0]
         self.tensors = re.findall(r"Tensor\?? (\w+)", schema.partition("->")[0])
         self.single = schema.endswith("-> Tensor")
         self.kernel, self.results = kernel, results
+        self.kept_call = None if call_of is None else functools.lru_cache(maxsize=256)(call_of)
         # The apply of two torch.autograd.Functions. The transforms of torch.func need one whose setup_context is apart
         # from its forward. torch binds that one's arguments to its signature, which takes 5 us per call.
         self.apply: Callable[..., Any] | None = None
@@ -104,10 +121,23 @@ class Operator:
         if torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors]):
             raise RuntimeError(f"this overload of {self.name} has no gradient: pass lengths as integers.")
         given = [
-            None if x is None else _arrays.read_tensor(x, name) for x, name in zip(tensors, self.tensors, strict=True)
+            None if x is None else _arrays.read_dense(x, name) for x, name in zip(tensors, self.tensors, strict=True)
         ]
-        results = self.kernel(*given, *self._numbers(args))
+        numbers = self._numbers(args)
+        results = self._run_kept(given, numbers) or self.kernel(*given, *numbers)
         return results[0] if self.single else tuple(results)
+
+    def _run_kept(self, given: Sequence[Any], numbers: Sequence[Any]) -> list[Any] | None:
+        """Launch what was launched for tensors alike and the same numbers, if it is kept; otherwise None."""
+        origin = given[0].origin
+        if self.kept_call is None or origin.device is None or len(numbers[self.lengths[0]]) > clouds.INLINE_CLOUDS:
+            return None
+        kept = self.kept_call(*[None if x is None else x.alike for x in given], *numbers)
+        if kept is None:
+            return None
+        call, specs = kept
+        addresses = [0 if x is None else x.address for x in given[: call.plan.inputs]]
+        return launcher.launch_at(call, addresses, specs, origin)
 
     def _fake(self, *args: Any) -> Any:
         """The results without values, for fake tensors."""
@@ -233,15 +263,40 @@ class Operator:
             return self.default(*tensors, *numbers)
         return self.eager(*tensors, *numbers)
 
-    def with_tensors(self, numbers: tuple[Any, ...]) -> tuple[Any, ...]:
+    def with_tensors(self, tensors: Sequence[Any], numbers: tuple[Any, ...]) -> tuple[Any, ...]:
         """The numbers with lengths as the `eager` overload takes them."""
         for i in self.lengths:
             if isinstance(numbers[i], tuple):  # a list comes from a gradient of the default overload
-                lengths = torch.from_numpy(np.array(numbers[i], np.int64))
+                lengths = _lengths_beside(tensors, numbers[i])
                 if type(lengths) is not torch.Tensor:  # under a mode without values, such as FakeTensorMode
                     return numbers
                 numbers = (*numbers[:i], lengths, *numbers[i + 1 :])
         return numbers
+
+
+def _lengths_tensor(lengths: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(np.array(lengths, np.int64))
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_lengths(lengths: tuple[int, ...]) -> torch.Tensor:
+    """The lengths as a tensor that any later call can use. A LookupError if it belongs to a mode or a transform."""
+    with torch.inference_mode(False):
+        made = _lengths_tensor(lengths)
+    if type(made) is not torch.Tensor or _is_of_torch_func(made):
+        raise LookupError
+    return made
+
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
+
+
+def _lengths_beside(tensors: Sequence[Any], lengths: tuple[int, ...]) -> torch.Tensor:
+    """The lengths as a tensor, for a call with these tensors. Those of few clouds are kept."""
+    if len(lengths) <= clouds.INLINE_CLOUDS and _PLAIN.issuperset(map(type, tensors)):
+        with contextlib.suppress(LookupError):
+            return _kept_lengths(lengths)
+    return _lengths_tensor(lengths)
 
 
 def run(op: Operator, tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Any:
@@ -256,7 +311,7 @@ def run(op: Operator, tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Any
     if torch.jit.is_tracing():
         _refuse_tangents(op, tensors)
         return op.traced(*tensors, *[[int(n) for n in x] if isinstance(x, tuple) else x for x in numbers])
-    numbers = op.with_tensors(numbers)
+    numbers = op.with_tensors(tensors, numbers)
     if op.apply is not None and torch.is_grad_enabled():
         if any(map(_is_of_torch_func, tensors)):  # around a tensor that may require grad
             return op.apply_apart(numbers, *tensors)  # type: ignore[misc]
@@ -360,14 +415,15 @@ MOVE_ROWS.differentiate(lambda tensors, outputs: tensors[1:], _move_backward)
 # ---- attention -----------------------------------------------------------------------------------------------------
 
 
-def _attention(q: Any, k: Any, v: Any, table: Any, bucket_size: int, lengths: tuple[int, ...], scale: Any) -> list[Any]:
-    """The results out and lse; the gradient needs both."""
+def _check_attention(
+    q: Any, k: Any, v: Any, table: Any, bucket_size: int, lengths: tuple[int, ...], scale: Any
+) -> tuple[Any, ...]:
     slots = layouts.checked_layout(lengths, bucket_size).num_slots
     scale = attention.check_attention(q, k, v, table, slots, None, scale)
-    return attention.attention_arrays(q, k, v, table, lengths, bucket_size, scale, True)
+    return q, k, v, table, lengths, bucket_size, scale, True  # the gradient needs lse
 
 
-def _attention_backward(
+def _check_attention_backward(
     dout: Any,
     q: Any,
     k: Any,
@@ -378,24 +434,31 @@ def _attention_backward(
     bucket_size: int,
     lengths: tuple[int, ...],
     scale: Any,
-) -> list[Any]:
+) -> tuple[Any, ...]:
     given = dout, q, k, v, out, lse, table
     slots = layouts.checked_layout(lengths, bucket_size).num_slots
     scale = attention.check_attention_backward(*given, slots, None, scale)
-    return attention.attention_backward_arrays(*given, lengths, bucket_size, scale)
+    return *given, lengths, bucket_size, scale
+
+
+def _unless_zero(call_of: Callable[..., Any]) -> Callable[..., Any]:
+    """The calls of attention that are kept. As keys scales of 0.0 and -0.0 were the same."""
+    return lambda *args: None if args[-1] == 0 else call_of(*args)
 
 
 ATTENTION = Operator(
     "bucket_attention(Tensor q, Tensor k, Tensor v, Tensor table, int bucket_size, SymInt[] lengths, float? scale) "
     "-> (Tensor, Tensor)",
-    _attention,
+    lambda *args: attention.attention_arrays(*_check_attention(*args)),
     lambda q, *rest: attention.attention_results(q),
+    _unless_zero(lambda *args: attention.attention_call(*_check_attention(*args))),
 )
 ATTENTION_BACKWARD = Operator(
     "bucket_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor table, "
     "int bucket_size, SymInt[] lengths, float? scale) -> (Tensor, Tensor, Tensor)",
-    _attention_backward,
+    lambda *args: attention.attention_backward_arrays(*_check_attention_backward(*args)),
     lambda dout, q, *rest: attention.attention_backward_results(q),
+    _unless_zero(lambda *args: attention.attention_backward_call(*_check_attention_backward(*args))),
 )
 ATTENTION_BACKWARD.refuse_second_derivative()
 
@@ -412,35 +475,39 @@ ATTENTION.autocast(3, torch.get_autocast_dtype)
 # ---- pooling -------------------------------------------------------------------------------------------------------
 
 
-def _pool(features: Any, points: Any, bucket_size: int, lengths: tuple[int, ...], ratio: int, reduce: str) -> list[Any]:
+def _check_pool(
+    features: Any, points: Any, bucket_size: int, lengths: tuple[int, ...], ratio: int, reduce: str
+) -> tuple[Any, ...]:
     layouts.checked_layout(lengths, bucket_size)
     pooling.check_pool(features, points, lengths, bucket_size, ratio, reduce)
-    return pooling.pool_arrays(features, points, lengths, bucket_size, ratio, reduce)
+    return features, points, lengths, bucket_size, ratio, reduce
 
 
-def _pool_backward(
+def _check_pool_backward(
     dchild: Any, members: Any, argmember: Any, bucket_size: int, lengths: tuple[int, ...], ratio: int, reduce: str
-) -> list[Any]:
+) -> tuple[Any, ...]:
     layouts.checked_layout(lengths, bucket_size)
     pooling.check_pool_backward(dchild, dchild, lengths, bucket_size, ratio)
-    return pooling.pool_backward_arrays(dchild, members, argmember, lengths, bucket_size, ratio, reduce)
+    return dchild, members, argmember, lengths, bucket_size, ratio, reduce
 
 
 POOL = Operator(
     "bucket_pool(Tensor features, Tensor points, int bucket_size, SymInt[] lengths, int ratio, str reduce) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _pool,
+    lambda *args: pooling.pool_arrays(*_check_pool(*args)),
     lambda features, points, bucket_size, lengths, *options: pooling.pool_results(
         features, points, lengths, bucket_size, *options
     ),
+    lambda *args: pooling.pool_call(*_check_pool(*args)),
 )
 POOL_BACKWARD = Operator(
     "bucket_pool_backward(Tensor dchild, Tensor members, Tensor argmember, int bucket_size, SymInt[] lengths, "
     "int ratio, str reduce) -> Tensor",
-    _pool_backward,
+    lambda *args: pooling.pool_backward_arrays(*_check_pool_backward(*args)),
     lambda dchild, members, argmember, bucket_size, lengths, *options: pooling.pool_backward_results(
         dchild, lengths, bucket_size
     ),
+    lambda *args: pooling.pool_backward_call(*_check_pool_backward(*args)),
 )
 POOL_BACKWARD.refuse_second_derivative()
 POOL.differentiate(
@@ -615,29 +682,29 @@ NORMALS = Operator(
 # ---- losses --------------------------------------------------------------------------------------------------------
 
 
-def _chamfer(x: Any, y: Any, *numbers: Any) -> list[Any]:
-    """The loss and the residuals, which its gradient needs."""
-    return chamfer_arrays(x, y, *check_chamfer(x, y, *numbers))
+def _check_chamfer(x: Any, y: Any, *numbers: Any) -> tuple[Any, ...]:
+    return x, y, *check_chamfer(x, y, *numbers)
 
 
-def _chamfer_backward(dloss: Any, x: Any, y: Any, residuals: Any, *numbers: Any) -> list[Any]:
-    checked = check_chamfer_backward(dloss, x, y, residuals, *numbers)
-    return chamfer_backward_arrays(dloss, x, y, residuals, *checked)
+def _check_chamfer_backward(dloss: Any, x: Any, y: Any, residuals: Any, *numbers: Any) -> tuple[Any, ...]:
+    return dloss, x, y, residuals, *check_chamfer_backward(dloss, x, y, residuals, *numbers)
 
 
 CHAMFER = Operator(
     "chamfer(Tensor x, Tensor y, SymInt[] x_lengths, SymInt[] y_lengths, bool squared, str reduction, str direction, "
     "str empty) -> (Tensor, Tensor)",
-    _chamfer,
+    lambda *args: chamfer_arrays(*_check_chamfer(*args)),  # the loss, and the residuals that its gradient needs
     lambda x, y, x_lengths, y_lengths, squared, reduction, direction, empty: chamfer_results(
         x.shape[0], y.shape[0], len(x_lengths), reduction, direction
     ),
+    lambda *args: chamfer_call(*_check_chamfer(*args)),
 )
 CHAMFER_BACKWARD = Operator(
     "chamfer_backward(Tensor dloss, Tensor x, Tensor y, Tensor residuals, SymInt[] x_lengths, SymInt[] y_lengths, "
     "bool squared, str reduction, str direction) -> (Tensor, Tensor)",
-    _chamfer_backward,
+    lambda *args: chamfer_backward_arrays(*_check_chamfer_backward(*args)),
     lambda dloss, x, y, *rest: chamfer_backward_results(x, y),
+    lambda *args: chamfer_backward_call(*_check_chamfer_backward(*args)),
 )
 CHAMFER_BACKWARD.refuse_second_derivative()
 CHAMFER.differentiate(
@@ -690,7 +757,7 @@ COMPARE_CLOUDS = Operator(
 COMPARE_CLOUDS.autocast(2, lambda device: torch.float32)
 
 
-def _apml(
+def _check_apml(
     pred: Any,
     target: Any,
     pred_lengths: tuple[int, ...],
@@ -702,11 +769,16 @@ def _apml(
     reduction: str,
     max_entries: int | None,
     with_grad: bool,
-) -> list[Any]:
-    """The loss and, if with_grad, the gradients of pred and target. One plan computes both."""
+) -> tuple[Any, ...]:
     options = p_min, threshold, iterations, symmetrize, reduction, max_entries
     checked = transport.check_apml(pred, target, pred_lengths, target_lengths, *options)
-    return transport.apml_arrays(pred, pred_lengths, target, target_lengths, *checked[2:], with_grad)
+    return pred, pred_lengths, target, target_lengths, *checked[2:], with_grad
+
+
+def _apml_call(*args: Any) -> Any:
+    """The call, if max_entries is given; otherwise there are two."""
+    checked = _check_apml(*args)
+    return None if args[-2] is None else transport.apml_call(*checked)
 
 
 def _apml_results(
@@ -720,11 +792,17 @@ def _apml_backward(dloss: Any, dpred: Any, dtarget: Any, pred: Any, target: Any,
     return transport.apml_backward_arrays(dloss, dpred, dtarget, *lengths)
 
 
+def _apml_backward_call(dloss: Any, dpred: Any, dtarget: Any, pred: Any, target: Any, *lengths: Any) -> Any:
+    transport.check_apml_backward(dloss, dpred, dtarget, lengths[0])
+    return transport.apml_backward_call(dloss, dpred, dtarget, *lengths)
+
+
 APML = Operator(
     "apml(Tensor pred, Tensor target, SymInt[] pred_lengths, SymInt[] target_lengths, float p_min, float threshold, "
     "int iterations, str symmetrize, str reduction, SymInt? max_entries, bool with_grad) -> (Tensor, Tensor, Tensor)",
-    _apml,
+    lambda *args: transport.apml_arrays(*_check_apml(*args)),  # the loss and, if with_grad, both gradients
     _apml_results,
+    _apml_call,
 )
 # pred and target are arguments so that torch knows that the result depends on them. Then a second derivative is refused
 # and not taken for 0.
@@ -733,6 +811,7 @@ APML_BACKWARD = Operator(
     "SymInt[] target_lengths) -> (Tensor, Tensor)",
     _apml_backward,
     lambda dloss, dpred, dtarget, *rest: transport.apml_backward_results(dpred, dtarget),
+    _apml_backward_call,
 )
 APML_BACKWARD.refuse_second_derivative()
 
