@@ -100,19 +100,13 @@ class Given(NamedTuple):
         shape, dtype, strides, address, _, _ = self
         return _new(Spec, (shape, dtype, strides, address % 16))
 
-    @property
-    def alike(self) -> Given:
-        """Another array of the same spec and origin, without memory, as a cache key. Checks cannot tell them apart."""
-        shape, dtype, strides, address, origin, _ = self
-        return _new(Given, (shape, dtype, strides, address % 16, origin, None))
-
 
 # Of a result whose sizes are ints. Finding it takes half the time of making it.
 kept_spec = functools.lru_cache(maxsize=1024)(Spec)
 _new = tuple.__new__
 _NUMPY = Origin("numpy", None)
 _cupy_origin = functools.cache(functools.partial(Origin, "cupy"))
-_torch_origin = functools.cache(functools.partial(Origin, "torch"))
+torch_origin = functools.cache(functools.partial(Origin, "torch"))  # for the number of a CUDA device, or None
 _jax_origin = functools.cache(functools.partial(Origin, "jax", lent=True))
 _foreign_origin = functools.cache(functools.partial(Origin, "cupy", lent=True))
 
@@ -274,9 +268,18 @@ def read_dense(x: Any, name: str) -> Given:
         strides = None
         if not x.is_contiguous():
             strides = tuple([step * dtype.itemsize for step in x.stride()])
-        return _new(Given, (tuple(x.shape), dtype, strides, x.data_ptr(), _torch_origin(x.get_device()), x))
+        return _new(Given, (tuple(x.shape), dtype, strides, x.data_ptr(), torch_origin(x.get_device()), x))
     array = _numpy_of(x.detach(), dtype, sys.modules["torch"])
-    return _new(Given, (array.shape, dtype, None, 0, _torch_origin(None), array))
+    return _new(Given, (array.shape, dtype, None, 0, torch_origin(None), array))
+
+
+def tensor_alike(
+    shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None, misalignment: int, device: int
+) -> Given:
+    """A tensor as `read_dense` describes it, but without memory, for checks and plans. Strides are in elements."""
+    of_numpy = numpy_dtype(dtype)
+    steps = None if strides is None else tuple([step * of_numpy.itemsize for step in strides])
+    return Given(tuple(shape), of_numpy, steps, misalignment, torch_origin(device if device >= 0 else None), None)
 
 
 def _numpy_of(x: Any, dtype: np.dtype, torch: Any) -> np.ndarray:

@@ -17,7 +17,6 @@ and gradients go in:
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import re
@@ -84,11 +83,14 @@ class Operator:
         self.tensors = re.findall(r"Tensor\?? (\w+)", schema.partition("->")[0])
         self.single = schema.endswith("-> Tensor")
         self.kernel, self.results = kernel, results
-        self.kept_call = None if call_of is None else functools.lru_cache(maxsize=256)(call_of)
+        self.kept_call = call_of and functools.lru_cache(maxsize=256)(
+            lambda tensors, *numbers: call_of(*[_arrays.tensor_alike(*x) for x in tensors], *numbers)
+        )
         # The apply of two torch.autograd.Functions. The transforms of torch.func need one whose setup_context is apart
         # from its forward. torch binds that one's arguments to its signature, which takes 5 us per call.
         self.apply: Callable[..., Any] | None = None
         self.apply_apart: Callable[..., Any] | None = None
+        self.may_be_dual: int | None = None  # how many of the first tensors may have tangents; None means all
         self.cast: tuple[int, Callable[[str], torch.dtype]] | None = None  # see `autocast`
         numbers = schema[: schema.index(")")].split(", ")[len(self.tensors) :]
         self.lengths = [i for i, text in enumerate(numbers) if "SymInt[]" in text]  # which numbers are lengths
@@ -120,24 +122,32 @@ class Operator:
         tensors = args[: len(self.tensors)]
         if torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors]):
             raise RuntimeError(f"this overload of {self.name} has no gradient: pass lengths as integers.")
-        given = [
-            None if x is None else _arrays.read_dense(x, name) for x, name in zip(tensors, self.tensors, strict=True)
-        ]
         numbers = self._numbers(args)
-        results = self._run_kept(given, numbers) or self.kernel(*given, *numbers)
+        results = self._run_kept(tensors, numbers)
+        if results is None:
+            given = [
+                None if x is None else _arrays.read_dense(x, name)
+                for x, name in zip(tensors, self.tensors, strict=True)
+            ]
+            results = self.kernel(*given, *numbers)
         return results[0] if self.single else tuple(results)
 
-    def _run_kept(self, given: Sequence[Any], numbers: Sequence[Any]) -> list[Any] | None:
-        """Launch what was launched for tensors alike and the same numbers, if it is kept; otherwise None."""
-        origin = given[0].origin
-        if self.kept_call is None or origin.device is None or len(numbers[self.lengths[0]]) > clouds.INLINE_CLOUDS:
+    def _run_kept(self, tensors: Sequence[Any], numbers: Sequence[Any]) -> list[Any] | None:
+        """Launch what is kept for tensors alike and the same numbers, or return None."""
+        device = tensors[0].get_device()
+        if self.kept_call is None or device < 0 or len(numbers[self.lengths[0]]) > clouds.INLINE_CLOUDS:
             return None
-        kept = self.kept_call(*[None if x is None else x.alike for x in given], *numbers)
+        alike, addresses = [], []
+        for x in tensors:
+            address = x.data_ptr()
+            strides = None if x.is_contiguous() else x.stride()
+            alike.append((x.shape, x.dtype, strides, address % 16, x.get_device()))
+            addresses.append(address)
+        kept = self.kept_call(tuple(alike), *numbers)
         if kept is None:
             return None
         call, specs = kept
-        addresses = [0 if x is None else x.address for x in given[: call.plan.inputs]]
-        return launcher.launch_at(call, addresses, specs, origin)
+        return launcher.launch_at(call, addresses[: call.plan.inputs], specs, _arrays.torch_origin(device))
 
     def _fake(self, *args: Any) -> Any:
         """The results without values, for fake tensors."""
@@ -213,6 +223,8 @@ class Operator:
 
     def refuse_second_derivative(self) -> None:
         """For an operator that is a gradient: raise an error for its own gradient, which torch would take for zero."""
+        # Its first tensor is the gradient of a result. The others are saved ones of a forward, which refused tangents.
+        self.may_be_dual = 1
 
         def nothing(ctx: Any, *given: Any) -> None:
             pass
@@ -263,45 +275,25 @@ class Operator:
             return self.default(*tensors, *numbers)
         return self.eager(*tensors, *numbers)
 
-    def with_tensors(self, tensors: Sequence[Any], numbers: tuple[Any, ...]) -> tuple[Any, ...]:
+    def with_tensors(self, numbers: tuple[Any, ...]) -> tuple[Any, ...]:
         """The numbers with lengths as the `eager` overload takes them."""
         for i in self.lengths:
             if isinstance(numbers[i], tuple):  # a list comes from a gradient of the default overload
-                lengths = _lengths_beside(tensors, numbers[i])
+                lengths = torch.from_numpy(_array(numbers[i]))
                 if type(lengths) is not torch.Tensor:  # under a mode without values, such as FakeTensorMode
                     return numbers
                 numbers = (*numbers[:i], lengths, *numbers[i + 1 :])
         return numbers
 
 
-def _lengths_tensor(lengths: tuple[int, ...]) -> torch.Tensor:
-    return torch.from_numpy(np.array(lengths, np.int64))
-
-
-@functools.lru_cache(maxsize=256)
-def _kept_lengths(lengths: tuple[int, ...]) -> torch.Tensor:
-    """The lengths as a tensor that any later call can use. A LookupError if it belongs to a mode or a transform."""
-    with torch.inference_mode(False):
-        made = _lengths_tensor(lengths)
-    if type(made) is not torch.Tensor or _is_of_torch_func(made):
-        raise LookupError
-    return made
-
-
-_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
-
-
-def _lengths_beside(tensors: Sequence[Any], lengths: tuple[int, ...]) -> torch.Tensor:
-    """The lengths as a tensor, for a call with these tensors. Those of few clouds are kept."""
-    if len(lengths) <= clouds.INLINE_CLOUDS and _PLAIN.issuperset(map(type, tensors)):
-        with contextlib.suppress(LookupError):
-            return _kept_lengths(lengths)
-    return _lengths_tensor(lengths)
+@clouds.remembered
+def _array(lengths: tuple[int, ...]) -> np.ndarray:
+    return _arrays.int64_array(lengths).copy()  # torch warns about memory that is not writable
 
 
 def run(op: Operator, tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Any:
     """Call an operator so that torch's transforms work or raise an error: gradients, autocast, forward mode."""
-    if op.cast is not None and torch.is_autocast_enabled(device := tensors[0].device.type):
+    if op.cast is not None and torch.is_autocast_enabled(device := "cuda" if tensors[0].is_cuda else "cpu"):
         count, dtype = op.cast[0], op.cast[1](device)
         cast = [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors[:count]]
         tensors = (*cast, *tensors[count:])
@@ -311,7 +303,7 @@ def run(op: Operator, tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Any
     if torch.jit.is_tracing():
         _refuse_tangents(op, tensors)
         return op.traced(*tensors, *[[int(n) for n in x] if isinstance(x, tuple) else x for x in numbers])
-    numbers = op.with_tensors(tensors, numbers)
+    numbers = op.with_tensors(numbers)
     if op.apply is not None and torch.is_grad_enabled():
         if any(map(_is_of_torch_func, tensors)):  # around a tensor that may require grad
             return op.apply_apart(numbers, *tensors)  # type: ignore[misc]
@@ -322,7 +314,7 @@ def run(op: Operator, tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Any
 
 
 def _refuse_tangents(op: Operator, tensors: Sequence[Any]) -> None:
-    for x in tensors:
+    for x in tensors[: op.may_be_dual]:
         if x is not None and forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(NO_FORWARD_MODE.format(op.name))
 
