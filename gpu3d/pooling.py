@@ -164,8 +164,7 @@ def bucket_pool(features: Any, points: Any, buckets: Buckets, *, ratio: int = 2,
     features, points = _arrays.read(features, "features"), _arrays.read(points, "points")
     ratio = check_pool(features, points, lengths, bucket_size, ratio, reduce)
     arrays = pool_arrays(features, points, lengths, bucket_size, ratio, reduce)
-    children = _children(lengths, bucket_size, ratio)
-    return pooling_of(arrays, buckets, ratio, reduce, children)
+    return pooling_of(arrays, buckets, ratio, reduce, children_of(lengths, bucket_size, ratio))
 
 
 def check_pool(
@@ -252,7 +251,7 @@ def _layout_of_children(
     return children, bucket_offsets(children, bucket_size)
 
 
-_children = clouds.remembered(_layout_of_children)  # for lengths that are ints
+children_of = clouds.remembered(_layout_of_children)  # for lengths that are ints
 
 
 def pooling_of(

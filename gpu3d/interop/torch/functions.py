@@ -52,10 +52,12 @@ def _tensor(x: Any, name: str) -> torch.Tensor:
 
 def _tensors(**named: Any) -> tuple[Any, ...]:
     """All arguments as tensors. An array of another library next to a tensor that requires grad is an error."""
-    if all([x is None or isinstance(x, torch.Tensor) for x in named.values()]):
-        for name, x in named.items():
-            if x is not None:
-                _check_kind(x, name)
+    for name, x in named.items():
+        if isinstance(x, torch.Tensor):
+            _check_kind(x, name)
+        elif x is not None:
+            break
+    else:
         return tuple(named.values())
     differentiated = [name for name, x in named.items() if isinstance(x, torch.Tensor) and x.requires_grad]
     for name, x in named.items():
@@ -284,8 +286,10 @@ def bucket_pool(features: Any, points: Any, buckets: Buckets, *, ratio: int = 2,
     bucket_size, lengths = buckets.bucket_size, buckets.lengths
     if not _exact((ratio, int), (reduce, str)):
         ratio = pooling.check_pool(_spec(features), _spec(points), lengths, bucket_size, ratio, reduce)
-    numbers = bucket_size, lengths, ratio, reduce
-    return pooling.pooling_of(run(operators.POOL, (features, points), numbers), buckets, ratio, reduce)
+    arrays = run(operators.POOL, (features, points), (bucket_size, lengths, ratio, reduce))
+    # Under torch.compile lengths may be symbols.
+    children = None if torch.compiler.is_compiling() else pooling.children_of(lengths, bucket_size, ratio)
+    return pooling.pooling_of(arrays, buckets, ratio, reduce, children)
 
 
 def bucket_unpool(child_features: Any, pooled: Pooling, skip: Any = None) -> Any:
