@@ -25,6 +25,8 @@ from gpu3d.reference import buckets as reference
 
 MAX_SLOTS = 2**31 - 1  # slots are int32
 
+_new = tuple.__new__
+
 # ---- the layout ----------------------------------------------------------------------------------------------------
 
 
@@ -271,7 +273,8 @@ def check_bucketize(
             f"a layout has at most 2**31 - 1 slots, because slots are int32; {sum(lengths)} points need {slots}. "
             "Bucketize parts of the batch."
         )
-    return Bucketing(lengths, bucket_size, hash, balance, voxel_size, seed, bounds, offsets, array)
+    # Every call makes one, and the constructor of a NamedTuple takes twice as long.
+    return _new(Bucketing, (lengths, bucket_size, hash, balance, voxel_size, seed, bounds, offsets, array))
 
 
 def check_bucket_size(bucket_size: Any) -> int:

@@ -330,6 +330,20 @@ def test_wording(check, error, message):
     assert message in str(caught.value)
 
 
+def test_many_lengths():
+    """Many ints become an array; what is no length, or only few, is left to `check_lengths`."""
+    rng = np.random.default_rng(0)
+    ints = [*rng.integers(0, 1000, 100).tolist(), 0, 1]
+    for lengths in (ints, tuple(ints), [*ints[:-1], np.int8(1)], np.array(ints)):
+        array = _arrays.many_lengths(lengths)
+        assert array.dtype == np.int64 and array.tolist() == ints
+        assert _arrays.check_lengths(array, sum(ints), "q") == tuple(ints)
+    for wrong in (True, False, np.True_, 1.0, "1", None, 2**70):
+        assert _arrays.many_lengths([*ints, wrong]) is None
+    for lengths in (ints[:64], np.array(ints, np.int32), np.array(ints)[:64], np.array([ints]), None, 5):
+        assert _arrays.many_lengths(lengths) is None
+
+
 def test_what_passes():
     assert type(_arrays.check_integer(np.int8(3), "k")) is int
     assert _arrays.check_lengths(None, 4, "q") == (4,)

@@ -39,6 +39,9 @@ from torch_cases import (  # noqa: E402
 )
 
 import gpu3d  # noqa: E402
+from gpu3d import _arrays  # noqa: E402
+from gpu3d.cuda import launcher  # noqa: E402
+from gpu3d.cuda.plan import DEVICES  # noqa: E402
 from gpu3d.interop import torch as g  # noqa: E402
 from gpu3d.interop.torch import backbone, functions, modules, operators  # noqa: E402
 
@@ -330,8 +333,15 @@ def test_subclasses_and_fake_tensors(name):
     assert fake.shape == result.shape and fake.dtype == result.dtype
 
 
+SAMPLES = list(samples())
+
+
+def operator_of(sample):
+    return next(op for op in vars(operators).values() if getattr(op, "default", None) is sample[0].default)
+
+
 @compiling
-@pytest.mark.parametrize("sample", list(samples()), ids=lambda sample: sample[0].__name__)
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample[0].__name__)
 def test_opcheck(sample):
     op, *args = sample
     torch.library.opcheck(op.default, tuple(args))
@@ -342,7 +352,68 @@ def test_opcheck(sample):
 
 def test_every_operator_is_checked():
     defined = {op.name for op in vars(operators).values() if isinstance(op, operators.Operator)}
-    assert defined == {op.__name__ for op, *_ in samples()}
+    assert defined == {op.__name__ for op, *_ in SAMPLES}
+
+
+class OnGpu:
+    """Stands in for a tensor on a GPU, of which an operator reads no value."""
+
+    def __init__(self, x):
+        self.shape, self.is_contiguous, self.stride = x.shape, x.is_contiguous, x.stride
+        self.dtype = torch.float32 if x.dtype == torch.float64 else x.dtype  # most ops take no float64 on a GPU
+        self.address = x.data_ptr()
+
+    def data_ptr(self):
+        return self.address
+
+    def get_device(self):
+        return 0
+
+    @property
+    def given(self):
+        alike = self.shape, self.dtype, None if self.is_contiguous() else self.stride(), self.address
+        return _arrays.tensor_alike(*alike, 0)
+
+
+KEPT = [sample for sample in SAMPLES if operator_of(sample).kept_call is not None]
+
+
+@pytest.mark.parametrize("sample", KEPT, ids=lambda sample: sample[0].__name__)
+def test_kept_calls(sample, monkeypatch):
+    """What an operator keeps for tensors alike is what its kernel launches."""
+    launched = []
+
+    def launch_at(call, addresses, results, origin):
+        launched.append((call.plan, call.numbers, addresses, results, origin))
+        return [None] * len(results)
+
+    op = operator_of(sample)
+    monkeypatch.setattr(launcher, "device", lambda ordinal: DEVICES["sm_90a"])
+    monkeypatch.setattr(launcher, "launch_at", launch_at)
+    monkeypatch.setattr(op, "kept_call", functools.lru_cache(op.kept_call.__wrapped__))
+    tensors, numbers = [OnGpu(x) for x in sample[1 : len(op.tensors) + 1]], sample[len(op.tensors) + 1 :]
+    if op._run_kept(tensors, numbers) is None:
+        assert op is operators.APML and numbers[-2] is None  # two calls
+        return
+    op.kernel(*[x.given for x in tensors], *numbers)
+    kept, of_kernel = launched
+    assert kept == of_kernel
+    tensors[0].address += 4  # a misaligned tensor is not alike
+    op._run_kept(tensors, numbers)
+    op.kernel(*[x.given for x in tensors], *numbers)
+    assert launched[2] == launched[3] and launched[2][2] != kept[2]
+    op._run_kept(tensors, numbers)
+    assert op.kept_call.cache_info()[:2] == (1, 2)  # hits and misses
+
+
+def test_calls_that_are_not_kept():
+    """As keys scales of 0.0 and -0.0 are the same, lengths of many clouds are large, and a CPU has no plans."""
+    q = torch.ones(16, 1, 8)
+    args = (q, q, q, torch.zeros(1, 1, dtype=torch.int32), 16, (16,))
+    alike = tuple([(x.shape, x.dtype, None, 0, 0) for x in args[:4]])
+    assert operators.ATTENTION.kept_call(alike, *args[4:], -0.0) is None
+    assert operators.ATTENTION._run_kept([OnGpu(x) for x in args[:4]], (16, (0,) * 65, None)) is None
+    assert operators.ATTENTION._run_kept(args[:4], (*args[4:], None)) is None
 
 
 @pytest.mark.parametrize("name", [name for name in g.__all__ if name[0].islower() and name != "use_torch_allocator"])

@@ -168,6 +168,21 @@ def test_what_changes_from_run_to_run(driver):
         assert driver.done[-1][2:4] == (stream or None, expected)
 
 
+def test_memories_with_many_pointers(driver):
+    """Pointers of memories that have many are written if that memory has moved, beside those of memories with few."""
+    steps = Steps(inputs=2, results=1)
+    pieces = [steps.workspace(f"piece {i}", 8) for i in range(launcher.FEW + 1)]
+    for i, piece in enumerate(pieces):
+        steps.launch(Kernel("pooling_rows", "f", "QQQ"), grid=1, block=32, args=(Input(i % 2) + i, Result(0), piece))
+    plan = steps.plan()
+    offsets = [plan.pieces[f"piece {i}"].offset for i in range(len(pieces))]
+    for memories in [(1000, 2000, 3000, 4000), (1000, 2000, 3000, 9000), (1500, 2000, 3500, 9000)]:
+        driver.done.clear()
+        launcher.run(Call(plan, {}), memories, 0, 7)
+        expected = [(memories[i % 2] + i, memories[2], memories[3] + offset) for i, offset in enumerate(offsets)]
+        assert [args for _, _, _, args, _ in driver.done] == expected
+
+
 def test_runs_share_no_memory(driver):
     """A run that starts during another one does not change the arguments of the other."""
     plan, runs = a_plan(), []
