@@ -21,6 +21,7 @@ from gpu3d import _arrays
 from gpu3d._arrays import INT32, Given, Spec
 from gpu3d.cuda import buckets as cuda
 from gpu3d.cuda import clouds, launcher
+from gpu3d.cuda.plan import Call
 from gpu3d.reference import buckets as reference
 
 MAX_SLOTS = 2**31 - 1  # slots are int32
@@ -226,8 +227,15 @@ def bucketize(
     given = _arrays.read(points, "points")
     if given.origin.library == "jax":
         importlib.import_module("gpu3d.interop.jax")  # registers Buckets as a pytree
-    checked = check_bucketize(given, bucket_size, lengths, hash, balance, voxel_size, seed, bounds)
-    slot_to_point, point_to_slot, moved = bucketize_arrays(given, checked, check_finite)
+    kept = None
+    if lengths is None and bounds is None and not check_finite and len(given.shape) == 2 and _arrays.on_gpu(given):
+        kept = _kept_call(given.spec, given.origin, bucket_size, hash, balance, voxel_size, seed)
+    if kept is None:
+        checked = check_bucketize(given, bucket_size, lengths, hash, balance, voxel_size, seed, bounds)
+        slot_to_point, point_to_slot, moved = bucketize_arrays(given, checked, check_finite)
+    else:
+        checked, call, results = kept
+        slot_to_point, point_to_slot, moved = launcher.launch(call, (given,), results, given.origin)
     return Buckets(slot_to_point, point_to_slot, moved, checked.bucket_size, checked.lengths, checked.bucket_offsets)
 
 
@@ -341,15 +349,30 @@ def bucketize_arrays(points: Given, checked: Bucketing, check_finite: bool | Non
     if check_finite or (check_finite is None and origin.device is None):
         with _arrays.on(origin):
             _arrays.check_finite(points)
-    lengths, bucket_size, hash, balance, voxel_size, seed, bounds, offsets, array = checked
     if origin.device is None:
+        lengths, bucket_size, hash, balance, voxel_size, seed, bounds, _, _ = checked
         host, options = points.array.reshape(-1, 3), (hash, balance, voxel_size, seed, bounds)
         return [_arrays.leave(x, origin) for x in reference.bucketize(host, bucket_size, lengths, *options)]
-    device = launcher.device(origin.device)
-    counts = lengths if array is None else array
-    call = cuda.bucketize(points, counts, bucket_size, hash, balance, voxel_size, seed, bounds, device)
-    results = _kept_results(offsets[-1] * bucket_size, points.size // 3)
+    call, results = _call(points, checked)
     return launcher.launch(call, (points,), results, origin)
+
+
+def _call(points: Given, checked: Bucketing) -> tuple[Call, tuple[Spec, ...]]:
+    """What a GPU runs for `bucketize_arrays`, and the specs of its results."""
+    lengths, bucket_size, hash, balance, voxel_size, seed, bounds, offsets, array = checked
+    counts, device = lengths if array is None else array, launcher.device(points.origin.device)
+    call = cuda.bucketize(points, counts, bucket_size, hash, balance, voxel_size, seed, bounds, device)
+    return call, _kept_results(offsets[-1] * bucket_size, points.size // 3)
+
+
+@clouds.kept_as_passed
+def _kept_call(
+    points: Spec, origin: _arrays.Origin, bucket_size: Any, hash: Any, balance: Any, voxel_size: Any, seed: Any
+) -> tuple[Bucketing, Call, tuple[Spec, ...]]:
+    """The checked options of a call for one cloud without bounds, what a GPU runs for it, and the specs of results."""
+    alike = Given(*points, origin, None)
+    checked = check_bucketize(alike, bucket_size, None, hash, balance, voxel_size, seed, None)
+    return checked, *_call(alike, checked)
 
 
 def buckets_of(arrays: Sequence[Any], lengths: tuple[int, ...], bucket_size: int) -> Buckets:

@@ -162,9 +162,18 @@ def bucket_pool(features: Any, points: Any, buckets: Buckets, *, ratio: int = 2,
     check_buckets(buckets)
     lengths, bucket_size = buckets.lengths, buckets.bucket_size
     features, points = _arrays.read(features, "features"), _arrays.read(points, "points")
-    ratio = check_pool(features, points, lengths, bucket_size, ratio, reduce)
-    arrays = pool_arrays(features, points, lengths, bucket_size, ratio, reduce)
-    return pooling_of(arrays, buckets, ratio, reduce, children_of(lengths, bucket_size, ratio))
+    kept = None
+    if len(lengths) <= clouds.INLINE_CLOUDS and _arrays.on_gpu(features):
+        origins = features.origin, points.origin
+        kept = _kept_call(features.spec, points.spec, origins, lengths, bucket_size, ratio, reduce)
+    if kept is None:
+        ratio = check_pool(features, points, lengths, bucket_size, ratio, reduce)
+        arrays = pool_arrays(features, points, lengths, bucket_size, ratio, reduce)
+        children = children_of(lengths, bucket_size, ratio)
+    else:
+        ratio, call, results, children = kept
+        arrays = launcher.launch(call, (features, points), results, features.origin)
+    return pooling_of(arrays, buckets, ratio, reduce, children)
 
 
 def check_pool(
@@ -232,6 +241,23 @@ def pool_call(
     if points.origin.device != features.origin.device:
         _arrays.check_same_device(features=features.origin, points=points.origin)
     return _on_gpu(lengths, features.spec, points.spec, bucket_size, ratio, reduce)
+
+
+@clouds.kept_as_passed
+def _kept_call(
+    features: Spec,
+    points: Spec,
+    origins: tuple[_arrays.Origin, _arrays.Origin],
+    lengths: tuple[int, ...],
+    bucket_size: int,
+    ratio: Any,
+    reduce: Any,
+) -> tuple[int, Call, tuple[Spec, ...], tuple[Any, Any]]:
+    """The checked ratio, what a GPU runs for `bucket_pool`, the specs of its results, and the children's layout."""
+    alike = Given(*features, origins[0], None), Given(*points, origins[1], None)
+    ratio = check_pool(*alike, lengths, bucket_size, ratio, reduce)
+    call, results = pool_call(*alike, lengths, bucket_size, ratio, reduce)
+    return ratio, call, results, children_of(lengths, bucket_size, ratio)
 
 
 @clouds.remembered

@@ -525,9 +525,15 @@ def apml_arrays(
     with_grad: bool,
 ) -> list[Any]:
     """The loss, of pred's library, and the gradients of pred and target, each of its array's library."""
+    ordinal = pred.origin.device
+    if ordinal is not None and max_entries is not None:
+        call, results = apml_call(
+            pred, pred_lengths, target, target_lengths, options, reduction, max_entries, with_grad
+        )
+        loss, dpred, dtarget = launcher.launch(call, (pred, target), results)
+        return [loss, dpred, _arrays.passed_on(dtarget, pred.origin.library, target.origin)]
     of_pred, of_target = pred.spec, target.spec
     results = _kept_results(of_pred, of_target, len(pred_lengths), reduction, with_grad)
-    ordinal = pred.origin.device
     if ordinal is None:
         clouds = packed(pred), pred_lengths, packed(target), target_lengths
         arrays = reference.apml(*clouds, options, reduction, max_entries, with_grad)
@@ -538,14 +544,10 @@ def apml_arrays(
             _arrays.leave(x.reshape(spec.shape), origin)
             for x, spec, origin in zip(arrays, results, origins, strict=True)
         ]
-    if max_entries is not None:
-        call, _ = apml_call(pred, pred_lengths, target, target_lengths, options, reduction, max_entries, with_grad)
-        made = launcher.launch(call, (pred, target), results)
-    else:
-        pair = cuda.pair(of_pred, pred_lengths, of_target, target_lengths, launcher.device(ordinal))
-        found, total = _found(pred, target, pair, options, None)
-        call = cuda.transport(pair, options, reduction, with_grad, total)
-        made = launcher.launch(call, found, results, pred.origin)
+    pair = cuda.pair(of_pred, pred_lengths, of_target, target_lengths, launcher.device(ordinal))
+    found, total = _found(pred, target, pair, options, None)
+    call = cuda.transport(pair, options, reduction, with_grad, total)
+    made = launcher.launch(call, found, results, pred.origin)
     loss, dpred, dtarget = made
     return [loss, dpred, _arrays.passed_on(dtarget, pred.origin.library, target.origin)]
 

@@ -54,6 +54,25 @@ def remembered(function: Function) -> Function:
     return call  # type: ignore[return-value]
 
 
+def kept_as_passed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Cache the results of a function of options as the caller passed them, checked or not.
+
+    True and 1 are different keys. The result is None if an option cannot be a key or raises a TypeError, so that the
+    caller's own checks have to name it. Lengths of more than INLINE_CLOUDS clouds must not be among the arguments.
+    """
+    kept = functools.lru_cache(maxsize=256, typed=True)(function)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        try:
+            return kept(*args)
+        except TypeError:
+            return None
+
+    call.kept = kept  # type: ignore[attr-defined]  # for tests
+    return call
+
+
 def array(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     """The lengths of many clouds as an int64 array."""
     return lengths if isinstance(lengths, np.ndarray) else _arrays.int64_array(lengths)

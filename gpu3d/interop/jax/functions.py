@@ -111,7 +111,7 @@ def bucketize(
         _arrays.check_finite(_arrays.read(points, "points"))
         check_finite = False
     chosen = checked._asdict()
-    del chosen["bucket_offsets"]  # they follow from the lengths
+    del chosen["bucket_offsets"], chosen["array"]  # they follow from the lengths
     static = options(**chosen, check_finite=None if check_finite is None else False)
     slot_to_point, point_to_slot, moved = call("bucketize", static, _packed(jax.lax.stop_gradient(points)))
     layout = checked.bucket_size, checked.lengths, checked.bucket_offsets
