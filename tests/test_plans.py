@@ -12,11 +12,13 @@ import numpy as np
 import plans
 import pytest
 
+import gpu3d
 from gpu3d import _arrays, buckets, surface, transport
 from gpu3d import neighbors as op_neighbors
-from gpu3d._arrays import FLOATS, INT32, INT64, Spec
+from gpu3d import pooling as op_pooling
+from gpu3d._arrays import FLOATS, INT32, INT64, Given, Origin, Spec
 from gpu3d.chamfer import chamfer_backward_results, chamfer_results, points_results
-from gpu3d.cuda import attention, chamfer, clouds, metrics, neighbors, pooling
+from gpu3d.cuda import attention, chamfer, clouds, launcher, metrics, neighbors, pooling
 from gpu3d.cuda import buckets as cuda_buckets
 from gpu3d.cuda import surface as cuda_surface
 from gpu3d.cuda import transport as cuda_transport
@@ -456,3 +458,70 @@ def test_what_is_kept_of_many_batches_is_bounded(build):
     rng = np.random.default_rng(0)
     kept = kept_by(build, (tuple(rng.integers(1, 5000, 1 + i % 3).tolist()) for i in range(1500)))
     assert kept < 32e6 / len(BUILDERS), f"{kept / 1e6:.1f} MB"
+
+
+# ---- calls that are kept by the options that were passed -------------------------------------------------------------
+
+
+class Launches:
+    """Stands in for a GPU: arrays are read as if they were on one, and what a plain call launches is recorded."""
+
+    def __init__(self, monkeypatch):
+        self.done = []
+        monkeypatch.setattr(_arrays, "read", self.read)
+        monkeypatch.setattr(launcher, "device", lambda ordinal: DEVICES["sm_90a"])
+        monkeypatch.setattr(launcher, "launch", self.launch)
+
+    def read(self, x, name):
+        return Given(x.shape, x.dtype, None, 64, Origin("cupy", 0), x)
+
+    def launch(self, call, inputs, results, origin=None):
+        self.done.append((call.plan, call.numbers, [given.address for given in inputs], tuple(results), origin))
+        return [np.zeros(spec.shape, spec.dtype) for spec in results]
+
+
+LAYOUT = gpu3d.bucketize(np.zeros((100, 3), np.float32), 64)
+ROWS = np.zeros((128, 8), np.float32)
+PLAIN = {
+    "bucketize": (
+        buckets,
+        lambda **options: gpu3d.bucketize(np.zeros((100, 3), np.float32), **{"bucket_size": 64, **options}),
+        {"bucket_size": 32, "hash": "xor_mod", "balance": "probe", "voxel_size": 0.5, "seed": 1},
+        {"bucket_size": True, "hash": ["xor_mod"], "balance": b"probe", "voxel_size": True, "seed": True},
+    ),
+    "bucket_pool": (
+        op_pooling,
+        lambda **options: gpu3d.bucket_pool(ROWS, ROWS[:, :3], LAYOUT, **options),
+        {"ratio": np.int8(4), "reduce": "max"},
+        {"ratio": np.array(4), "reduce": ["max"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_calls_kept_as_passed(name, monkeypatch):
+    """A call that is kept launches and returns what a call with checks does, and no wrong option is taken for it."""
+    module, call, others, wrong = PLAIN[name]
+    launches, kept = Launches(monkeypatch), module._kept_call
+    kept.kept.cache_clear()
+    for options in ({}, others, *[{option: value} for option, value in others.items()]):
+        results = [call(**options), call(**options)]
+        monkeypatch.setattr(module, "_kept_call", lambda *args: None)
+        results.append(call(**options))
+        monkeypatch.setattr(module, "_kept_call", kept)
+        assert launches.done[-3] == launches.done[-2] == launches.done[-1]
+        settings = [{key: x for key, x in vars(made).items() if isinstance(x, (int, str, tuple))} for made in results]
+        assert settings[0] == settings[1] == settings[2] and settings[0]
+    assert kept.kept.cache_info().hits == kept.kept.cache_info().misses == 2 + len(others)
+    for option, value in wrong.items():
+        with pytest.raises(TypeError, match=f"{option} must"):
+            call(**{option: value})
+    kept.kept.cache_clear()
+
+
+def test_many_clouds_are_not_kept_as_passed(monkeypatch):
+    launches = Launches(monkeypatch)
+    buckets._kept_call.kept.cache_clear()
+    gpu3d.bucketize(np.zeros((100, 20, 3), np.float32), 16)
+    gpu3d.bucketize(np.zeros((2000, 3), np.float32), 16, lengths=[20] * 100)
+    assert launches.done[0] == launches.done[1] and not buckets._kept_call.kept.cache_info().currsize
