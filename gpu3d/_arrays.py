@@ -358,19 +358,24 @@ def _torch_device(ordinal: int | None) -> Any:
     return sys.modules["torch"].device("cuda", ordinal)
 
 
-def empty(specs: Sequence[Spec], size: int, origin: Origin, addresses: list[int]) -> tuple[list[Any], Any]:
+def empty(specs: Sequence[Spec | None], size: int, origin: Origin, addresses: list[int]) -> tuple[list[Any], Any]:
     """New arrays and `size` bytes of workspace on the origin's GPU, which is the current device.
 
     They are torch tensors for torch, and otherwise CuPy arrays, which `leave` converts for JAX. Their addresses are
     appended to `addresses`, that of the workspace last. The workspace must stay alive until the launches that use it
-    are enqueued.
+    are enqueued. A spec that is None stands for a result that the call does not write: None, at address 0.
     """
-    workspace, made = None, []
+    workspace = None
+    made: list[Any] = []
     if origin.library == "torch":
         torch = sys.modules["torch"]
         device = _torch_device(origin.device)
-        for shape, dtype, _, _ in specs:
-            array = torch.empty(shape, dtype=torch_dtype(dtype), device=device)
+        for spec in specs:
+            if spec is None:
+                made.append(None)
+                addresses.append(0)
+                continue
+            array = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device=device)
             made.append(array)
             addresses.append(array.data_ptr())
         if size:
@@ -379,8 +384,12 @@ def empty(specs: Sequence[Spec], size: int, origin: Origin, addresses: list[int]
     else:
         cupy = sys.modules["cupy"]
         new = cupy.ndarray
-        for shape, dtype, _, _ in specs:
-            array = new(shape, dtype)
+        for spec in specs:
+            if spec is None:
+                made.append(None)
+                addresses.append(0)
+                continue
+            array = new(spec.shape, spec.dtype)
             made.append(array)
             addresses.append(array.data.ptr)
         if size:

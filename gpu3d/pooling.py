@@ -252,11 +252,13 @@ def _kept_call(
     bucket_size: int,
     ratio: Any,
     reduce: Any,
-) -> tuple[int, Call, tuple[Spec, ...], tuple[Any, Any]]:
+) -> tuple[int, Call, tuple[Spec | None, ...], tuple[Any, Any]]:
     """The checked ratio, what a GPU runs for `bucket_pool`, the specs of its results, and the children's layout."""
     alike = Given(*features, origins[0], None), Given(*points, origins[1], None)
     ratio = check_pool(*alike, lengths, bucket_size, ratio, reduce)
-    call, results = pool_call(*alike, lengths, bucket_size, ratio, reduce)
+    call, specs = pool_call(*alike, lengths, bucket_size, ratio, reduce)
+    # Only the operators of torch and JAX return an argmember without rows.
+    results = *specs[:3], specs[3] if reduce in reference.EXTREMES else None, *specs[4:]
     return ratio, call, results, children_of(lengths, bucket_size, ratio)
 
 

@@ -371,12 +371,12 @@ def _raise(status: int) -> None:
 def launch(
     call: Call,
     inputs: Sequence[_arrays.Given | None],
-    results: Sequence[_arrays.Spec],
+    results: Sequence[_arrays.Spec | None],
     origin: _arrays.Origin | None = None,
 ) -> list[Any]:
     """Run a call on the GPU of the first input, or of `origin`, and on the current stream of that library.
 
-    Results and workspace are memory of that library.
+    Results and workspace are memory of that library. A result whose spec is None is not made.
     """
     if origin is None:
         origin = inputs[0].origin  # type: ignore[union-attr]
@@ -394,11 +394,13 @@ def launch(
         with _cupy_cuda().Device(origin.device):
             _keep(lent, _arrays.current_stream(origin))
     if origin.library == "jax":
-        return [_arrays.leave(array, origin) for array in made]
+        return [None if array is None else _arrays.leave(array, origin) for array in made]
     return made
 
 
-def launch_at(call: Call, addresses: list[int], results: Sequence[_arrays.Spec], origin: _arrays.Origin) -> list[Any]:
+def launch_at(
+    call: Call, addresses: list[int], results: Sequence[_arrays.Spec | None], origin: _arrays.Origin
+) -> list[Any]:
     """`launch` for the addresses of inputs. Results are torch's tensors for torch, otherwise CuPy's arrays."""
     ordinal: Any = origin.device
     cuda = _cupy_cuda()
