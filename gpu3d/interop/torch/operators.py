@@ -277,13 +277,13 @@ class Operator:
 
     def with_tensors(self, numbers: tuple[Any, ...]) -> tuple[Any, ...]:
         """The numbers with lengths as the `eager` overload takes them."""
+        made = list(numbers)
         for i in self.lengths:
             if isinstance(numbers[i], tuple):  # a list comes from a gradient of the default overload
-                lengths = torch.from_numpy(_array(numbers[i]))
-                if type(lengths) is not torch.Tensor:  # under a mode without values, such as FakeTensorMode
+                made[i] = torch.from_numpy(_array(numbers[i]))
+                if type(made[i]) is not torch.Tensor:  # under a mode without values, such as FakeTensorMode
                     return numbers
-                numbers = (*numbers[:i], lengths, *numbers[i + 1 :])
-        return numbers
+        return tuple(made)
 
 
 @clouds.remembered
