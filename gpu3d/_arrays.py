@@ -274,9 +274,14 @@ def read_dense(x: Any, name: str) -> Given:
 
 
 def tensor_alike(
-    shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None, misalignment: int, device: int
+    name: str, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None, misalignment: int, device: int
 ) -> Given:
-    """A tensor as `read_dense` describes it, but without memory, for checks and plans. Strides are in elements."""
+    """A tensor as `read_dense` describes it, but without memory, for checks and plans.
+
+    Strides are in elements, and None where the tensor is contiguous. The device is -1 for the CPU.
+    """
+    if device >= 0:
+        require_cupy(name)
     of_numpy = numpy_dtype(dtype)
     steps = None if strides is None else tuple([step * of_numpy.itemsize for step in strides])
     return Given(tuple(shape), of_numpy, steps, misalignment, torch_origin(device if device >= 0 else None), None)

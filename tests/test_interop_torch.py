@@ -372,10 +372,10 @@ class OnGpu:
     @property
     def given(self):
         alike = self.shape, self.dtype, None if self.is_contiguous() else self.stride(), self.address
-        return _arrays.tensor_alike(*alike, 0)
+        return _arrays.tensor_alike("x", *alike, 0)
 
 
-KEPT = [sample for sample in SAMPLES if operator_of(sample).kept_call is not None]
+KEPT = [sample for sample in SAMPLES if operator_of(sample).call_of is not None]
 
 
 @pytest.mark.parametrize("sample", KEPT, ids=lambda sample: sample[0].__name__)
@@ -390,6 +390,7 @@ def test_kept_calls(sample, monkeypatch):
     op = operator_of(sample)
     monkeypatch.setattr(launcher, "device", lambda ordinal: DEVICES["sm_90a"])
     monkeypatch.setattr(launcher, "launch_at", launch_at)
+    monkeypatch.setattr(_arrays, "require_cupy", lambda name: None)
     monkeypatch.setattr(op, "kept_call", functools.lru_cache(op.kept_call.__wrapped__))
     tensors, numbers = [OnGpu(x) for x in sample[1 : len(op.tensors) + 1]], sample[len(op.tensors) + 1 :]
     if op._run_kept(tensors, numbers) is None:
@@ -406,12 +407,14 @@ def test_kept_calls(sample, monkeypatch):
     assert op.kept_call.cache_info()[:2] == (1, 2)  # hits and misses
 
 
-def test_calls_that_are_not_kept():
+def test_calls_that_are_not_kept(monkeypatch):
     """As keys scales of 0.0 and -0.0 are the same, lengths of many clouds are large, and a CPU has no plans."""
     q = torch.ones(16, 1, 8)
     args = (q, q, q, torch.zeros(1, 1, dtype=torch.int32), 16, (16,))
     alike = tuple([(x.shape, x.dtype, None, 0, 0) for x in args[:4]])
-    assert operators.ATTENTION.kept_call(alike, *args[4:], -0.0) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(_arrays, "require_cupy", lambda name: None)
+        assert operators.ATTENTION.kept_call(alike, *args[4:], -0.0) is None
     assert operators.ATTENTION._run_kept([OnGpu(x) for x in args[:4]], (16, (0,) * 65, None)) is None
     assert operators.ATTENTION._run_kept(args[:4], (*args[4:], None)) is None
 

@@ -83,9 +83,8 @@ class Operator:
         self.tensors = re.findall(r"Tensor\?? (\w+)", schema.partition("->")[0])
         self.single = schema.endswith("-> Tensor")
         self.kernel, self.results = kernel, results
-        self.kept_call = call_of and functools.lru_cache(maxsize=256)(
-            lambda tensors, *numbers: call_of(*[_arrays.tensor_alike(*x) for x in tensors], *numbers)
-        )
+        self.call_of = call_of
+        self.kept_call = functools.lru_cache(maxsize=256)(self._checked_call)
         # The apply of two torch.autograd.Functions. The transforms of torch.func need one whose setup_context is apart
         # from its forward. torch binds that one's arguments to its signature, which takes 5 us per call.
         self.apply: Callable[..., Any] | None = None
@@ -132,10 +131,15 @@ class Operator:
             results = self.kernel(*given, *numbers)
         return results[0] if self.single else tuple(results)
 
+    def _checked_call(self, alike: Sequence[tuple[Any, ...]], *numbers: Any) -> Any:
+        """What `call_of` returns for tensors that are described as in `_run_kept`."""
+        given = [_arrays.tensor_alike(name, *x) for name, x in zip(self.tensors, alike, strict=True)]
+        return self.call_of(*given, *numbers)  # type: ignore[misc]
+
     def _run_kept(self, tensors: Sequence[Any], numbers: Sequence[Any]) -> list[Any] | None:
         """Launch what is kept for tensors alike and the same numbers, or return None."""
         device = tensors[0].get_device()
-        if self.kept_call is None or device < 0 or len(numbers[self.lengths[0]]) > clouds.INLINE_CLOUDS:
+        if self.call_of is None or device < 0 or len(numbers[self.lengths[0]]) > clouds.INLINE_CLOUDS:
             return None
         alike, addresses = [], []
         for x in tensors:
