@@ -239,7 +239,7 @@ def test_how_algorithms_are_chosen(library):
     for n in (512, 34816):
         steps, x, weight, y = layer(n)
         linear.forward(steps, x, weight, y, bias=Input(2))
-        launcher.run(Call(steps.plan(), {}), (16, 32, 48, 64, 80, 96, 112), 0, 1)
+        launcher.run(Call(steps.plan(), {}), (16, 32, 48, 64, 80, 96, 112, 512), 0, 1)
     ((attributes, layouts, preferred),) = library.asked  # once for both
     assert attributes[8] == 16 and [layout[2] for layout in layouts] == [192, 34816, 34816, 34816]
     assert preferred == {1: 0, 3: 0, 5: 16, 6: 16, 7: 16, 8: 16}
@@ -261,9 +261,9 @@ def test_addresses_change(library):
     linear.forward(steps, x, weight, y, bias=Input(2))
     call = Call(steps.plan(), {})
     for bias, stream in ((3008, 7), (3008, 7), (3008, 8), (4000, 8)):
-        launcher.run(call, (1008, 2000, bias, 16, 16, 16, 5008), 0, stream)
+        launcher.run(call, (1008, 2000, bias, 16, 16, 16, 5008, 512), 0, stream)
         addresses, _, (attributes, _), *_ = library.done[-1]
-        assert attributes[8] == bias and addresses == [2000, 1008, 5008, 5008, None, stream]
+        assert attributes[8] == bias and addresses == [2000, 1008, 5008, 5008, 512, stream]
 
 
 def test_products_of_a_run_share_a_descriptor(library):
@@ -271,7 +271,7 @@ def test_products_of_a_run_share_a_descriptor(library):
     steps, x, weight, y = layer()
     for bias in (Input(2), Input(3)):
         linear.forward(steps, x, weight, y, bias=bias)
-    launcher.run(Call(steps.plan(), {}), (1008, 2000, 3008, 4000, 16, 16, 5008), 0, 7)
+    launcher.run(Call(steps.plan(), {}), (1008, 2000, 3008, 4000, 16, 16, 5008, 512), 0, 7)
     assert [attributes[8] for _, _, (attributes, _), *_ in library.done] == [3008, 4000]
     assert [kind for kind, *_ in library.made.values()].count("MatmulDesc") == 2  # the other asks for the algorithm
 
@@ -284,7 +284,7 @@ def test_runs_share_no_descriptor(library):
 
     def other():
         launcher._thread.has_context = True
-        launcher.run(Call(plan, {}), (1008, 2000, 4000, 16, 16, 16, 5008), 0, 8)
+        launcher.run(Call(plan, {}), (1008, 2000, 4000, 16, 16, 16, 5008, 512), 0, 8)
 
     def matmul(*args):
         if not started:
@@ -295,7 +295,7 @@ def test_runs_share_no_descriptor(library):
         return inner(*args)
 
     library.__dict__["cublasLtMatmul"] = matmul
-    launcher.run(Call(plan, {}), (1008, 2000, 3008, 16, 16, 16, 5008), 0, 7)
+    launcher.run(Call(plan, {}), (1008, 2000, 3008, 16, 16, 16, 5008, 512), 0, 7)
     assert [(addresses[-1], problem[0][8]) for addresses, _, problem, *_ in library.done] == [(8, 4000), (7, 3008)]
 
 
@@ -303,7 +303,7 @@ def test_descriptors_are_destroyed(library):
     steps, x, weight, y = layer()
     linear.forward(steps, x, weight, y, bias=Input(2))
     plan = steps.plan()
-    launcher.run(Call(plan, {}), (1008, 2000, 3008, 16, 16, 16, 5008), 0, 7)
+    launcher.run(Call(plan, {}), (1008, 2000, 3008, 16, 16, 16, 5008, 512), 0, 7)
     plan.ready.clear()
     del plan
     for cache in (cublaslt._best, cublaslt._asked, cublaslt._product, cublaslt._layout):  # what products share
@@ -316,7 +316,7 @@ def test_errors_name_the_product(library):
     def run():
         steps, x, weight, y = layer()
         linear.forward(steps, x, weight, y, bias=Input(2))
-        launcher.run(Call(steps.plan(), {}), (1008, 2000, 3008, 16, 16, 16, 5008), 0, 7)
+        launcher.run(Call(steps.plan(), {}), (1008, 2000, 3008, 16, 16, 16, 5008, 512), 0, 7)
 
     what = r"d = BIAS\(a b\^T\), a is bfloat16 \[.*, 64\] with rows 64 elements apart; b is bfloat16 \[192, 64\]"
     library.results = 1  # one that is ruled out
