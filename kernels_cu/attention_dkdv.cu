@@ -11,7 +11,7 @@
 // Where registers cannot hold both sums (float32, D = 128), two warps share the same keys (PAIRED): one computes P and
 // dV, the other takes P from it and computes dS and dK.
 
-#include "attention.cuh"
+#include "attention_stream.cuh"
 #include "clouds.cuh"
 
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dkdv(

@@ -6,7 +6,7 @@
 // A block has OWN query rows of one scope and head with their dO, as in attention_forward.cu; keys and values are
 // streamed. One warp sums each row of dQ, in the order of the scope: nothing is shared, so nothing is atomic.
 
-#include "attention.cuh"
+#include "attention_stream.cuh"
 #include "clouds.cuh"
 
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(

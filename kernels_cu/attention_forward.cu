@@ -22,7 +22,7 @@
 #define LIMIT (ELEMENT == 2 ? 32768.0f : 0x1p60f)  // float16 holds 65504; a row has fewer than 2^31 keys
 #endif
 
-#include "attention.cuh"
+#include "attention_stream.cuh"
 #include "clouds.cuh"
 #include "early.cuh"
 

@@ -49,6 +49,7 @@ def either_path(cp, request, monkeypatch):
     if request.param == "mma":
         monkeypatch.setattr(cuda, "HOPPER", cuda.MMA)
         monkeypatch.setattr(cuda, "HOPPER_SINGLE", cuda.SINGLE)
+        monkeypatch.setattr(cuda, "ONE_PASS", {})
     built = cuda._kernel, cuda._attention.kept, cuda._forward_plan, cuda._backward_plan
     for cached in built:
         cached.cache_clear()
@@ -94,7 +95,7 @@ def test_small_attention(cp):
     """For compute-sanitizer: a scope of several tiles, short scopes, padding inside a scope, a single point."""
     lengths = [0, 200, 1, 70]
     buckets, scopes = on_device(cp, lengths, 16, 9, shift=2)
-    for dim, dtype in ((24, "float16"), (64, "bfloat16"), (32, "float32"), (128, "float32")):
+    for dim, dtype in ((24, "float16"), (64, "bfloat16"), (128, "float16"), (32, "float32"), (128, "float32")):
         check_on(cp, layout(lengths, 16), buckets, scopes, 2, dim, dtype)
 
 
@@ -111,6 +112,7 @@ def test_every_dtype_and_head_dimension(cp, dim, dtype):
 def test_every_bucket_size(cp, bucket_size, heads, dtype):
     check(cp, [1300, 200], bucket_size, max(1, 512 // bucket_size), shift=1, heads=heads, dim=16, dtype=dtype)
     check(cp, [1300], bucket_size, 2, stride=2, heads=heads, dim=64, dtype=dtype, std=8.0)
+    check(cp, [2100, 700], bucket_size, 3, shift=1, heads=heads, dim=128, dtype=dtype)  # whole tiles of padding
 
 
 @pytest.mark.usefixtures("either_path")
@@ -127,7 +129,7 @@ def test_sizes_across_the_edges_of_tiles(cp, n, dim, dtype):
 @pytest.mark.parametrize("lengths", RAGGED, ids=lambda lengths: f"{len(lengths)} clouds")
 def test_ragged_batches(cp, lengths, shift, stride, dtype):
     check(cp, lengths, 16, 12, shift=shift, stride=stride, dtype=dtype)
-    check(cp, lengths, 64, 3, shift=shift, stride=stride, dtype=dtype, std=8.0)
+    check(cp, lengths, 64, 3, shift=shift, stride=stride, dtype=dtype, dim=64, std=8.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -330,6 +332,18 @@ def test_a_hundred_runs_give_the_same_bits(cp, dim, dtype):
         for name in RESULTS:
             word = "u4" if name == "lse" else words
             assert bool((got[name].view(word) == expected[name].view(word)).all()), name
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_any_number_of_blocks_gives_the_same_bits(cp, monkeypatch, dim):
+    """A block waits for sums of earlier items only, so even one block alone comes to the end."""
+    shape_of, lengths = cuda.shape_of, [5000, 0, 700]
+    arrays = [cp.asarray(x) for x in inputs(layout(lengths, 64), 3, dim, "bfloat16")]
+    buckets, scopes = on_device(cp, lengths, 64, 32, shift=7)
+    expected = attend(*arrays, buckets, scopes)
+    for count in (1, 2, 3, 7, 1000):
+        monkeypatch.setattr(cuda, "shape_of", lambda *args, n=count: shape_of(*args)._replace(multiprocessors=n))
+        assert_same_bits(attend(*arrays, buckets, scopes), expected, f"{count} blocks")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

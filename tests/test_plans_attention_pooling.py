@@ -140,18 +140,38 @@ def test_attention(dtype, arch):
             call, inputs, results = make(lengths, bucket_size, dtype, arch, dim=dim)
             assert_sound(call, inputs, results, known)
             found = launches(call)
-            assert len(found) == (1 if make is attention_call else 2)
+            assert len(found) == (1 if make is attention_call else 3 if in_one_pass(arch, dtype, dim) else 2)
             for step in found:
                 check_attention_grid(step, lengths, bucket_size, dtype, arch, dim)
 
 
+def in_one_pass(arch, dtype, dim):
+    return arch == "sm_90a" and dtype != np.float32 and dim > 32
+
+
 def check_attention_grid(step, lengths, bucket_size, dtype, arch, dim):
-    """Check that there is a block for each tile of rows of the longest scope, each scope and each head."""
-    which = step.kernel.function.removeprefix("attention_")
+    """Check that there is a block for each tile of rows of the longest scope, each scope and each head.
+
+    Of the kernels of one pass, the first and the third have enough threads for all rows, and the second has at most a
+    block a multiprocessor.
+    """
+    function, scopes = step.kernel.function, table_of(lengths, bucket_size).shape[0]
+    longest = min(4, max(-(-n // bucket_size) for n in lengths)) * bucket_size
+    if step.kernel.source == "attention_backward":
+        if function == "attention_backward":
+            assert step.grid == min(scopes * 3 * -(-longest // 128), DEVICES[arch].multiprocessors)
+        else:
+            threads = (128 if dim > 64 else 64) // 8  # for each row and head, or for each GROUP rows and head
+            of_block = 1024 if function == "attention_delta" else 512
+            least, most = (
+                -(-slots * 3 * threads // of_block) for slots in (num_slots(lengths, bucket_size), scopes * longest)
+            )
+            assert least <= step.grid <= most
+        return
+    which = function.removeprefix("attention_")
     tiling = cuda_attention._tiling(arch == "sm_90a", which, dtype, dim)
     own = 16 * tiling.warps * tiling.own_tiles // (1 + tiling.paired)
-    longest = min(4, max(-(-n // bucket_size) for n in lengths)) * bucket_size
-    assert step.grid == table_of(lengths, bucket_size).shape[0] * 3 * -(-longest // own)
+    assert step.grid == scopes * 3 * -(-longest // own)
     assert step.block == 32 * tiling.warps
 
 
@@ -160,6 +180,17 @@ def views_of(step):
     views = [arg for arg in step.args if isinstance(arg, Packed) and arg.format == cuda_attention.VIEW_FORMAT]
     written = [view.fields for view in views if view in step.args[-3:]]
     return [view.fields for view in views[: len(views) - len(written)]], written
+
+
+# How many views each kernel reads.
+VIEWS = {
+    "attention_forward": 3,
+    "attention_dq": 5,
+    "attention_dkdv": 4,
+    "attention_delta": 2,
+    "attention_backward": 4,
+    "attention_round": 0,
+}
 
 
 @pytest.mark.parametrize("make", LAYOUTS)
@@ -175,7 +206,7 @@ def test_attention_reads_in_place_what_it_can(dtype, make):
         row = 3 * 40 * (3 if make is packed else 1)
         for step in launches(call, "attention"):
             viewed, written = views_of(step)
-            assert len(viewed) == {"attention_forward": 3, "attention_dq": 5, "attention_dkdv": 4}[step.kernel.function]
+            assert len(viewed) == VIEWS[step.kernel.function]
             for source, *numbers in viewed:
                 assert source.memory == ("workspace" if copies else "input") and numbers == [40, row, 40]
             for source, *numbers in written:
@@ -336,14 +367,18 @@ def test_packed_attention(dtype, arch):
         viewed, written = [], []
         for call, inputs, results in packed_calls(lengths, bucket_size, dtype, arch, dim):
             assert_sound(call, inputs, results, known)
-            last = launches(call)[-1]
+            of_dv = launches(call)[1 if in_one_pass(arch, dtype, dim) else -1] if len(results) == 1 else None
             for step in launches(call):
                 check_attention_grid(step, lengths, bucket_size, dtype, arch, dim)
                 for found, views in zip((viewed, written), views_of(step), strict=True):
                     found.append([(source.offset, *strides) for source, *strides in views])
-        assert viewed == [apart, [*alone, *apart, *alone], [*alone, *apart]]
-        assert written == [[], apart[:1], apart[1:2]]
-        assert last.args[-1] == Result(0) + 2 * part  # dv has the strides of dk
+        if in_one_pass(arch, dtype, dim):
+            assert viewed == [apart, [*alone, *alone], [*alone, *apart], []]
+            assert written == [[], [], apart[1:2], apart[:1]]
+        else:
+            assert viewed == [apart, [*alone, *apart, *alone], [*alone, *apart]]
+            assert written == [[], apart[:1], apart[1:2]]
+        assert of_dv.args[-1] == Result(0) + 2 * part  # dv has the strides of dk
 
 
 @pytest.mark.parametrize("lengths", EMPTY)

@@ -57,14 +57,10 @@ HOPPER = {
     "dq": (
         _Tiling(16, 0, 8, 2, 128, 16, 2),  # 3.10; tiles of 256 3.14, four blocks of 4 warps 3.18
         _Tiling(32, 1, 16, 1, 256, 32, 1, lazy=1),  # 2.09; not lazy 2.13, tiles of 128 2.15
-        _Tiling(64, 1, 16, 1, 128, 32, 1, own_shared=1),  # 3.29; lazy 3.40, 12 warps 3.5
-        _Tiling(128, 1, 8, 1, 64, 32, 1, lazy=1),  # 3.3; not lazy 3.45, 12 warps 3.5
     ),
     "dkdv": (
         _Tiling(16, 0, 8, 2, 256, 16, 2),  # 3.62; tiles of 128 3.70, chunks of 32 3.9
         _Tiling(32, 1, 16, 1, 256, 32, 1),  # 2.45; two blocks of 8 warps 2.55
-        _Tiling(64, 1, 8, 1, 128, 64, 1, lazy=1),  # 4.56; not lazy 4.75, 12 warps 4.7
-        _Tiling(128, 1, 8, 1, 64, 32, 1, own_shared=1),  # 4.22; lazy 4.36, owned rows in registers 4.6
     ),
 }
 # The tilings for all other GPUs from sm_80 on. They fit the 99 KB of shared memory per block of the smallest GPUs.
@@ -119,6 +115,13 @@ HOPPER_SINGLE = {
 }
 
 
+# The backward of larger heads in 16-bit dtypes on Hopper takes one pass. By head dimension: VISIT of
+# attention_backward.cu, which has its times.
+ONE_PASS = {64: 128, 128: 64}
+BACKWARD_KEYS, BACKWARD_GROUP, BACKWARD_THREADS = 128, 16, 384
+BACKWARD_DELTA_THREADS, BACKWARD_DELTA_ROWS = 256, 4
+
+
 def _tiling(hopper: bool, which: str, dtype: np.dtype, dim: int) -> _Tiling:
     half, single = (HOPPER, HOPPER_SINGLE) if hopper else (MMA, SINGLE)
     return next(tiling for tiling in (single if dtype == FLOAT32 else half)[which] if tiling.dim >= dim)
@@ -137,6 +140,16 @@ def _macros(tiling: _Tiling, dtype: np.dtype, dim: int) -> Macros:
     )
 
 
+def _one_pass(hopper: bool, dtype: np.dtype, dim: int) -> bool:
+    """Whether the backward takes one pass over the scores."""
+    return hopper and dtype != FLOAT32 and _padded(dim) in ONE_PASS
+
+
+def _one_pass_macros(dtype: np.dtype, dim: int) -> Macros:
+    macros = {"D": _padded(dim), "ELEMENT": FLOATS.index(dtype), "WGMMA": 1, "VISIT": ONE_PASS[_padded(dim)]}
+    return tuple(macros.items())
+
+
 def configurations() -> list[Configuration]:
     """Every module that this file uses."""
     found: dict[Configuration, None] = {}
@@ -144,9 +157,14 @@ def configurations() -> list[Configuration]:
         for which in MMA:
             for dtype in (dtype for dtype in FLOATS if dtype != FLOAT64):
                 for dim in HEAD_DIMS:
+                    if which != "forward" and _one_pass(hopper, dtype, dim):
+                        continue
                     tiling = _tiling(hopper, which, dtype, dim)
                     only = "sm_90a" if tiling.wgmma else None
                     found[Configuration(f"attention_{which}", _macros(tiling, dtype, dim), only)] = None
+    for dtype in (dtype for dtype in FLOATS if dtype.itemsize == 2):
+        for dim in ONE_PASS:
+            found[Configuration("attention_backward", _one_pass_macros(dtype, dim), "sm_90a")] = None
     return list(found)
 
 
@@ -167,9 +185,16 @@ def _shared_mem(which: str, tiling: _Tiling, dtype: np.dtype, dim: int) -> int:
 
 VIEW_FORMAT = "<Qqii"  # struct View: address, elements from one head to the next and from one row to the next, D
 _DIVISORS = struct.Struct("<" + 3 * "iIi")
-# The parameters of each kernel as formats of the module struct; v, c and d stand for struct View, Clouds and Divisors.
+_SCHEDULE = struct.Struct("<i" + 2 * "iIi")
+# The parameters of each kernel as formats of the module struct; v, c, d and s stand for struct View, Clouds, Divisors
+# and Schedule.
 _SIGNATURES = {"forward": "vvvcQidfQQ", "dq": "vvvvvQcQidffvQ", "dkdv": "vvvvQQcQidffvQ"}
-_STRUCTS = {"v": f"{struct.calcsize(VIEW_FORMAT)}s", "c": clouds.FORMAT, "d": f"{_DIVISORS.size}s"}
+_STRUCTS = {
+    "v": f"{struct.calcsize(VIEW_FORMAT)}s",
+    "c": clouds.FORMAT,
+    "d": f"{_DIVISORS.size}s",
+    "s": f"{_SCHEDULE.size}s",
+}
 LOG2E = math.log2(math.e)
 
 
@@ -210,6 +235,7 @@ class Shape(NamedTuple):
     longest: int  # an upper bound on the buckets of a scope
     clouds: int  # clouds, if their table is in device memory; otherwise 0
     hopper: bool
+    multiprocessors: int
 
 
 def shape_of(
@@ -227,8 +253,8 @@ def shape_of(
     _, heads, dim = q
     scopes, width = table
     many = count if count > clouds.INLINE_CLOUDS else 0
-    hopper = device.arch == "sm_90a"
-    return Shape(dtype, heads, dim, bucket_size, scopes, width, min(width, largest), many, hopper)
+    longest, hopper = min(width, largest), device.arch == "sm_90a"
+    return Shape(dtype, heads, dim, bucket_size, scopes, width, longest, many, hopper, device.multiprocessors)
 
 
 @clouds.remembered
@@ -267,6 +293,30 @@ def _kernel(which: str, dtype: np.dtype, dim: int, hopper: bool) -> tuple[Kernel
     return Kernel(name, name, formats, _macros(tiling, dtype, dim), shared_mem, early=which == "forward"), tiling
 
 
+@functools.cache
+def _one_pass_kernels(dtype: np.dtype, dim: int) -> tuple[Kernel, Kernel, Kernel]:
+    """attention_delta, attention_backward and attention_round."""
+    macros, padded = _one_pass_macros(dtype, dim), _padded(dim)
+    visit = ONE_PASS[padded]
+    rows = 3 * BACKWARD_KEYS + 2 * 2 * visit  # keys of two items, values, and two stages of queries and dO
+    shared_mem = 2 * (rows * padded + 2 * visit * BACKWARD_KEYS) + 4 * visit * padded  # and twice dS, and a tile of dQ
+
+    def kernel(function: str, signature: str, shared_mem: int = 0) -> Kernel:
+        formats = "".join(_STRUCTS.get(letter, letter) for letter in signature)
+        return Kernel("attention_backward", function, formats, macros, shared_mem)
+
+    return (
+        kernel("attention_delta", "vvcdiQQ"),
+        kernel("attention_backward", "vvvvQQcQidsffQQvQ", shared_mem),
+        kernel("attention_round", "Qcdfv"),
+    )
+
+
+def _divisors(shape: Shape, tiles: int) -> bytes:
+    """The struct Divisors."""
+    return _DIVISORS.pack(*[x for by in (shape.bucket_size, shape.heads, tiles) for x in _divisor(by)])
+
+
 def _launch(
     steps: Steps,
     which: str,
@@ -279,7 +329,7 @@ def _launch(
     """Add a launch with a block for each scope, head and tile of stationary rows. Blocks beyond a scope return."""
     kernel, tiling = _kernel(which, shape.dtype, shape.dim, shape.hopper)
     tiles = -(-shape.longest * shape.bucket_size // _own(tiling))
-    divisors = _DIVISORS.pack(*[x for by in (shape.bucket_size, shape.heads, tiles) for x in _divisor(by)])
+    divisors = _divisors(shape, tiles)
     args = *before, batch, table, shape.width, divisors, *after
     steps.launch(kernel, grid=shape.scopes * shape.heads * tiles, block=32 * tiling.warps, args=args)
 
@@ -296,15 +346,48 @@ def _add_backward(
     gradients: Sequence[Packed],
     slots: int,
 ) -> None:
-    """Add dq, whose kernel also writes delta = sum(dout * out) of each row; then dk and dv.
+    """Add the gradients of all rows.
 
     `views` are those of dout, q, k, v and out, and `gradients` those of dq, dk and dv. dk and dv have equal strides.
     """
-    dq, dk, dv = gradients
-    delta = steps.workspace("delta", 4 * slots * shape.heads)
-    scales = scale_log2, scale
-    _launch(steps, "dq", shape, (*views, lse), table, batch, (*scales, dq, delta))
-    _launch(steps, "dkdv", shape, (*views[:4], lse, delta), table, batch, (*scales, dk, dv.fields[0]))
+    delta = steps.workspace("delta", 4 * slots * shape.heads)  # sum(dout * out) of each row
+    scales, (dq, dk, dv) = (scale_log2, scale), gradients
+    if not _one_pass(shape.hopper, shape.dtype, shape.dim):
+        _launch(steps, "dq", shape, (*views, lse), table, batch, (*scales, dq, delta))
+        _launch(steps, "dkdv", shape, (*views[:4], lse, delta), table, batch, (*scales, dk, dv.fields[0]))
+        return
+    before, products, after = _one_pass_kernels(shape.dtype, shape.dim)
+    *read, out = views
+    pairs, padded = shape.scopes * shape.heads, _padded(shape.dim)
+    tiles = -(-shape.longest * shape.bucket_size // BACKWARD_KEYS)
+    counts, divisors = 1 + pairs * tiles, _divisors(shape, tiles)
+    counters = steps.workspace("counters", 4 * counts)
+    dq_sums = steps.workspace("dq sums", 4 * slots * shape.heads * padded)
+    rows = BACKWARD_DELTA_THREADS // (padded // 8) * BACKWARD_DELTA_ROWS  # of a block
+    args: tuple[Any, ...] = read[0], out, batch, divisors, counts, counters, delta
+    steps.launch(before, grid=-(-slots * shape.heads // rows), block=BACKWARD_DELTA_THREADS, args=args)
+    side = -(-shape.multiprocessors // tiles)
+    schedule = _SCHEDULE.pack(pairs, *_divisor(side), *_divisor(side * tiles))
+    args = (
+        *read,
+        lse,
+        delta,
+        batch,
+        table,
+        shape.width,
+        divisors,
+        schedule,
+        *scales,
+        counters,
+        dq_sums,
+        dk,
+        dv.fields[0],
+    )
+    blocks = min(pairs * tiles, shape.multiprocessors)
+    steps.launch(products, grid=blocks, block=BACKWARD_THREADS, args=args)
+    warps = slots // BACKWARD_GROUP * shape.heads * (2 if padded == 128 else 1)
+    args = dq_sums, batch, divisors, scale, dq
+    steps.launch(after, grid=-(-warps // 4), block=128, args=args)
 
 
 def add_packed(
