@@ -207,6 +207,11 @@ def read(x: Any, name: str) -> Given:
         raise TypeError(
             f"{name} is on DLPack device type {int(kind)}; gpu3d reads CPU and CUDA memory. Copy it to one of them."
         )
+    if type(x).__module__.startswith("dask."):
+        raise TypeError(
+            f"{name} is a Dask collection, which has no memory yet: pass {name}.compute(), or call gpu3d on each block "
+            "or cloud by map_blocks or map."
+        )
     raise TypeError(
         f"{name} must be an array (NumPy, CuPy, torch, JAX or anything with __dlpack__), got {type(x).__name__}. "
         f"A list becomes one by numpy.asarray({name}, dtype=numpy.float32)."

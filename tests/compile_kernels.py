@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every CUDA kernel with NVRTC, on any machine, and prints the registers and spills that ptxas reports.
 
-For sm_90a it compiles every configuration that gpu3d can use. For each of the other architectures it compiles two
-configurations of each file, the first and the last, which are the smallest and the largest. It also compiles every file
-by itself, headers included, with default macros. It exits with 1 if a file does not compile, or if a kernel has more
-static shared memory than CUDA allows. Results of unchanged files come from .cache/kernels.json.
+For sm_90a it compiles every configuration that gpu3d can use. For each of the other architectures it compiles the last
+configuration of each file, which is the largest, and for the oldest the first too, which is the smallest. It also
+compiles every file by itself, headers included, with default macros. It exits with 1 if a file does not compile, or if
+a kernel has more static shared memory than CUDA allows. Results of unchanged files come from .cache/kernels.json.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ def jobs() -> Iterator[Job]:
         yield Job(configuration, MAIN)
     for everywhere in files.values():
         configurations = [configuration for configuration in everywhere if configuration.only is None]
-        for configuration in dict.fromkeys((configurations[0], configurations[-1])):
-            yield from (Job(configuration, arch) for arch in OTHERS)
+        for arch in OTHERS:
+            chosen = configurations[:1] + configurations[-1:] if arch == OTHERS[0] else configurations[-1:]
+            yield from (Job(configuration, arch) for configuration in dict.fromkeys(chosen))
     for file in sorted(compiler.source_dir().glob("*.cu*")):
         yield Job(compiler.Configuration(file.name if file.suffix == ".cuh" else file.stem), MAIN)
 

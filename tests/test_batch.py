@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import gpu3d
 from gpu3d import batch
 from gpu3d.batch import Done, Failed, Report, imap_files, map_files
 
@@ -641,6 +642,15 @@ def test_dask(tmp_path):
         results = list(imap_files(die, [folder / "0.bin", folder / "1.bin"], client=client))
         assert {result.path.name: isinstance(result, Failed) for result in results} == {"0.bin": True, "1.bin": False}
         assert "KilledWorker" in next(result.error for result in results if isinstance(result, Failed))
+
+
+def test_a_dask_array_itself_is_refused():
+    da = pytest.importorskip("dask.array")
+    points = da.zeros((100, 3), chunks=(50, 3), dtype=np.float32)
+    with pytest.raises(TypeError, match=r"points is a Dask collection.*points\.compute\(\).*map_blocks"):
+        gpu3d.bucketize(points)
+    blocks = points.map_blocks(lambda block: gpu3d.normals(block).normals, dtype=np.float32)
+    assert blocks.compute(scheduler="synchronous").shape == (100, 3)
 
 
 def test_dask_that_is_not_installed(tmp_path, monkeypatch):
