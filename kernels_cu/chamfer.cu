@@ -267,6 +267,21 @@ struct Weighted {
     point_t *gradient;   // [points, 3]
 };
 
+// A thread's point: of x, or of y behind it.
+struct Mine {
+    const Weighted &side, &other;  // the batch of the point, and the one that it searches
+    const Clouds &clouds, &other_clouds;
+    int i;  // in its batch; -1 if the thread has no point
+};
+
+__device__ __forceinline__ Mine
+mine_of(const Weighted &x, const Weighted &y, const Clouds &x_clouds, const Clouds &y_clouds) {
+    const u32 thread = blockIdx.x * THREADS + threadIdx.x, in_x = points_of(x_clouds);
+    if (thread < in_x) return {x, y, x_clouds, y_clouds, (int)thread};
+    const u32 i = thread - in_x;
+    return {y, x, y_clouds, x_clouds, i < (u32)points_of(y_clouds) ? (int)i : -1};
+}
+
 // Where it is 0 or not finite, a distance has no gradient.
 __device__ __forceinline__ bool has_gradient(const Weighted &side, int i) {
     if (!side.nearest || side.nearest[i] < 0) return false;
@@ -308,15 +323,13 @@ extern "C" __global__ __launch_bounds__(THREADS) void chamfer_weighted_largest(
     const __grid_constant__ Clouds y_clouds,
     int squared
 ) {
-    const u32 thread = blockIdx.x * THREADS + threadIdx.x, in_x = points_of(x_clouds);
-    const bool of_x = thread < in_x;
-    const u32 i = of_x ? thread : thread - in_x;
-    if (!of_x && i >= (u32)points_of(y_clouds)) return;
-    const Weighted &side = of_x ? x : y, &other = of_x ? y : x;
-    if (!has_gradient(side, i)) return;
+    const Mine mine = mine_of(x, y, x_clouds, y_clouds);
+    const Weighted &side = mine.side, &other = mine.other;
+    const int i = mine.i;
+    if (i < 0 || !has_gradient(side, i)) return;
     u32 *largest = &other.largest[side.nearest[i]];
-    const u32 mine = magnitude(factor_of(side, i, squared));
-    if (mine > *(volatile u32 *)largest) atomicMax(largest, mine);  // rarely, where many points share the nearest
+    const u32 factor = magnitude(factor_of(side, i, squared));
+    if (factor > *(volatile u32 *)largest) atomicMax(largest, factor);  // rarely, where many points share the nearest
 }
 
 // Adds the gradient contribution of each point to its nearest. One thread a point of x, then of y.
@@ -327,17 +340,14 @@ extern "C" __global__ __launch_bounds__(THREADS) void chamfer_weighted_give(
     const __grid_constant__ Clouds y_clouds,
     int squared
 ) {
-    const u32 thread = blockIdx.x * THREADS + threadIdx.x, in_x = points_of(x_clouds);
-    const bool of_x = thread < in_x;
-    const u32 i = of_x ? thread : thread - in_x;
-    if (!of_x && i >= (u32)points_of(y_clouds)) return;
-    const Weighted &side = of_x ? x : y, &other = of_x ? y : x;
-    const Clouds &clouds = of_x ? x_clouds : y_clouds;
-    if (!has_gradient(side, i)) return;
-    const int nearest = side.nearest[i], b = cloud_of<&Cloud::point>(clouds, i);
+    const Mine mine = mine_of(x, y, x_clouds, y_clouds);
+    const Weighted &side = mine.side, &other = mine.other;
+    const int i = mine.i;
+    if (i < 0 || !has_gradient(side, i)) return;
+    const int nearest = side.nearest[i], b = cloud_of<&Cloud::point>(mine.clouds, i);
     const u32 largest = other.largest[nearest];
     if (!has_terms(largest)) return;
-    const int shift = weighted_shift(points_in(clouds, b), largest);
+    const int shift = weighted_shift(points_in(mine.clouds, b), largest);
     const float factor = factor_of(side, i, squared);
 #pragma unroll
     for (int e = 0; e < 3; ++e) {
@@ -354,17 +364,15 @@ extern "C" __global__ __launch_bounds__(THREADS) void chamfer_weighted_gradient(
     const __grid_constant__ Clouds y_clouds,
     int squared
 ) {
-    const u32 thread = blockIdx.x * THREADS + threadIdx.x, in_x = points_of(x_clouds);
-    const bool of_x = thread < in_x;
-    const u32 i = of_x ? thread : thread - in_x;
-    if (!of_x && i >= (u32)points_of(y_clouds)) return;
-    const Weighted &side = of_x ? x : y, &other = of_x ? y : x;
-    const Clouds &clouds = of_x ? x_clouds : y_clouds, &other_clouds = of_x ? y_clouds : x_clouds;
-    const int b = cloud_of<&Cloud::point>(clouds, i);
+    const Mine mine = mine_of(x, y, x_clouds, y_clouds);
+    const Weighted &side = mine.side, &other = mine.other;
+    const int i = mine.i;
+    if (i < 0) return;
+    const int b = cloud_of<&Cloud::point>(mine.clouds, i);
     const bool own = has_gradient(side, i);
     const float factor = own ? factor_of(side, i, squared) : 0;
     const u32 largest = side.largest ? side.largest[i] : 0;  // not 0 only if there are contributions
-    const int shift = has_terms(largest) ? weighted_shift(points_in(other_clouds, b), largest) : 0;
+    const int shift = has_terms(largest) ? weighted_shift(points_in(mine.other_clouds, b), largest) : 0;
 #pragma unroll
     for (int e = 0; e < 3; ++e) {
         const size_t at = 3 * (size_t)i + e;

@@ -573,15 +573,15 @@ def add_knn(
     radii. `wide`: the rows and the distances are float64.
     """
     group, blocks = _grouped(layout.slots, few)
-    walk, launch = (*queries, group, index.packed, index.clouds, Number("k")), steps.launch
+    walk = *queries, group, index.packed, index.clouds, Number("k")
     macros = of_real(wide, ("LISTS", lists))
     if lists > 1:
         halves = 2 if wide and lists == 32 else 1  # blocks of half the size, whose shared memory every GPU has
         shared = KNN_THREADS // halves // 32 * (8 << wide) * 2 * (32 * lists + 32)
         kernel, threads = _kernel("many_neighbors", macros, shared), KNN_THREADS // halves
-        launch(kernel, grid=blocks * halves, block=threads, args=(*walk, *limits, *results))
+        steps.launch(kernel, grid=blocks * halves, block=threads, args=(*walk, *limits, *results))
     else:
-        launch(_kernel("knn", macros), grid=blocks, block=KNN_THREADS, args=(*walk, 0, *limits, *results))
+        steps.launch(_kernel("knn", macros), grid=blocks, block=KNN_THREADS, args=(*walk, 0, *limits, *results))
 
 
 def add_knn_both(
