@@ -132,8 +132,9 @@ class Tables(NamedTuple):
     points: int
     slots: int
 
-    def numbers(self, name: str) -> dict[str, Any]:
-        """The numbers that steps for the batch `name` refer to."""
+    def numbers(self, name: str, wide: bool = False) -> dict[str, Any]:
+        """The numbers that steps for the batch `name` refer to. `wide`: its index is of doubles."""
+        row, box = ROW_BYTES << wide, BOX_BYTES << wide
         nodes, branches = self.clouds.tiles, self.clouds.groups
         found = {
             name: self.clouds,
@@ -142,9 +143,9 @@ class Tables(NamedTuple):
             f"{name} slots": self.slots,
             f"{name} branches": branches,
             # The bytes of this batch's part of an index.
-            f"{name} rows": ROW_BYTES * self.slots,
-            f"{name} boxes of tiles": BOX_BYTES * (self.slots // TILE),
-            f"{name} boxes of nodes": BOX_BYTES * nodes,
+            f"{name} rows": row * self.slots,
+            f"{name} boxes of tiles": box * (self.slots // TILE),
+            f"{name} boxes of nodes": box * nodes,
         }
         if self.sort is not None:
             found[f"{name} sort"] = self.sort
@@ -293,9 +294,9 @@ def add_index(
     return index
 
 
-def pair_bytes(both: Layout) -> int:
+def pair_bytes(both: Layout, wide: bool = False) -> int:
     """The bytes of two indices that `add_pair` makes together."""
-    return _offsets(both)[-1]
+    return _offsets(both, wide)[-1]
 
 
 def add_pair(
@@ -307,6 +308,7 @@ def add_pair(
     names: tuple[str, str, str],
     origins: Pointer | None = None,
     memory: Pointer | None = None,
+    wide: bool = False,
 ) -> tuple[Index, Index]:
     """Add the indices of two batches with equally many clouds and the same origins, together in half the launches.
 
@@ -326,9 +328,9 @@ def add_pair(
     order = add_order(steps, joined, dtype, names[2], both)
     batch = argument(steps, names[2], both)
     if memory is None:
-        memory = steps.workspace("index", pair_bytes(both))
-    index = index_at(memory, both, FLOATS[0], batch)._replace(origins=origins)
-    _add_boxes(steps, points, first.clouds, (_of(dtype),), order, both, index)
+        memory = steps.workspace("index", pair_bytes(both, wide))
+    index = index_at(memory, both, FLOATS[0], batch, wide)._replace(origins=origins)
+    _add_boxes(steps, points, first.clouds, of_real(wide, _of(dtype)), order, both, index)
     x = index._replace(clouds=argument(steps, names[0], first))
     parts = [Number(f"{names[0]} {part}") for part in ("rows", "boxes of tiles", "boxes of nodes")]
     rows, tiles, nodes = (start + part for start, part in zip(index[:3], parts, strict=True))
@@ -593,11 +595,12 @@ def add_knn_both(
     d2: tuple[Pointer | None, Pointer | None],
     nearest: tuple[Pointer | None, Pointer | None],
     known: Pointer,
+    wide: bool,
 ) -> None:
     """Add the search for each point's nearest in the other batch: squared distances and indices.
 
     `queries` are the rows of each batch that search the other's index. A batch without them does not search. The word
-    at `known` is set to 0.
+    at `known` is set to 0. `wide`: rows and squared distances are float64.
     """
     args: list[Any] = []
     blocks = 0
@@ -609,7 +612,7 @@ def add_knn_both(
         slots = Number(f"{names[i]} slots")
         args += [queries[i], indices[i].clouds, slots, group, indices[i].packed, d2[i], nearest[i]]
         blocks += of_side
-    kernel = _kernel("knn_both", (("LISTS", 0),))
+    kernel = _kernel("knn_both", of_real(wide, ("LISTS", 0)))
     steps.launch(kernel, grid=max(1, blocks), block=KNN_THREADS, args=(*args, known))
 
 

@@ -329,7 +329,7 @@ def knn(
 def nearest(
     query: np.ndarray, query_lengths: Sequence[int], clouds: Sequence[Cloud], k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """d2 float32 [N, k] and indices int32 [N, k] into the packed points; d2 of every missing neighbour is NaN."""
+    """d2 [N, k] and indices int32 [N, k] into the packed points; d2 of every missing neighbour is NaN."""
     d2, indices = _search(query, query_lengths, clouds, k, np.inf, False)
     d2[indices < 0] = np.nan
     return d2, indices

@@ -340,7 +340,8 @@ def chamfer(x: Known, y: Known, **options: Any) -> Work:
     def on_gpu(x: Spec, y: Spec, device: Device) -> Call:
         return cuda_chamfer.chamfer(x, x_lengths, y, y_lengths, squared, reduction, direction, device)
 
-    results = chamfer_results(x.shape[0], y.shape[0], len(x_lengths), reduction, direction)
+    sizes = x.shape[0], y.shape[0], len(x_lengths)
+    results = chamfer_results(*sizes, reduction, direction, neighbors.distance_dtype(x, y))
     return Work(results, on_gpu, lambda x, y: chamfer_arrays(x, y, *checked))
 
 
@@ -365,7 +366,7 @@ def chamfer_points(x: Known, y: Known, **options: Any) -> Work:
     def on_gpu(x: Spec, y: Spec, device: Device) -> Call:
         return cuda_chamfer.points(x, x_lengths, y, y_lengths, squared, direction, device)
 
-    results = points_results(x.shape[0], y.shape[0], direction)
+    results = points_results(x.shape[0], y.shape[0], direction, neighbors.distance_dtype(x, y))
     return Work(results, on_gpu, lambda x, y: points_arrays(x, y, *checked))
 
 
@@ -392,7 +393,7 @@ def compare_clouds(x: Known, y: Known, **options: Any) -> Work:
     def on_gpu(x: Spec, y: Spec, device: Device) -> Call:
         return cuda_metrics.compare_clouds(x, x_lengths, y, y_lengths, thresholds, device)
 
-    results = metrics.compare_clouds_results(len(x_lengths), len(thresholds))
+    results = metrics.compare_clouds_results(len(x_lengths), len(thresholds), neighbors.distance_dtype(x, y))
     return Work(results, on_gpu, lambda x, y: metrics.compare_clouds_arrays(x, y, *checked))
 
 
