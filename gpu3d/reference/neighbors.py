@@ -250,10 +250,10 @@ def _tree(points: np.ndarray) -> Any:
     """A k-d tree whose building and queries together take least time for a scan: tight boxes, but not balanced."""
     from scipy.spatial import cKDTree  # imported here, so that `import gpu3d` is fast
 
-    return cKDTree(_clipped(points), leafsize=24, compact_nodes=True, balanced_tree=False)
+    return cKDTree(clipped(points), leafsize=24, compact_nodes=True, balanced_tree=False)
 
 
-def _clipped(points: np.ndarray) -> np.ndarray:
+def clipped(points: np.ndarray) -> np.ndarray:
     """Coordinates as the tree gets them."""
     return points if points.dtype == np.float32 else points.clip(-FARTHEST, FARTHEST)
 
@@ -387,7 +387,7 @@ def _nearest(
             found = scan(query[rows], tree.points, tree.packed_rows, kept)
         else:
             bound = np.nextafter(_outer_radius(reach2[rows].max()), np.inf)
-            far, candidates = tree.tree.query(_clipped(query[rows]), wanted, distance_upper_bound=bound)
+            far, candidates = tree.tree.query(clipped(query[rows]), wanted, distance_upper_bound=bound)
             found = _ranked(tree, query[rows], candidates, far)
         kth, (near, chosen) = found[0][:, kept - 1], (of[:, :kept] for of in found)
         if own is not None:
@@ -520,7 +520,7 @@ def _within(part: _Part, radius: Callable[[Any], Any]) -> np.ndarray:
     counts, rows = np.zeros(len(part.query), np.int64), _usable(part)
     if len(rows):
         radii = radius(part.reach2[rows])
-        query = _clipped(part.query[rows])
+        query = clipped(part.query[rows])
         counts[rows] = part.cloud.tree.query_ball_point(query, radii, return_length=True, workers=-1)
     return counts
 
@@ -575,7 +575,7 @@ def _listed(part: _Part) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         some = part.some(slice(first, first + step))
         counts, usable = np.zeros(len(some.query), np.int64), _usable(some)
         lists = cloud.tree.query_ball_point(
-            _clipped(some.query[usable]), _outer_radius(some.reach2[usable]), return_sorted=True, workers=-1
+            clipped(some.query[usable]), _outer_radius(some.reach2[usable]), return_sorted=True, workers=-1
         )
         counts[usable] = np.fromiter(map(len, lists), np.int64, len(lists))
         total = int(counts.sum())

@@ -14,7 +14,7 @@ import numpy as np
 
 from gpu3d import _arrays, attention, metrics, neighbors, pooling, sampling, surface, transport
 from gpu3d import buckets as layouts
-from gpu3d._arrays import FLOAT32, INT32, INT64, UINT8, Given, Spec
+from gpu3d._arrays import INT32, INT64, UINT8, Given, Spec
 from gpu3d.chamfer import (  # a from-import, because gpu3d.chamfer is the function
     chamfer_arrays,
     chamfer_backward_arrays,
@@ -415,7 +415,8 @@ def apml_backward(
     dloss: Known, dpred: Known, dtarget: Known, *, pred_lengths: tuple[int, ...], target_lengths: tuple[int, ...]
 ) -> Work:
     """The gradient of each cloud times the gradient of its loss."""
-    _check("dloss", dloss, (len(pred_lengths),) if dloss.ndim else (), FLOAT32)
+    of_loss = neighbors.distance_dtype(dpred, dtarget)
+    _check("dloss", dloss, (len(pred_lengths),) if dloss.ndim else (), of_loss)
     for name, x, n in (("dpred", dpred, sum(pred_lengths)), ("dtarget", dtarget, sum(target_lengths))):
         _check(name, x, (n, 2 if x.shape[-1:] == (2,) else 3), x.dtype)
 
