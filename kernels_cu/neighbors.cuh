@@ -43,8 +43,7 @@ typedef float real;
 typedef u32 bits_t;
 #endif
 
-// A point: its coordinates (all NaN if one is not finite) and its index in the caller's array, -1 in padding. Floats
-// are relative to the origin of the searched cloud.
+// A point: its coordinates (all NaN if one is not finite) and its index in the caller's array, -1 in padding.
 struct __align__(16) Row {
     real x, y, z;
     int index;

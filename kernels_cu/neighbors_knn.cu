@@ -136,7 +136,7 @@ __device__ __forceinline__ void search(
 }
 
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn(
-    const Row *__restrict__ queries,  // [query slots] in bucket order, relative to the target cloud's origin
+    const Row *__restrict__ queries,  // [query slots] in bucket order
     const __grid_constant__ Clouds query_clouds,
     int query_slots,
     int group,  // queries a warp, a power of two up to TILE

@@ -188,7 +188,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport_search(
     const Row *__restrict__ queries,  // [slots] of one side, in the order of its index
     const __grid_constant__ Clouds query_clouds,
     int query_slots,
-    const __grid_constant__ Index index,  // of the other side, relative to the same origins
+    const __grid_constant__ Index index,  // of the other side
     const __grid_constant__ Clouds clouds,
     const __grid_constant__ Masses masses,  // L of each cloud
     const __grid_constant__ Kept kept

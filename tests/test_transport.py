@@ -58,7 +58,7 @@ def split(points, lengths):
 
 def count_entries(x, y, **changes):
     """The number of entries that max_entries counts, for one pair of clouds, from all pairs of points."""
-    a, b = (reference.local(points, None, reference.dtype_of(x, y)) for points in (x, y))
+    a, b = (reference.widened(points, reference.dtype_of(x, y)) for points in (x, y))
     c = reference._distances(a[:, None], b)
     return sum(int(reference._dense_side(side, options(**changes))[0].sum()) for side in (c, c.T))
 

@@ -362,7 +362,7 @@ def add_search(
         return _add_separately(steps, search, contiguous)
     points, layouts = (contiguous(0, search.common), contiguous(1, search.common)), (search.x.layout, search.y.layout)
     names = "x", "y", "both"
-    indices = neighbors.add_pair(steps, points, search.common, layouts, search.both, names, wide=search.wide)
+    indices = neighbors.add_pair(steps, points, search.common, layouts, search.both, names)
     queries = [index.rows if searches else None for index, searches in zip(indices, search.directions, strict=True)]
     return indices, (queries[0], queries[1])
 
@@ -371,20 +371,20 @@ def _add_separately(steps: Steps, search: Search, contiguous: Contiguous) -> tup
     """Add what searches, side by side, if an index is given."""
     indices: list[Index] = []
     queries: list[Pointer | None] = []
-    memories, wide = iter((Input(2), Input(3))), search.wide
+    memories = iter((Input(2), Input(3)))
     for i, (name, (spec, layout, given)) in enumerate(zip(("x", "y"), search.sides, strict=True)):
-        batch, dtype = neighbors.argument(steps, name, layout), FLOAT64 if wide else spec.dtype
+        batch, dtype = neighbors.argument(steps, name, layout), FLOAT64 if search.wide else spec.dtype
         index = Index(None, None, None, (), batch)
         if given:
-            index = neighbors.index_at(next(memories), layout, dtype, batch, wide)
+            index = neighbors.index_at(next(memories), layout, search.wide, batch)
         else:
             points = contiguous(i, dtype)
             order = neighbors.add_order(steps, points, dtype, name, layout)
             if search.directions[1 - i]:
-                index = neighbors.add_index(steps, points, dtype, order, name, layout, batch, wide=wide)
+                index = neighbors.add_index(steps, points, dtype, order, name, layout, batch)
         rows = index.rows
         if search.directions[i] and rows is None:
-            rows = neighbors.add_queries(steps, points, dtype, order, layout, batch, None, wide=wide)
+            rows = neighbors.add_queries(steps, points, dtype, order, layout, batch)
         indices.append(index)
         queries.append(rows if search.directions[i] else None)
     return (indices[0], indices[1]), (queries[0], queries[1])

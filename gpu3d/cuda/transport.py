@@ -249,7 +249,7 @@ def search_results(pair: Pair, room: int) -> tuple[Spec, Spec, Spec]:
     They are memory for the second plan of the call, which also writes to them. `points_of_slots` are in the index.
     """
     batches = pair.batches
-    sizes = neighbors.pair_bytes(batches.both, batches.wide), kept_bytes(batches.layouts), 8 * room
+    sizes = neighbors.index_bytes(batches.both, batches.wide), kept_bytes(batches.layouts), 8 * room
     index, kept, entries = (Spec((size // 8,), INT64) for size in sizes)
     return index, kept, entries
 
@@ -360,7 +360,7 @@ def _add_search(steps: Steps, batches: Batches, kept: Kept, entries: Pointer, in
         arrays.add_rows(steps, Input(i), arrays.rows(side.spec, dtype, 3), None, Number(f"{_NAMES[i]} points"))
         for i, side in enumerate(batches.sides)
     )
-    pred, target = neighbors.add_pair(steps, (x, y), dtype, layouts, batches.both, _NAMES, None, index, batches.wide)
+    pred, target = neighbors.add_pair(steps, (x, y), dtype, layouts, batches.both, _NAMES, index)
     steps.clear(kept.total, kept.starts[0].offset - kept.total.offset)  # everything that is 0 at first
     for side, own, other, named in ((0, pred, target, None), (1, target, pred, kept.cursors)):
         places = kept.total, kept.starts[side], kept.counts[side], named, entries

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from gpu3d.reference.neighbors import dtype_of, local
+from gpu3d.reference.neighbors import dtype_of, widened
 
 REDUCTIONS = ("mean", "sum", "none")
 POINTS = "points"  # the reduction that keeps the distance of each point
@@ -164,7 +164,7 @@ def _terms(
     finite = np.isfinite(d2)
     d = np.sqrt(d2[finite])
     chosen = nearest[finite]
-    v = local(sources[finite], None, d.dtype) - local(targets[chosen], None, d.dtype)
+    v = widened(sources[finite], d.dtype) - widened(targets[chosen], d.dtype)
     with np.errstate(under="ignore"):
         term = 2 * v if squared else v / np.where(d > 0, d, d.dtype.type(1))[:, None]
     term[d == 0] = 0
@@ -226,7 +226,7 @@ def points_backward(
         for rows, others in zip(spans(a_lengths), spans(b_lengths), strict=True):
             i = rows.start + np.flatnonzero((indices[rows] >= 0) & (d[rows] > 0) & np.isfinite(d[rows]))
             j, length = indices[i], np.sqrt(d[i]) if squared else d[i]
-            v = local(a[i], None, d.dtype) - local(b[j], None, d.dtype)
+            v = widened(a[i], d.dtype) - widened(b[j], d.dtype)
             with np.errstate(over="ignore", under="ignore", invalid="ignore"):
                 factors = 2 * g[i] * length if squared else g[i]
                 terms = factors[:, None].astype(np.float64) * (v / length[:, None])

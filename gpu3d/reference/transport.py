@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu3d.reference.chamfer import ordered_sum, spans
-from gpu3d.reference.neighbors import PAIRS, Cloud, clipped, dtype_of, index, local, squared_distances
+from gpu3d.reference.neighbors import PAIRS, Cloud, clipped, dtype_of, index, squared_distances, widened
 
 SYMMETRIZATIONS = ("mean", "min")
 GAP = 1e-8  # the least d2 - d1 that T_i divides by
@@ -75,7 +75,7 @@ def dense(pred: np.ndarray, target: np.ndarray, options: Options) -> Dense:
 
     The oracle of the sparse functions. Only here may the threshold be 0, which keeps every pair.
     """
-    x, y = (local(points, None, dtype_of(pred, target)).astype(np.float64) for points in (pred, target))
+    x, y = (widened(points, dtype_of(pred, target)).astype(np.float64) for points in (pred, target))
     c = np.sqrt(squared_distances(x[:, None], y))
     of_rows, p1 = _dense_side(c, options)
     of_columns, p2 = (side.T for side in _dense_side(c.T, options))
@@ -446,7 +446,7 @@ def emd(
     dtype = dtype_of(x, y)
     losses, dx, dy = np.full(len(x_lengths), np.nan), np.full(x.shape, np.nan), np.full(y.shape, np.nan)
     for b, (rows, columns) in enumerate(zip(spans(x_lengths), spans(y_lengths), strict=True)):
-        sources, targets = local(x[rows], None, dtype), local(y[columns], None, dtype)
+        sources, targets = widened(x[rows], dtype), widened(y[columns], dtype)
         c = cdist(sources, targets)  # float64
         if np.isfinite(c).all():
             i, j = linear_sum_assignment(c)
