@@ -14,13 +14,8 @@
 #include "ordered_sum.cuh"
 #include "voxels.cuh"
 
-// What distances, losses and gradients are in: double for float64 coordinates, and float for others.
-typedef coord_t real;
-#if POINT == FLOAT64
-typedef u64 bits_t;
-#else
-typedef u32 bits_t;
-#endif
+#define REAL (POINT == FLOAT64)
+#include "real.cuh"
 
 // ---- the loss ------------------------------------------------------------------------------------------------------
 

@@ -12,26 +12,17 @@
 // tile metrics_tiles finds it bit by bit. All counts are integers, so their order does not matter; sums are taken in
 // the order of ordered_sum.cuh.
 
-#ifndef REAL
-#define REAL 0  // what distances and metrics are in: 0 float, 1 double
-#endif
-#define DIGITS (REAL ? 8 : 4)  // mirrored by gpu3d/cuda/metrics.py, as are the next two
-#define BINS 256               // values of a digit
-#define MAX_THRESHOLDS 64      // mirrored by gpu3d/reference/metrics.py too
+#define BINS 256           // values of a digit; mirrored by gpu3d/cuda/metrics.py
+#define MAX_THRESHOLDS 64  // mirrored by gpu3d/reference/metrics.py
 
 #include "clouds.cuh"
 #include "floats.cuh"
 #include "ordered_sum.cuh"
+#include "real.cuh"
 #include "scan.cuh"
 
-#if REAL
-typedef double real;
-typedef u64 bits_t;
-#else
-typedef float real;
-typedef u32 bits_t;
-#endif
-#define BITS (8 * (int)sizeof(real) - 1)  // of a number without its sign, which is always 0
+#define DIGITS ((int)sizeof(real))  // as many as bytes, which gpu3d/cuda/metrics.py counts on
+#define BITS (8 * DIGITS - 1)       // of a number without its sign, which is always 0
 
 // What is known of the square of the rank: its bits in the digits so far, and its rank among the squares with these.
 struct Chosen {
