@@ -11,8 +11,10 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from gpu3d import _arrays
-from gpu3d._arrays import FLOAT32, FLOAT64, INT32, Given, Spec
+from gpu3d._arrays import FLOAT64, INT32, Given, Spec
 from gpu3d.cuda import chamfer as cuda
 from gpu3d.cuda import launcher
 from gpu3d.cuda.plan import Call
@@ -22,6 +24,7 @@ from gpu3d.neighbors import (
     check_clouds,
     check_no_empty_cloud,
     check_pair,
+    distance_dtype,
     packed,
     read_points,
     trees,
@@ -36,15 +39,15 @@ ZERO = ", or pass empty='zero' for a loss of 0"  # the cure for an empty cloud
 class ChamferGradients(NamedTuple):
     """The result of `chamfer_value_and_grad`."""
 
-    loss: Any  # float32 [] or [B]
+    loss: Any  # float32 or float64 [] or [B]
     gradients: tuple[Any, Any]  # the gradients of x and y, in their shapes and dtypes
 
 
 class ChamferDistances(NamedTuple):
     """The result of `chamfer` with reduction "points"."""
 
-    x: Any  # float32 [N], from each point of x to the nearest of y; None for direction "y_to_x"
-    y: Any  # float32 [M], from each point of y to the nearest of x; None for direction "x_to_y"
+    x: Any  # float32 or float64 [N], from each point of x to the nearest of y; None for direction "y_to_x"
+    y: Any  # float32 or float64 [M], from each point of y to the nearest of x; None for direction "x_to_y"
 
 
 def chamfer(
@@ -78,10 +81,11 @@ def chamfer(
 
     Returns
     -------
-    array float32 [], or [B] for reduction "none"
-        An array of the library of x. The same call gives the same bits on CPU and GPU.
+    array [], or [B] for reduction "none"
+        An array of the library of x: float64 if x or y is float64, and float32 otherwise. The same call gives the same
+        bits on CPU and GPU.
     ChamferDistances
-        For reduction "points": ``x`` float32 [N] and ``y`` float32 [M]. The direction that is left out is None.
+        For reduction "points": ``x`` [N] and ``y`` [M], in the same dtype. The direction that is left out is None.
 
     Raises
     ------
@@ -90,10 +94,10 @@ def chamfer(
 
     Notes
     -----
-    Distances are those of `knn` for float32 coordinates, summed in float64 in a fixed order. If the cloud that is
-    searched is float64, its minimum is first subtracted from both in float64, so that map coordinates keep their
-    millimetres. A point with NaN or inf (in float32) that searches makes the loss NaN. The mean over no clouds is NaN.
-    A call never waits for the GPU. After a first call it can be captured in a CUDA graph.
+    Distances are those of `knn`, summed in float64 in a fixed order. If x or y is float64, both are converted to
+    float64, and all of the search is in float64: map coordinates keep their digits, and a stray point far away changes
+    no other distance. Else it is in float32. A point with NaN or inf that searches makes the loss NaN. The mean over no
+    clouds is NaN. A call never waits for the GPU. After a first call it can be captured in a CUDA graph.
 
     Distances are Euclidean, in two or three dimensions. For other norms, and for features, take ``torch.cdist`` or
     ``scipy.spatial.cKDTree``.
@@ -165,6 +169,8 @@ def chamfer_value_and_grad(
     If several points are nearest, the one with the lowest index gets the gradient. At distance 0 the gradient is 0. A
     point with NaN or inf that searches has gradient NaN and changes no other gradient. The same call gives the same
     bits: the contributions to a point are added as integer multiples of a power of two, so their order does not matter.
+    For clouds of fewer than 2^20 points that costs less than 2^-40 of the cloud's largest contribution, which float64
+    gradients may show: with squared=True a stray point's contribution is twice its distance.
     Tensors that require grad are refused: use `chamfer` for them. A call never waits for the GPU. After a first call it
     can be captured in a CUDA graph.
 
@@ -277,7 +283,7 @@ def check_chamfer_backward(
     """Check the arguments of the gradients as `check_chamfer` does, and that residuals and dloss fit them."""
     checked = check_chamfer(x, y, x_lengths, y_lengths, squared, reduction, direction, "zero")
     sizes = sum(checked.x_lengths), sum(checked.y_lengths), len(checked.x_lengths)
-    loss, made = chamfer_results(*sizes, reduction, direction)
+    loss, made = chamfer_results(*sizes, reduction, direction, distance_dtype(x, y))
     _check_saved("residuals", residuals, made)
     if dloss is not None:
         if dloss.shape != loss.shape:
@@ -300,7 +306,8 @@ def check_points_backward(
 ) -> Points:
     """Check the arguments of the gradients as `check_points` does, and that the saved arrays and ddistances fit."""
     checked = check_points(x, y, x_lengths, y_lengths, squared, direction, "zero")
-    of_distances, of_nearest = points_results(sum(checked.x_lengths), sum(checked.y_lengths), direction)
+    sizes = sum(checked.x_lengths), sum(checked.y_lengths)
+    of_distances, of_nearest = points_results(*sizes, direction, distance_dtype(x, y))
     _check_saved("distances", distances, of_distances)
     _check_saved("nearest", nearest, of_nearest)
     if ddistances.shape != of_distances.shape:
@@ -328,16 +335,20 @@ def _check_devices(**given: Given | Spec | None) -> None:
 # ---- arrays --------------------------------------------------------------------------------------------------------
 
 
-def chamfer_results(n: Any, m: Any, clouds: int, reduction: str, direction: str) -> tuple[Spec, Spec]:
-    """The specs of loss and residuals, for n and m points in `clouds` clouds; n and m may be symbols."""
-    words = sum([2 * points + clouds for points in _searching(n, m, direction)])
-    return Spec((clouds,) if reduction == "none" else (), FLOAT32), Spec((words,), INT32)
+def chamfer_results(n: Any, m: Any, clouds: int, reduction: str, direction: str, dtype: np.dtype) -> tuple[Spec, Spec]:
+    """The specs of loss and residuals, for n and m points in `clouds` clouds; n and m may be symbols.
+
+    `dtype` is what distances and the loss are in, from `distance_dtype`.
+    """
+    of_number = dtype.itemsize // 4
+    words = sum([(of_number + 1) * points + of_number * clouds for points in _searching(n, m, direction)])
+    return Spec((clouds,) if reduction == "none" else (), dtype), Spec((words,), INT32)
 
 
-def points_results(n: Any, m: Any, direction: str) -> tuple[Spec, Spec]:
-    """The specs of distances and nearest indices, for n and m points, which may be symbols."""
+def points_results(n: Any, m: Any, direction: str, dtype: np.dtype) -> tuple[Spec, Spec]:
+    """The specs of distances in this dtype and nearest indices, for n and m points, which may be symbols."""
     points = sum(_searching(n, m, direction))
-    return Spec((points,), FLOAT32), Spec((points,), INT32)
+    return Spec((points,), dtype), Spec((points,), INT32)
 
 
 def _searching(n: Any, m: Any, direction: str) -> list[Any]:
@@ -362,7 +373,8 @@ def chamfer_arrays(
     if origin.device is None:
         arrays = _on_the_host(x, y, x_lengths, y_lengths, squared, reduction, direction)
         return [_arrays.leave(array, origin) for array in arrays]
-    specs = _kept_results(sum(x_lengths), sum(y_lengths), len(x_lengths), reduction, direction)
+    sizes = sum(x_lengths), sum(y_lengths), len(x_lengths)
+    specs = _kept_results(*sizes, reduction, direction, distance_dtype(x, y))
     return _launch(x, y, x_lengths, y_lengths, squared, reduction, direction, specs, gradients=False)
 
 
@@ -378,7 +390,8 @@ def chamfer_call(
     """What a GPU runs for `chamfer_arrays` of two arrays, and the specs of its results."""
     options = squared, reduction, direction, launcher.device(x.origin.device)
     call = cuda.chamfer(x.spec, x_lengths, y.spec, y_lengths, *options)
-    return call, _kept_results(sum(x_lengths), sum(y_lengths), len(x_lengths), reduction, direction)
+    sizes = sum(x_lengths), sum(y_lengths), len(x_lengths)
+    return call, _kept_results(*sizes, reduction, direction, distance_dtype(x, y))
 
 
 def chamfer_backward_results(x: Given | Spec, y: Given | Spec) -> tuple[Spec, Spec]:
@@ -400,7 +413,7 @@ def chamfer_backward_arrays(
     """The gradients of x and y, each of its array's library. dloss is the gradient of the loss; None means 1."""
     options = x_lengths, y_lengths, squared, reduction, direction
     if x.origin.device is None:
-        asked = None if dloss is None else dloss.array.astype(FLOAT32, copy=False)
+        asked = None if dloss is None else dloss.array.astype(distance_dtype(x, y), copy=False)
         arrays = reference.chamfer_backward(asked, packed(x), packed(y), residuals.array, *options)
         return [_arrays.leave(dz.reshape(z.shape), z.origin) for dz, z in zip(arrays, (x, y), strict=True)]
     call, results = chamfer_backward_call(dloss, x, y, residuals, *options)
@@ -433,7 +446,7 @@ def _value_and_gradients(
         gradients = reference.chamfer_backward(None, packed(sides[0]), packed(sides[1]), residuals, *options)
         made = [_arrays.leave(dz.reshape(z.shape), z.origin) for dz, z in zip(gradients, sides, strict=True)]
         return [_arrays.leave(loss, origin), *made]
-    loss_spec, _ = _kept_results(0, 0, len(x_lengths), reduction, direction)
+    loss_spec, _ = _kept_results(0, 0, len(x_lengths), reduction, direction, distance_dtype(x, y))
     specs = loss_spec, _arrays.kept_spec(x.shape, x.dtype), _arrays.kept_spec(y.shape, y.dtype)
     loss, dx, dy = _launch(x, y, *options, specs, gradients=True)
     return [loss, dx, _arrays.passed_on(dy, x.origin.library, y.origin)]
@@ -462,13 +475,16 @@ def nearest_on_the_host(
 ) -> list[reference.Found]:
     """Squared distances and indices of the nearest points, for x and y; None for a side that does not search."""
     sides: Any = (x, x_lengths, y, y_lengths), (y, y_lengths, x, x_lengths)
+    wide = distance_dtype(x, y) == FLOAT64
     found: list[reference.Found] = []
     for searches, (z, lengths, other, other_lengths) in zip(reference.DIRECTIONS[direction], sides, strict=True):
         if not searches:
             found.append(None)
             continue
         points = packed(z.given if isinstance(z, NeighborIndex) else z)
-        d2, indices = nearest(points, lengths, trees(other, other_lengths), 1)
+        if wide:
+            points = points.astype(FLOAT64, copy=False)
+        d2, indices = nearest(points, lengths, trees(other, other_lengths, wide), 1)
         found.append((d2[:, 0], indices[:, 0]))
     return found
 
@@ -497,8 +513,9 @@ def inputs_of(
 ) -> tuple[tuple[Given, Given], list[Given], dict[str, Any]]:
     """The points of both sides, the inputs of a call on a GPU, and which sides are indices."""
     of_x, of_y = (z.given if isinstance(z, NeighborIndex) else z for z in (x, y))
-    # An index of float64 points is for searches in float64, and this search is in float32.
-    x_index, y_index = (isinstance(z, NeighborIndex) and z.dtype != FLOAT64 for z in (x, y))
+    # An index of float64 points is for searches in float64, and others for those in float32.
+    wide = distance_dtype(x, y) == FLOAT64
+    x_index, y_index = (isinstance(z, NeighborIndex) and (z.dtype == FLOAT64) == wide for z in (x, y))
     indices = [z.search for z, used in ((x, x_index), (y, y_index)) if isinstance(z, NeighborIndex) and used]
     return (of_x, of_y), [of_x, of_y, *indices], {"x_index": x_index, "y_index": y_index}
 
@@ -530,7 +547,8 @@ def points_arrays(
     (of_x, of_y), inputs, indexed = inputs_of(x, y)
     options = squared, direction, launcher.device(origin.device)
     call = cuda.points(of_x.spec, x_lengths, of_y.spec, y_lengths, *options, **indexed)
-    return launcher.launch(call, inputs, points_results(sum(x_lengths), sum(y_lengths), direction))
+    sizes = sum(x_lengths), sum(y_lengths)
+    return launcher.launch(call, inputs, points_results(*sizes, direction, distance_dtype(x, y)))
 
 
 def points_backward_arrays(
@@ -547,10 +565,11 @@ def points_backward_arrays(
     """The gradients of x and y, each of its array's library. ddistances is the gradient of the distances."""
     options = x_lengths, y_lengths, squared, direction
     if x.origin.device is None:
-        arrays = ddistances.array.astype(FLOAT32, copy=False), packed(x), packed(y), distances.array, nearest.array
+        given = ddistances.array.astype(distances.dtype, copy=False)
+        arrays = given, packed(x), packed(y), distances.array, nearest.array
         made = reference.points_backward(*arrays, *options)
         return [_arrays.leave(dz.reshape(z.shape), z.origin) for dz, z in zip(made, (x, y), strict=True)]
     call = cuda.points_backward(ddistances.spec, x.spec, y.spec, distances.spec, nearest.spec, *options)
-    given = ddistances, x, y, distances, nearest
-    dx, dy = launcher.launch(call, given, chamfer_backward_results(x, y), x.origin)
+    inputs = ddistances, x, y, distances, nearest
+    dx, dy = launcher.launch(call, inputs, chamfer_backward_results(x, y), x.origin)
     return [dx, _arrays.passed_on(dy, x.origin.library, y.origin)]

@@ -10,25 +10,36 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu3d import _arrays
-from gpu3d._arrays import FLOAT32, Given, Spec
+from gpu3d._arrays import Given, Spec
 from gpu3d.chamfer import inputs_of, nearest_on_the_host
 from gpu3d.cuda import launcher
 from gpu3d.cuda import metrics as cuda
-from gpu3d.neighbors import Clouds, NeighborIndex, check_clouds, check_no_empty_cloud, check_pair, read_points
+from gpu3d.neighbors import (
+    Clouds,
+    NeighborIndex,
+    check_clouds,
+    check_no_empty_cloud,
+    check_pair,
+    distance_dtype,
+    read_points,
+)
 from gpu3d.reference import metrics as reference
 
 
 class CloudComparison(NamedTuple):
-    """The metrics of B pairs of clouds at T thresholds; the result of `compare_clouds`."""
+    """The metrics of B pairs of clouds at T thresholds; the result of `compare_clouds`.
 
-    chamfer: Any  # float32 [B]
-    chamfer_squared: Any  # float32 [B]
-    hausdorff: Any  # float32 [B]
-    hausdorff_95: Any  # float32 [B]
-    precision: Any  # float32 [B, T]
-    recall: Any  # float32 [B, T]
-    fscore: Any  # float32 [B, T]
-    density_aware_chamfer: Any  # float32 [B]
+    All are float64 if x or y is float64, and float32 otherwise.
+    """
+
+    chamfer: Any  # [B]
+    chamfer_squared: Any  # [B]
+    hausdorff: Any  # [B]
+    hausdorff_95: Any  # [B]
+    precision: Any  # [B, T]
+    recall: Any  # [B, T]
+    fscore: Any  # [B, T]
+    density_aware_chamfer: Any  # [B]
 
 
 def compare_clouds(
@@ -54,7 +65,8 @@ def compare_clouds(
     Returns
     -------
     CloudComparison
-        Arrays of the library of x: float32 [B], and float32 [B, T] for precision, recall and fscore.
+        Arrays of the library of x: [B], and [B, T] for precision, recall and fscore. They are float64 if x or y is
+        float64, and float32 otherwise.
 
         - ``chamfer`` and ``chamfer_squared``: what `chamfer` gives with reduction "none".
         - ``hausdorff``: the largest distance from a point of either cloud to the nearest of the other.
@@ -72,10 +84,10 @@ def compare_clouds(
 
     Notes
     -----
-    Distances are those of `chamfer`, in float32, and a threshold is rounded to float32. Every metric but the
-    density-aware one has the same bits on CPU and GPU; that one differs by less than 1e-6, because exp is rounded
-    differently. The same call gives the same bits. A point with NaN or inf is within no threshold, and makes the other
-    metrics of its pair NaN.
+    Distances are those of `chamfer`, and a threshold is rounded to their dtype. Every metric but the density-aware one
+    has the same bits on CPU and GPU; that one differs by less than 1e-6, because exp is rounded differently. The same
+    call gives the same bits. A point with NaN or inf is within no threshold, and makes the other metrics of its pair
+    NaN.
 
     For x with n and y with m points, the density-aware distance is the mean of two directions. That from x is the mean
     over its points i of 1 - exp(-1000 d_i^2) (n / m) / c_i. d_i is the distance to the nearest point of y, and c_i the
@@ -147,9 +159,9 @@ def check_thresholds(thresholds: Any) -> tuple[float, ...]:
     return values
 
 
-def compare_clouds_results(clouds: Any, thresholds: int) -> tuple[Spec, ...]:
-    """The specs of the fields of CloudComparison; the number of clouds may be a symbol."""
-    each, shares = Spec((clouds,), FLOAT32), Spec((clouds, thresholds), FLOAT32)
+def compare_clouds_results(clouds: Any, thresholds: int, dtype: np.dtype) -> tuple[Spec, ...]:
+    """The specs of the fields of CloudComparison in this dtype; the number of clouds may be a symbol."""
+    each, shares = Spec((clouds,), dtype), Spec((clouds, thresholds), dtype)
     return each, each, each, each, shares, shares, shares, each
 
 
@@ -173,4 +185,4 @@ def compare_clouds_arrays(
     points, inputs, indexed = inputs_of(x, y)
     device = launcher.device(origin.device)
     call = cuda.compare_clouds(points[0].spec, x_lengths, points[1].spec, y_lengths, thresholds, device, **indexed)
-    return launcher.launch(call, inputs, _kept_results(len(x_lengths), len(thresholds)))
+    return launcher.launch(call, inputs, _kept_results(len(x_lengths), len(thresholds), distance_dtype(x, y)))

@@ -107,8 +107,7 @@ def neighbor_index(points: Any, *, lengths: Sequence[int] | None = None) -> Neig
     -------
     NeighborIndex
         Pass it to `knn`, `radius_search`, `chamfer` and `compare_clouds` in place of the points and their lengths. A
-        search in another dtype than that of the index makes one of its own: one in float64 with an index of float32
-        points, and `chamfer` and `compare_clouds`, which search in float32, with one of float64 points.
+        search in float64, because the other array is that, makes an index of its own if this one is of other points.
 
     Raises
     ------
@@ -556,8 +555,8 @@ def _check_gradient(ddistances: Given | Spec, distances: Given | Spec) -> None:
 # ---- arrays --------------------------------------------------------------------------------------------------------
 
 
-def distance_dtype(query: Given | Spec, points: Clouds) -> np.dtype:
-    """What a search computes in, and what its distances are: float64 if one of the arrays is that."""
+def distance_dtype(query: Clouds, points: Clouds) -> np.dtype:
+    """What a search computes in, and what its distances and losses are: float64 if one of the arrays is that."""
     return FLOAT64 if FLOAT64 in (query.dtype, points.dtype) else FLOAT32
 
 

@@ -20,7 +20,15 @@ from gpu3d._arrays import FLOAT32, INT32, INT64, Given, Origin, Spec
 from gpu3d.cuda import launcher
 from gpu3d.cuda import transport as cuda
 from gpu3d.cuda.plan import Call
-from gpu3d.neighbors import NeighborIndex, check_clouds, check_no_empty_cloud, check_pair, packed, working_origin
+from gpu3d.neighbors import (
+    NeighborIndex,
+    check_clouds,
+    check_no_empty_cloud,
+    check_pair,
+    distance_dtype,
+    packed,
+    working_origin,
+)
 from gpu3d.reference import transport as reference
 from gpu3d.reference.chamfer import REDUCTIONS
 from gpu3d.reference.transport import Options
@@ -32,14 +40,14 @@ FIRST_ROOM = 6  # capacity per point of the first search, before entries are cou
 class ApmlGradients(NamedTuple):
     """The result of `apml_value_and_grad`."""
 
-    loss: Any  # float32 [] or [B]
+    loss: Any  # float32 or float64 [] or [B]
     gradients: tuple[Any, Any]  # the gradients of pred and target, in their shapes and dtypes
 
 
 class EmdGradients(NamedTuple):
     """The result of `emd_value_and_grad`."""
 
-    loss: Any  # float32 [] or [B]
+    loss: Any  # float32 or float64 [] or [B]
     gradients: tuple[Any, Any]  # the gradients of x and y, in their shapes and dtypes
 
 
@@ -93,8 +101,9 @@ def apml(
 
     Returns
     -------
-    array float32 [], or [B] for reduction "none"
-        An array of pred's library. NaN if there are more entries than max_entries.
+    array [], or [B] for reduction "none"
+        An array of pred's library: float64 if pred or target is float64, and float32 otherwise. NaN if there are more
+        entries than max_entries.
 
     Raises
     ------
@@ -114,9 +123,9 @@ def apml(
     their sum + 1e-8, and columns by their sum + 1e-8. The loss of a cloud is the sum of P_ij C_ij. It is not symmetric,
     because columns are divided last, and the mass of the plan is M.
 
-    An entry is what P1 keeps or what P2 keeps; a pair that both keep counts twice. C is computed in float64 from
-    float32 coordinates, so CPU and GPU keep the same entries. If target is float64, the minimum of the target's cloud
-    is first subtracted from both in float64, so that map coordinates keep their millimetres.
+    An entry is what P1 keeps or what P2 keeps; a pair that both keep counts twice. C is computed in float64, so CPU and
+    GPU keep the same entries. If pred or target is float64, both are converted to float64, so that map coordinates keep
+    their digits. Else they are converted to float32. The plan's values are float32 always.
 
     A point with NaN or inf makes the loss of its cloud NaN.
 
@@ -312,8 +321,9 @@ def emd(
 
     Returns
     -------
-    array float32 [], or [B] for reduction "none"
-        An array of x's library, in the unit of the points. NaN for a pair of clouds with a point that has NaN or inf.
+    array [], or [B] for reduction "none"
+        An array of x's library, in the unit of the points: float64 if x or y is float64, and float32 otherwise. NaN for
+        a pair of clouds with a point that has NaN or inf.
 
     Raises
     ------
@@ -505,7 +515,7 @@ def apml_results(
     pred: Given | Spec, target: Given | Spec, clouds: Any, reduction: str, with_grad: bool
 ) -> tuple[Spec, Spec, Spec]:
     """The specs of the loss and of both gradients, which have no elements if not asked for; sizes may be symbols."""
-    loss = Spec((clouds,) if reduction == "none" else (), FLOAT32)
+    loss = Spec((clouds,) if reduction == "none" else (), distance_dtype(pred, target))
     if with_grad:
         return loss, Spec(pred.shape, pred.dtype), Spec(target.shape, target.dtype)
     return loss, Spec((0,), pred.dtype), Spec((0,), target.dtype)
@@ -595,15 +605,15 @@ def _too_many_entries(
 ) -> Exception:
     """The error for too many entries; it names the point that keeps most."""
     layouts = pair.batches.layouts
-    rows = _arrays.download(index).view(np.int32)[3::4]  # the point of each slot
+    rows = _arrays.download(index).view(np.int32)
     counts = _arrays.download(kept).view(np.uint8)
-    most, first = [], 0
-    for name, slots, at in zip(("pred", "target"), pair.slots, cuda.kept_offsets(layouts).counts, strict=True):
-        indices = rows[first : first + slots]
-        of_slots = counts[at : at + 4 * slots].view(np.uint32)
+    sides = zip(("pred", "target"), cuda.points_of_slots(pair), cuda.kept_offsets(layouts).counts, strict=True)
+    most = []
+    for name, points, at in sides:
+        indices = rows[points]
+        of_slots = counts[at : at + 4 * len(indices)].view(np.uint32)
         slot = np.lexsort((indices, -of_slots.astype(np.int64)))[0]
         most.append((int(of_slots[slot]), name, int(indices[slot])))
-        first += slots
     count, name, row = max(most, key=lambda candidate: candidate[0])
     return reference.too_many_entries(total, limit, max_entries, name, row, count)
 
@@ -706,20 +716,19 @@ def _plan_arrays(
     made = [_arrays.read(x, "entries") for x in launcher.launch(call, found, results, index.origin)]
     with _arrays.on(origin):
         entries, row = (_arrays.as_cupy(x) for x in made)
-        plan = _sorted(_arrays.as_cupy(index), entries[:total], row[:total], pair.slots, sum(pred_lengths))
+        points = [_arrays.as_cupy(index).view(INT32)[place] for place in cuda.points_of_slots(pair)]
+        plan = _sorted(points, entries[:total], row[:total], sum(pred_lengths))
         return [_arrays.leave(x, origin) for x in plan]
 
 
-def _sorted(index: Any, entries: Any, row: Any, slots: tuple[int, int], points: int) -> tuple[Any, Any, Any, Any]:
-    """The plan sorted by (row, col) with CuPy. `points` is the number of points of pred."""
+def _sorted(points: Sequence[Any], entries: Any, row: Any, count: int) -> tuple[Any, Any, Any, Any]:
+    """The plan sorted by (row, col) with CuPy, from the `points` of both sides' slots. pred has `count` points."""
     import cupy
 
-    x, y = slots
-    of_slots = index.view(INT32)[3::4]  # the point of each slot of pred, then of target
     there = row >= 0
-    rows, columns = of_slots[:x][row[there]], of_slots[x : x + y][entries[:, 0][there]]
+    rows, columns = points[0][row[there]], points[1][entries[:, 0][there]]
     values = entries[:, 1].view(FLOAT32)[there]
     order = cupy.lexsort(cupy.stack((columns, rows)))
     rows = rows[order]
-    indptr = cupy.searchsorted(rows, cupy.arange(points + 1, dtype=INT32)).astype(INT64)
+    indptr = cupy.searchsorted(rows, cupy.arange(count + 1, dtype=INT32)).astype(INT64)
     return rows, columns[order], values[order], indptr

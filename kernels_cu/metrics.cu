@@ -8,36 +8,39 @@
 //
 // The percentile needs the distance of a given rank. Squared distances are not negative, so their bits are in their
 // order. In a cloud of several tiles the rank is found digit by digit from the top, by a launch of metrics_digits for
-// each of four: it counts the digits of those squares whose higher digits are known to be those of the rank. In a cloud
-// of one tile metrics_tiles finds it bit by bit. All counts are integers, so their order does not matter; sums are
-// taken in the order of ordered_sum.cuh.
+// each: it counts the digits of those squares whose higher digits are known to be those of the rank. In a cloud of one
+// tile metrics_tiles finds it bit by bit. All counts are integers, so their order does not matter; sums are taken in
+// the order of ordered_sum.cuh.
 
-#define DIGITS 4           // mirrored by gpu3d/cuda/metrics.py, as are the next two
-#define BINS 256           // values of a digit
-#define MAX_THRESHOLDS 64  // mirrored by gpu3d/reference/metrics.py too
+#define BINS 256           // values of a digit; mirrored by gpu3d/cuda/metrics.py
+#define MAX_THRESHOLDS 64  // mirrored by gpu3d/reference/metrics.py
 
 #include "clouds.cuh"
 #include "floats.cuh"
 #include "ordered_sum.cuh"
+#include "real.cuh"
 #include "scan.cuh"
+
+#define DIGITS ((int)sizeof(real))  // as many as bytes, which gpu3d/cuda/metrics.py counts on
+#define BITS (8 * DIGITS - 1)       // of a number without its sign, which is always 0
 
 // What is known of the square of the rank: its bits in the digits so far, and its rank among the squares with these.
 struct Chosen {
-    u32 prefix;
+    bits_t prefix;
     u32 rank;
 };
 
 // Starts at 0.
 struct Ranked {
-    u32 largest;  // bits of the largest square; NaN is the largest
-    u32 low;      // bits of the square of the rank
-    u32 same;     // whether the square of the next rank is the same
-    u32 above;    // inverted bits of the least square above it; 0 if there is none
+    bits_t largest;  // bits of the largest square; NaN is the largest
+    bits_t low;      // bits of the square of the rank
+    bits_t same;     // whether the square of the next rank is the same
+    bits_t above;    // inverted bits of the least square above it; 0 if there is none
 };
 
 // One of the two batches of clouds.
 struct Measured {
-    const float *d2;     // [points] squared distance to the nearest point of the other batch
+    const real *d2;      // [points] squared distance to the nearest point of the other batch
     const int *nearest;  // [points] its index, or -1
     u32 *shares;         // [points of the other batch] how many points of this batch it is nearest to; starts at 0
     Ranked *ranked;      // [clouds]
@@ -48,7 +51,7 @@ struct Measured {
 };
 
 struct Thresholds {
-    float value[MAX_THRESHOLDS];
+    real value[MAX_THRESHOLDS];
 };
 
 // A tile of x or of y, whose points are the block's threads.
@@ -74,10 +77,10 @@ __device__ __forceinline__ Tile tile_of(const Measured &side, const Clouds &clou
 __device__ __forceinline__ u32 rank_of(int count) { return (u32)(95ll * (count - 1) / 100); }
 __device__ __forceinline__ int hundredths_of(int count) { return (int)(95ll * (count - 1) % 100); }
 
-// The lowest bit of a digit. The last digit has 7 bits, because the sign is always 0.
-__device__ __forceinline__ int shift_of(int digit) { return digit < DIGITS - 1 ? 23 - 8 * digit : 0; }
-__device__ __forceinline__ u32 digit_of(u32 bits, int digit) {
-    return bits >> shift_of(digit) & (digit < DIGITS - 1 ? BINS - 1 : BINS / 2 - 1);
+// The lowest bit of a digit. The last digit has 7 bits.
+__device__ __forceinline__ int shift_of(int digit) { return digit < DIGITS - 1 ? BITS - 8 * (digit + 1) : 0; }
+__device__ __forceinline__ u32 digit_of(bits_t bits, int digit) {
+    return (u32)(bits >> shift_of(digit)) & (digit < DIGITS - 1 ? BINS - 1 : BINS / 2 - 1);
 }
 
 // What is known once the digits before `digit` have been counted; `equal` becomes the number of squares with these
@@ -91,7 +94,7 @@ __device__ Chosen chosen_before(const Tile &at, int digit, u32 &equal) {
     u32 all;
     const u32 before = scan_of_block<SUM_TILE / 32>(own, all);
     if (before <= known.rank && known.rank < before + own) {
-        chosen = Chosen{known.prefix | threadIdx.x << shift_of(digit - 1), known.rank - before};
+        chosen = Chosen{known.prefix | (bits_t)threadIdx.x << shift_of(digit - 1), known.rank - before};
         own_of_chosen = own;
         if (at.is_first()) at.side.chosen[slot + digit - 1] = chosen;
     }
@@ -119,11 +122,11 @@ extern "C" __global__ __launch_bounds__(SUM_TILE) void metrics_digits(
     }
     if (at.tiles == 1) return;
     u32 equal;
-    const u32 prefix = digit ? chosen_before(at, digit, equal).prefix : 0;
+    const bits_t prefix = digit ? chosen_before(at, digit, equal).prefix : 0;
     if (threadIdx.x < BINS) counts[threadIdx.x] = 0;
     __syncthreads();
     if (at.inside) {
-        const u32 bits = __float_as_uint(at.side.d2[at.i]);
+        const bits_t bits = bits_of(at.side.d2[at.i]);
         if (!digit || (bits ^ prefix) >> shift_of(digit - 1) == 0) atomicAdd(&counts[digit_of(bits, digit)], 1);
     }
     __syncthreads();
@@ -132,13 +135,13 @@ extern "C" __global__ __launch_bounds__(SUM_TILE) void metrics_digits(
 }
 
 // The number of this rank among the block's, one a thread that has one. `same` becomes whether the next is the same.
-__device__ u32 ranked_in_block(u32 bits, bool inside, u32 rank, bool &same) {
-    u32 found = 0;
-    for (int bit = 30; bit >= 0; --bit) {
+__device__ bits_t ranked_in_block(bits_t bits, bool inside, u32 rank, bool &same) {
+    bits_t found = 0;
+    for (int bit = BITS - 1; bit >= 0; --bit) {
         const u32 zeros = __syncthreads_count(inside && bits >> bit == found >> bit);
         if (rank >= zeros) {
             rank -= zeros;
-            found |= 1u << bit;
+            found |= (bits_t)1 << bit;
         }
     }
     same = rank + 1 < (u32)__syncthreads_count(inside && bits == found);
@@ -162,8 +165,8 @@ extern "C" __global__ __launch_bounds__(SUM_TILE) void metrics_tiles(
     if (block >= x_tiles + tiles_of(y_clouds)) return;
     const bool of_x = block < x_tiles;
     const Tile at = of_x ? tile_of(x, x_clouds, block) : tile_of(y, y_clouds, block - x_tiles);
-    const float d2 = at.inside ? at.side.d2[at.i] : 0, d = __fsqrt_rn(d2);
-    const u32 bits = __float_as_uint(d2);
+    const real d2 = at.inside ? at.side.d2[at.i] : 0, d = sqrt_rn(d2);
+    const bits_t bits = bits_of(d2);
 
     double term = 0;
     if (at.inside) {
@@ -174,7 +177,7 @@ extern "C" __global__ __launch_bounds__(SUM_TILE) void metrics_tiles(
     const double of_distances = halved(d), of_squares = halved(d2), of_terms = halved(term);
 
     bool same;
-    u32 low;
+    bits_t low;
     if (at.tiles == 1) low = ranked_in_block(bits, at.inside, rank_of(at.count), same);
     else {
         u32 equal;
@@ -182,7 +185,7 @@ extern "C" __global__ __launch_bounds__(SUM_TILE) void metrics_tiles(
         low = chosen.prefix;
         same = chosen.rank + 1 < equal;
     }
-    const u32 largest = largest_of(at.inside ? bits : 0), above = largest_of(at.inside && bits > low ? ~bits : 0);
+    const bits_t largest = largest_of(at.inside ? bits : 0), above = largest_of(at.inside && bits > low ? ~bits : 0);
     if (threadIdx.x == 0) {
         const size_t stride = tiles_of(at.clouds);
         at.side.sums[at.tile] = of_distances;
@@ -203,9 +206,9 @@ extern "C" __global__ __launch_bounds__(SUM_TILE) void metrics_tiles(
 }
 
 struct Metrics {
-    float *chamfer, *chamfer_squared, *hausdorff, *hausdorff_95;  // [clouds]
-    float *precision, *recall, *fscore;                           // [clouds, thresholds]
-    float *density_aware_chamfer;                                 // [clouds]
+    real *chamfer, *chamfer_squared, *hausdorff, *hausdorff_95;  // [clouds]
+    real *precision, *recall, *fscore;                           // [clouds, thresholds]
+    real *density_aware_chamfer;                                 // [clouds]
 };
 
 // Sum `which` of cloud b over its number of points, on every thread of the block.
@@ -216,10 +219,10 @@ __device__ double mean_of(const Measured &side, const Clouds &clouds, int b, int
 
 // The 95th percentile of the distances of a cloud of `count` points, between those of two ranks.
 __device__ double percentile_of(const Ranked &ranked, int count) {
-    const double low = __fsqrt_rn(__uint_as_float(ranked.low));
+    const double low = sqrt_rn(number_of(ranked.low));
     const int hundredths = hundredths_of(count);
     if (!hundredths || ranked.same) return low;
-    const double high = __fsqrt_rn(__uint_as_float(~ranked.above));
+    const double high = sqrt_rn(number_of(~ranked.above));
     return __dadd_rn(low, __dmul_rn(__dsub_rn(high, low), __ddiv_rn(hundredths, 100)));
 }
 
@@ -240,17 +243,17 @@ extern "C" __global__ __launch_bounds__(SUM_TILE) void metrics_clouds(
         const size_t at = (size_t)b * count + t;
         const double precision = (double)x.within[at] / n, recall = (double)y.within[at] / m;
         const double both = __dadd_rn(precision, recall);
-        metrics.precision[at] = (float)precision;
-        metrics.recall[at] = (float)recall;
-        metrics.fscore[at] = both > 0 ? (float)(__dmul_rn(__dmul_rn(2, precision), recall) / both) : 0.0f;
+        metrics.precision[at] = (real)precision;
+        metrics.recall[at] = (real)recall;
+        metrics.fscore[at] = both > 0 ? (real)(__dmul_rn(__dmul_rn(2, precision), recall) / both) : 0;
     }
     if (threadIdx.x) return;
     const Ranked of_x = x.ranked[b], of_y = y.ranked[b];
-    const float largest = __uint_as_float(max(of_x.largest, of_y.largest));
-    const float percentile = (float)fmax(percentile_of(of_x, n), percentile_of(of_y, m));
-    metrics.chamfer[b] = (float)means[0];
-    metrics.chamfer_squared[b] = (float)means[1];
-    metrics.hausdorff[b] = __fsqrt_rn(largest);
+    const real largest = number_of(max(of_x.largest, of_y.largest));
+    const real percentile = (real)fmax(percentile_of(of_x, n), percentile_of(of_y, m));
+    metrics.chamfer[b] = (real)means[0];
+    metrics.chamfer_squared[b] = (real)means[1];
+    metrics.hausdorff[b] = sqrt_rn(largest);
     metrics.hausdorff_95[b] = isnan(largest) ? NAN_FLOAT : percentile;
-    metrics.density_aware_chamfer[b] = (float)(means[2] / 2);
+    metrics.density_aware_chamfer[b] = (real)(means[2] / 2);
 }

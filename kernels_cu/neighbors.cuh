@@ -28,23 +28,12 @@
 
 #include "clouds.cuh"
 #include "floats.cuh"
+#include "real.cuh"
 #include "warp.cuh"
 
-#ifndef REAL
-#define REAL 0  // what coordinates, distances and boxes are in: 0 float, 1 double
-#endif
 #define TILE 32  // points a tile; mirrored by gpu3d/cuda/neighbors.py
 
-#if REAL
-typedef double real;
-typedef u64 bits_t;
-#else
-typedef float real;
-typedef u32 bits_t;
-#endif
-
-// A point: its coordinates (all NaN if one is not finite) and its index in the caller's array, -1 in padding. Floats
-// are relative to the origin of the searched cloud.
+// A point: its coordinates (all NaN if one is not finite) and its index in the caller's array, -1 in padding.
 struct __align__(16) Row {
     real x, y, z;
     int index;

@@ -15,13 +15,8 @@
 
 #include "voxels.cuh"
 
-// What distances and their gradients are in: double for float64 coordinates, and float for others.
-typedef coord_t real;
-#if POINT == FLOAT64
-typedef u64 bits_t;
-#else
-typedef u32 bits_t;
-#endif
+#define REAL (POINT == FLOAT64)
+#include "real.cuh"
 
 // Entries lie one behind the other, query by query.
 struct Entries {

@@ -338,15 +338,13 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_join(
     if (i < all) joined[i] = i < count ? first[i] : second[i - count];
 }
 
-// One block a node. If rows are floats, `origins` are subtracted from float64 coordinates in float64, and the results
-// rounded to float32.
+// One block a node.
 extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
     const point_t *__restrict__ points,     // [points, 3]
     const point_t *__restrict__ others,     // [points, 3] of a second batch, if there is one
     const int *__restrict__ slot_to_point,  // [slots] bucket order, -1 in padding; null: points in their own order
     const __grid_constant__ Clouds clouds,  // of these points
     int second,                             // the second batch's first cloud; its indices start at 0 again
-    const double *__restrict__ origins,     // [clouds of a batch, 3] of the searched clouds; null: 0
     Row *__restrict__ rows,                 // [slots]
     Box *__restrict__ tiles,                // [slots / TILE]; null: write rows only, in bucket order if it is given
     Box *__restrict__ nodes                 // [nodes]
@@ -358,7 +356,6 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
     const int first = cloud.slot + (blockIdx.x - cloud.tile) * POINTS;
     const bool in_first = b < second, in_order = slot_to_point && !tiles;
     const int base = in_first ? 0 : rows_of(clouds)[second].point;
-    const double *origin = origins ? origins + 3 * (in_first ? b : b - second) : nullptr;
 #pragma unroll
     for (int k = 0; k < EACH; ++k) {
         const int at = k * THREADS + threadIdx.x, slot = first + at, place = cloud.point + slot - cloud.slot;
@@ -369,12 +366,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void index_nodes(
                 row.index = i - base;
                 real x[3];
 #pragma unroll
-                for (int d = 0; d < 3; ++d)
-#if REAL
-                    x[d] = widen((in_first ? points : others)[3 * (size_t)row.index + d]);
-#else
-                    x[d] = coordinate(in_first ? points : others, row.index, d, origin);
-#endif
+                for (int d = 0; d < 3; ++d) x[d] = widen((in_first ? points : others)[3 * (size_t)row.index + d]);
                 // Infinities become NaN. Otherwise such a point could be found at infinite distance, or within an
                 // infinite radius.
                 if (is_finite(x[0]) && is_finite(x[1]) && is_finite(x[2])) row = Row{x[0], x[1], x[2], row.index};

@@ -136,7 +136,7 @@ __device__ __forceinline__ void search(
 }
 
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn(
-    const Row *__restrict__ queries,  // [query slots] in bucket order, relative to the target cloud's origin
+    const Row *__restrict__ queries,  // [query slots] in bucket order
     const __grid_constant__ Clouds query_clouds,
     int query_slots,
     int group,  // queries a warp, a power of two up to TILE
@@ -156,7 +156,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn(
     );
 }
 
-#if LISTS == 0 && !REAL
+#if LISTS == 0
 
 // Nearest neighbours of x's points in y, and of y's points in x. The blocks of the second search follow those of the
 // first.
@@ -166,14 +166,14 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn_both(
     int x_slots,
     int x_group,
     const __grid_constant__ Index x_index,
-    float *__restrict__ x_d2,     // [points of x]; NaN for a missing neighbour
+    real *__restrict__ x_d2,      // [points of x]; NaN for a missing neighbour
     int *__restrict__ x_nearest,  // [points of x] indices of y's
     const Row *__restrict__ y_queries,
     const __grid_constant__ Clouds y_clouds,
     int y_slots,
     int y_group,
     const __grid_constant__ Index y_index,
-    float *__restrict__ y_d2,
+    real *__restrict__ y_d2,
     int *__restrict__ y_nearest,
     u32 *__restrict__ known  // [] set to 0 for chamfer_losses
 ) {

@@ -27,13 +27,14 @@ __device__ double halved(double value) {
     return sums[0];
 }
 
-// The largest value of the block, on every thread.
-__device__ u32 largest_of(u32 value) {
-    __shared__ u32 largest;
+// The largest value of the block, a u32 or a u64, on every thread.
+template <class T>
+__device__ T largest_of(T value) {
+    __shared__ T largest;
     __syncthreads();
     if (threadIdx.x == 0) largest = 0;
     __syncthreads();
-    value = __reduce_max_sync(FULL, value);
+    value = max_of_warp(value);
     if ((threadIdx.x & 31) == 0 && value) atomicMax(&largest, value);
     __syncthreads();
     return largest;

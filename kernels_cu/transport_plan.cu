@@ -17,7 +17,7 @@
 // integers, whose atomics give the same result in any order. The whole grid waits between steps, and then reads from L2
 // again: lanes load BATCH values at a time. For Sinkhorn each block keeps its rows and columns in shared memory, if all
 // blocks can; then only scales are exchanged. Both ways add the same numbers in the same order, so they give the same
-// bits.
+// bits. With REAL, for float64 clouds, coordinates, losses and gradients are doubles; weights are floats always.
 
 #ifndef MINIMUM
 #define MINIMUM 0  // symmetrize: 0 "mean", 1 "min"
@@ -49,7 +49,7 @@ struct Side {
     u32 *longs;        // [slots] rows with more than LONG entries, in any order; from the end, those with more than ROW
     u32 *long_counts;  // [2] how many of both; starts at 0
     double *scale;     // [slots]
-    float *gradient;   // [points, 3], or null
+    real *gradient;    // [points, 3], or null
     double *sums;      // [nodes] sums of losses
 };
 
@@ -268,11 +268,11 @@ __device__ __forceinline__ Contribution contribution_of(
 }
 
 __device__ __forceinline__ void write_gradient(
-    float *gradient, int point, const Contribution &contribution, double parts
+    real *gradient, int point, const Contribution &contribution, double parts
 ) {
-    gradient[3 * (size_t)point] = (float)(contribution.x / parts);
-    gradient[3 * (size_t)point + 1] = (float)(contribution.y / parts);
-    gradient[3 * (size_t)point + 2] = (float)(contribution.z / parts);
+    gradient[3 * (size_t)point] = (real)(contribution.x / parts);
+    gradient[3 * (size_t)point + 1] = (real)(contribution.y / parts);
+    gradient[3 * (size_t)point + 2] = (real)(contribution.z / parts);
 }
 
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport_plan(
@@ -285,11 +285,11 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport_plan(
     const u64 *__restrict__ total,  // [] their number
     u64 capacity,
     int iterations,
-    double *losses,            // [slots of x] loss of each row; later [clouds] at the front
-    u32 *of_blocks,            // [blocks] scratch
-    u32 *arrived,              // [2] blocks that wait, and blocks whose rows do not fit; start at 0
-    float *__restrict__ each,  // [clouds] losses, or null
-    float *__restrict__ loss,  // [] sum of losses / parts, or null
+    double *losses,           // [slots of x] loss of each row; later [clouds] at the front
+    u32 *of_blocks,           // [blocks] scratch
+    u32 *arrived,             // [2] blocks that wait, and blocks whose rows do not fit; start at 0
+    real *__restrict__ each,  // [clouds] losses, or null
+    real *__restrict__ loss,  // [] sum of losses / parts, or null
     double parts
 ) {
     __shared__ u64 shared[OWNED > WARPS * STAGED ? OWNED : WARPS * STAGED];
@@ -498,7 +498,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport_plan(
         sum = sum_of_warp(sum);
         if (threadIdx.x & 31) continue;
         losses[b] = sum;
-        if (each) each[b] = (float)sum;
+        if (each) each[b] = (real)sum;
     }
     if (!loss) return;
     wait_for_grid(arrived, awaited);
@@ -506,5 +506,5 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport_plan(
     double sum = 0;
     for (int b = threadIdx.x; b < x_clouds.count; b += 32) sum += losses[b];
     sum = sum_of_warp(sum);
-    if (threadIdx.x == 0) *loss = (float)(sum / parts);
+    if (threadIdx.x == 0) *loss = (real)(sum / parts);
 }

@@ -8,9 +8,10 @@
 // both: it lists the points in the ball of the two nearest so far. If it has skipped boxes that reach into the final
 // ball, which happens to one query in a hundred, a second traversal follows.
 // The traversal uses squares of distances in float32, and the ball is wide enough for their rounding. For the listed
-// candidates C, d1, d2 and T are float64, computed from the float32 coordinates, every operation rounded once, and
+// candidates C, d1, d2 and T are float64, computed from the coordinates, every operation rounded once, and
 //   (C_ij - d1) * T_i < -ln(threshold)
 // decides without the exponential, so that every device keeps the same entries. See gpu3d/reference/transport.py.
+// With REAL, coordinates and the squares of the traversal are doubles too.
 //
 // Most queries have at most 32 candidates: one a lane, and everything stays in registers. A warp reserves memory for
 // its entries by one atomic. So the place of a row differs from run to run, but not its content.
@@ -33,17 +34,17 @@ struct Masses {
 
 // The two smallest d2 that a warp has seen, on all lanes.
 struct Two {
-    float first, second;
+    real first, second;
 };
 
 // Takes one d2 from each lane. Returns whether one of the two changed.
-__device__ __forceinline__ bool take(Two &two, float d2) {
+__device__ __forceinline__ bool take(Two &two, real d2) {
     bool changes = false;
     while (__any_sync(FULL, d2 < two.second)) {  // at most twice
-        const Nearest nearest = nearest_of(__float_as_uint(d2));
-        const float least = __uint_as_float(nearest.bits);
-        two.second = fminf(two.second, fmaxf(two.first, least));
-        two.first = fminf(two.first, least);
+        const Nearest nearest = nearest_of(bits_of(d2));
+        const real least = number_of(nearest.bits);
+        two.second = min(two.second, max(two.first, least));
+        two.first = min(two.first, least);
         if ((threadIdx.x & 31) == nearest.lane) d2 = INFINITE;
         changes = true;
     }
@@ -56,17 +57,26 @@ __device__ __forceinline__ double distance(const Row &a, const Row &b) {
 }
 
 // The squared radius of a ball that holds the two nearest points and all kept points, allowing for the rounding of
-// float32 squares. Infinite if there are fewer than two points.
+// squares. Infinite if there are fewer than two points.
 //
-// With u = 2^-24: distances computed from these squares have an error below 5 u, their gap one below 10 u of the second
-// distance, and the radius one below 9 u (1 + ratio) (d2 + gap). The float32 squares of points inside exceed the exact
-// ones by less than 5 u. WIDER is 12 u and no more, because where a whole cloud is about equally far, each u adds
-// candidates.
-#define WIDER 0x1.8p-21f
-__device__ __forceinline__ float radius2_of(const Two &two, float ratio) {
-    const float d1 = __fsqrt_rn(two.first), d2 = __fsqrt_rn(two.second), gap = fmaxf(d2 - d1, (float)GAP);
-    const float radius = fmaxf(d1 + ratio * gap, d2) + WIDER * (1 + ratio) * (d2 + gap);
+// With u = 2^-24, or 2^-53 for double: distances computed from these squares have an error below 5 u, their gap one
+// below 10 u of the second distance, and the radius one below 9 u (1 + ratio) (d2 + gap). The squares of points inside
+// exceed the exact ones by less than 5 u. WIDER is 12 u and no more, because where a whole cloud is about equally far,
+// each u adds candidates.
+#define WIDER (REAL ? (real)0x1.8p-50 : (real)0x1.8p-21)
+__device__ __forceinline__ real radius2_of(const Two &two, real ratio) {
+    const real d1 = sqrt_rn(two.first), d2 = sqrt_rn(two.second), gap = max(d2 - d1, (real)GAP);
+    const real radius = max(d1 + ratio * gap, d2) + WIDER * (1 + ratio) * (d2 + gap);
     return radius * radius * (1 + WIDER);
+}
+
+// limit / mass, rounded up.
+__device__ __forceinline__ real ratio_of(double limit, double mass) {
+#if REAL
+    return __ddiv_ru(limit, mass);
+#else
+    return __fdiv_ru(__double2float_ru(limit), __double2float_rd(mass));
+#endif
 }
 
 // The entries that one side keeps.
@@ -148,7 +158,7 @@ struct Many {
     const Index &index;
     const Clouds &clouds;
     int b;
-    float radius2;
+    real radius2;
     int count;         // number on the list; above LISTED: there is no list
     const int *slots;  // [LISTED] the warp's list, in shared memory
 
@@ -178,7 +188,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport_search(
     const Row *__restrict__ queries,  // [slots] of one side, in the order of its index
     const __grid_constant__ Clouds query_clouds,
     int query_slots,
-    const __grid_constant__ Index index,  // of the other side, relative to the same origins
+    const __grid_constant__ Index index,  // of the other side
     const __grid_constant__ Clouds clouds,
     const __grid_constant__ Masses masses,  // L of each cloud
     const __grid_constant__ Kept kept
@@ -188,7 +198,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport_search(
     if (slot >= query_slots) return;
     const int b = uniform(cloud_of<&Cloud::slot>(query_clouds, slot));
     const double mass = masses.table ? masses.table[b] : masses.inlined[b];
-    const float ratio = __fdiv_ru(__double2float_ru(kept.limit), __double2float_rd(mass));
+    const real ratio = ratio_of(kept.limit, mass);
     int *slots = listed[warp];
     const Row query = queries[slot];
     if (__any_sync(FULL, query.index < 0 || !is_finite(query))) {
@@ -204,12 +214,12 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void transport_search(
     };
     // The ball of the two nearest so far mostly shrinks when nearer points are found, but it can grow.
     Two two = {INFINITE, INFINITE};
-    float radius2 = INFINITE, passed2 = INFINITE;  // passed2: the smallest d2 that this lane has skipped
+    real radius2 = INFINITE, passed2 = INFINITE;  // passed2: the smallest d2 that this lane has skipped
     const auto bound = [&] { return key_of(radius2, FULL); };
-    const auto pass = [&](float d2) { passed2 = fminf(passed2, d2); };
+    const auto pass = [&](real d2) { passed2 = min(passed2, d2); };
     walk_tiles(query, index, clouds, b, NearestFirst<decltype(bound), decltype(pass)>{bound, pass}, [&](int tile) {
         const int slot = tile * TILE + lane;
-        const float d2 = distance2(query, index.rows[slot]);  // NaN for padding and non-finite points
+        const real d2 = distance2(query, index.rows[slot]);  // NaN for padding and non-finite points
         if (__any_sync(FULL, d2 <= radius2)) {
             if (take(two, d2)) radius2 = radius2_of(two, ratio);
             list(slot, d2 <= radius2);

@@ -23,17 +23,6 @@ typedef Float<POINT>::Wide coord_t;
 __device__ __forceinline__ coord_t widen(point_t x) { return Float<POINT>::widen(x); }
 __device__ __forceinline__ point_t narrow(coord_t x) { return Float<POINT>::narrow(x); }
 
-// Coordinate d of point i in float32. From float64 coordinates the origin, unless null, is subtracted in float64.
-__device__ __forceinline__ float coordinate(const point_t *points, int i, int d, const double *origin) {
-    coord_t x = widen(points[3 * (size_t)i + d]);
-#if POINT == FLOAT64
-    if (origin) x = __dsub_rn(x, origin[d]);
-    return __double2float_rn(x);
-#else
-    return x;
-#endif
-}
-
 // Where a cloud's voxel grid lies: the origin and the cell of each axis.
 struct Frame {
     coord_t origin[3];

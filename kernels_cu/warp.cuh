@@ -44,6 +44,10 @@ __device__ __forceinline__ u64 min_of_warp(u64 x) {
 
 __device__ __forceinline__ u32 min_of_warp(u32 x) { return __reduce_min_sync(FULL, x); }
 
+__device__ __forceinline__ u64 max_of_warp(u64 x) { return ~min_of_warp(~x); }
+
+__device__ __forceinline__ u32 max_of_warp(u32 x) { return __reduce_max_sync(FULL, x); }
+
 // How many lanes of `mask` come before `lane`.
 __device__ __forceinline__ int rank_in(u32 mask, int lane) { return __popc(mask & (1u << lane) - 1); }
 

@@ -67,24 +67,25 @@ def sum_by_definition(values):
     return values[0]
 
 
-def located(sources, targets):
-    """Both clouds as float32 [n, 3]; for float64 targets relative to the minimum of their finite coordinates."""
-    low = np.zeros(targets.shape[1])
-    if targets.dtype == np.float64:
-        low = targets.min(axis=0, initial=np.inf, where=np.isfinite(targets))
-    moved = [(z.astype(np.float64) - low).astype(np.float32) for z in (sources, targets)]
-    return [np.pad(z, ((0, 0), (0, 3 - z.shape[1]))) for z in moved]
+def dtype_of(*arrays):
+    """The dtype of distances and losses."""
+    return np.dtype(np.float64 if any(z.dtype == np.float64 for z in arrays) else np.float32)
+
+
+def widened(*clouds):
+    """Clouds [n, 3] in the dtype of their distances."""
+    return [np.pad(z.astype(dtype_of(*clouds)), ((0, 0), (0, 3 - z.shape[1]))) for z in clouds]
 
 
 def chamfer_by_definition(x, y, squared, direction="both"):
-    """The float64 loss of a pair of finite clouds, and the gradients before they are rounded to float32."""
+    """The float64 loss of a pair of finite clouds, and the gradients in float64 before they are rounded."""
     loss, own, given = 0.0, [], []
     for (sources, targets), skipped in (((x, y), "y_to_x"), ((y, x), "x_to_y")):
         if direction == skipped:
             own.append(np.zeros((len(sources), 3)))
             given.append(np.zeros((len(targets), 3)))
             continue
-        here, there = located(sources, targets)
+        here, there = widened(sources, targets)
         nearest = [near[0] for near in neighbors_by_definition(here, there)]
         d = [np.sqrt(d2) for d2, _ in nearest]
         loss += sum_by_definition([d2 for d2, _ in nearest] if squared else d) / len(sources)
@@ -95,7 +96,7 @@ def chamfer_by_definition(x, y, squared, direction="both"):
         terms, pulls = [], [[0, 0, 0] for _ in targets]
         for i, (_, j) in enumerate(nearest):
             v = [a - b for a, b in zip(here[i], there[j], strict=True)]
-            scaled = [np.float32(2) * c if squared else c / d[i] for c in v] if d[i] > 0 else [np.float32(0)] * 3
+            scaled = [2 * c if squared else c / d[i] for c in v] if d[i] > 0 else [0.0] * 3
             terms.append([float(c) for c in scaled])
             for axis in range(3):
                 pulls[j][axis] -= round(math.ldexp(terms[-1][axis], shift))  # Python integers never overflow
@@ -115,10 +116,11 @@ def test_chamfer_is_the_definition(dtype, dimensions, squared):
     x[4], x[5] = y[4], y[4]  # distance 0
     expected, gradients = chamfer_by_definition(x, y, squared)
     loss, got = gpu3d.chamfer_value_and_grad(x, y, squared=squared)
-    assert loss.shape == () and loss.dtype == np.float32 and loss == np.float32(expected) > 0
+    real = dtype_of(x, y).type
+    assert loss.shape == () and loss.dtype == real and loss == real(expected) > 0
     assert_same_bits([gpu3d.chamfer(x, y, squared=squared)], [loss])
     for gradient, exact, side in zip(got, gradients, (x, y), strict=True):
-        rounded = exact[:, :dimensions].astype(np.float32).astype(side.dtype)
+        rounded = exact[:, :dimensions].astype(real).astype(side.dtype)
         assert_same_bits([gradient], [rounded])
         assert (gradient.astype(float) != 0).any(axis=1).mean() > 0.5
 
@@ -126,19 +128,19 @@ def test_chamfer_is_the_definition(dtype, dimensions, squared):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chamfer_backward(dtype, reduction):
-    """The gradients times the gradient of the loss, in float32, and then rounded."""
+    """The gradients times the gradient of the loss, in the dtype of the loss, and then rounded."""
     lengths = {"x_lengths": (50, 1, 30), "y_lengths": (20, 64, 1)}
     x, y = ragged(*lengths.values(), dtype=dtype)
     options = {**lengths, "squared": True, "reduction": reduction, "direction": "both"}
     loss, residuals = with_residuals(x, y, **options)
     assert_same_bits([loss], [gpu3d.chamfer(x, y, **options)])
-    dloss = np.random.default_rng(0).standard_normal(loss.shape).astype(np.float32)
+    dloss = np.random.default_rng(0).standard_normal(loss.shape).astype(loss.dtype)
     got = backward(dloss, x, y, residuals, **options)
-    wide = (z if dtype == "float64" else z.astype(np.float32) for z in (x, y))  # otherwise gradients are float32
+    wide = (z.astype(loss.dtype) for z in (x, y))
     plain, expected = gpu3d.chamfer_value_and_grad(*wide, **options).gradients, []
     for gradient, of_clouds in zip(plain, lengths.values(), strict=True):
         factors = np.repeat(dloss, of_clouds) if reduction == "none" else np.full(sum(of_clouds), dloss)
-        expected.append((gradient.astype(np.float32) * factors[:, None]).astype(x.dtype))
+        expected.append((gradient * factors[:, None]).astype(x.dtype))
     assert_same_bits(got, expected)
     assert_same_bits(backward(dloss.astype(np.float64), x, y, residuals, **options), expected)
     ones = backward(np.ones_like(dloss), x, y, residuals, **options)
@@ -209,9 +211,9 @@ def test_one_direction_is_the_definition(squared, direction):
 
 def naive_points(x, y, squared):
     """Distances of x's points to the nearest of y, and the indices."""
-    nearest = [near[0] for near in neighbors_by_definition(*located(x, y))]
+    nearest = [near[0] for near in neighbors_by_definition(*widened(x, y))]
     d2, indices = (np.array(column) for column in zip(*nearest, strict=True))
-    return (d2 if squared else np.sqrt(d2)).astype(np.float32), indices
+    return (d2 if squared else np.sqrt(d2)).astype(dtype_of(x, y)), indices
 
 
 @pytest.mark.parametrize("squared", [False, True])
@@ -423,6 +425,46 @@ def test_map_coordinates_keep_their_millimetres():
     shift = [5e6, 4.5e6, 300]
     query, points = near[:900], near[500:]
     assert_same_bits([gpu3d.chamfer(query + shift, points + shift)], [gpu3d.chamfer(query, points)])
+
+
+def map_points(n, seed):
+    """Points of a map, in metres."""
+    return np.random.default_rng(seed).random((n, 3)) * [30, 30, 3] + [5e5, 4.2e6, 100]
+
+
+@pytest.mark.parametrize("stray", [0.0, -99999.0, 1e30, 1e200])
+def test_a_stray_point_changes_no_other_distance_of_float64(stray):
+    x, y = map_points(400, 0), map_points(300, 1)
+    distances = gpu3d.chamfer(x, y, reduction="points")
+    exact = cKDTree(y - y[0]).query(x - y[0])[0]
+    np.testing.assert_allclose(distances.x, exact, rtol=1e-8)
+    _, (dx, dy) = gpu3d.chamfer_value_and_grad(x, y, reduction="sum")
+    x, y = np.append(x, np.full((1, 3), stray), 0), np.append(y, np.full((1, 3), stray) + 1, 0)
+    again = gpu3d.chamfer(x, y, reduction="points")
+    assert_same_bits((again.x[:-1], again.y[:-1]), distances)
+    loss, (ex, ey) = gpu3d.chamfer_value_and_grad(x, y, reduction="sum")
+    assert loss.dtype == ex.dtype == ey.dtype == np.float64
+    assert loss == pytest.approx(distances.x.sum() / 401 + distances.y.sum() / 301, abs=0.02)
+    for a, b in ((dx, ex), (dy, ey)):  # each term is divided by the number of points, of which there is one more
+        np.testing.assert_allclose(b[:-1], a, rtol=0.01, atol=1e-4)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_gradients_of_float64_are_within_their_bound(squared):
+    """Of the sums of terms in float64: 2^-40 of the largest term of the cloud."""
+    x, y = map_points(500, 2), map_points(30, 3)
+    _, gradients = gpu3d.chamfer_value_and_grad(x, y, squared=squared)
+    exact = [np.zeros(x.shape), np.zeros(y.shape)]
+    largest = 0
+    for a, b, da, db in ((x, y, *exact), (y, x, *exact[::-1])):
+        d, j = cKDTree(b - y[0]).query(a - y[0])
+        v = a - b[j]
+        terms = 2 * v if squared else v / d[:, None]
+        largest = max(largest, np.abs(terms).max())
+        da += terms / len(a)
+        np.add.at(db, j, -terms / len(a))
+    for got, wanted in zip(gradients, exact, strict=True):
+        assert np.abs(got - wanted).max() < 2.0**-40 * largest and got.any(axis=1).all()
 
 
 def test_one_point():

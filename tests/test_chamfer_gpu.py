@@ -9,7 +9,17 @@ import clouds
 import numpy as np
 import pytest
 from conftest import poison
-from test_chamfer import BAD, DIRECTIONS, REDUCTIONS, backward, check_empty, points_gradients, with_residuals
+from test_chamfer import (
+    BAD,
+    DIRECTIONS,
+    REDUCTIONS,
+    backward,
+    check_empty,
+    dtype_of,
+    map_points,
+    points_gradients,
+    with_residuals,
+)
 from test_neighbors import DTYPES, KINDS, RAGGED, assert_refused, assert_same_bits, pair, ragged, special
 from test_neighbors_gpu import SIZES, check, to_host
 
@@ -39,12 +49,12 @@ def check_chamfer_backward(cp, x, y, note, x_lengths=None, y_lengths=None, reduc
         poison(cp, max(1 << 26, 300 * (x.nbytes + y.nbytes)))
         residuals.append(with_residuals(*arrays, **lengths, **shared)[1])
         gradients.append(backward(dloss, *arrays, residuals[-1], **lengths, **shared))
-    on_cpu, on_gpu = (
-        np.split(cp.asnumpy(z), reference.residual_parts(*lengths.values(), "both")[1:-1]) for z in residuals
-    )
+    dtype = dtype_of(x, y)
+    cuts = reference.residual_parts(*lengths.values(), "both", dtype)[1:-1]
+    on_cpu, on_gpu = (np.split(cp.asnumpy(z), cuts) for z in residuals)
     for number, (a, b) in enumerate(zip(on_gpu, on_cpu, strict=True)):
-        dtype = np.float32 if number % 3 else np.int32
-        assert_same_bits([a.view(dtype)], [b.view(dtype)], f"part {number} of the residuals, {note}")
+        of_part = dtype if number < 4 else np.int32
+        assert_same_bits([a.view(of_part)], [b.view(of_part)], f"part {number} of the residuals, {note}")
     assert_same_bits([z.get() for z in gradients[1]], gradients[0], f"backward {note}")
 
 
@@ -96,7 +106,7 @@ def test_directions_of_large_clouds(cp, kind):
     check_directions(cp, *pair(kind, 20_000, 33_000), kind)
 
 
-@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("float64", "float32")], ids=str)
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("float64", "float32"), ("float64", "float64")], ids=str)
 def test_directions_of_an_index(cp, dtypes):
     x, y = (z.astype(dtype) for z, dtype in zip(pair("near", 1500, 2300), dtypes, strict=True))
     indices = [gpu3d.neighbor_index(cp.asarray(z)) for z in (x, y)]
@@ -168,6 +178,20 @@ def test_map_coordinates(cp):
     x, y = (p + [5e6, 4.5e6, 300] for p in pair("near", 5000, 6000, dtype="float64"))
     y[::100, 0], y[50::100, 2] = np.nan, -np.inf  # not used for the minimum
     check_chamfer(cp, x, y)
+
+
+@pytest.mark.parametrize("sizes", [(400, 300), (5000, 6000)], ids=str)
+def test_strays_of_float64(cp, sizes):
+    """The bits of the reference, and of the others those without the stray points; clouds of one node and of more."""
+    strays = np.array([0.0, -99999.0, 1e30, 1e200])[:, None] + np.zeros((1, 3))
+    x, y = map_points(sizes[0], 0), map_points(sizes[1], 1)
+    alone = to_host(gpu3d.chamfer(cp.asarray(x), cp.asarray(y), reduction="points"))
+    x, y = np.append(x, strays, 0), np.append(y, strays + 1, 0)
+    check_chamfer(cp, x, y, "strays")
+    check_directions(cp, x, y, "strays")
+    check_chamfer(cp, x[:-1].astype(np.float32), y, "mixed")
+    both = to_host(gpu3d.chamfer(cp.asarray(x), cp.asarray(y), reduction="points"))
+    assert_same_bits([z[:-4] for z in both], alone)
 
 
 def test_real_sweeps(cp, data_dir):

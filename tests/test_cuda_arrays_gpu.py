@@ -10,47 +10,35 @@ import pytest
 from test_cuda_arrays import VIEWS, base
 
 from gpu3d import _arrays
-from gpu3d.cuda import arrays, clouds, launcher
+from gpu3d.cuda import arrays, launcher
 from gpu3d.cuda.plan import Call, Kernel, Steps
 
 pytestmark = pytest.mark.gpu
 
-NODE = 1024  # points in a node of an index
 GUARD = 256  # bytes after an output that must not be written
 SIGNATURES = {
     "copy_strided": f"Q{arrays.STRIDED_FORMAT}Q",
     "copy_transposed": f"Q{arrays.STRIDED_FORMAT}iQ",
     "convert_rows": "QqqqiiQ",
-    "origins_minimum": f"Qqqi{clouds.FORMAT}QQ",
     "scan_offsets": "QqQQQ",
     "scan_flag": "QqqQ",
 }
 THREADS = {
     "copy": arrays.COPY_THREADS,
     "convert": arrays.CONVERT_THREADS,
-    "origins": arrays.ORIGINS_THREADS,
     "scan": arrays.SCAN_THREADS,
 }
 
 
 def launch(function, grid, *args, **macros):
-    """Launch a kernel of arrays_<prefix of its name>.cu on the current device and stream.
-
-    An argument of lengths becomes the table of these clouds, in nodes of NODE points.
-    """
+    """Launch a kernel of arrays_<prefix of its name>.cu on the current device and stream."""
     import cupy
 
-    part, steps, numbers = function.split("_")[0], Steps(inputs=0, results=0), {}
-    for lengths in (arg for arg in args if isinstance(arg, tuple)):
-        nodes = [-(-n // NODE) for n in lengths]
-        numbers["clouds"] = clouds.table(lengths, 32, nodes, nodes)
-    args = [clouds.argument(steps, "clouds", len(arg), 32) if isinstance(arg, tuple) else arg for arg in args]
+    part, steps = function.split("_")[0], Steps(inputs=0, results=0)
     kernel = Kernel(f"arrays_{part}", function, SIGNATURES[function], tuple(macros.items()))
-    steps.launch(kernel, grid=grid, block=THREADS[part], args=tuple(args))
-    plan, origin = steps.plan(), _arrays.Origin("cupy", cupy.cuda.runtime.getDevice())
-    memory = cupy.empty(max(1, plan.workspace), np.uint8)
-    memories = (memory.data.ptr,) if plan.workspace else ()
-    launcher.run(Call(plan, numbers), memories, origin.device, _arrays.current_stream(origin))
+    steps.launch(kernel, grid=grid, block=THREADS[part], args=args)
+    origin = _arrays.Origin("cupy", cupy.cuda.runtime.getDevice())
+    launcher.run(Call(steps.plan(), {}), (), origin.device, _arrays.current_stream(origin))
 
 
 def address(x):
@@ -233,91 +221,6 @@ def test_convert_a_number_for_all_rows(cp):
     x = cp.asarray(np.array([1.5, -2.5], np.float32))
     out = converted(cp, cp.broadcast_to(x, (700, 2)), 1, 3)
     np.testing.assert_array_equal(out, np.broadcast_to([1.5, -2.5, 0.0], (700, 3)))
-
-
-# ---- origins -------------------------------------------------------------------------------------------------------
-
-RAGGED = [
-    (1,),
-    (0,),
-    (0, 0, 5, 0, 3, 0),
-    (NODE - 1,),
-    (NODE,),
-    (NODE + 1,),
-    (0, 2 * NODE, 0, 0, 1, 4 * NODE + 1, 31, 32, 33, 0),
-    (40 * NODE + 5,),
-    tuple(k % 5 * 300 for k in range(64)),
-    tuple(k % 5 * 300 for k in range(65)),  # the table of clouds is in device memory
-    tuple(k * 37 % 61 for k in range(3000)),
-]
-
-
-def origins_of(points, lengths):
-    """The minimum of each cloud's finite coordinates; 0 if there are none, and for the third axis of 2-D points."""
-    origins, end = np.zeros((len(lengths), 3)), 0
-    for b, n in enumerate(lengths):
-        end += n
-        for d in range(points.shape[1]):
-            column = points[end - n : end, d]
-            finite = column[np.isfinite(column)]
-            origins[b, d] = finite.min() if len(finite) else 0
-    return origins
-
-
-def check_origins(cp, points, view, lengths):
-    """Check the origins of `view`, which has the numbers of `points` on the device."""
-    count, nodes = len(lengths), sum(-(-n // NODE) for n in lengths)
-    joined = cp.zeros((count, 4), np.uint64) if max(lengths) > NODE else None
-    out = poisoned(cp, 24 * count)
-    grid = max(-(-nodes // (arrays.ORIGINS_THREADS // 32)), -(-count // arrays.ORIGINS_THREADS))
-    steps = [stride // 8 for stride in view.strides]
-    where = 0 if joined is None else address(joined)
-    launch("origins_minimum", grid, address(view), *steps, view.shape[1], lengths, where, address(out))
-    np.testing.assert_array_equal(written(out, np.float64, (count, 3)), origins_of(points, lengths))
-
-
-@pytest.mark.parametrize("lengths", RAGGED, ids=lambda lengths: f"{len(lengths)} clouds of {max(lengths)}")
-@pytest.mark.parametrize("columns", [2, 3])
-def test_origins(cp, lengths, columns):
-    rng = np.random.default_rng(sum(lengths))
-    points = rng.standard_normal((sum(lengths), columns)) * [1e-3, 1e6, 1][:columns] + [0, -3e6, 50][:columns]
-    check_origins(cp, points, cp.asarray(points), lengths)
-    bad = points.copy()
-    bad[rng.random(bad.shape) < 0.3] = np.nan
-    bad[rng.random(bad.shape) < 0.3] = -np.inf
-    bad[rng.random(bad.shape) < 0.1] = np.inf
-    check_origins(cp, bad, cp.asarray(bad), lengths)
-    check_origins(cp, bad, cp.asarray(np.ascontiguousarray(bad.T)).T, lengths)
-    wide = np.full((len(points), 7), -1e300)
-    wide[:, 1 : 2 * columns : 2] = bad
-    check_origins(cp, bad, cp.asarray(wide)[:, 1 : 2 * columns : 2], lengths)
-    check_origins(cp, bad[::-1], cp.asarray(bad)[::-1], lengths)
-
-
-@pytest.mark.parametrize("place", [0, 31, 32, 127, 128, NODE - 1, NODE, 3 * NODE - 1])
-def test_origins_find_every_point(cp, place):
-    """A single finite point among many others is found."""
-    points = np.full((3 * NODE, 3), np.nan)
-    points[place] = 5e-324, -np.finfo(float).max, np.finfo(float).max
-    check_origins(cp, points, cp.asarray(points), (len(points),))
-
-
-def test_origins_of_zeros(cp):
-    """-0 is the smaller zero; a cloud of nothing but NaN has the origin +0."""
-    points = np.array([[0.0, -0.0, 0.0], [-0.0, -0.0, 0.0], [np.nan, np.inf, -np.inf]])
-    view, out = cp.asarray(points), poisoned(cp, 48)
-    launch("origins_minimum", 1, address(view), 3, 1, 3, (2, 1), 0, address(out))
-    got = written(out, np.float64, (2, 3))
-    np.testing.assert_array_equal(got, 0)
-    np.testing.assert_array_equal(np.signbit(got), [[True, True, False], [False, False, False]])
-
-
-@pytest.mark.parametrize("lengths", [(1_000_000,), tuple(k * 7919 % 61 for k in range(20_000))], ids=["one", "many"])
-def test_origins_of_large_batches(cp, lengths):
-    points = np.random.default_rng(5).standard_normal((sum(lengths), 3))
-    view = cp.asarray(points)
-    for _ in range(3):
-        check_origins(cp, points, view, lengths)
 
 
 # ---- scan ----------------------------------------------------------------------------------------------------------

@@ -304,7 +304,8 @@ def cotangent(result, dtype):
     """A random gradient; powers of two for losses, or 1 where float16 would round small gradients twice."""
     if result.size > 2:
         return numbers(*result.shape, dtype=str(result.dtype), seed=9)
-    return np.array([1.0, -1.0] if dtype == "float16" else [2.0, -0.5], "float32")[: result.size].reshape(result.shape)
+    values = np.array([1.0, -1.0] if dtype == "float16" else [2.0, -0.5], result.dtype)
+    return values[: result.size].reshape(result.shape)
 
 
 @every_op

@@ -113,7 +113,7 @@ def test_one_input_that_requires_grad(name):
 
 @pytest.mark.parametrize("name", [name for name in CASES if "apml" not in name])  # its plan is held constant
 def test_gradients_against_differences(name):
-    """The derivative along a random direction. Losses are float32, so the step is long."""
+    """The derivative along a random direction."""
     case, at = CASES[name], place()
     inputs = detached(inputs_of(case, at, torch.float64))
     direction = [normal(*x.shape, dtype=torch.float64, seed=20 + i).detach() for i, x in enumerate(inputs)]
@@ -126,11 +126,11 @@ def test_gradients_against_differences(name):
             weights = normal(*result.shape, dtype=torch.float64, seed=5).detach()
         return (result * weights).sum()
 
-    step = 1e-6 if case.float64 else 1e-4
+    step = 1e-6
     difference = (along(step) - along(-step)) / (2 * step)
     leaf = torch.zeros((), dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(along(leaf), leaf)
-    torch.testing.assert_close(slope, difference, rtol=1e-5 if case.float64 else 0.03, atol=1e-6)
+    torch.testing.assert_close(slope, difference, rtol=1e-5, atol=1e-6)
     assert slope != 0
 
 
@@ -634,6 +634,22 @@ def test_gradients_of_searches():
         assert_same(torch.autograd.grad(by_radius(x, y, max_entries=room)[0], (x, y)), got)
     cut = torch.autograd.grad(by_radius(x, y, max_entries=len(found.indices) - 1)[0], (x, y))
     assert all(bool(z.isnan().all()) for z in cut)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none", "points"])
+@pytest.mark.parametrize("direction", ["both", "x_to_y"])
+def test_gradcheck_of_chamfer(reduction, direction):
+    """float64 clouds have float64 losses and gradients, also far from the origin."""
+    x, y = ((normal(n, 3, dtype=torch.float64, seed=n).detach() + 4e6).requires_grad_() for n in (9, 7))
+    options = {"x_lengths": (5, 4), "y_lengths": (3, 4), "reduction": reduction, "direction": direction}
+
+    def loss(x, y, squared):
+        found = g.chamfer(x, y, squared=squared, **options)
+        return torch.cat([z for z in found if z is not None]) if reduction == "points" else found
+
+    for squared in (False, True):
+        assert loss(x, y, squared).dtype == torch.float64
+        torch.autograd.gradcheck(lambda *z, squared=squared: loss(*z, squared), (x, y), eps=1e-3, atol=1e-4)
 
 
 @compiling

@@ -16,12 +16,12 @@ from gpu3d.reference.metrics import percentile_95
 THRESHOLDS = (0.0, 0.05, 0.2, 1e300)
 
 
-def by_definition(x, y, thresholds):
+def by_definition(x, y, thresholds, dtype=np.float32):
     """The metrics of one pair, in float64 but for the distances."""
     d = np.sqrt(((x[:, None].astype(float) - y.astype(float)) ** 2).sum(-1))
-    sides = [(side.min(1).astype(np.float32).astype(float), side.argmin(1)) for side in (d, d.T)]
+    sides = [(side.min(1).astype(dtype).astype(float), side.argmin(1)) for side in (d, d.T)]
     mean = [(near.mean(), (near**2).mean()) for near, _ in sides]
-    shares = [[(near <= np.float32(min(t, 3e38))).mean() for t in thresholds] for near, _ in sides]
+    shares = [[(near <= dtype(min(t, 3e38))).mean() for t in thresholds] for near, _ in sides]
     density = []
     for near, nearest in sides:
         own, other = len(near), len(x) + len(y) - len(near)
@@ -95,6 +95,24 @@ def test_laws():
     assert apart.density_aware_chamfer == 1 and apart.fscore == 0
     # Two points share each nearest, which the ratio of sizes makes up for. Of the way back, each point has half.
     assert gpu3d.compare_clouds(np.concatenate([x, x]), x).density_aware_chamfer == pytest.approx(0.25, abs=1e-6)
+
+
+@pytest.mark.parametrize("stray", [0.0, -99999.0, 1e30])
+def test_metrics_of_float64(stray):
+    """Map coordinates keep their digits, and a stray point in x changes only what it is part of."""
+    rng = np.random.default_rng(0)
+    x, y = (rng.random((n, 3)) * [0.3, 0.3, 0.1] for n in (300, 170))
+    shift = np.array([5e5, 4.2e6, 100])
+    found = gpu3d.compare_clouds(x + shift, y + shift, thresholds=THRESHOLDS)
+    for name, wanted in by_definition(x + shift, y + shift, THRESHOLDS, np.float64).items():
+        got = getattr(found, name)
+        assert got.dtype == np.float64
+        np.testing.assert_allclose(got[0], wanted, rtol=1e-9, atol=1e-12, err_msg=name)
+    again = gpu3d.compare_clouds(np.append(x + shift, [[stray] * 3], 0), y + shift, thresholds=THRESHOLDS)
+    assert_same_bits([again.recall], [found.recall])
+    # Of the 301 points, the stray one is within no threshold but the largest.
+    np.testing.assert_allclose(again.precision[0, :3], found.precision[0, :3] * 300 / 301, rtol=1e-12)
+    assert again.hausdorff == np.linalg.norm(y + shift - stray, axis=1).min()
 
 
 def test_nan_stays_in_its_pair():

@@ -308,20 +308,27 @@ def test_grids_of_gradients():
     assert len(set(calls)) < 15
 
 
+def usable_indices(points, lengths, indexed):
+    """The memories of those indices that are in the dtype of the search, and the options that name them."""
+    used = [
+        given and neighbors.is_wide(z) == neighbors.is_wide(*points) for z, given in zip(points, indexed, strict=True)
+    ]
+    memories = [neighbors.index_memory(z, of) for z, of, given in zip(points, lengths, used, strict=True) if given]
+    return memories, {"x_index": used[0], "y_index": used[1]}
+
+
 @pytest.mark.parametrize("lengths", CLOUDS.values(), ids=CLOUDS)
 def test_chamfer(lengths):
     (n, m), count = map(sum, lengths), len(lengths[0])
     directions = itertools.cycle(("both", "x_to_y", "y_to_x"))
     for device, (x, y) in zip(itertools.cycle(GPUS), pairs_of(lengths), strict=False):
         for (reduction, squared), direction in zip((("mean", False), ("none", True)), directions, strict=False):
-            loss, residuals = chamfer_results(n, m, count, reduction, direction)
+            loss, residuals = chamfer_results(n, m, count, reduction, direction, op_neighbors.distance_dtype(x, y))
             gradients = chamfer_backward_results(x, y)
             arguments = x, lengths[0], y, lengths[1], squared, reduction, direction
-            searched = points_results(n, m, direction)
+            searched = points_results(n, m, direction, op_neighbors.distance_dtype(x, y))
             for indexed in itertools.product((False, True), repeat=2):
-                sides = zip((x, y), lengths, indexed, strict=True)
-                memories = [neighbors.index_memory(z, of_side) for z, of_side, given in sides if given]
-                options = dict(zip(("x_index", "y_index"), indexed, strict=True))
+                memories, options = usable_indices((x, y), lengths, indexed)
                 call = chamfer.chamfer(*arguments, device, **options)
                 plans.check(call, [x, y, *memories], [loss, residuals], device)
                 call = chamfer.chamfer(*arguments, device, gradients=True, **options)
@@ -351,11 +358,9 @@ def test_compare_clouds(lengths):
     limits = (), (0.5,), (0.1, 1e300), (0.0,) * 64
     for device, (x, y) in zip(itertools.cycle(GPUS), pairs_of(lengths), strict=False):
         for indexed, thresholds in zip(itertools.product((False, True), repeat=2), limits, strict=True):
-            sides = zip((x, y), lengths, indexed, strict=True)
-            memories = [neighbors.index_memory(z, of_side) for z, of_side, given in sides if given]
-            options = dict(zip(("x_index", "y_index"), indexed, strict=True))
+            memories, options = usable_indices((x, y), lengths, indexed)
             call = metrics.compare_clouds(x, lengths[0], y, lengths[1], thresholds, device, **options)
-            results = compare_clouds_results(len(lengths[0]), len(thresholds))
+            results = compare_clouds_results(len(lengths[0]), len(thresholds), op_neighbors.distance_dtype(x, y))
             plans.check(call, [x, y, *memories], results, device)
 
 

@@ -25,6 +25,7 @@ from test_transport import (
     check_not_finite,
     check_outliers,
     check_room,
+    check_strays,
     map_all,
     outliers,
     relative,
@@ -152,6 +153,13 @@ def test_dtypes_and_dimensions(cp, dimensions, dtype):
 
 def test_map_coordinates(cp):
     check_map_coordinates(**on_gpu(cp))
+
+
+def test_strays_of_float64(cp):
+    check_strays(**on_gpu(cp))
+    x, y = (np.random.default_rng(n).random((n, 3)) * [90, 90, 5] + [5e5, 4.2e6, 100] for n in (5000, 6000))
+    x[7], y[9] = 0, 1e30
+    check_against_cpu(cp, x, y, "stray", max_entries=200_000)
 
 
 def test_edge_of_the_ball(cp):

@@ -313,16 +313,17 @@ def an_index(rng, points, slots):
     return of_slots, places
 
 
-def packed_index(*batches):
-    rows = np.zeros((sum(map(len, batches)) + 100, 4), np.int32)  # boxes come after the rows
-    rows[: sum(map(len, batches)), 3] = np.concatenate(batches)
+def packed_index(*batches, wide=False):
+    rows = np.zeros((sum(map(len, batches)) + 100, 8 if wide else 4), np.int32)  # boxes come after the rows
+    rows[: sum(map(len, batches)), 6 if wide else 3] = np.concatenate(batches)
     return rows.reshape(-1).view(np.int64)
 
 
-def test_entries_in_rows_of_slots_become_a_plan(monkeypatch):
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+def test_entries_in_rows_of_slots_become_a_plan(monkeypatch, dtype):
     monkeypatch.setitem(sys.modules, "cupy", np)
     rng = np.random.default_rng(0)
-    n, m, slots = 50, 40, (64, 96)
+    n, m, slots = 50, 40, (64, 64)
     (of_x, x_slots), (of_y, y_slots) = an_index(rng, n, slots[0]), an_index(rng, m, slots[1])
     pairs = rng.permutation(n * m)[:300]
     rows, cols, values = pairs // m, pairs % m, rng.random(300, dtype=np.float32)
@@ -330,7 +331,10 @@ def test_entries_in_rows_of_slots_become_a_plan(monkeypatch):
     places = np.sort(rng.permutation(400)[:300])
     row[places] = x_slots[rows]
     entries[places] = np.stack((y_slots[cols], values.view(np.int32)), axis=1)
-    found = transport._sorted(packed_index(of_x, of_y), entries, row, slots, n)
+    pair = cuda.pair(Spec((n, 3), dtype), (n,), Spec((m, 3), dtype), (m,), DEVICES["sm_90a"])
+    assert pair.slots == slots
+    index = packed_index(of_x, of_y, wide=pair.batches.wide).view(np.int32)
+    found = transport._sorted([index[place] for place in cuda.points_of_slots(pair)], entries, row, n)
     order = np.lexsort((cols, rows))
     indptr = np.searchsorted(rows[order], np.arange(n + 1))
     for got, expected in zip(found, (rows[order], cols[order], values[order], indptr), strict=True):
@@ -338,10 +342,11 @@ def test_entries_in_rows_of_slots_become_a_plan(monkeypatch):
     assert [part.dtype for part in found] == [np.int32, np.int32, np.float32, np.int64]
 
 
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
 @pytest.mark.parametrize("name", ["pred", "target"])
-def test_the_row_of_most_entries_is_named(name):
+def test_the_row_of_most_entries_is_named(name, dtype):
     rng = np.random.default_rng(0)
-    x, y = Spec((3000, 3), FLOATS[0]), Spec((900, 3), FLOATS[0])
+    x, y = Spec((3000, 3), dtype), Spec((900, 3), FLOATS[0])
     pair = cuda.pair(x, (3000,), y, (900,), DEVICES["sm_90a"])
     assert pair.slots != tuple(layout.slots for layout in pair.batches.layouts)  # the plan has a larger capacity
     batches = [an_index(rng, points, slots) for points, slots in zip((3000, 900), pair.slots, strict=True)]
@@ -351,7 +356,7 @@ def test_the_row_of_most_entries_is_named(name):
         if ("pred", "target")[side] == name:
             counts[batches[side][1][[700, 77]]] = 1234  # if several, the first is named
         kept[at : at + 4 * slots] = counts.astype(np.uint32).view(np.uint8)
-    arrays = packed_index(*(of_slots for of_slots, _ in batches)), kept.view(np.int64)
+    arrays = packed_index(*(of_slots for of_slots, _ in batches), wide=pair.batches.wide), kept.view(np.int64)
     index, found = (_arrays.read(array, "an array") for array in arrays)
     error = transport._too_many_entries(index, found, pair, 10**6, 64 * 3900, None)
     assert str(error).startswith("pred and target keep 1000000 entries, more than max(64 * (N + M), 2**24) = 249600; ")

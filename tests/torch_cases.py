@@ -68,7 +68,6 @@ class Case(NamedTuple):
     forward: Callable[..., tuple[Any, Any]]  # layout, inputs -> the differentiable result, the whole result
     backward: Callable[..., Sequence[Any]]  # layout, gradient of the result, whole result, inputs -> gradients
     padded: bool = False  # inputs are in slot order
-    float64: bool = True  # inputs may be float64, and then so is the result
     twice: bool = False  # it has second derivatives
 
 
@@ -130,7 +129,7 @@ def _loss(name: str, **options: Any) -> Case:
             return [(sum(at[0].lengths), 3)] * 2
         return [(sum(X_LENGTHS), 3), (sum(Y_LENGTHS), 3)]
 
-    return Case(shapes, forward, backward, float64=False)
+    return Case(shapes, forward, backward)
 
 
 def _points(direction: str, **options: Any) -> Case:
@@ -147,7 +146,7 @@ def _points(direction: str, **options: Any) -> Case:
         arrays = [_arrays.read(z, "an array") for z in (dout, x, y, *saved)]
         return points_backward_arrays(*arrays, *checked)
 
-    return Case(lambda at: [(sum(n), 3) for n in _clouds_of_search(at)], forward, backward, float64=False)
+    return Case(lambda at: [(sum(n), 3) for n in _clouds_of_search(at)], forward, backward)
 
 
 def _clouds_of_search(at: Any) -> tuple[Sequence[int], Sequence[int]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps on whole arrays that several ops use: copies, conversions, origins of clouds, prefix sums.
+"""Steps on whole arrays that several ops use: copies, conversions, prefix sums.
 
 The kernels are in kernels_cu/arrays_*.cu. Nothing here needs a GPU.
 """
@@ -10,19 +10,17 @@ import functools
 import math
 import struct
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from gpu3d import _arrays
 from gpu3d._arrays import FLOATS, Given, Spec
-from gpu3d.cuda import clouds
 from gpu3d.cuda.compiler import Configuration
 from gpu3d.cuda.plan import Kernel, Number, Pointer, Steps
 
 COPY_THREADS, COPY_ITEMS, COPY_DIMENSIONS = 256, 4, 8
 CONVERT_THREADS, CONVERT_ROWS = 256, 512
-ORIGINS_THREADS = 256
 SCAN_THREADS, SCAN_ITEMS, SCAN_TILE = 256, 8, 2048
 
 _WORDS = (1, 2, 4, 8, 16)  # bytes
@@ -40,7 +38,6 @@ def configurations() -> list[Configuration]:
     return [
         *(Configuration("arrays_copy", (("WORD", word),)) for word in _WORDS),
         *(Configuration("arrays_convert", (("FROM", a), ("TO", b))) for a, b in pairs),
-        Configuration("arrays_origins"),
         Configuration("arrays_scan"),
     ]
 
@@ -226,18 +223,6 @@ def add_rows(
     kernel = Kernel("arrays_convert", "convert_rows", "QqqqiiQ", macros)
     steps.launch(kernel, grid=-(-rows.number // CONVERT_ROWS), block=CONVERT_THREADS, args=args)
     return out
-
-
-def add_origins(steps: Steps, points: Pointer, batch: Any, count: int, nodes: int, out: Pointer) -> None:
-    """Add the step that writes the minimum of each cloud's finite coordinates, float64 [count, 3], to `out`.
-
-    `points` are contiguous float64 [N, 3]. `batch` is the struct Clouds, whose tiles are `nodes` nodes of 1024 points.
-    """
-    joined = steps.workspace("joined minima", 32 * count)
-    steps.clear(joined, 32 * count)
-    kernel = Kernel("arrays_origins", "origins_minimum", f"Qqqi{clouds.FORMAT}QQ")
-    grid = max(-(-nodes // (ORIGINS_THREADS // 32)), -(-count // ORIGINS_THREADS))
-    steps.launch(kernel, grid=grid, block=ORIGINS_THREADS, args=(points, 3, 1, 3, batch, joined, out))
 
 
 def add_offsets(steps: Steps, counts: Pointer, n: Number | int, most: int, offsets: Pointer, total: Pointer) -> None:

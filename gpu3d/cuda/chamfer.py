@@ -35,8 +35,8 @@ _SIGNATURES = {
     "chamfer_weighted_give": "wwcci",
     "chamfer_weighted_gradient": "wwcci",
 }
-_LOSSES, _SIDE, _UPSTREAM, _DISTANCES, _WEIGHTED = "<QQQQ", "<QQQQQQQ", "<Qqi4x", "<QQ", "<QQQQQQQQ"
-_FORMATS = {"c": clouds.FORMAT, "l": "32s", "s": "56s", "u": "24s", "o": "16s", "w": "64s"}
+_LOSSES, _SIDE, _UPSTREAM, _DISTANCES, _WEIGHTED = "<QQQQ", "<QQQQQQ", "<Qqi4x", "<QQ", "<QQQQQQQ"
+_FORMATS = {"c": clouds.FORMAT, "l": "32s", "s": "48s", "u": "24s", "o": "16s", "w": "56s"}
 
 Contiguous = Callable[[int, np.dtype], Pointer]  # (i, dtype) -> the contiguous rows [N, 3] of side i in that dtype
 
@@ -53,13 +53,6 @@ def _kernel(function: str, dtype: np.dtype) -> Kernel:
     return Kernel("chamfer", function, formats, (("POINT", FLOATS.index(dtype)),))
 
 
-def _common(x: np.dtype, y: np.dtype) -> np.dtype:
-    """The dtype to which both batches are widened."""
-    if x == y:
-        return x
-    return FLOAT64 if FLOAT64 in (x, y) else FLOAT32
-
-
 # ---- calls ---------------------------------------------------------------------------------------------------------
 
 
@@ -70,6 +63,21 @@ class Search(NamedTuple):
     y: Side
     both: Layout | None  # if both are prepared together
     directions: tuple[bool, bool]  # whether x's points search y, and y's points x
+
+    @property
+    def wide(self) -> bool:
+        """Whether distances, losses and the search are in float64."""
+        return neighbors.is_wide(self.x.spec, self.y.spec)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of distances and losses."""
+        return FLOAT64 if self.wide else FLOAT32
+
+    @property
+    def common(self) -> np.dtype:
+        """The dtype of coordinates, to which both batches are widened."""
+        return self.x.spec.dtype if self.x.spec.dtype == self.y.spec.dtype else self.dtype
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -99,12 +107,13 @@ def search(
     y_index: bool,
 ) -> tuple[Search, dict[str, Any]]:
     """Two batches that search each other, and the numbers of the call. Without a device nothing is sorted."""
-    wide = FLOAT64 in (x.dtype, y.dtype)
-    together = device is not None and not (x_index or y_index or wide)
-    sorts = [not together and (wide or not index) for index in (x_index, y_index)]
+    wide = neighbors.is_wide(x, y)
+    together = device is not None and not (x_index or y_index)
+    sorts = [not (together or index) for index in (x_index, y_index)]
     of_x, x_tables = neighbors.side(x, x_lengths, x_index, device if sorts[0] else None)
     of_y, y_tables = neighbors.side(y, y_lengths, y_index, device if sorts[1] else None)
-    numbers = {**x_tables.numbers("x"), **y_tables.numbers("y"), **_numbers(x_tables, y_tables, direction)}
+    numbers = {**x_tables.numbers("x", wide), **y_tables.numbers("y", wide)}
+    numbers |= _numbers(x_tables, y_tables, direction, 8 if wide else 4)
     both = None
     if device is not None and together:
         both, tables = neighbors.pair_layout(x_lengths, y_lengths, device)
@@ -112,19 +121,18 @@ def search(
     return Search(of_x, of_y, both, DIRECTIONS[direction]), numbers
 
 
-def _numbers(x: Tables, y: Tables, direction: str) -> dict[str, int]:
-    """Where the parts of residuals and of distances begin, except for the parts per cloud.
+def _numbers(x: Tables, y: Tables, direction: str, size: int) -> dict[str, int]:
+    """The bytes of the points' distances, of `size` bytes each, and of their indices.
 
-    "first" is the batch that searches, or x if both do, and then "second" is y.
+    "first" is the batch that searches, or x if both do, and then the other batch is y.
     """
     n, *others = [tables.points for tables, searches in zip((x, y), DIRECTIONS[direction], strict=True) if searches]
-    m = sum(others)
+    distances = size * (n + sum(others))
     return {
-        "second": 4 * n,
-        "d2 of first": 4 * n,
-        "behind first": 8 * n,
-        "d2 of second": 8 * n + 4 * m,
-        "behind second": 8 * n + 8 * m,
+        "distances of first": size * n,
+        "nearest of first": 4 * n,
+        "distances": distances,
+        "distances and nearest of first": distances + 4 * n,
     }
 
 
@@ -183,7 +191,8 @@ def chamfer_backward(
     found, numbers = search(x_lengths, y_lengths, x, y, direction, None, False, False)
     rows = dloss and _as_rows(dloss)
     rows = rows and arrays.canonical(rows, rows.shape[0])
-    plan = _backward_plan(rows, found, arrays.copied(residuals, 4), squared, reduction == "none")
+    copied = arrays.copied(residuals, found.dtype.itemsize)
+    plan = _backward_plan(rows, found, copied, squared, reduction == "none")
     return Call(plan, {**numbers, "parts": len(x_lengths) if reduction == "mean" else 1})
 
 
@@ -222,7 +231,7 @@ def points_backward(
     found, numbers = search(x_lengths, y_lengths, x, y, direction, None, False, False)
     (n,), dtype, strides, misalignment = ddistances
     column = Spec((n, 1), dtype, None if strides is None else (*strides, dtype.itemsize), misalignment)
-    copies = arrays.copied(distances, 4), arrays.copied(nearest, 4)
+    copies = arrays.copied(distances, found.dtype.itemsize), arrays.copied(nearest, 4)
     plan = _points_backward_plan(arrays.canonical(column, found.points), copies, found, squared)
     return Call(plan, {**numbers, "searched": n})
 
@@ -245,8 +254,8 @@ def _chamfer_plan(search: Search, squared: bool, each: bool, gradients: bool) ->
     indices, queries = add_search(steps, search, contiguous)
     _add_loss(steps, search, indices, queries, residuals, squared, each)
     if gradients:
-        upstream = Packed(_UPSTREAM, (None, 0, Number("parts")))
-        _add_gradients(steps, search, contiguous, indices, residuals, squared, upstream, (Result(1), Result(2)))
+        upstream, batches = Packed(_UPSTREAM, (None, 0, Number("parts"))), (indices[0].clouds, indices[1].clouds)
+        _add_gradients(steps, search, contiguous, batches, residuals, squared, upstream, (Result(1), Result(2)))
     return steps.plan()
 
 
@@ -258,11 +267,11 @@ def _backward_plan(
     contiguous = _contiguous(steps, search.sides, 1)
     upstream: tuple[Any, ...] = None, 0
     if dloss is not None:
-        upstream = arrays.add_rows(steps, Input(0), arrays.rows(dloss, FLOAT32, 1)), int(each)
+        upstream = arrays.add_rows(steps, Input(0), arrays.rows(dloss, search.dtype, 1)), int(each)
     residuals = _residuals_at(arrays.add_copy(steps, Input(3), copied), search)
-    searched = _add_searched(steps, search, contiguous)
+    batches = _add_clouds(steps, search)
     packed = Packed(_UPSTREAM, (*upstream, Number("parts")))
-    _add_gradients(steps, search, contiguous, searched, residuals, squared, packed, (Result(0), Result(1)))
+    _add_gradients(steps, search, contiguous, batches, residuals, squared, packed, (Result(0), Result(1)))
     return steps.plan()
 
 
@@ -270,15 +279,20 @@ def _backward_plan(
 def _points_plan(search: Search, squared: bool) -> Plan:
     steps = Steps(inputs=2 + search.x.indexed + search.y.indexed, results=2)
     indices, queries = add_search(steps, search, _contiguous(steps, search.sides, 0))
-    parts = _each_that_searches(search, [(Result(i), Result(i) + Number("second")) for i in range(2)])
+    parts = _parts_of_points(search, (Result(0),), Result(1))
     d2, nearest = zip(*parts, strict=True)
-    layouts = search.x.layout, search.y.layout
-    neighbors.add_knn_both(steps, ("x", "y"), queries, layouts, indices, d2, nearest, steps.workspace("known", 4))
+    add_nearest(steps, search, indices, queries, d2, nearest, steps.workspace("known", 4))
     sides = [Packed(_DISTANCES, part) for part in parts]
-    kernel = _kernel("chamfer_distances", FLOAT32)
+    kernel = _kernel("chamfer_distances", search.dtype)
     args = *sides, indices[0].clouds, indices[1].clouds, int(squared)
     steps.launch(kernel, grid=-(-search.points // THREADS), block=THREADS, args=args)
     return steps.plan()
+
+
+def _parts_of_points(search: Search, distances: tuple[Pointer, ...], nearest: Pointer) -> list[tuple[Any, ...]]:
+    """For x and y where their parts begin, in arrays of distances and in those of their nearest."""
+    columns = [(start, start + Number("distances of first")) for start in distances]
+    return _each_that_searches(search, [*columns, (nearest, nearest + Number("nearest of first"))])
 
 
 def _each_that_searches(search: Search, columns: Any) -> list[tuple[Any, ...]]:
@@ -293,50 +307,35 @@ def _points_backward_plan(
 ) -> Plan:
     steps = Steps(inputs=5, results=2)
     contiguous = _contiguous(steps, search.sides, 1)
-    given = arrays.add_rows(steps, Input(0), arrays.rows(ddistances, FLOAT32, 1), None, Number("searched"))
-    saved = [arrays.add_copy(steps, Input(3 + i), copied) for i, copied in enumerate(copies)]
-    parts = _each_that_searches(search, [(start, start + Number("second")) for start in (given, *saved)])
-    searched = _add_searched(steps, search, contiguous)
+    dtype, common = search.dtype, search.common
+    given = arrays.add_rows(steps, Input(0), arrays.rows(ddistances, dtype, 1), None, Number("searched"))
+    distances, nearest = (arrays.add_copy(steps, Input(3 + i), copied) for i, copied in enumerate(copies))
+    parts = _parts_of_points(search, (given, distances), nearest)
     most = [side.layout.points if search.directions[1 - i] else 0 for i, side in enumerate(search.sides)]
-    sums = steps.workspace("contributions", 28 * sum(most))  # and of each point the largest factor, behind all of them
-    steps.clear(sums, 28 * sum(most))
+    each = 24 + dtype.itemsize  # three sums, and behind all of them the largest factor of each point
+    sums = steps.workspace("contributions", each * sum(most))
+    steps.clear(sums, each * sum(most))
     places = [
-        (sums + 24 * sum(most) + 4 * i * most[0], sums + 24 * i * most[0]) if most[i] else (None, None)
+        (sums + 24 * sum(most) + dtype.itemsize * i * most[0], sums + 24 * i * most[0]) if most[i] else (None, None)
         for i in range(2)
     ]
-    common = _common(search.x.spec.dtype, search.y.spec.dtype)
     results = Result(0), Result(1)
-    outs = _gradients_of(steps, search, common, results)
-    sides = [
-        Packed(_WEIGHTED, (contiguous(i, common), searched[i].origins, *parts[i], *places[i], outs[i]))
-        for i in range(2)
-    ]
+    outs = _gradients_of(steps, search, results)
+    sides = [Packed(_WEIGHTED, (contiguous(i, common), *parts[i], *places[i], outs[i])) for i in range(2)]
     grid = -(-sum([side.layout.points for side in search.sides]) // THREADS)
-    args = *sides, searched[0].clouds, searched[1].clouds, int(squared)
+    args = *sides, *_add_clouds(steps, search), int(squared)
     for function in ("largest", "give", "gradient"):
         steps.launch(_kernel(f"chamfer_weighted_{function}", common), grid=grid, block=THREADS, args=args)
-    _add_narrowed(steps, search, common, outs, results)
+    _add_narrowed(steps, search, outs, results)
     return steps.plan()
 
 
-class _Searched(NamedTuple):
-    """The parts of an index that the gradient needs."""
-
-    clouds: Number | Packed
-    origins: Pointer | None
+Batches = tuple[Number | Packed, Number | Packed]
 
 
-def _add_searched(steps: Steps, search: Search, contiguous: Contiguous) -> list[_Searched]:
-    """Add the origins of the batches that are searched, for a backward call."""
-    found = []
-    for i, (name, side) in enumerate(zip(("x", "y"), search.sides, strict=True)):
-        batch, origins = neighbors.argument(steps, name, side.layout), None
-        if side.spec.dtype == FLOAT64 and search.directions[1 - i]:
-            origins = steps.workspace("origins", 24 * side.layout.clouds)
-            nodes = side.layout.clouds, side.layout.nodes
-            arrays.add_origins(steps, contiguous(i, FLOAT64), batch, *nodes, origins)
-        found.append(_Searched(batch, origins))
-    return found
+def _add_clouds(steps: Steps, search: Search) -> Batches:
+    """The struct Clouds of x and of y, for a backward call."""
+    return neighbors.argument(steps, "x", search.x.layout), neighbors.argument(steps, "y", search.y.layout)
 
 
 def _contiguous(steps: Steps, sides: tuple[Side, Side], first: int) -> Contiguous:
@@ -361,69 +360,73 @@ def add_search(
         contiguous = _contiguous(steps, search.sides, 0)
     if search.both is None:
         return _add_separately(steps, search, contiguous)
-    x, y = search.sides
-    dtype = _common(x.spec.dtype, y.spec.dtype)
-    points = contiguous(0, dtype), contiguous(1, dtype)
-    indices = neighbors.add_pair(steps, points, dtype, (x.layout, y.layout), search.both, ("x", "y", "both"))
+    points, layouts = (contiguous(0, search.common), contiguous(1, search.common)), (search.x.layout, search.y.layout)
+    names = "x", "y", "both"
+    indices = neighbors.add_pair(steps, points, search.common, layouts, search.both, names)
     queries = [index.rows if searches else None for index, searches in zip(indices, search.directions, strict=True)]
     return indices, (queries[0], queries[1])
 
 
 def _add_separately(steps: Steps, search: Search, contiguous: Contiguous) -> tuple[tuple[Index, Index], Queries]:
-    """Add what searches, side by side, if an index is given or coordinates have origins."""
+    """Add what searches, side by side, if an index is given."""
     indices: list[Index] = []
-    orders: list[Any] = []
+    queries: list[Pointer | None] = []
     memories = iter((Input(2), Input(3)))
-    for i, (name, (spec, layout, index)) in enumerate(zip(("x", "y"), search.sides, strict=True)):
-        batch, order = neighbors.argument(steps, name, layout), None
-        if index:
-            indices.append(neighbors.index_at(next(memories), layout, spec.dtype, batch))
+    for i, (name, (spec, layout, given)) in enumerate(zip(("x", "y"), search.sides, strict=True)):
+        batch, dtype = neighbors.argument(steps, name, layout), FLOAT64 if search.wide else spec.dtype
+        index = Index(None, None, None, (), batch)
+        if given:
+            index = neighbors.index_at(next(memories), layout, search.wide, batch)
         else:
-            points = contiguous(i, spec.dtype)
-            order = neighbors.add_order(steps, points, spec.dtype, name, layout)
+            points = contiguous(i, dtype)
+            order = neighbors.add_order(steps, points, dtype, name, layout)
             if search.directions[1 - i]:
-                indices.append(neighbors.add_index(steps, points, spec.dtype, order, name, layout, batch))
-            else:
-                indices.append(Index(None, None, None, (), batch))
-        orders.append(order)
-    queries: list[Pointer | None] = [None, None]
-    for i, (spec, layout, index) in enumerate(search.sides):
-        own, other = indices[i], indices[1 - i]
-        if not search.directions[i]:
-            continue
-        if own.rows is not None and own.origins is None and other.origins is None:
-            queries[i] = own.rows
-            continue
-        if index:  # its rows are sorted, but its points are not
-            orders[i] = neighbors.add_order(steps, contiguous(i, spec.dtype), spec.dtype, "xy"[i], layout)
-        dtype = spec.dtype if other.origins is None else FLOAT64
-        rows = contiguous(i, dtype), dtype, orders[i], layout, own.clouds, other.origins
-        queries[i] = neighbors.add_queries(steps, *rows)
+                index = neighbors.add_index(steps, points, dtype, order, name, layout, batch)
+        rows = index.rows
+        if search.directions[i] and rows is None:
+            rows = neighbors.add_queries(steps, points, dtype, order, layout, batch)
+        indices.append(index)
+        queries.append(rows if search.directions[i] else None)
     return (indices[0], indices[1]), (queries[0], queries[1])
+
+
+def add_nearest(
+    steps: Steps,
+    search: Search,
+    indices: tuple[Index, Index],
+    queries: Queries,
+    d2: tuple[Pointer | None, Pointer | None],
+    nearest: tuple[Pointer | None, Pointer | None],
+    known: Pointer,
+) -> None:
+    """Add the search for each point's nearest: squared distances and indices. The word at `known` is set to 0."""
+    layouts = search.x.layout, search.y.layout
+    neighbors.add_knn_both(steps, ("x", "y"), queries, layouts, indices, d2, nearest, known, search.wide)
 
 
 class _Residuals(NamedTuple):
     """Where the parts of the residuals of a side begin; None where it does not search."""
 
-    nearest: Pointer | None
     d2: Pointer | None
     largest: Pointer | None
+    nearest: Pointer | None
 
 
 def _residuals_at(memory: Pointer, search: Search) -> list[_Residuals]:
     """The parts in the order of gpu3d.reference.chamfer.residual_parts."""
-    behind, ahead = memory + Number("behind first"), 4 * search.x.layout.clouds
-    nearest = memory, behind + ahead
-    d2 = memory + Number("d2 of first"), memory + ahead + Number("d2 of second")
-    largest = behind, memory + ahead + Number("behind second")
-    return [_Residuals(*parts) for parts in _each_that_searches(search, (nearest, d2, largest))]
+    of_clouds = search.dtype.itemsize * search.x.layout.clouds
+    d2 = memory, memory + Number("distances of first")
+    largest = [memory + of_clouds * i + Number("distances") for i in range(2)]
+    behind = memory + of_clouds * sum(search.directions)
+    nearest = behind + Number("distances"), behind + Number("distances and nearest of first")
+    return [_Residuals(*parts) for parts in _each_that_searches(search, (d2, largest, nearest))]
 
 
 def _residuals_in_workspace(steps: Steps, search: Search) -> list[_Residuals]:
-    made = []
-    for side, searches in zip(search.sides, search.directions, strict=True):
-        sizes = ("nearest", side.layout.points), ("d2", side.layout.points), ("largest", side.layout.clouds)
-        made.append(_Residuals(*[steps.workspace(name, 4 * n) if searches else None for name, n in sizes]))
+    made, size = [], search.dtype.itemsize
+    for (_, layout, _), searches in zip(search.sides, search.directions, strict=True):
+        sizes = ("d2", size * layout.points), ("largest", size * layout.clouds), ("nearest", 4 * layout.points)
+        made.append(_Residuals(*[steps.workspace(name, n) if searches else None for name, n in sizes]))
     return made
 
 
@@ -437,68 +440,65 @@ def _add_loss(
     each: bool,
 ) -> None:
     """Add the steps that write the residuals, and the loss of `each` cloud or of all to the first result."""
-    layouts = search.x.layout, search.y.layout
-    count, dtype = layouts[0].clouds, _common(search.x.spec.dtype, search.y.spec.dtype)
+    count, common = search.x.layout.clouds, search.common
     losses, known = steps.workspace("losses", 8 * count), steps.workspace("known", 4)
-    nearest, d2, _ = zip(*residuals, strict=True)
-    neighbors.add_knn_both(steps, ("x", "y"), queries, layouts, indices, d2, nearest, known)
+    d2, largest, nearest = zip(*residuals, strict=True)
+    add_nearest(steps, search, indices, queries, d2, nearest, known)
     summed = [Packed(_LOSSES, (None,) * 4)] * 2
-    for i, layout in enumerate(layouts):
+    for i, (_, layout, _) in enumerate(search.sides):
         if search.directions[i]:
-            sums, most = steps.workspace("sums", 8 * layout.nodes), steps.workspace("most", 4 * layout.nodes)
-            summed[i] = Packed(_LOSSES, (d2[i], sums, most, residuals[i].largest))
+            sums = steps.workspace("sums", 8 * layout.nodes)
+            most = steps.workspace("most", search.dtype.itemsize * layout.nodes)
+            summed[i] = Packed(_LOSSES, (d2[i], sums, most, largest[i]))
     searching = [side.layout for side in search.sides_that_search]
     batches, tiled = (indices[0].clouds, indices[1].clouds), not all([layout.single for layout in searching])
     if tiled:  # otherwise chamfer_losses does it
-        nodes, kernel = sum([layout.nodes for layout in searching]), _kernel("chamfer_tiles", dtype)
+        nodes, kernel = sum([layout.nodes for layout in searching]), _kernel("chamfer_tiles", common)
         steps.launch(kernel, grid=nodes, block=SUM_TILE, args=(*summed, *batches, int(squared)))
     to = (Result(0), None) if each else (None, Result(0))
     args = *summed, *batches, losses, known, *to, Number("parts"), int(tiled), int(squared)
-    steps.launch(_kernel("chamfer_losses", dtype), grid=max(1, count), block=SUM_TILE, args=args)
+    steps.launch(_kernel("chamfer_losses", common), grid=max(1, count), block=SUM_TILE, args=args)
 
 
 def _add_gradients(
     steps: Steps,
     search: Search,
     contiguous: Contiguous,
-    searched: Any,
+    batches: Batches,
     residuals: list[_Residuals],
     squared: bool,
     upstream: Packed,
     results: tuple[Pointer, Pointer],
 ) -> None:
-    """Add the gradients of both sides in their dtypes. `searched` has the clouds and origins of each."""
-    common = _common(search.x.spec.dtype, search.y.spec.dtype)
+    """Add the gradients of both sides in their dtypes."""
+    common = search.common
     most = [side.layout.points if search.directions[1 - i] else 0 for i, side in enumerate(search.sides)]
     given = steps.workspace("contributions", 24 * sum(most))
     steps.clear(given, 24 * sum(most))
-    outs = _gradients_of(steps, search, common, results)
+    outs = _gradients_of(steps, search, results)
     sides = []
     for i, of in enumerate(residuals):
         to = given + 24 * i * most[0] if most[i] else None
-        rest = of.nearest, of.d2, of.largest, to, outs[i]
-        sides.append(Packed(_SIDE, (contiguous(i, common), searched[i].origins, *rest)))
+        sides.append(Packed(_SIDE, (contiguous(i, common), of.nearest, of.d2, of.largest, to, outs[i])))
     grid = -(-sum([side.layout.points for side in search.sides]) // THREADS)
     for function, more in (("chamfer_give", ()), ("chamfer_gradient", (upstream,))):
-        args = *sides, searched[0].clouds, searched[1].clouds, int(squared), *more
+        args = *sides, *batches, int(squared), *more
         steps.launch(_kernel(function, common), grid=grid, block=THREADS, args=args)
-    _add_narrowed(steps, search, common, outs, results)
+    _add_narrowed(steps, search, outs, results)
 
 
-def _gradients_of(steps: Steps, search: Search, common: np.dtype, results: tuple[Pointer, Pointer]) -> list[Pointer]:
+def _gradients_of(steps: Steps, search: Search, results: tuple[Pointer, Pointer]) -> list[Pointer]:
     """Where kernels write the gradients, [N, 3] of the common dtype: to the results if they are like that."""
     outs = []
     for side, result in zip(search.sides, results, strict=True):
-        made = Spec((side.layout.points, 3), common)
+        made = Spec((side.layout.points, 3), search.common)
         plain = arrays.rows(made, side.spec.dtype, side.spec.shape[-1]) is None
         outs.append(result if plain else steps.workspace("gradient", made.nbytes))
     return outs
 
 
-def _add_narrowed(
-    steps: Steps, search: Search, common: np.dtype, outs: list[Pointer], results: tuple[Pointer, Pointer]
-) -> None:
+def _add_narrowed(steps: Steps, search: Search, outs: list[Pointer], results: tuple[Pointer, Pointer]) -> None:
     """Add the conversion of gradients that are not written to the results."""
     for name, side, out, result in zip("xy", search.sides, outs, results, strict=True):
-        rows = arrays.rows(Spec((side.layout.points, 3), common), side.spec.dtype, side.spec.shape[-1])
+        rows = arrays.rows(Spec((side.layout.points, 3), search.common), side.spec.dtype, side.spec.shape[-1])
         arrays.add_rows(steps, out, rows, result, Number(f"{name} points"))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from itertools import accumulate
 
 from gpu3d._arrays import Spec
 from gpu3d.cuda import chamfer, clouds, neighbors
@@ -13,16 +14,16 @@ from gpu3d.cuda.plan import Call, Device, Kernel, Number, Packed, Plan, Result, 
 from gpu3d.reference.chamfer import SUM_TILE
 from gpu3d.reference.metrics import MAX_THRESHOLDS, rounded
 
-DIGITS, BINS = 4, 256  # the same constants as in metrics.cu
+BINS = 256  # the same constant as in metrics.cu; a number has as many digits as bytes
 
-_MEASURED, _METRICS, _RANKED_BYTES, _CHOSEN_BYTES = "<QQQQQQQQ", "<QQQQQQQQ", 16, 8
+_MEASURED, _METRICS = "<QQQQQQQQ", "<QQQQQQQQ"
 _SIDES = f"64s64s{clouds.FORMAT}{clouds.FORMAT}"
-_THRESHOLDS_BYTES = 4 * MAX_THRESHOLDS
+_RANKED, _CHOSEN = 4, 2  # numbers that struct Ranked and struct Chosen take the room of
 
 
 def configurations() -> list[Configuration]:
     """Every module that this file uses."""
-    return [Configuration("metrics")]
+    return [Configuration("metrics", neighbors.of_real(wide)) for wide in (False, True)]
 
 
 def compare_clouds(
@@ -38,7 +39,7 @@ def compare_clouds(
 ) -> Call:
     """Inputs: x, y, and the memory of each index that is given. Results: the fields of CloudComparison."""
     search, numbers = chamfer.search(x_lengths, y_lengths, x, y, "both", device, x_index, y_index)
-    values = rounded(thresholds).tobytes().ljust(_THRESHOLDS_BYTES, b"\0")
+    values = rounded(thresholds, search.dtype).tobytes().ljust(search.dtype.itemsize * MAX_THRESHOLDS, b"\0")
     return Call(_plan(search, len(thresholds)), {**numbers, "thresholds": values})
 
 
@@ -47,38 +48,44 @@ def _plan(search: Search, thresholds: int) -> Plan:
     steps = Steps(inputs=2 + search.x.indexed + search.y.indexed, results=8)
     layouts = search.x.layout, search.y.layout
     count, single = layouts[0].clouds, all([layout.single for layout in layouts])
-    found = [[steps.workspace(name, 4 * layout.points) for name in ("d2", "nearest")] for layout in layouts]
+    size = digits = search.dtype.itemsize
+    found = [
+        [steps.workspace("d2", size * layout.points), steps.workspace("nearest", 4 * layout.points)]
+        for layout in layouts
+    ]
     sizes = [
         (
-            _RANKED_BYTES * count,
+            size * _RANKED * count,
             4 * count * thresholds,
             4 * other.points,
-            0 if single else 4 * DIGITS * BINS * layout.nodes,
+            0 if single else 4 * digits * BINS * layout.nodes,
         )
         for layout, other in zip(layouts, layouts[::-1], strict=True)
     ]
     integers, end = steps.workspace("integers", sum(map(sum, sizes))), 0
     steps.clear(integers, sum(map(sum, sizes)))
+    columns = []
+    for needed in zip(*sizes, strict=True):  # those of x and of y; the widest numbers lie first
+        starts = accumulate(needed, initial=end)
+        columns.append([integers + start if n else None for start, n in zip(starts, needed, strict=False)])
+        end += sum(needed)
     sides = []
-    for layout, of_found, of_side in zip(layouts, found, sizes, strict=True):
-        parts = []
-        for size in of_side:
-            parts.append(integers + end if size else None)
-            end += size
-        ranked, within, shares, digits = parts
-        chosen = None if single else steps.workspace("chosen", _CHOSEN_BYTES * DIGITS * layout.nodes)
+    for layout, of_found, parts in zip(layouts, found, zip(*columns, strict=True), strict=True):
+        ranked, within, shares, counts = parts
+        chosen = None if single else steps.workspace("chosen", size * _CHOSEN * digits * layout.nodes)
         sums = steps.workspace("sums", 24 * layout.nodes)
-        sides.append(Packed(_MEASURED, (*of_found, shares, ranked, within, digits, chosen, sums)))
+        sides.append(Packed(_MEASURED, (*of_found, shares, ranked, within, counts, chosen, sums)))
     indices, queries = chamfer.add_search(steps, search)
     d2, nearest = zip(*found, strict=True)
-    neighbors.add_knn_both(steps, ("x", "y"), queries, layouts, indices, d2, nearest, steps.workspace("known", 4))
+    chamfer.add_nearest(steps, search, indices, queries, d2, nearest, steps.workspace("known", 4))
     both = *sides, indices[0].clouds, indices[1].clouds
     launch = functools.partial(steps.launch, grid=layouts[0].nodes + layouts[1].nodes, block=SUM_TILE)
-    for digit in range(1 if single else DIGITS):
-        launch(Kernel("metrics", "metrics_digits", f"{_SIDES}i"), args=(*both, digit))
-    kernel = Kernel("metrics", "metrics_tiles", f"{_SIDES}{_THRESHOLDS_BYTES}si")
+    macros = neighbors.of_real(search.wide)
+    for digit in range(1 if single else digits):
+        launch(Kernel("metrics", "metrics_digits", f"{_SIDES}i", macros), args=(*both, digit))
+    kernel = Kernel("metrics", "metrics_tiles", f"{_SIDES}{size * MAX_THRESHOLDS}si", macros)
     launch(kernel, args=(*both, Number("thresholds"), thresholds))
-    kernel = Kernel("metrics", "metrics_clouds", f"{_SIDES}i64s")
+    kernel = Kernel("metrics", "metrics_clouds", f"{_SIDES}i64s", macros)
     metrics = Packed(_METRICS, tuple([Result(i) for i in range(8)]))
     steps.launch(kernel, grid=count, block=SUM_TILE, args=(*both, thresholds, metrics))
     return steps.plan()

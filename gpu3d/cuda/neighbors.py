@@ -45,7 +45,7 @@ _ZORDER_DIV = ("KEY", HASHES.index("zorder_div"))
 # The parameters of each kernel as formats of the module struct; c, x and e stand for struct Clouds, Index and
 # Entries.
 _SIGNATURES = {
-    "index_nodes": "QQQciQQQQ",
+    "index_nodes": "QQQciQQQ",
     "index_level": "QciiQ",
     "index_join": "QqQqQ",
     "knn": "QciixciiifQQQ",
@@ -63,8 +63,7 @@ _SIGNATURES_OF_REAL = {"radius_fill": "QcixcifQQiqQQ", "radius_sort": "QiqQQQQQ"
 
 def configurations() -> list[Configuration]:
     """Every module that this file uses."""
-    found = [Configuration("neighbors_index", (("POINT", p),)) for p in range(len(FLOATS))]
-    found.append(Configuration("neighbors_index", of_real(True, _of(FLOAT64))))
+    found = [Configuration("neighbors_index", _of_points(dtype)) for dtype in FLOATS]
     for wide in (False, True):
         found += [Configuration("neighbors_knn", of_real(wide, ("LISTS", lists))) for lists in range(2)]
         found += [Configuration("neighbors_many", of_real(wide, ("LISTS", 1 << power))) for power in range(1, 6)]
@@ -90,6 +89,11 @@ def _of(dtype: np.dtype) -> tuple[str, int]:
 def of_real(wide: bool, *macros: tuple[str, int]) -> Macros:
     """The macros of a kernel that computes in float32, or in float64 if `wide`."""
     return (*macros, _REAL) if wide else macros
+
+
+def _of_points(dtype: np.dtype) -> Macros:
+    """The macros of kernels that make indices of points of this dtype: those of float64 points are of doubles."""
+    return of_real(dtype == FLOAT64, _of(dtype))
 
 
 def is_wide(*arrays: Spec) -> bool:
@@ -132,8 +136,9 @@ class Tables(NamedTuple):
     points: int
     slots: int
 
-    def numbers(self, name: str) -> dict[str, Any]:
-        """The numbers that steps for the batch `name` refer to."""
+    def numbers(self, name: str, wide: bool = False) -> dict[str, Any]:
+        """The numbers that steps for the batch `name` refer to. `wide`: its index is of doubles."""
+        row, box = ROW_BYTES << wide, BOX_BYTES << wide
         nodes, branches = self.clouds.tiles, self.clouds.groups
         found = {
             name: self.clouds,
@@ -142,9 +147,9 @@ class Tables(NamedTuple):
             f"{name} slots": self.slots,
             f"{name} branches": branches,
             # The bytes of this batch's part of an index.
-            f"{name} rows": ROW_BYTES * self.slots,
-            f"{name} boxes of tiles": BOX_BYTES * (self.slots // TILE),
-            f"{name} boxes of nodes": BOX_BYTES * nodes,
+            f"{name} rows": row * self.slots,
+            f"{name} boxes of tiles": box * (self.slots // TILE),
+            f"{name} boxes of nodes": box * nodes,
         }
         if self.sort is not None:
             found[f"{name} sort"] = self.sort
@@ -199,7 +204,6 @@ class Index(NamedTuple):
     nodes: Any
     levels: tuple[Pointer, ...]
     clouds: Number | Packed  # struct Clouds
-    origins: Pointer | None = None  # float64 [clouds, 3], subtracted from coordinates; None: nothing is
     branches_before: Number | int = 0  # of other clouds, in `levels`
     clouds_before: int = 0
 
@@ -210,22 +214,19 @@ class Index(NamedTuple):
         return Packed("<QQQQQQii", (*self[:3], *levels, self.branches_before, self.clouds_before))
 
 
-def index_bytes(layout: Layout, dtype: np.dtype, wide: bool = False) -> int:
-    """The bytes of an index of points of this dtype."""
-    return _offsets(layout, wide)[-1] + (24 * layout.clouds if dtype == FLOAT64 and not wide else 0)
+def index_bytes(layout: Layout, wide: bool) -> int:
+    """The bytes of an index. It is `wide`, of doubles, if its points are float64."""
+    return _offsets(layout, wide)[-1]
 
 
-def index_at(memory: Pointer, layout: Layout, dtype: np.dtype, batch: Number | Packed, wide: bool = False) -> Index:
-    """The index in this memory: rows, then boxes, then origins. `batch` is from `argument`.
-
-    If it is `wide`, rows and boxes are of doubles, and there are no origins.
-    """
-    rows, tiles, nodes, *levels, origins = (memory + offset for offset in _offsets(layout, wide))
-    return Index(rows, tiles, nodes, tuple(levels), batch, origins if dtype == FLOAT64 and not wide else None)
+def index_at(memory: Pointer, layout: Layout, wide: bool, batch: Number | Packed) -> Index:
+    """The index in this memory: rows, then boxes. `batch` is from `argument`."""
+    rows, tiles, nodes, *levels, _ = (memory + offset for offset in _offsets(layout, wide))
+    return Index(rows, tiles, nodes, tuple(levels), batch)
 
 
-def _offsets(layout: Layout, wide: bool = False) -> tuple[int, ...]:
-    """Where the rows, the boxes of tiles, nodes and each level, and the origins of an index begin."""
+def _offsets(layout: Layout, wide: bool) -> tuple[int, ...]:
+    """Where the rows and the boxes of tiles, nodes and each level of an index begin, and where it ends."""
     row, box = (size << wide for size in (ROW_BYTES, BOX_BYTES))
     boxes = [box * count for count in (layout.slots // TILE, layout.nodes, *layout.levels)]
     return 0, *itertools.accumulate(boxes, initial=row * layout.slots)
@@ -257,18 +258,13 @@ def add_queries(
     order: Pointer | None,
     layout: Layout,
     batch: Number | Packed,
-    origins: Pointer | None,
     rows: Pointer | None = None,
-    wide: bool = False,
 ) -> Pointer:
-    """Add the rows of contiguous points [N, 3], in this order, that search clouds with these origins.
-
-    The rows are written to `rows`, or to workspace.
-    """
+    """Add the rows of contiguous points [N, 3] in this order that search other clouds, to `rows` or to workspace."""
     if rows is None:
-        rows = steps.workspace("queries", (ROW_BYTES << wide) * layout.slots)
-    args, kernel = (points, points, order, batch, layout.clouds, origins, rows, None, None), "index_nodes"
-    steps.launch(_kernel(kernel, of_real(wide, _of(dtype))), grid=layout.nodes, block=INDEX_THREADS, args=args)
+        rows = steps.workspace("queries", (ROW_BYTES << (dtype == FLOAT64)) * layout.slots)
+    args = points, points, order, batch, layout.clouds, rows, None, None
+    steps.launch(_kernel("index_nodes", _of_points(dtype)), grid=layout.nodes, block=INDEX_THREADS, args=args)
     return rows
 
 
@@ -281,21 +277,14 @@ def add_index(
     layout: Layout,
     batch: Number | Packed,
     memory: Pointer | None = None,
-    wide: bool = False,
 ) -> Index:
     """Add the index of contiguous points [N, 3] in this order, to `memory` of `index_bytes` or to workspace."""
+    wide = dtype == FLOAT64
     if memory is None:
-        memory = steps.workspace("index", index_bytes(layout, dtype, wide))
-    index = index_at(memory, layout, dtype, batch, wide)
-    if index.origins is not None:
-        arrays.add_origins(steps, points, batch, layout.clouds, layout.nodes, index.origins)
-    _add_boxes(steps, (points, points), layout.clouds, of_real(wide, _of(dtype)), order, layout, index)
+        memory = steps.workspace("index", index_bytes(layout, wide))
+    index = index_at(memory, layout, wide, batch)
+    _add_boxes(steps, (points, points), layout.clouds, dtype, order, layout, index)
     return index
-
-
-def pair_bytes(both: Layout) -> int:
-    """The bytes of two indices that `add_pair` makes together."""
-    return _offsets(both)[-1]
 
 
 def add_pair(
@@ -305,48 +294,49 @@ def add_pair(
     layouts: tuple[Layout, Layout],
     both: Layout,
     names: tuple[str, str, str],
-    origins: Pointer | None = None,
     memory: Pointer | None = None,
 ) -> tuple[Index, Index]:
-    """Add the indices of two batches with equally many clouds and the same origins, together in half the launches.
+    """Add the indices of two batches with equally many clouds, together in half the launches.
 
     The points are contiguous [N, 3] and [M, 3] of one dtype. `both` is the layout from `pair_layout`. `names` are the
-    names of the two batches and of both together. The indices are written to `memory` of `pair_bytes`, or to workspace:
-    the rows of the first, then those of the second, then boxes.
+    names of the two batches and of both together. The indices are written to `memory`, of `index_bytes` of both, or to
+    workspace: the rows of the first, then those of the second, then boxes.
     """
     first, second = layouts
+    wide = dtype == FLOAT64
     joined = points[0]
     if both.sort is not None:
         most = 3 * both.points
         joined = steps.workspace("joined", most * dtype.itemsize)
         ends = Number(f"{names[0]} coordinates"), Number(f"{names[2]} coordinates")
         args = points[0], ends[0], points[1], ends[1], joined
-        kernel = _kernel("index_join", (_of(dtype),))
+        kernel = _kernel("index_join", _of_points(dtype))
         steps.launch(kernel, grid=-(-most // INDEX_THREADS), block=INDEX_THREADS, args=args)
     order = add_order(steps, joined, dtype, names[2], both)
     batch = argument(steps, names[2], both)
     if memory is None:
-        memory = steps.workspace("index", pair_bytes(both))
-    index = index_at(memory, both, FLOATS[0], batch)._replace(origins=origins)
-    _add_boxes(steps, points, first.clouds, (_of(dtype),), order, both, index)
+        memory = steps.workspace("index", index_bytes(both, wide))
+    index = index_at(memory, both, wide, batch)
+    _add_boxes(steps, points, first.clouds, dtype, order, both, index)
     x = index._replace(clouds=argument(steps, names[0], first))
     parts = [Number(f"{names[0]} {part}") for part in ("rows", "boxes of tiles", "boxes of nodes")]
     rows, tiles, nodes = (start + part for start, part in zip(index[:3], parts, strict=True))
     before = Number(f"{names[0]} branches"), first.clouds
-    return x, Index(rows, tiles, nodes, index.levels, argument(steps, names[1], second), origins, *before)
+    return x, Index(rows, tiles, nodes, index.levels, argument(steps, names[1], second), *before)
 
 
 def _add_boxes(
     steps: Steps,
     points: tuple[Pointer, Pointer],
     second: int,
-    macros: Macros,
+    dtype: np.dtype,
     order: Pointer | None,
     layout: Layout,
     index: Index,
 ) -> None:
     """Add rows and boxes of an index. `second` is the first cloud of the second batch of points."""
-    args: tuple[Any, ...] = *points, order, index.clouds, second, index.origins, index.rows, index.tiles, index.nodes
+    macros = _of_points(dtype)
+    args: tuple[Any, ...] = *points, order, index.clouds, second, index.rows, index.tiles, index.nodes
     steps.launch(_kernel("index_nodes", macros), grid=layout.nodes, block=INDEX_THREADS, args=args)
     for level, boxes in enumerate(index.levels):
         room, below = layout.levels[level], index.levels[level - 1] if level else index.nodes
@@ -373,7 +363,7 @@ def side(spec: Spec, lengths: tuple[int, ...], index: bool, device: Device | Non
 
 def index_memory(points: Spec, lengths: tuple[int, ...]) -> Spec:
     """The spec of the memory of an index of these points, for searches in their dtype."""
-    return Spec((index_bytes(layout(lengths, None)[0], points.dtype, is_wide(points)),), UINT8)
+    return Spec((index_bytes(layout(lengths, None)[0], is_wide(points)),), UINT8)
 
 
 def neighbor_index(points: Spec, lengths: tuple[int, ...], device: Device) -> Call:
@@ -393,10 +383,10 @@ def _add_points(steps: Steps, source: Pointer, points: Side, wide: bool, memory:
     """The index at `source`, or the steps that make the index of the points there."""
     dtype, batch = FLOAT64 if wide else points.spec.dtype, argument(steps, "points", points.layout)
     if points.indexed:
-        return index_at(source, points.layout, dtype, batch, wide)
+        return index_at(source, points.layout, wide, batch)
     contiguous = arrays.add_rows(steps, source, arrays.rows(points.spec, dtype, 3), None, Number("points points"))
     order = add_order(steps, contiguous, dtype, "points", points.layout)
-    return add_index(steps, contiguous, dtype, order, "points", points.layout, batch, memory, wide)
+    return add_index(steps, contiguous, dtype, order, "points", points.layout, batch, memory)
 
 
 class Queries(NamedTuple):
@@ -421,7 +411,7 @@ def _add_search(
     dtype = FLOAT64 if wide else query.spec.dtype
     contiguous = arrays.add_rows(steps, Input(0), arrays.rows(query.spec, dtype, 3), None, Number("query points"))
     order, batch = add_order(steps, contiguous, dtype, "query", query.layout), argument(steps, "query", query.layout)
-    rows = add_queries(steps, contiguous, dtype, order, query.layout, batch, None, rows, wide)
+    rows = add_queries(steps, contiguous, dtype, order, query.layout, batch, rows)
     return Queries(rows, batch, Number("query slots")), index
 
 
@@ -573,15 +563,15 @@ def add_knn(
     radii. `wide`: the rows and the distances are float64.
     """
     group, blocks = _grouped(layout.slots, few)
-    walk, launch = (*queries, group, index.packed, index.clouds, Number("k")), steps.launch
+    walk = *queries, group, index.packed, index.clouds, Number("k")
     macros = of_real(wide, ("LISTS", lists))
     if lists > 1:
         halves = 2 if wide and lists == 32 else 1  # blocks of half the size, whose shared memory every GPU has
         shared = KNN_THREADS // halves // 32 * (8 << wide) * 2 * (32 * lists + 32)
         kernel, threads = _kernel("many_neighbors", macros, shared), KNN_THREADS // halves
-        launch(kernel, grid=blocks * halves, block=threads, args=(*walk, *limits, *results))
+        steps.launch(kernel, grid=blocks * halves, block=threads, args=(*walk, *limits, *results))
     else:
-        launch(_kernel("knn", macros), grid=blocks, block=KNN_THREADS, args=(*walk, 0, *limits, *results))
+        steps.launch(_kernel("knn", macros), grid=blocks, block=KNN_THREADS, args=(*walk, 0, *limits, *results))
 
 
 def add_knn_both(
@@ -593,11 +583,12 @@ def add_knn_both(
     d2: tuple[Pointer | None, Pointer | None],
     nearest: tuple[Pointer | None, Pointer | None],
     known: Pointer,
+    wide: bool,
 ) -> None:
     """Add the search for each point's nearest in the other batch: squared distances and indices.
 
     `queries` are the rows of each batch that search the other's index. A batch without them does not search. The word
-    at `known` is set to 0.
+    at `known` is set to 0. `wide`: rows and squared distances are float64.
     """
     args: list[Any] = []
     blocks = 0
@@ -609,7 +600,7 @@ def add_knn_both(
         slots = Number(f"{names[i]} slots")
         args += [queries[i], indices[i].clouds, slots, group, indices[i].packed, d2[i], nearest[i]]
         blocks += of_side
-    kernel = _kernel("knn_both", (("LISTS", 0),))
+    kernel = _kernel("knn_both", of_real(wide, ("LISTS", 0)))
     steps.launch(kernel, grid=max(1, blocks), block=KNN_THREADS, args=(*args, known))
 
 
@@ -656,7 +647,7 @@ def radius_count(
     wide = _is_wide(of_query, of_points)
     kept = [] if of_query is None else [Spec(((ROW_BYTES << wide) * of_query.layout.slots,), UINT8)]
     if not index:
-        kept.append(Spec((index_bytes(of_points.layout, points.dtype, wide),), UINT8))
+        kept.append(Spec((index_bytes(of_points.layout, wide),), UINT8))
     return Call(_radius_count_plan(of_query, of_points, radii), {**numbers, **limits.numbers(wide)}), kept
 
 
@@ -709,7 +700,7 @@ def _radius_count_plan(query: Side | None, points: Side, radii: Spec | None) -> 
 def _radius_fill_plan(query: Layout, points: Layout, wide: bool, radii: Spec | None, capacity: int) -> Plan:
     steps = Steps(inputs=3 if radii is None else 4, results=2)
     queries = Queries(Input(1), argument(steps, "query", query), Number("query slots"))
-    index = index_at(Input(2), points, FLOAT32, argument(steps, "points", points), wide)
+    index = index_at(Input(2), points, wide, argument(steps, "points", points))
     n = Number("query points")
     walk = *queries, index.packed, index.clouds, *_add_limits(steps, Input(3), radii, n, wide)
     _add_fill(steps, walk, n, query, wide, capacity, Input(0), (Result(0), Result(1)))

@@ -52,7 +52,7 @@ def _plan(points: neighbors.Side, k: int) -> Plan:
     order = neighbors.add_order(steps, contiguous, dtype, "points", layout)
     batch = neighbors.argument(steps, "points", layout)
     wide = dtype == FLOAT64
-    index = neighbors.add_index(steps, contiguous, dtype, order, "points", layout, batch, wide=wide)
+    index = neighbors.add_index(steps, contiguous, dtype, order, "points", layout, batch)
     pairs = layout.points * k
     found = steps.workspace("distances", (8 if wide else 4) * pairs), steps.workspace("indices", 4 * pairs)
     queries = neighbors.Queries(index.rows, batch, Number("points slots"))

@@ -74,9 +74,10 @@ def _kernel(function: str, macros: Macros = (), **options: Any) -> Kernel:
 
 def configurations() -> list[Configuration]:
     """Every module that this file uses."""
-    plans = [Configuration("transport_plan", (("MINIMUM", minimum),)) for minimum in range(2)]
+    reals = [neighbors.of_real(wide) for wide in (False, True)]
+    plans = [Configuration("transport_plan", (("MINIMUM", minimum), *real)) for real in reals for minimum in range(2)]
     backwards = [Configuration("transport_backward", (("GRADIENT", g),)) for g in range(len(FLOATS))]
-    return [Configuration("transport_search"), *plans, *backwards]
+    return [*(Configuration("transport_search", real) for real in reals), *plans, *backwards]
 
 
 # ---- what plans and calls depend on --------------------------------------------------------------------------------
@@ -92,6 +93,11 @@ class Batches(NamedTuple):
     def layouts(self) -> tuple[Layout, Layout]:
         """The layouts of pred and of target."""
         return self.sides[0].layout, self.sides[1].layout
+
+    @property
+    def wide(self) -> bool:
+        """Whether coordinates, losses and gradients are float64."""
+        return neighbors.is_wide(self.sides[0].spec, self.sides[1].spec)
 
 
 class Pair(NamedTuple):
@@ -113,6 +119,7 @@ class _Outcome(NamedTuple):
     each: bool  # whether it writes a loss for each cloud, or one for all
     gradients: tuple[tuple[np.dtype, int], ...]  # dtype and columns of both gradients, or empty
     blocks: int
+    wide: bool  # whether it computes and writes float64
 
 
 def pair(
@@ -122,7 +129,8 @@ def pair(
     x, x_tables = neighbors.side(pred, pred_lengths, False, None)
     y, y_tables = neighbors.side(target, target_lengths, False, None)
     both, tables = neighbors.pair_layout(pred_lengths, target_lengths, device)
-    numbers = {**x_tables.numbers("pred"), **y_tables.numbers("target"), **tables.numbers("both")}
+    wide = neighbors.is_wide(pred, target)
+    numbers = {**x_tables.numbers("pred", wide), **y_tables.numbers("target", wide), **tables.numbers("both", wide)}
     batches, slots = Batches((x, y), both), (x_tables.slots, y_tables.slots)
     return Pair(pred, target, (pred_lengths, target_lengths), batches, numbers, slots, device)
 
@@ -131,7 +139,7 @@ def _outcome(pair: Pair, options: Options, reduction: str, with_grad: bool) -> _
     most = max(layout.slots for layout in pair.batches.layouts)
     blocks = max(1, min(PLAN_BLOCKS * pair.device.multiprocessors, -(-most // PLAN_SLOTS)))
     gradients = tuple((side.dtype, side.shape[-1]) for side in (pair.pred, pair.target) if with_grad)
-    return _Outcome(options.symmetrize == "min", reduction == "none", gradients, blocks)
+    return _Outcome(options.symmetrize == "min", reduction == "none", gradients, blocks, pair.batches.wide)
 
 
 def _search_numbers(pair: Pair, options: Options, room: int) -> dict[str, Any]:
@@ -238,13 +246,19 @@ def search(pair: Pair, options: Options, room: int) -> Call:
 def search_results(pair: Pair, room: int) -> tuple[Spec, Spec, Spec]:
     """The specs of three results: the index of both sides; what `kept_offsets` describes; and the entries.
 
-    They are memory for the second plan of the call, which also writes to them. The index begins with four int32 for
-    each slot, of pred and then of target; the last of the four is the point there, or -1.
+    They are memory for the second plan of the call, which also writes to them. `points_of_slots` are in the index.
     """
     batches = pair.batches
-    sizes = neighbors.pair_bytes(batches.both), kept_bytes(batches.layouts), 8 * room
+    sizes = neighbors.index_bytes(batches.both, batches.wide), kept_bytes(batches.layouts), 8 * room
     index, kept, entries = (Spec((size // 8,), INT64) for size in sizes)
     return index, kept, entries
+
+
+def points_of_slots(pair: Pair) -> tuple[slice, slice]:
+    """Where an index as int32 holds the point of each slot, or -1: of pred and of target. They end its rows."""
+    row = 8 if pair.batches.wide else 4  # struct Row in int32: three coordinates, the point, and padding to 16 bytes
+    (x, y), at = pair.slots, 6 if pair.batches.wide else 3
+    return slice(at, row * x, row), slice(row * x + at, row * (x + y), row)
 
 
 @functools.lru_cache(maxsize=256)
@@ -340,20 +354,13 @@ class _Sides(NamedTuple):
 def _add_search(steps: Steps, batches: Batches, kept: Kept, entries: Pointer, index: Pointer | None) -> _Sides:
     """Add the index of both sides, in `index` or in workspace, and the search for what each keeps of the other."""
     layouts = batches.layouts
-    # Coordinates are relative to the origins of target, which only float64 clouds have.
     given, wanted = (side.spec.dtype for side in batches.sides)
-    dtype = wanted if wanted in (given, FLOAT64) else FLOAT32
+    dtype = given if given == wanted else FLOAT64 if batches.wide else FLOAT32
     x, y = (
         arrays.add_rows(steps, Input(i), arrays.rows(side.spec, dtype, 3), None, Number(f"{_NAMES[i]} points"))
         for i, side in enumerate(batches.sides)
     )
-    origins = None
-    if dtype == FLOAT64:
-        of_target = layouts[1]
-        origins = steps.workspace("origins", 24 * of_target.clouds)
-        table = neighbors.argument(steps, "target", of_target)
-        arrays.add_origins(steps, y, table, of_target.clouds, of_target.nodes, origins)
-    pred, target = neighbors.add_pair(steps, (x, y), dtype, layouts, batches.both, _NAMES, origins, index)
+    pred, target = neighbors.add_pair(steps, (x, y), dtype, layouts, batches.both, _NAMES, index)
     steps.clear(kept.total, kept.starts[0].offset - kept.total.offset)  # everything that is 0 at first
     for side, own, other, named in ((0, pred, target, None), (1, target, pred, kept.cursors)):
         places = kept.total, kept.starts[side], kept.counts[side], named, entries
@@ -362,7 +369,8 @@ def _add_search(steps: Steps, batches: Batches, kept: Kept, entries: Pointer, in
         masses = _masses_argument(steps, f"{_NAMES[side]} masses", layout.clouds)
         args = own.rows, own.clouds, Number(f"{_NAMES[side]} slots"), other.packed, other.clouds, masses, found
         grid = -(-layout.slots // (SEARCH_THREADS // 32))
-        steps.launch(_kernel("transport_search"), grid=grid, block=SEARCH_THREADS, args=args)
+        kernel = _kernel("transport_search", neighbors.of_real(batches.wide))
+        steps.launch(kernel, grid=grid, block=SEARCH_THREADS, args=args)
     return _Sides((pred.rows, target.rows), (pred.clouds, target.clouds))
 
 
@@ -396,9 +404,11 @@ def _add_outcome(
     # When the kept entries have become keys, their memory is free: it takes the places of columns' entries, and rows.
     by_row, row = to or (steps.workspace("entries of rows", 8 * room), entries + 4 * room)
     gradients: list[Pointer | None] = [None, None]
-    for side, gradient in enumerate(outcome.gradients):
-        as_is = gradient == (FLOAT32, 3)
-        gradients[side] = Result(1 + side) if as_is else steps.workspace("gradient", 12 * layouts[side].points)
+    dtype = FLOAT64 if outcome.wide else FLOAT32
+    made = [Spec((layout.points, 3), dtype) for layout in layouts]
+    for side, wanted in enumerate(outcome.gradients):
+        as_is = wanted == (dtype, 3)
+        gradients[side] = Result(1 + side) if as_is else steps.workspace("gradient", made[side].nbytes)
     packed = []
     for side, layout in enumerate(layouts):
         first, longs = (steps.workspace(name, 4 * (layout.slots + 1)) for name in ("first", "long lines"))
@@ -413,13 +423,14 @@ def _add_outcome(
         each = None
     counts = entries, kept.total, Number("room"), Number("iterations")
     args = *packed, *sides.tables, plan, *counts, losses, of_blocks, kept.arrived, each, of_all, Number("parts")
-    kernel = _kernel("transport_plan", (("MINIMUM", int(outcome.minimum)),), cooperative=True)
+    macros = neighbors.of_real(outcome.wide, ("MINIMUM", int(outcome.minimum)))
+    kernel = _kernel("transport_plan", macros, cooperative=True)
     steps.launch(kernel, grid=outcome.blocks, block=PLAN_THREADS, args=args)
-    for side, (dtype, columns) in enumerate(outcome.gradients):
-        made = gradients[side]
-        if made is not None and made.memory == "workspace":
-            rows = arrays.rows(Spec((layouts[side].points, 3), FLOAT32), dtype, columns)
-            arrays.add_rows(steps, made, rows, Result(1 + side), Number(f"{_NAMES[side]} points"))
+    for side, wanted in enumerate(outcome.gradients):
+        gradient = gradients[side]
+        if gradient is not None and gradient.memory == "workspace":
+            rows = arrays.rows(made[side], *wanted)
+            arrays.add_rows(steps, gradient, rows, Result(1 + side), Number(f"{_NAMES[side]} points"))
 
 
 # ---- the way back --------------------------------------------------------------------------------------------------

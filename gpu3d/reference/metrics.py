@@ -13,10 +13,10 @@ MAX_THRESHOLDS = 64
 STEEPNESS = 1000.0  # alpha of the density-aware distance, for shapes of unit size
 
 
-def rounded(thresholds: Sequence[float]) -> np.ndarray:
-    """The thresholds in float32 [T]."""
+def rounded(thresholds: Sequence[float], dtype: np.dtype) -> np.ndarray:
+    """The thresholds [T] in the dtype of the distances."""
     with np.errstate(over="ignore", under="ignore"):
-        return np.array(thresholds, np.float64).astype(np.float32)
+        return np.array(thresholds, np.float64).astype(dtype)
 
 
 def compare_clouds(
@@ -26,12 +26,13 @@ def compare_clouds(
     y_lengths: Sequence[int],
     thresholds: Sequence[float],
 ) -> list[np.ndarray]:
-    """The metrics of `compare_clouds` in its order, from d2 float32 and indices int32 of the nearest, for x and y.
+    """The metrics of `compare_clouds` in its order, from d2 and indices int32 of the nearest, for x and y.
 
-    All are float32 from float64: chamfer, chamfer_squared, hausdorff and hausdorff_95 [B], precision, recall and
-    fscore [B, T], density_aware_chamfer [B].
+    They are computed in float64 and rounded to the dtype of d2: chamfer, chamfer_squared, hausdorff and hausdorff_95
+    [B], precision, recall and fscore [B, T], density_aware_chamfer [B].
     """
-    clouds, limits = len(x_lengths), rounded(thresholds)
+    clouds, dtype = len(x_lengths), x[0].dtype
+    limits = rounded(thresholds, dtype)
     single, shares = np.zeros((5, clouds)), np.zeros((3, clouds, len(limits)))
     for b, sides in enumerate(zip(spans(x_lengths), spans(y_lengths), strict=True)):
         for (d2, nearest), rows, others, within in zip((x, y), sides, sides[::-1], shares, strict=False):
@@ -48,12 +49,12 @@ def compare_clouds(
     fscore[:] = np.where(both > 0, 2 * precision * recall / np.where(both > 0, both, 1), 0)
     with np.errstate(over="ignore"):
         single[4] /= 2
-        *distances, density = single.astype(np.float32)
-        return [*distances, *shares.astype(np.float32), density]
+        *distances, density = single.astype(dtype)
+        return [*distances, *shares.astype(dtype), density]
 
 
 def percentile_95(d: np.ndarray) -> np.float64:
-    """The 95th percentile of distances float32 [n], between the two nearest ranks; NaN if a distance is NaN."""
+    """The 95th percentile of distances [n], between the two nearest ranks; NaN if a distance is NaN."""
     if np.isnan(d).any():
         return np.float64(np.nan)
     rank, hundredths = divmod(95 * (len(d) - 1), 100)
@@ -68,5 +69,5 @@ def _density_terms(d2: np.ndarray, nearest: np.ndarray, m: int) -> np.ndarray:
     counts = np.bincount(nearest[found], minlength=m)
     shares = np.ones(len(d2))
     shares[found] = counts[nearest[found]]
-    with np.errstate(under="ignore"):
+    with np.errstate(over="ignore", under="ignore"):
         return 1 - np.exp(-STEEPNESS * d2.astype(np.float64)) * (len(d2) / m) / shares

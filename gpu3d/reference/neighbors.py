@@ -44,24 +44,11 @@ FARTHEST = 2.0**500
 # ---- the definition ------------------------------------------------------------------------------------------------
 
 
-def origin(points: np.ndarray) -> np.ndarray | None:
-    """What Chamfer and APML subtract from all coordinates of this cloud; None if they subtract nothing.
-
-    For float64 points it is the minimum of the finite values of each axis, or 0 where no value is finite. Other dtypes
-    need none.
-    """
-    if points.dtype != np.float64:
-        return None
-    low = points.min(axis=0, initial=np.inf, where=np.isfinite(points))
-    return np.where(low < np.inf, low, 0)
-
-
-def local(points: np.ndarray, origin: np.ndarray | None, dtype: Any = np.float32) -> np.ndarray:
-    """Coordinates [n, 3] of this dtype, relative to the origin of the target cloud; z = 0 for 2-D points."""
+def widened(points: np.ndarray, dtype: Any) -> np.ndarray:
+    """Coordinates [n, 3] of this dtype; z = 0 for 2-D points."""
     coordinates = np.zeros((len(points), 3), dtype)
     with np.errstate(over="ignore", invalid="ignore"):
-        moved = points if origin is None else points.astype(np.float64) - origin
-        coordinates[:, : points.shape[1]] = moved
+        coordinates[:, : points.shape[1]] = points
     return coordinates
 
 
@@ -150,7 +137,7 @@ def brute_force_knn(
     distances, found = np.full((len(query), k), np.inf, dtype), np.full((len(query), k), -1, np.int32)
     reach2 = _reach2(radius, len(query), dtype)
     for rows, n in zip(query_lengths, lengths, strict=True):
-        own, targets = (local(x, None, dtype) for x in (query[row : row + rows], points[first : first + n]))
+        own, targets = (widened(x, dtype) for x in (query[row : row + rows], points[first : first + n]))
         usable = np.isfinite(own).all(axis=1)
         for part in np.array_split(np.arange(rows), -(-rows * n // PAIRS) or 1):
             d2 = squared_distances(own[part, None], targets)
@@ -177,9 +164,9 @@ def brute_force_radius(
     counts, found, squares, row, first = [0], [np.empty(0, np.int32)], [np.empty(0, dtype)], 0, 0
     reach2 = _reach2(radius, len(query), dtype)
     for rows, n in zip(query_lengths, lengths, strict=True):
-        targets = local(points[first : first + n], None, dtype)
+        targets = widened(points[first : first + n], dtype)
         usable = np.isfinite(targets).all(axis=1)
-        for i, one in enumerate(local(query[row : row + rows], None, dtype)):
+        for i, one in enumerate(widened(query[row : row + rows], dtype)):
             d2 = squared_distances(one, targets)
             inside = (d2 <= reach2[row + i]) & usable & np.isfinite(one).all()
             if exclude_self:
@@ -207,15 +194,14 @@ class Tree(NamedTuple):
 class Cloud:
     """One cloud, ready to be searched: its finite points, and k-d trees over them.
 
-    Coordinates are float64 if the cloud is `wide`. Else they are float32, relative to the cloud's origin.
+    Coordinates are float64 if the cloud is `wide`, and else float32.
     """
 
     def __init__(self, points: np.ndarray, first: int, wide: bool = False) -> None:
         """Prepare `points` [n, 2 or 3], which begin at row `first` of the packed array."""
         self.first, self.length = first, len(points)
         self.dtype = np.dtype(np.float64 if wide else np.float32)
-        self.origin = None if wide else origin(points)
-        coordinates = self.local(points)
+        coordinates = self.widened(points)
         self.rows, self.points = np.arange(len(points)), coordinates  # int64 [m] in the cloud; [m, 3]
         finite = np.isfinite(coordinates)
         if not finite.all():
@@ -223,9 +209,9 @@ class Cloud:
             self.points = coordinates[self.rows]
         self._few = self._thinned(FEW + 1)
 
-    def local(self, points: np.ndarray) -> np.ndarray:
+    def widened(self, points: np.ndarray) -> np.ndarray:
         """Coordinates [n, 3] of points or queries [n, 2 or 3], as searches in this cloud compute with them."""
-        return local(points, self.origin, self.dtype)
+        return widened(points, self.dtype)
 
     def nearest(self, count: int) -> Tree:
         """The points among which are the `count` nearest of every query."""
@@ -250,10 +236,10 @@ def _tree(points: np.ndarray) -> Any:
     """A k-d tree whose building and queries together take least time for a scan: tight boxes, but not balanced."""
     from scipy.spatial import cKDTree  # imported here, so that `import gpu3d` is fast
 
-    return cKDTree(_clipped(points), leafsize=24, compact_nodes=True, balanced_tree=False)
+    return cKDTree(clipped(points), leafsize=24, compact_nodes=True, balanced_tree=False)
 
 
-def _clipped(points: np.ndarray) -> np.ndarray:
+def clipped(points: np.ndarray) -> np.ndarray:
     """Coordinates as the tree gets them."""
     return points if points.dtype == np.float32 else points.clip(-FARTHEST, FARTHEST)
 
@@ -329,7 +315,7 @@ def knn(
 def nearest(
     query: np.ndarray, query_lengths: Sequence[int], clouds: Sequence[Cloud], k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """d2 float32 [N, k] and indices int32 [N, k] into the packed points; d2 of every missing neighbour is NaN."""
+    """d2 [N, k] and indices int32 [N, k] into the packed points; d2 of every missing neighbour is NaN."""
     d2, indices = _search(query, query_lengths, clouds, k, np.inf, False)
     d2[indices < 0] = np.nan
     return d2, indices
@@ -350,7 +336,7 @@ def _search(
 
     def search(cloud: Cloud, tree: Tree, rows: slice) -> None:
         own = np.arange(rows.start, rows.stop) if exclude_self else None
-        _nearest(tree, cloud.local(query[rows]), reach2[rows], own, d2[rows], indices[rows])
+        _nearest(tree, cloud.widened(query[rows]), reach2[rows], own, d2[rows], indices[rows])
 
     jobs, end = [], 0
     step = min(ROWS, CANDIDATES // k)
@@ -387,7 +373,7 @@ def _nearest(
             found = scan(query[rows], tree.points, tree.packed_rows, kept)
         else:
             bound = np.nextafter(_outer_radius(reach2[rows].max()), np.inf)
-            far, candidates = tree.tree.query(_clipped(query[rows]), wanted, distance_upper_bound=bound)
+            far, candidates = tree.tree.query(clipped(query[rows]), wanted, distance_upper_bound=bound)
             found = _ranked(tree, query[rows], candidates, far)
         kth, (near, chosen) = found[0][:, kept - 1], (of[:, :kept] for of in found)
         if own is not None:
@@ -436,7 +422,7 @@ class _Part(NamedTuple):
     """The queries of one cloud."""
 
     cloud: Cloud
-    query: np.ndarray  # [n, 3], from `Cloud.local`
+    query: np.ndarray  # [n, 3], from `Cloud.widened`
     reach2: np.ndarray  # [n], the squared radii
     exclude_self: bool
 
@@ -461,7 +447,7 @@ def radius_search(
     reach2, parts, end = _reach2(radius, len(query), dtype), [], 0
     for cloud, n in zip(clouds, query_lengths, strict=True):
         rows, end = slice(end, end + n), end + n
-        parts.append(_Part(cloud, cloud.local(query[rows]), reach2[rows], exclude_self))
+        parts.append(_Part(cloud, cloud.widened(query[rows]), reach2[rows], exclude_self))
     found = None if sum(map(_estimate, parts)) > limit else _all_listed(parts, limit, dtype)
     if found is None:
         counts = np.concatenate([np.empty(0, np.int64), *map(_counts, parts)])
@@ -520,7 +506,7 @@ def _within(part: _Part, radius: Callable[[Any], Any]) -> np.ndarray:
     counts, rows = np.zeros(len(part.query), np.int64), _usable(part)
     if len(rows):
         radii = radius(part.reach2[rows])
-        query = _clipped(part.query[rows])
+        query = clipped(part.query[rows])
         counts[rows] = part.cloud.tree.query_ball_point(query, radii, return_length=True, workers=-1)
     return counts
 
@@ -575,7 +561,7 @@ def _listed(part: _Part) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         some = part.some(slice(first, first + step))
         counts, usable = np.zeros(len(some.query), np.int64), _usable(some)
         lists = cloud.tree.query_ball_point(
-            _clipped(some.query[usable]), _outer_radius(some.reach2[usable]), return_sorted=True, workers=-1
+            clipped(some.query[usable]), _outer_radius(some.reach2[usable]), return_sorted=True, workers=-1
         )
         counts[usable] = np.fromiter(map(len, lists), np.int64, len(lists))
         total = int(counts.sum())
@@ -646,7 +632,7 @@ def _gradients(
     ddistances, distances, indices = entries
     found = np.flatnonzero((indices >= 0) & (distances > 0) & np.isfinite(distances))
     i, j, d, g = rows[found], indices[found], distances[found], ddistances[found]
-    a, b = (local(x, None, distances.dtype) for x in (query, points))
+    a, b = (widened(x, distances.dtype) for x in (query, points))
     n, m = len(query), len(points)
     sums = _Sums(g, i, counts), _Sums(g, j, np.full(m, n, np.int64))
     for first in range(0, len(found), PAIRS):

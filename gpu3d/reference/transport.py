@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The APML transport loss in NumPy and SciPy: the dense definition, and a sparse plan from two exact searches.
 
-The cost is C_ij = sqrt((dx*dx + dy*dy) + dz*dz) of float32 coordinates, in float64, each operation rounded once. Let
+The cost is C_ij = sqrt((dx*dx + dy*dy) + dz*dz) in float64, each operation rounded once. Coordinates are float64 if one
+of the clouds is that, and else float32; losses and gradients are rounded to the same dtype, "the dtype" below. Let
 d1 <= d2 be the two smallest costs of row i, and T_i = ln((M - 1) / (1 - p_min)) / max(d2 - d1, GAP). The row keeps
 entry j if exp(-(C_ij - d1) * T_i) > threshold. Libraries round the exponential differently, so the test is
 (C_ij - d1) * T_i < -ln(threshold) in float64: then every device keeps the same entries. Columns keep entries by the
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu3d.reference.chamfer import ordered_sum, spans
-from gpu3d.reference.neighbors import PAIRS, Cloud, local, origin, squared_distances
+from gpu3d.reference.neighbors import PAIRS, Cloud, clipped, dtype_of, index, squared_distances, widened
 
 SYMMETRIZATIONS = ("mean", "min")
 GAP = 1e-8  # the least d2 - d1 that T_i divides by
@@ -74,8 +75,7 @@ def dense(pred: np.ndarray, target: np.ndarray, options: Options) -> Dense:
 
     The oracle of the sparse functions. Only here may the threshold be 0, which keeps every pair.
     """
-    here = origin(target)
-    x, y = (local(points, here).astype(np.float64) for points in (pred, target))
+    x, y = (widened(points, dtype_of(pred, target)).astype(np.float64) for points in (pred, target))
     c = np.sqrt(squared_distances(x[:, None], y))
     of_rows, p1 = _dense_side(c, options)
     of_columns, p2 = (side.T for side in _dense_side(c.T, options))
@@ -187,7 +187,7 @@ def _joined(parts: Sequence[Entries]) -> Entries:
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The cost C float64 [...] between rows of float32 [..., 3]."""
+    """The cost C float64 [...] between rows [..., 3]."""
     return np.sqrt(squared_distances(a.astype(np.float64), b.astype(np.float64)))
 
 
@@ -209,12 +209,12 @@ def _near(side: Side) -> _Near:
     """Search for the NEAR nearest of each point; list the entries of the points whose whole ball that covers."""
     cloud, near = side.other, side.other.nearest(NEAR)
     # The tree gives a missing neighbour the index one past its points: there stands a point at inf.
-    points = np.append(near.points, np.full((1, 3), np.inf, np.float32), axis=0)
+    points = np.append(near.points, np.full((1, 3), np.inf, near.points.dtype), axis=0)
     packed = np.append(near.packed_rows.astype(np.int64), -1)
     rows = np.arange(len(side.own.points) if len(cloud.points) else 0)
     found = []
     for part in np.array_split(rows, -(-len(rows) * NEAR // PAIRS) or 1):
-        far, candidates = near.tree.query(side.own.points[part], NEAR, workers=_workers(len(part)))
+        far, candidates = near.tree.query(clipped(side.own.points[part]), NEAR, workers=_workers(len(part)))
         c = _distances(side.own.points[part, None], points[candidates])
         d1, d2 = np.partition(c, 1, axis=1)[:, :2].T
         inner, outer = _radii(side, d1, d2)
@@ -228,11 +228,11 @@ def _near(side: Side) -> _Near:
 
 def _radii(side: Side, d1: np.ndarray, d2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Two radii float64 [n]: all points within the first are kept; the second holds all kept and the two nearest."""
-    gap = np.maximum(d2 - d1, GAP)
     with np.errstate(over="ignore", invalid="ignore"):  # inf where there are fewer than 2 points or p_min is close to 0
+        gap = np.fmax(d2 - d1, GAP)  # GAP where both distances overflow: then nothing is kept, whatever the radii are
         ratio = np.divide(side.log_threshold, side.log_mass)
         reach, slack = d1 + ratio * gap, SLACK * (1 + ratio) * (d2 + gap)
-        return np.maximum(reach - slack, 0), np.maximum(reach, d2) + slack
+        return np.fmax(reach - slack, 0), np.fmax(reach, d2) + slack
 
 
 def _within(side: Side, rows: np.ndarray, radii: np.ndarray) -> np.ndarray:
@@ -241,7 +241,7 @@ def _within(side: Side, rows: np.ndarray, radii: np.ndarray) -> np.ndarray:
         return np.zeros(0, np.int64)
     points, first, back = np.unique(side.own.points[rows], axis=0, return_index=True, return_inverse=True)
     workers = _workers(len(points))
-    counts = side.other.tree.query_ball_point(points, radii[first], return_length=True, workers=workers)
+    counts = side.other.tree.query_ball_point(clipped(points), radii[first], return_length=True, workers=workers)
     return counts[back]  # equal points have equal radii, so thousands of copies of a point are counted once
 
 
@@ -266,7 +266,7 @@ def _listed(side: Side, rows: np.ndarray, outer: np.ndarray, upper: np.ndarray) 
         if len(part) == 0:
             continue
         query = side.own.points[rows[part]]
-        balls = cloud.tree.query_ball_point(query, outer[part], workers=_workers(len(query)))
+        balls = cloud.tree.query_ball_point(clipped(query), outer[part], workers=_workers(len(query)))
         found = np.fromiter(itertools.chain.from_iterable(balls), np.int64)
         ball, start = np.repeat(np.arange(len(part)), upper[part]), np.cumsum(upper[part]) - upper[part]
         own = rows[part][ball]
@@ -290,14 +290,9 @@ class Plan(NamedTuple):
 def located(
     pred: np.ndarray, pred_lengths: Sequence[int], target: np.ndarray, target_lengths: Sequence[int]
 ) -> tuple[list[Cloud], list[Cloud]]:
-    """The clouds of packed arrays [N or M, 2 or 3], both from the origin of the target."""
-    x, y, row, column = [], [], 0, 0
-    for n, m in zip(pred_lengths, target_lengths, strict=True):
-        here = origin(target[column : column + m])
-        x.append(Cloud(local(pred[row : row + n], here), row))
-        y.append(Cloud(local(target[column : column + m], here), column))
-        row, column = row + n, column + m
-    return x, y
+    """The clouds of packed arrays [N or M, 2 or 3]."""
+    wide = dtype_of(pred, target) == np.float64
+    return list(index(pred, pred_lengths, wide)), list(index(target, target_lengths, wide))
 
 
 def plan(x: Sequence[Cloud], y: Sequence[Cloud], options: Options, max_entries: int | None) -> Plan:
@@ -371,10 +366,11 @@ def apml(
     max_entries: int | None,
     with_grad: bool,
 ) -> tuple[np.ndarray, ...]:
-    """The loss float32 [] or [B]; then, if with_grad, the gradients of pred and target in their dtypes.
+    """The loss [] or [B] in the dtype; then, if with_grad, the gradients of pred and target in their own dtypes.
 
     All are NaN if the plan has more than max_entries.
     """
+    dtype = dtype_of(pred, target)
     x, y = located(pred, pred_lengths, target, target_lengths)
     losses, dx, dy = (np.full(shape, np.nan) for shape in (len(x), (len(pred), 3), (len(target), 3)))
     try:
@@ -393,10 +389,10 @@ def apml(
             losses = np.array(ordered_sum(losses))
         if reduction == "mean":
             losses, dx, dy = (z / np.float64(len(x)) for z in (losses, dx, dy))  # NaN if there are no clouds
-        loss = np.asarray(losses, np.float32)
+        loss = np.asarray(losses, dtype)
         if not with_grad:
             return (loss,)
-        dx, dy = (g[:, : of.shape[1]].astype(np.float32).astype(of.dtype) for g, of in ((dx, pred), (dy, target)))
+        dx, dy = (g[:, : of.shape[1]].astype(dtype).astype(of.dtype) for g, of in ((dx, pred), (dy, target)))
     return loss, dx, dy
 
 
@@ -405,7 +401,7 @@ def _finite(cloud: Cloud) -> bool:
 
 
 def _packed(clouds: Sequence[Cloud]) -> np.ndarray:
-    """The points float64 [N, 3] of all clouds relative to the target's origin; NaN for a point that is not finite."""
+    """The points float64 [N, 3] of all clouds; NaN for a point that is not finite."""
     points = np.full((sum(cloud.length for cloud in clouds), 3), np.nan)
     for cloud in clouds:
         points[cloud.first + cloud.rows] = cloud.points
@@ -438,7 +434,7 @@ def apml_backward(dloss: np.ndarray, gradient: np.ndarray, lengths: Sequence[int
 def emd(
     x: np.ndarray, x_lengths: Sequence[int], y: np.ndarray, y_lengths: Sequence[int], reduction: str, with_grad: bool
 ) -> tuple[np.ndarray, ...]:
-    """The loss float32 [] or [B], and if with_grad the gradients of x and y [N, 2 or 3], in their dtypes.
+    """The loss [] or [B] in the dtype, and if with_grad the gradients of x and y [N, 2 or 3], in their own dtypes.
 
     A cloud's loss is the mean distance of the cheapest assignment of x to y. The assignment is held constant: with
     v = x_i - y_j and d = |v| of an assigned pair, the gradient of x_i is v / d / n, and 0 if d = 0. Loss and gradients
@@ -447,10 +443,10 @@ def emd(
     from scipy.optimize import linear_sum_assignment  # here, so that gpu3d imports fast
     from scipy.spatial.distance import cdist
 
+    dtype = dtype_of(x, y)
     losses, dx, dy = np.full(len(x_lengths), np.nan), np.full(x.shape, np.nan), np.full(y.shape, np.nan)
     for b, (rows, columns) in enumerate(zip(spans(x_lengths), spans(y_lengths), strict=True)):
-        here = origin(y[columns])
-        sources, targets = local(x[rows], here), local(y[columns], here)
+        sources, targets = widened(x[rows], dtype), widened(y[columns], dtype)
         c = cdist(sources, targets)  # float64
         if np.isfinite(c).all():
             i, j = linear_sum_assignment(c)
@@ -462,5 +458,5 @@ def emd(
         losses = losses.sum()
     if reduction == "mean":
         losses, dx, dy = (z / np.float64(len(x_lengths)) for z in (losses, dx, dy))  # NaN if there are no clouds
-    loss = np.asarray(losses, np.float32)
+    loss = np.asarray(losses, dtype)
     return (loss, dx.astype(x.dtype), dy.astype(y.dtype)) if with_grad else (loss,)

@@ -14,7 +14,7 @@ import numpy as np
 
 from gpu3d import _arrays, attention, metrics, neighbors, pooling, sampling, surface, transport
 from gpu3d import buckets as layouts
-from gpu3d._arrays import FLOAT32, INT32, INT64, UINT8, Given, Spec
+from gpu3d._arrays import INT32, INT64, UINT8, Given, Spec
 from gpu3d.chamfer import (  # a from-import, because gpu3d.chamfer is the function
     chamfer_arrays,
     chamfer_backward_arrays,
@@ -340,7 +340,8 @@ def chamfer(x: Known, y: Known, **options: Any) -> Work:
     def on_gpu(x: Spec, y: Spec, device: Device) -> Call:
         return cuda_chamfer.chamfer(x, x_lengths, y, y_lengths, squared, reduction, direction, device)
 
-    results = chamfer_results(x.shape[0], y.shape[0], len(x_lengths), reduction, direction)
+    sizes = x.shape[0], y.shape[0], len(x_lengths)
+    results = chamfer_results(*sizes, reduction, direction, neighbors.distance_dtype(x, y))
     return Work(results, on_gpu, lambda x, y: chamfer_arrays(x, y, *checked))
 
 
@@ -365,7 +366,7 @@ def chamfer_points(x: Known, y: Known, **options: Any) -> Work:
     def on_gpu(x: Spec, y: Spec, device: Device) -> Call:
         return cuda_chamfer.points(x, x_lengths, y, y_lengths, squared, direction, device)
 
-    results = points_results(x.shape[0], y.shape[0], direction)
+    results = points_results(x.shape[0], y.shape[0], direction, neighbors.distance_dtype(x, y))
     return Work(results, on_gpu, lambda x, y: points_arrays(x, y, *checked))
 
 
@@ -392,7 +393,7 @@ def compare_clouds(x: Known, y: Known, **options: Any) -> Work:
     def on_gpu(x: Spec, y: Spec, device: Device) -> Call:
         return cuda_metrics.compare_clouds(x, x_lengths, y, y_lengths, thresholds, device)
 
-    results = metrics.compare_clouds_results(len(x_lengths), len(thresholds))
+    results = metrics.compare_clouds_results(len(x_lengths), len(thresholds), neighbors.distance_dtype(x, y))
     return Work(results, on_gpu, lambda x, y: metrics.compare_clouds_arrays(x, y, *checked))
 
 
@@ -414,7 +415,8 @@ def apml_backward(
     dloss: Known, dpred: Known, dtarget: Known, *, pred_lengths: tuple[int, ...], target_lengths: tuple[int, ...]
 ) -> Work:
     """The gradient of each cloud times the gradient of its loss."""
-    _check("dloss", dloss, (len(pred_lengths),) if dloss.ndim else (), FLOAT32)
+    of_loss = neighbors.distance_dtype(dpred, dtarget)
+    _check("dloss", dloss, (len(pred_lengths),) if dloss.ndim else (), of_loss)
     for name, x, n in (("dpred", dpred, sum(pred_lengths)), ("dtarget", dtarget, sum(target_lengths))):
         _check(name, x, (n, 2 if x.shape[-1:] == (2,) else 3), x.dtype)
 

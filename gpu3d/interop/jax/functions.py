@@ -634,7 +634,7 @@ def chamfer(
 
     Returns
     -------
-    Array float32 [], or [B] for reduction "none"
+    Array [], or [B] for reduction "none"
     ChamferDistances
         For reduction "points": arrays ``x`` and ``y``, whose gradients go to both clouds. A distance of 0 and one that
         is not finite add nothing to them.
@@ -775,7 +775,7 @@ def apml(
 
     Returns
     -------
-    Array float32 [], or [B] for reduction "none"
+    Array [], or [B] for reduction "none"
 
     Examples
     --------

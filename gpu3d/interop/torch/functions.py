@@ -517,7 +517,7 @@ def chamfer(
 
     Returns
     -------
-    Tensor float32 [], or [B] for reduction "none"
+    Tensor [], or [B] for reduction "none"
     ChamferDistances
         For reduction "points": tensors ``x`` and ``y``, whose gradients go to both clouds. A distance of 0 and one that
         is not finite add nothing to them.
@@ -605,7 +605,7 @@ def apml(
 
     Returns
     -------
-    Tensor float32 [], or [B] for reduction "none"
+    Tensor [], or [B] for reduction "none"
     """
     of_pred, of_target = _tensors(pred=pred, target=target)
     shares, names = ((p_min, float), (threshold, float)), ((symmetrize, str), (reduction, str))
@@ -643,7 +643,7 @@ def emd(
 
     Returns
     -------
-    Tensor float32 [], or [B] for reduction "none"
+    Tensor [], or [B] for reduction "none"
 
     Raises
     ------

@@ -691,7 +691,7 @@ CHAMFER = Operator(
     "str empty) -> (Tensor, Tensor)",
     lambda *args: chamfer_arrays(*_check_chamfer(*args)),  # the loss, and the residuals that its gradient needs
     lambda x, y, x_lengths, y_lengths, squared, reduction, direction, empty: chamfer_results(
-        x.shape[0], y.shape[0], len(x_lengths), reduction, direction
+        x.shape[0], y.shape[0], len(x_lengths), reduction, direction, neighbors.distance_dtype(x, y)
     ),
     lambda *args: chamfer_call(*_check_chamfer(*args)),
 )
@@ -724,7 +724,9 @@ CHAMFER_POINTS = Operator(
     "chamfer_points(Tensor x, Tensor y, SymInt[] x_lengths, SymInt[] y_lengths, bool squared, str direction, "
     "str empty) -> (Tensor, Tensor)",
     _points,
-    lambda x, y, x_lengths, y_lengths, squared, direction, empty: points_results(x.shape[0], y.shape[0], direction),
+    lambda x, y, x_lengths, y_lengths, squared, direction, empty: points_results(
+        x.shape[0], y.shape[0], direction, neighbors.distance_dtype(x, y)
+    ),
 )
 CHAMFER_POINTS_BACKWARD = Operator(
     "chamfer_points_backward(Tensor ddistances, Tensor x, Tensor y, Tensor distances, Tensor nearest, "
@@ -748,7 +750,9 @@ COMPARE_CLOUDS = Operator(
     "compare_clouds(Tensor x, Tensor y, SymInt[] x_lengths, SymInt[] y_lengths, float[] thresholds) -> (Tensor, "
     "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _compare_clouds,
-    lambda x, y, x_lengths, y_lengths, thresholds: metrics.compare_clouds_results(len(x_lengths), len(thresholds)),
+    lambda x, y, x_lengths, y_lengths, thresholds: metrics.compare_clouds_results(
+        len(x_lengths), len(thresholds), neighbors.distance_dtype(x, y)
+    ),
 )
 COMPARE_CLOUDS.autocast(2, lambda device: torch.float32)
 
