@@ -200,7 +200,8 @@ def plain_chamfer(
     if is_points(reduction):
         of_points = check_points(given_x, given_y, x_lengths, y_lengths, squared, direction, empty)
         distances, _ = points_arrays(given_x, given_y, *of_points)
-        return distances_of(distances, sum(of_points.x_lengths), direction)
+        with _arrays.on(given_x.origin):  # JAX makes the device of an array that it cuts current
+            return distances_of(distances, sum(of_points.x_lengths), direction)
     checked = check_chamfer(given_x, given_y, x_lengths, y_lengths, squared, reduction, direction, empty)
     return chamfer_arrays(given_x, given_y, *checked)[0]
 

@@ -383,15 +383,18 @@ def test_without_lse_only_out_is_returned(cp):
 # ---- registers -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", cuda.MMA)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", cuda.HEAD_DIMS)
-def test_registers_suffice(cp, which, dtype, dim):
+def test_registers_suffice(cp, dtype, dim):
     """The kernels that this GPU uses keep nothing in local memory."""
     arch, dtype = compiler.device_arch(cp.cuda.Device().id), DTYPES[dtype]
-    kernel, _ = cuda._kernel(which, dtype, dim, arch == "sm_90a")
-    path = compiler.cubin_path(compiler.Configuration(kernel.source, kernel.macros), arch)
-    assert cp.RawModule(path=str(path)).get_function(f"attention_{which}").local_size_bytes == 0
+    hopper = arch == "sm_90a"
+    one_pass = cuda._one_pass(hopper, dtype, dim)
+    of_tilings = ("forward",) if one_pass else cuda.MMA
+    kernels = [cuda._kernel(which, dtype, dim, hopper)[0] for which in of_tilings]
+    for kernel in (*kernels, *(cuda._one_pass_kernels(dtype, dim) if one_pass else ())):
+        path = compiler.cubin_path(compiler.Configuration(kernel.source, kernel.macros), arch)
+        assert cp.RawModule(path=str(path)).get_function(kernel.function).local_size_bytes == 0, kernel.function
 
 
 # ---- offsets beyond 32 bits ----------------------------------------------------------------------------------------

@@ -456,13 +456,12 @@ def test_make_kernels(compiler, monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.gpu
-def test_precompile(cp):
+def test_precompile(cp, monkeypatch):
     count = gpu3d.precompile(progress=False)
     arch = nvrtc_compiler.device_arch(cp.cuda.Device().id)
     assert count == sum(configuration.only in (None, arch) for configuration in _kernels.configurations())
-    start = time.perf_counter()
+    monkeypatch.setattr(nvrtc_compiler, "compile_source", None)  # all are there
     assert gpu3d.precompile(progress=False) == count
-    assert time.perf_counter() - start < 2
 
 
 @pytest.mark.gpu

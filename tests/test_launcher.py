@@ -183,6 +183,17 @@ def test_memories_with_many_pointers(driver):
         assert [args for _, _, _, args, _ in driver.done] == expected
 
 
+def test_empty_pieces_need_no_workspace(driver):
+    """A plan whose pieces are all empty gets no workspace; pointers to them are null."""
+    steps = Steps(inputs=1, results=0)
+    piece = steps.workspace("nothing", 0)
+    steps.launch(Kernel("pooling_rows", "f", "QQ"), grid=1, block=32, args=(Input(0), piece))
+    plan = steps.plan()
+    assert plan.workspace == 0
+    launcher.run(Call(plan, {}), [1000], 0, 7)
+    assert driver.done[-1][3] == (1000, 0)
+
+
 def test_runs_share_no_memory(driver):
     """A run that starts during another one does not change the arguments of the other."""
     plan, runs = a_plan(), []

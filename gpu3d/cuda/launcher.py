@@ -243,6 +243,8 @@ def _template(plan: Plan, ordinal: int) -> _Template:
             at = add((step.pointer, 0), "QQ") // 8
             streams[branch].append(at + 1)
             launches.append((step, at, 0))
+    if not plan.workspace:  # there is none, and its pieces are empty
+        pointers[workspace].clear()
     few = [(i, places) for i, places in enumerate(pointers) if len(places) <= FEW]
     return _Template(
         buffer=bytes(buffer),
