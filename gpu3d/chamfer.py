@@ -482,9 +482,7 @@ def nearest_on_the_host(
         if not searches:
             found.append(None)
             continue
-        points = packed(z.given if isinstance(z, NeighborIndex) else z)
-        if wide:
-            points = points.astype(FLOAT64, copy=False)
+        points = packed(z.given if isinstance(z, NeighborIndex) else z, wide)
         d2, indices = nearest(points, lengths, trees(other, other_lengths, wide), 1)
         found.append((d2[:, 0], indices[:, 0]))
     return found

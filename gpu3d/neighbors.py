@@ -582,9 +582,9 @@ def knn_arrays(query: Given, points: Given | NeighborIndex, radii: Given | None,
     """The arrays distances and indices, of the query's library."""
     origin, (query_lengths, lengths, k, _, exclude_self) = query.origin, checked
     if origin.device is None:
-        reach = _reach(radii, checked)
-        clouds = trees(points, lengths, distance_dtype(query, points) == FLOAT64)
-        found = reference.knn(packed(query), query_lengths, clouds, k, reach, exclude_self)
+        reach, wide = _reach(radii, checked), distance_dtype(query, points) == FLOAT64
+        clouds = trees(points, lengths, wide)
+        found = reference.knn(packed(query, wide), query_lengths, clouds, k, reach, exclude_self)
         return [_arrays.leave(x, origin) for x in found]
     inputs, index, same = _inputs(query, query_lengths, points, lengths, radii)
     device, limits = launcher.device(origin.device), _limits(radii, checked)
@@ -603,9 +603,9 @@ def radius_arrays(query: Given, points: Given | NeighborIndex, radii: Given | No
     """The arrays offsets, indices and distances, of the query's library."""
     origin, (query_lengths, lengths, radius, max_entries, exclude_self) = query.origin, checked
     if origin.device is None:
-        reach = _reach(radii, checked)
-        clouds = trees(points, lengths, distance_dtype(query, points) == FLOAT64)
-        arrays = reference.radius_search(packed(query), query_lengths, clouds, reach, max_entries, exclude_self)
+        reach, wide = _reach(radii, checked), distance_dtype(query, points) == FLOAT64
+        clouds = trees(points, lengths, wide)
+        arrays = reference.radius_search(packed(query, wide), query_lengths, clouds, reach, max_entries, exclude_self)
         return [_arrays.leave(x, origin) for x in arrays]
     inputs, index, same = _inputs(query, query_lengths, points, lengths, radii)
     device, n, limits = launcher.device(origin.device), sum(query_lengths), _limits(radii, checked)
@@ -677,9 +677,10 @@ def _backward_on_the_host(backward: Any, inputs: tuple[Given, ...]) -> list[Any]
     return [_arrays.leave(x.reshape(of.shape), query.origin) for x, of in zip(arrays, (query, points), strict=True)]
 
 
-def packed(points: Given) -> np.ndarray:
-    """The points [N, d] on the host."""
-    return points.array.reshape(-1, points.shape[-1])
+def packed(points: Given, wide: bool = False) -> np.ndarray:
+    """The points [N, d] on the host, in float64 if `wide`."""
+    rows = points.array.reshape(-1, points.shape[-1])
+    return rows.astype(FLOAT64, copy=False) if wide else rows
 
 
 def trees(points: Given | NeighborIndex, lengths: tuple[int, ...], wide: bool = False) -> tuple[reference.Cloud, ...]:

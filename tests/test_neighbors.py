@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 
@@ -767,6 +768,15 @@ def test_gradients_of_a_search_with_too_little_room(dtype):
     assert found.offsets[0] < 0
     got = gradients(np.ones(3, np.float32), x, y, found)
     assert_same_bits(got, (np.full_like(x, np.nan), np.full_like(y, np.nan)))
+
+
+def test_no_clouds_have_the_dtype_of_both():
+    for query, points in itertools.product((np.float32, np.float64), repeat=2):
+        clouds = {"query_lengths": [], "lengths": []}
+        found = gpu3d.knn(np.empty((0, 3), query), np.empty((0, 3), points), 2, **clouds)
+        assert found.distances.dtype == np.result_type(query, points) and found.distances.shape == (0, 2)
+        found = gpu3d.radius_search(np.empty((0, 3), query), np.empty((0, 3), points), 1.0, **clouds)
+        assert found.distances.dtype == np.result_type(query, points) and len(found.offsets) == 1
 
 
 def check_empty_gradients(asarray, back):
