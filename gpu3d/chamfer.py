@@ -30,7 +30,7 @@ from gpu3d.neighbors import (
     trees,
 )
 from gpu3d.reference import chamfer as reference
-from gpu3d.reference.neighbors import nearest
+from gpu3d.reference.neighbors import in_parallel, nearest
 
 EMPTY = ("error", "zero")
 ZERO = ", or pass empty='zero' for a loss of 0"  # the cure for an empty cloud
@@ -475,16 +475,14 @@ def nearest_on_the_host(
     direction: str,
 ) -> list[reference.Found]:
     """Squared distances and indices of the nearest points, for x and y; None for a side that does not search."""
-    sides: Any = (x, x_lengths, y, y_lengths), (y, y_lengths, x, x_lengths)
     wide = distance_dtype(x, y) == FLOAT64
-    found: list[reference.Found] = []
-    for searches, (z, lengths, other, other_lengths) in zip(reference.DIRECTIONS[direction], sides, strict=True):
-        if not searches:
-            found.append(None)
-            continue
-        points = packed(z.given if isinstance(z, NeighborIndex) else z, wide)
-        d2, indices = nearest(points, lengths, trees(other, other_lengths, wide), 1)
-        found.append((d2[:, 0], indices[:, 0]))
+    sides, others = ((x, x_lengths), (y, y_lengths)), ((y, y_lengths, wide), (x, x_lengths, wide))
+    searching = [i for i, searches in enumerate(reference.DIRECTIONS[direction]) if searches]
+    found: list[reference.Found] = [None, None]
+    for i, clouds in zip(searching, in_parallel(trees, [others[i] for i in searching]), strict=True):
+        z, lengths = sides[i]
+        d2, indices = nearest(packed(z.given if isinstance(z, NeighborIndex) else z, wide), lengths, clouds, 1)
+        found[i] = d2[:, 0], indices[:, 0]
     return found
 
 

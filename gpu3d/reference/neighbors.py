@@ -281,16 +281,13 @@ def index(points: np.ndarray, lengths: Sequence[int], wide: bool = False) -> tup
     return tuple(Cloud(points[first : first + n], first, wide) for first, n in zip(starts, lengths, strict=False))
 
 
-def _parallel(work: Callable[..., None], jobs: Sequence[tuple]) -> None:
-    """Do `work` for each job, in threads on all cores: NumPy and the tree release the GIL."""
+def in_parallel(work: Callable[..., Any], jobs: Sequence[tuple]) -> list[Any]:
+    """The results of `work` for each job, from threads on all cores: NumPy and the tree release the GIL."""
     workers = min(len(jobs), os.cpu_count() or 1)
     if workers <= 1:
-        for job in jobs:
-            work(*job)
-        return
+        return [work(*job) for job in jobs]
     with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(work, *zip(*jobs, strict=True)):
-            pass
+        return list(pool.map(work, *zip(*jobs, strict=True)))
 
 
 # ---- knn -----------------------------------------------------------------------------------------------------------
@@ -344,7 +341,7 @@ def _search(
         first, end = end, end + n
         tree = cloud.nearest(k + exclude_self)
         jobs += [(cloud, tree, slice(row, min(row + step, end))) for row in range(first, end, step)]
-    _parallel(search, jobs)
+    in_parallel(search, jobs)
     return d2, indices
 
 
