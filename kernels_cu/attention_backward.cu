@@ -5,40 +5,42 @@
 //   delta = sum(dO * O)    P = exp(scale Q K^T - lse)    dS = P * (dO V^T - delta)
 //   dV = P^T dO            dK = scale * dS^T Q           dQ = scale * dS K
 //
-// An item of work is KEYS keys of a pair: one scope and head. All queries of the scope are streamed past them, VISIT (a
-// tile) at a time. Sums of dK and dV stay in registers. A tile's part of dQ is added by bulk reductions to float32 sums
-// in global memory; those of the pairs in work stay in L2.
+// A pair is a scope and a head. An item of work is KEYS keys of a pair: all queries of the scope are streamed past
+// them, VISIT (a tile) at a time. Sums of dK and dV stay in registers. A tile's part of dQ is added by bulk reductions
+// to float32 sums in global memory. Few pairs are worked on at a time, so their sums stay in L2.
 //
 // An item waits with a tile until the item of the keys before it has added to that tile. So the items of a pair follow
 // each other through its tiles, and a row of dQ is summed in the order of the keys. Blocks take items in ascending
 // order from a counter, so an item waits only for items that were taken earlier: blocks cannot wait in a circle,
 // however few of them run at a time. What a row sums, and in which order, depends on its scope alone.
 //
-// The roles of a block's warps:
-//   workers   two halves of four warps, each with half of the keys: all products. Registers hold S and dP transposed,
-//   so
-//             a row is a key, and P^T and dS^T are left operands as they are. dS also goes to shared memory: a row of
-//             dQ is a sum over the keys of both halves. dQ follows one tile later, so that the halves need not run in
-//             step.
-//   adder     one warp: waits for the item's turn and adds a tile of dQ.
-//   loaders   three warps: take the next item; load its keys and values, and tiles of queries two ahead.
+// The warps of a block have three roles:
+// - Eight workers compute all products, in two halves of four warps, each with half of the keys. Registers hold S and
+//   dP transposed: a row is a key. So P^T and dS^T are left operands as they are. dS also goes to shared memory,
+//   because a row of dQ is a sum over the keys of both halves. dQ follows one tile later, so the halves need not run in
+//   step.
+// - An adder waits for the item's turn and adds a tile of dQ.
+// - Three loaders load the item's keys and values, and tiles of queries two ahead. The first of them takes the next
+//   item for the whole block.
 //
-// attention_delta runs before: delta, and zeros for the counters. attention_round runs behind: dQ from its sums.
+// attention_delta runs before: delta, and zeros for the counters. attention_round runs after: dQ from its sums.
 //
-// Milliseconds of all three on an H200, bfloat16, 122,880 slots in scopes of 4096 and of 1024; in brackets those of the
-// two kernels with seven products in the same runs:
+// Milliseconds of all three on an H200, bfloat16, 122,880 slots in scopes of 4096 and of 1024. In brackets: the two
+// kernels with seven products, in the same runs.
 //   8 heads of D = 64   5.6, 1.70 (7.7, 2.40)        4 heads of D = 128   5.8, 1.65 (6.8, 2.25)
-// D = 32 gains 3 and 8 %, but a training step of flash3d_46m with 34,688 points takes 16.4 instead of 14.5 ms: items of
-// 128 keys that follow each other are too few there. At D = 16 registers hold no more than one such block.
-// How they came about (D = 64 | 128, scopes of 4096):
-//   dQ of a tile in the step of its dS, items pair by pair                  7.2 | 6.4
+// D = 32 gains 3 and 8 %, but a training step of flash3d_46m with 34,688 points takes 16.4 instead of 14.5 ms: there
+// are too few items of 128 keys, and they follow each other. At D = 16 two blocks would have to share a multiprocessor,
+// and their registers do not suffice.
+//
+// How this came about (D = 64 | 128, scopes of 4096), each line with those above it:
+//   dQ of a tile in the same step as its dS; items pair by pair             7.2 | 6.4
 //   dQ one tile later                                                      7.4 | 7.1
-//   and items of several pairs side by side: no wait for turns             5.7 | 6.2   (nothing ordered: 5.6 | 6.2)
+//   several pairs side by side: items no longer wait for their turns       5.7 | 6.2   (without any order: 5.6 | 6.2)
 //   slots looked up before a stage is free; dQ rounded without conflicts   5.6 | 5.8
-// A step of D = 128 takes twice as long as its products or its shared memory need (1.8 GHz). Tried and not better:
-// halves that take turns at the tensor cores (6.1 | 6.6); a start of the second half after the first; S of the next
-// tile begun before this one ends, for which ptxas runs out of registers or serializes all products; for D = 128 tiles
-// of 80 queries, with which registers spill (5.7, but 1.68 in scopes of 1024).
+// A step of D = 128 takes twice as long as its products or its shared memory need (1.8 GHz).
+// Tried and not better: halves that take turns at the tensor cores (6.1 | 6.6); a start of the second half after the
+// first; S of the next tile begun before this one ends, for which ptxas runs out of registers or serializes all
+// products; for D = 128 tiles of 80 queries, with which registers spill (5.7, but 1.68 in scopes of 1024).
 
 // gpu3d/cuda/attention.py passes all of these. The values here are for compiling the file by hand.
 #ifndef D
@@ -62,7 +64,8 @@
 
 static_assert(VISIT % GROUP == 0 && (D == 128 || (D == 64 && VISIT == 128)), "a half has 64 rows or columns of dQ");
 
-// Shared memory, in 16-bit words.
+// Shared memory, in 16-bit words. It holds the keys of two items, the values of one, STAGES tiles of Q and of dO, dS of
+// two tiles, and a tile of dQ: _one_pass_kernels in gpu3d/cuda/attention.py counts the same.
 #define ALL_KEYS (KEYS * D)
 #define TILE (VISIT * D)
 #define DS_WORDS (VISIT * KEYS)
@@ -554,7 +557,8 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void attention_backward(
                              : "memory");
             fence_shared();
             arrive_as_warp(barriers.ds_full[step & 1]);
-            // Of the tile before, so that the two halves need not run in step. Before the first tile it is not used.
+            // dQ of the tile before. At the first tile there is none: the product then reads whatever is there, without
+            // waiting, and is thrown away. A branch around it would make ptxas serialize all products.
             if (tile != first) wait(barriers.ds_full[step - 1 & 1], step - 1 >> 1 & 1);
             multiply_dq(step - 1);
             wait_for_products<1>();
@@ -576,8 +580,8 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void attention_backward(
     }
 }
 
-// delta of every row that holds a point, and zeros for the counters. D / 8 threads have a row, and each thread
-// DELTA_ROWS of them.
+// delta of every row, and zeros for the counters. Nobody reads delta of padding. D / 8 threads have a row, and each
+// thread DELTA_ROWS of them.
 #define DELTA_THREADS 256
 #define DELTA_ROWS 4
 extern "C" __global__ __launch_bounds__(DELTA_THREADS) void attention_delta(
