@@ -6,8 +6,8 @@
 //   dV = P^T dO            dK = scale * dS^T Q           dQ = scale * dS K
 //
 // A pair is a scope and a head. An item of work is KEYS keys of a pair: all queries of the scope are streamed past
-// them, VISIT (a tile) at a time. Sums of dK and dV stay in registers. A tile's part of dQ is added by bulk reductions
-// to float32 sums in global memory. Few pairs are worked on at a time, so their sums stay in L2.
+// them, a tile of VISIT queries at a time. Sums of dK and dV stay in registers. A tile's part of dQ is added by bulk
+// reductions to float32 sums in global memory. Few pairs are worked on at a time, so their sums stay in L2.
 //
 // An item waits with a tile until the item of the keys before it has added to that tile. So the items of a pair follow
 // each other through its tiles, and a row of dQ is summed in the order of the keys. Blocks take items in ascending
@@ -116,7 +116,7 @@ __device__ __forceinline__ void arrive_with_copies(u64 &barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(address(&barrier)) : "memory");
 }
 
-// Between ordinary accesses to shared memory and those of products and bulk copies; the second also for global memory.
+// These order ordinary accesses to memory with those of products and bulk copies: in shared memory, and in all memory.
 __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void fence_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
@@ -239,8 +239,8 @@ __device__ __forceinline__ void exchange(u32 words[4]) {
     }
 }
 
-// Writes rows `slot` and slot + 8 of a head, unless slot is negative: word(n, i) holds columns 8 n + 2 (lane % 4) + {0,
-// 1} of row slot + 8 i. A warp's lanes must all call this.
+// Writes rows `slot` and slot + 8 of a head, unless slot is negative. word(n, i) is the lane's part of row slot + 8 i:
+// columns c and c + 1, where c = 8 n + 2 (lane % 4). A warp's lanes must all call this.
 template <class Word>
 __device__ __forceinline__ void store_rows(const View &view, int head, int slot, Word word) {
     const int part = (threadIdx.x & 3) * 8;
@@ -627,7 +627,7 @@ extern "C" __global__ __launch_bounds__(DELTA_THREADS) void attention_delta(
     }
 }
 
-// dQ = scale * its sums, and 0 in padding. A warp has 8 (D = 128) or 16 rows of one head.
+// dQ = scale * its sums, and 0 in padding. A warp (`item`) has 8 (D = 128) or 16 rows of one head.
 #define ROUND_PARTS (D == 128 ? 2 : 1)  // warps for the GROUP rows of a head
 extern "C" __global__ __launch_bounds__(128) void attention_round(
     const float4 *__restrict__ dq_sums,  // [slots / GROUP, heads, GROUP * D / 4]

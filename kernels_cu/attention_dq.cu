@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bucket attention, backward to the queries, and delta, which attention_dkdv.cu needs.
+// Bucket attention, backward to the queries, and delta, which attention_dkdv.cu needs. attention_backward.cu does the
+// work of both where it is faster.
 //
 //   delta = sum(dO * dQ)    P = exp(scale Q K^T - lse)    dS = P * (dO V^T - delta)    dQ = scale * dS K
 //

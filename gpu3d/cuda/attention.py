@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plans of bucket attention and its backward: kernels_cu/attention_*.cu.
 
-A plan depends on the shapes of q and of the scopes' table, on the bucket size, and on the longest cloud in buckets. The
-lengths reach the kernels in the table of clouds, and the scale is a number.
+A plan depends on the shapes of q and of the scopes' table, on the bucket size, on the longest cloud in buckets, and on
+the device. The lengths reach the kernels in the table of clouds, and the scale is a number.
 """
 
 from __future__ import annotations
@@ -346,7 +346,7 @@ def _add_backward(
     gradients: Sequence[Packed],
     slots: int,
 ) -> None:
-    """Add the gradients of all rows.
+    """Add the gradients of q, k and v of all rows, in one pass over the scores or in two.
 
     `views` are those of dout, q, k, v and out, and `gradients` those of dq, dk and dv. dk and dv have equal strides.
     """
