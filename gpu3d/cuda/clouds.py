@@ -17,16 +17,17 @@ import numpy as np
 
 from gpu3d import _arrays
 from gpu3d.cuda.compiler import Configuration
-from gpu3d.cuda.plan import Kernel, Number, Packed, Pointer, Result, Steps
+from gpu3d.cuda.plan import Kernel, Number, Packed, Pointer, Steps
 
 INLINE_CLOUDS = 64  # the same constant as in clouds.cuh
 CLOUDS_A_LAUNCH = 240  # the same constants as in clouds.cu
 CLOUDS_THREADS = 256
+WRITES = 64  # launches of the plan that writes a table
 
 ROW_BYTES = 16  # struct Cloud: int point, tile, group, slot
 _HEADER = struct.Struct("<Qii")  # struct Clouds: table, count, bucket_size; then INLINE_CLOUDS + 1 rows
 _BYTES = _HEADER.size + (INLINE_CLOUDS + 1) * ROW_BYTES
-_PART_BYTES = CLOUDS_A_LAUNCH * ROW_BYTES
+PART_BYTES = CLOUDS_A_LAUNCH * ROW_BYTES
 
 FORMAT = f"{_BYTES}s"  # struct Clouds in a kernel's signature
 STRUCT = "<" + FORMAT
@@ -85,14 +86,14 @@ class Table(NamedTuple):
     ----------
     inlined : bytes
         The struct Clouds, if the batch is small enough for a kernel's arguments.
-    parts : sequence of (bytes, int, int)
-        Otherwise the rows of the table, cut into parts of one launch each: bytes, first row, number of rows.
+    rows : bytes
+        Otherwise the rows of the table, of ROW_BYTES each.
     tiles, groups : int
         Their totals over all clouds.
     """
 
     inlined: bytes
-    parts: Sequence[tuple[bytes, int, int]]
+    rows: bytes
     tiles: int
     groups: int
 
@@ -110,38 +111,21 @@ def table(lengths: Sequence[int], bucket_size: int, tiles: Sequence[int] | None,
     )
     numbers = list(chain.from_iterable(zip(*columns, strict=True)))
     inlined = struct.pack(f"<Qii{len(numbers)}i", 0, count, bucket_size, *numbers)
-    return Table(inlined, (), numbers[-3], numbers[-2])
+    return Table(inlined, b"", numbers[-3], numbers[-2])
 
 
 def _large_table(lengths: np.ndarray, bucket_size: int, tiles: Any, groups: Any) -> Table:
     count = len(lengths)
-    table = np.zeros((whole_parts(count + 1), 4), np.int32)
+    table = np.zeros((count + 1, 4), np.int32)
     for column, counts in enumerate((lengths, tiles, groups)):
         if counts is not None:
-            table[1 : count + 1, column] = np.cumsum(counts)
+            table[1:, column] = np.cumsum(counts)
     slots = lengths + (bucket_size - 1)
     slots //= bucket_size
     np.cumsum(slots, out=slots)
     slots *= bucket_size
-    table[1 : count + 1, 3] = slots
-    return Table(b"", parts_of(table, count + 1), int(table[count, 1]), int(table[count, 2]))
-
-
-def whole_parts(rows: int) -> int:
-    """The rows of the table, rounded up to whole parts."""
-    return -(-rows // CLOUDS_A_LAUNCH) * CLOUDS_A_LAUNCH
-
-
-def parts_of(table: np.ndarray, rows: int) -> list[tuple[bytes, int, int]]:
-    """Cut the first rows of a table, or of any array with 16 bytes per row, into parts of one launch each.
-
-    The array has as many rows as `whole_parts` says.
-    """
-    parts = table.reshape(-1, _PART_BYTES // table.itemsize)
-    firsts = range(0, rows, CLOUDS_A_LAUNCH)
-    return [
-        (part.tobytes(), first, min(rows - first, CLOUDS_A_LAUNCH)) for first, part in zip(firsts, parts, strict=True)
-    ]
+    table[1:, 3] = slots
+    return Table(b"", table.tobytes(), int(table[count, 1]), int(table[count, 2]))
 
 
 def argument(steps: Steps, name: str, count: int, bucket_size: int) -> Number | Packed:
@@ -159,15 +143,16 @@ NONE = Packed(f"<Qii{_BYTES - _HEADER.size}x", (None, 0, 0))
 
 
 def _write() -> Any:
-    """The plan that writes a part of a table to its result.
+    """The plan that writes a table, of which `launcher.write_table` runs as many launches as there are parts.
 
     The rows are passed in the arguments of a kernel that stores them. So no memory of the host must stay alive, as for
     a copy, and a CUDA graph can capture it.
     """
-    steps = Steps(inputs=0, results=1)
-    kernel = Kernel("clouds", "write_clouds", f"{_PART_BYTES}siiQ")
-    args = Number("part"), Number("first"), Number("rows"), Result(0)
-    steps.launch(kernel, grid=1, block=CLOUDS_THREADS, args=args)
+    steps = Steps(inputs=0, results=0)
+    kernel = Kernel("clouds", "write_clouds", f"{PART_BYTES}siiQ")
+    args = Number("part"), Number("first"), Number("rows"), Number("table")
+    for _ in range(WRITES):
+        steps.launch(kernel, grid=1, block=CLOUDS_THREADS, args=args)
     return steps.plan()
 
 

@@ -319,7 +319,7 @@ def run(call: Call, memories: Sequence[int], ordinal: int, stream: int) -> None:
     for function, args in ready.calls:
         if function is None:
             table, word = args
-            write_table(numbers[table.name].parts, ready.words[word], ordinal, ready.words[word + 1])
+            write_table(numbers[table.name].rows, ready.words[word], ordinal, ready.words[word + 1])
         elif status := function(*args):
             _raise(status)
     template.spare.append(ready)
@@ -357,11 +357,63 @@ def _fill(template: _Template, ready: _Ready, numbers: dict[str, Any], memories:
             ready.numbers = numbers
 
 
-def write_table(parts: Sequence[tuple[bytes, int, int]], address: int, ordinal: int, stream: int) -> None:
-    """Write the parts of `clouds.parts_of` to an address of the current device, which is `ordinal`."""
-    memories = [address]
-    for part, first, rows in parts:
-        run(Call(clouds.write, {"part": part, "first": first, "rows": rows}), memories, ordinal, stream)
+class _Writer:
+    """Prepared launches of `clouds.write` for one table at a time, whose arguments are filled together."""
+
+    def __init__(self, ordinal: int) -> None:
+        template = _template(clouds.write, ordinal)
+        ready = _ready(template)
+        self.calls, self.stream = ready.calls, ready.stream
+        self.words, self.streams = np.asarray(ready.words), np.array(template.streams[0])
+        places = template.numbers[: len(template.numbers) // clouds.WRITES]  # of the first launch
+        formats = (np.uint8, (clouds.PART_BYTES,)), "<i4", "<i4", "<u8"
+        layout = {
+            "names": [name for name, _, _ in places],
+            "formats": formats,
+            "offsets": [at for _, _, at in places],
+            "itemsize": len(template.buffer) // clouds.WRITES,
+        }
+        arguments = np.frombuffer(ready.buffer, np.dtype(layout))
+        self.part, self.rows, self.table = (arguments[name] for name in ("part", "rows", "table"))
+        arguments["first"] = np.arange(clouds.WRITES) * clouds.CLOUDS_A_LAUNCH
+
+    def write(self, rows: np.ndarray, address: int, stream: int) -> None:
+        """Write the bytes of at most WRITES parts to an address."""
+        whole, rest = divmod(len(rows), clouds.PART_BYTES)
+        launches = whole + bool(rest)
+        if whole:
+            self.part[:whole] = rows[: whole * clouds.PART_BYTES].reshape(whole, clouds.PART_BYTES)
+            self.rows[:whole] = clouds.CLOUDS_A_LAUNCH
+        if rest:
+            self.part[whole, :rest] = rows[whole * clouds.PART_BYTES :]
+            self.rows[whole] = rest // clouds.ROW_BYTES
+        self.table[:launches] = address
+        if stream != self.stream:
+            self.words[self.streams] = self.stream = stream
+        for function, args in self.calls[:launches]:
+            if status := function(*args):
+                _raise(status)
+
+
+@functools.cache
+def _writers(ordinal: int) -> list[_Writer]:
+    """Those of a device that no thread uses now."""
+    return []
+
+
+def write_table(table: bytes, address: int, ordinal: int, stream: int) -> None:
+    """Write the rows of a table to an address of the current device, which is `ordinal`."""
+    if not _thread.has_context:
+        _make_context_current()
+    spare = _writers(ordinal)
+    try:
+        writer = spare.pop()
+    except IndexError:
+        writer = _Writer(ordinal)
+    rows, most = np.frombuffer(table, np.uint8), clouds.WRITES * clouds.PART_BYTES
+    for first in range(0, len(rows), most):
+        writer.write(rows[first : first + most], address + first, stream)
+    spare.append(writer)
 
 
 def _raise(status: int) -> None:

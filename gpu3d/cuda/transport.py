@@ -167,9 +167,9 @@ def _small_masses(counts: tuple[int, ...], p_min: float) -> bytes:
 def _large_masses(counts: tuple[int, ...], p_min: float) -> clouds.Table:
     different, which = np.unique(counts, return_inverse=True)
     rows = -(-len(counts) // 2)  # two masses in a row
-    masses = np.zeros(2 * clouds.whole_parts(rows))
+    masses = np.zeros(2 * rows)
     masses[: len(counts)] = np.array([reference.log_mass(count, p_min) for count in different.tolist()])[which]
-    return clouds.Table(b"", clouds.parts_of(masses, rows), 0, 0)
+    return clouds.Table(b"", masses.tobytes(), 0, 0)
 
 
 def check_room(entries: int) -> None:

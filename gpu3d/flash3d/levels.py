@@ -41,15 +41,17 @@ class Layout(NamedTuple):
     ----------
     sizes : tuple of Sizes
         Of each level. Without any point there is none.
-    tables : sequence of (bytes, int, int)
-        Tables of clouds, as parts for `launcher.write_table`: those of KINDS for each level in turn.
-    rows : int
-        How many rows the tables have together.
+    tables : bytes
+        The rows of tables of clouds: those of KINDS for each level in turn.
     """
 
     sizes: tuple[Sizes, ...]
-    tables: list[tuple[bytes, int, int]]
-    rows: int
+    tables: bytes
+
+    @property
+    def rows(self) -> int:
+        """How many rows the tables have together."""
+        return len(self.tables) // clouds.ROW_BYTES
 
     @property
     def slots(self) -> int:
@@ -78,7 +80,7 @@ def rounded_up(count: int) -> int:
 def layout_of(lengths: tuple[int, ...], config: Config, device: Device) -> Layout:
     """The layout of clouds of these lengths."""
     if not any(lengths):
-        return Layout((), [], 0)
+        return Layout((), b"")
     points = np.zeros((config.levels, rounded_up(len(lengths)) + 1), np.int64)
     points[0, : len(lengths)] = lengths
     for above, below in itertools.pairwise(points):
@@ -89,11 +91,7 @@ def layout_of(lengths: tuple[int, ...], config: Config, device: Device) -> Layou
     most[range(config.levels), held.argmax(axis=1)] += added
     held[:, -1] = added  # of the cloud without points
     sizes = _sizes(most, config, device)
-    tables = _tables(points, held, sizes, config)
-    rows = len(tables)
-    in_parts = np.zeros((clouds.whole_parts(rows), 4), np.int32)
-    in_parts[:rows] = tables
-    return Layout(sizes, clouds.parts_of(in_parts, rows), rows)
+    return Layout(sizes, _tables(points, held, sizes, config).tobytes())
 
 
 def _sizes(most: np.ndarray, config: Config, device: Device) -> tuple[Sizes, ...]:
@@ -119,7 +117,7 @@ def _sizes(most: np.ndarray, config: Config, device: Device) -> tuple[Sizes, ...
 
 
 def _tables(points: np.ndarray, held: np.ndarray, sizes: tuple[Sizes, ...], config: Config) -> np.ndarray:
-    """The tables int32 [rows, 4] of clouds of `points` in `held` buckets [levels, clouds]."""
+    """The tables int32 [levels, kinds, clouds + 1, 4] of clouds of `points` in `held` buckets [levels, clouds]."""
     levels, count = points.shape
     tables = np.zeros((levels, len(KINDS), count + 1, 4), np.int32)
     point, tile, group, slot = (tables[:, :, 1:, column] for column in range(4))
@@ -138,7 +136,7 @@ def _tables(points: np.ndarray, held: np.ndarray, sizes: tuple[Sizes, ...], conf
             tiles, groups = buckets.parts(own.sort, points[depth])
             tiles[-1] = groups[-1] = 1  # who writes the padding
             tile[depth, SORT], group[depth, SORT] = tiles.cumsum(), groups.cumsum()
-    return tables.reshape(-1, 4)
+    return tables
 
 
 def _most_scopes(most: np.ndarray, size: int, strides: tuple[int, int]) -> tuple[int, int]:
