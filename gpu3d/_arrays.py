@@ -631,7 +631,7 @@ def many_lengths(lengths: Any) -> np.ndarray | None:
     return None if bool in [type(lengths[i]) for i in np.flatnonzero(array <= 1).tolist()] else array
 
 
-def _sums_to(lengths: np.ndarray, total: int) -> bool:
+def sums_to(lengths: np.ndarray, total: int) -> bool:
     """Whether lengths, none of them negative, have this sum."""
     if lengths.min() < 0 or lengths.max() > total or len(lengths) * total >= 2**63:
         return False  # or unknown, because the sum may overflow
@@ -666,7 +666,7 @@ def check_lengths(lengths: Any, total: int, name: str, lengths_name: str = "leng
         if lengths.ndim != 1:
             raise ValueError(f"{lengths_name} must be one-dimensional, got shape {list(lengths.shape)}.")
         if lengths.dtype.kind in "iu":
-            if len(lengths) > FEW_LENGTHS and _sums_to(lengths, total):
+            if len(lengths) > FEW_LENGTHS and sums_to(lengths, total):
                 return int_tuple(lengths)
             lengths = lengths.tolist()
     # What follows this is for what is rare, and takes ten times as long.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -29,6 +29,25 @@ MAX_SLOTS = 2**31 - 1  # slots are int32
 _new = tuple.__new__
 
 # ---- the layout ----------------------------------------------------------------------------------------------------
+
+
+class _Listed:
+    """A field of Buckets that is a tuple of ints. Of many clouds it is made when it is first read, which takes 0.1 ms.
+
+    Python calls `__get__` only while the instance has no attribute of this name.
+    """
+
+    def __init__(self, make: Callable[[np.ndarray, int], tuple[int, ...]]) -> None:
+        self.make = make
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, buckets: Buckets | None, owner: type | None = None) -> tuple[int, ...]:
+        if buckets is None or buckets._many is None:
+            raise AttributeError(self.name)  # which tells `dataclass` that the field has no default
+        made = vars(buckets)[self.name] = self.make(buckets._many, buckets.bucket_size)
+        return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,18 +78,20 @@ class Buckets:
     point_to_slot: Any
     moved: Any
     bucket_size: int
-    lengths: tuple[int, ...]
-    bucket_offsets: tuple[int, ...]
+    lengths: tuple[int, ...] = _Listed(lambda lengths, _: _arrays.int_tuple(lengths))  # type: ignore[assignment]
+    bucket_offsets: tuple[int, ...] = _Listed(lambda *layout: _bucket_offsets(*layout))  # type: ignore[assignment]
+
+    _many = None  # the lengths of many clouds as an array, if the tuples are to be made from it
 
     @property
     def num_buckets(self) -> int:
         """Number of buckets of the batch."""
-        return self.bucket_offsets[-1]
+        return self.num_slots // self.bucket_size
 
     @property
     def num_slots(self) -> int:
         """Number of slots of the batch: num_buckets * bucket_size."""
-        return self.bucket_offsets[-1] * self.bucket_size
+        return self.bucket_offsets[-1] * self.bucket_size if self._many is None else self.slot_to_point.shape[0]
 
     def scatter(self, x: Any, fill: float = 0) -> Any:
         """Move rows of points into slots: `out[slot] = x[slot_to_point[slot]]`, and `fill` in padding.
@@ -236,21 +257,27 @@ def bucketize(
     else:
         checked, call, results = kept
         slot_to_point, point_to_slot, moved = launcher.launch(call, (given,), results, given.origin)
-    return Buckets(slot_to_point, point_to_slot, moved, checked.bucket_size, checked.lengths, checked.bucket_offsets)
+    bucket_size, offsets = checked.bucket_size, checked.bucket_offsets
+    if offsets is not None:
+        return Buckets(slot_to_point, point_to_slot, moved, bucket_size, checked.lengths, offsets)
+    buckets = object.__new__(Buckets)
+    made = {"slot_to_point": slot_to_point, "point_to_slot": point_to_slot, "moved": moved, "bucket_size": bucket_size}
+    vars(buckets).update(made, _many=checked.lengths)
+    return buckets
 
 
 class Bucketing(NamedTuple):
     """The checked options of `bucketize`."""
 
-    lengths: tuple[int, ...]
+    lengths: Any  # a tuple of ints; of many clouds an int64 array
     bucket_size: int
     hash: str
     balance: str
     voxel_size: float | str | None
     seed: int
     bounds: reference.Bounds
-    bucket_offsets: tuple[int, ...]
-    array: np.ndarray | None  # the lengths of many clouds, for NumPy
+    slots: int  # of the layout
+    bucket_offsets: tuple[int, ...] | None  # None of many clouds
 
 
 def check_bucketize(
@@ -264,8 +291,7 @@ def check_bucketize(
     bounds: Any,
 ) -> Bucketing:
     """The options of `bucketize`, checked against the shape and dtype of the points."""
-    array = None if lengths is None else _arrays.many_lengths(lengths)
-    lengths = _arrays.check_points(points, lengths if array is None else array)
+    lengths = _checked_lengths(points, lengths)
     bucket_size = check_bucket_size(bucket_size)
     _arrays.check_choice(hash, reference.HASHES, "hash")
     _arrays.check_choice(balance, reference.BALANCES, "balance")
@@ -274,15 +300,28 @@ def check_bucketize(
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}.")
     bounds = check_bounds(bounds, points.dtype)
-    offsets = _bucket_offsets(lengths if array is None else array, bucket_size)
-    slots = offsets[-1] * bucket_size
+    if isinstance(lengths, np.ndarray):
+        offsets, slots = None, int(clouds.slots_of(lengths, bucket_size).sum())
+    else:
+        offsets = _bucket_offsets(lengths, bucket_size)
+        slots = offsets[-1] * bucket_size
     if slots > MAX_SLOTS:
         raise ValueError(
             f"a layout has at most 2**31 - 1 slots, because slots are int32; {sum(lengths)} points need {slots}. "
             "Bucketize parts of the batch."
         )
     # Every call makes one, and the constructor of a NamedTuple takes twice as long.
-    return _new(Bucketing, (lengths, bucket_size, hash, balance, voxel_size, seed, bounds, offsets, array))
+    return _new(Bucketing, (lengths, bucket_size, hash, balance, voxel_size, seed, bounds, slots, offsets))
+
+
+def _checked_lengths(points: Given | Spec, lengths: Any) -> Any:
+    """The lengths of the clouds, a tuple of ints; those of many clouds are an int64 array. Also checks the points."""
+    array = None if lengths is None else _arrays.many_lengths(lengths)
+    if array is not None and points.ndim == 2 and _arrays.sums_to(array, points.shape[0]):
+        _arrays.check_points(points, None)
+        return array.copy() if array is lengths else array  # the caller may change its own
+    found = _arrays.check_points(points, lengths)
+    return found if len(found) <= clouds.INLINE_CLOUDS else _arrays.int64_array(found)
 
 
 def check_bucket_size(bucket_size: Any) -> int:
@@ -333,14 +372,15 @@ def num_slots(lengths: Sequence[Any], bucket_size: int) -> Any:
 
 def bucketize_results(lengths: Sequence[Any], bucket_size: int, points: Any) -> tuple[Spec, Spec, Spec]:
     """The specs of slot_to_point, point_to_slot and moved; sizes may be symbols."""
-    return _results(num_slots(lengths, bucket_size), points)
+    return results(num_slots(lengths, bucket_size), points)
 
 
-def _results(slots: Any, points: Any) -> tuple[Spec, Spec, Spec]:
+def results(slots: Any, points: Any) -> tuple[Spec, Spec, Spec]:
+    """The same of a layout with this many slots."""
     return Spec((slots,), INT32), Spec((points,), INT32), Spec((), INT32)
 
 
-_kept_results = functools.lru_cache(maxsize=256)(_results)  # for sizes that are ints
+_kept_results = functools.lru_cache(maxsize=256)(results)  # for sizes that are ints
 
 
 def bucketize_arrays(points: Given, checked: Bucketing, check_finite: bool | None) -> list[Any]:
@@ -350,8 +390,9 @@ def bucketize_arrays(points: Given, checked: Bucketing, check_finite: bool | Non
         with _arrays.on(origin):
             _arrays.check_finite(points)
     if origin.device is None:
-        lengths, bucket_size, hash, balance, voxel_size, seed, bounds, _, _ = checked
+        lengths, bucket_size, hash, balance, voxel_size, seed, bounds, _, offsets = checked
         host, options = points.array.reshape(-1, 3), (hash, balance, voxel_size, seed, bounds)
+        lengths = _arrays.int_tuple(lengths) if offsets is None else lengths
         return [_arrays.leave(x, origin) for x in reference.bucketize(host, bucket_size, lengths, *options)]
     call, results = _call(points, checked)
     return launcher.launch(call, (points,), results, origin)
@@ -359,10 +400,8 @@ def bucketize_arrays(points: Given, checked: Bucketing, check_finite: bool | Non
 
 def _call(points: Given, checked: Bucketing) -> tuple[Call, tuple[Spec, ...]]:
     """What a GPU runs for `bucketize_arrays`, and the specs of its results."""
-    lengths, bucket_size, hash, balance, voxel_size, seed, bounds, offsets, array = checked
-    counts, device = lengths if array is None else array, launcher.device(points.origin.device)
-    call = cuda.bucketize(points, counts, bucket_size, hash, balance, voxel_size, seed, bounds, device)
-    return call, _kept_results(offsets[-1] * bucket_size, points.size // 3)
+    call = cuda.bucketize(points, *checked[:-2], launcher.device(points.origin.device))
+    return call, _kept_results(checked.slots, points.size // 3)
 
 
 @clouds.kept_as_passed

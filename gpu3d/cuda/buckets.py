@@ -106,9 +106,9 @@ class Sort(NamedTuple):
 def sorting(lengths: Sequence[int] | np.ndarray, bucket_size: int, device: Device) -> tuple[Sort, clouds.Table]:
     """How clouds, not all of them empty, are sorted into buckets; and the table of the clouds."""
     n: Any = clouds.array(lengths) if len(lengths) > clouds.INLINE_CLOUDS else lengths
-    most = _each(lambda n: -(-n // bucket_size) * bucket_size, n)
-    sort = sort_of(n, most, bucket_size, device)
-    return sort, clouds.table(n, bucket_size, *parts(sort, n))
+    slots = clouds.slots_of(n, bucket_size)
+    sort = sort_of(n, slots, bucket_size, device)
+    return sort, clouds.table(n, bucket_size, *parts(sort, n), slots)
 
 
 def sort_of(n: Any, most: Any, bucket_size: int, device: Device) -> Sort:
@@ -361,10 +361,11 @@ def _bucketize(
         return Call(_spill_plan(sort, dtype, copied, key, robust), numbers)
     group = _radix_group(sort.slots)
     n: Any = clouds.array(lengths) if len(lengths) > clouds.INLINE_CLOUDS else lengths
+    slots = clouds.slots_of(n, bucket_size)
     tiles, groups = (_each(lambda n, by=by: -(-n // by), n) for by in (bucket_size, group))
-    numbers["probed"] = clouds.table(n, bucket_size, tiles, groups)
+    numbers["probed"] = clouds.table(n, bucket_size, tiles, groups, slots)
     numbers["candidates"] = _packed_candidates(seed)
-    most = total(_each(lambda n: -(-(-(-n // bucket_size) * bucket_size) // group), n))
+    most = total(_each(lambda n: -(-n // group), slots))
     probed = Sort("probe", sort.clouds, bucket_size, sort.slots, bucket_size, numbers["probed"].tiles, most, group)
     return Call(_probe_plan(sort, probed, dtype, copied, key, robust, device.multiprocessors), numbers)
 
@@ -508,7 +509,8 @@ def scopes(bucket_offsets: tuple[int, ...], bucket_size: int, size: int, shift: 
 def scopes_of(counts: Sequence[int], bucket_size: int, size: int, stride: int) -> clouds.Table:
     """The table of clouds with these numbers of buckets, whose groups are their scopes."""
     groups = [scopes_in(count, size, stride) for count in counts]
-    return clouds.table([count * bucket_size for count in counts], bucket_size, None, groups)
+    slots = [count * bucket_size for count in counts]
+    return clouds.table(slots, bucket_size, None, groups, slots)
 
 
 def scopes_in(count: Any, size: int, stride: Any) -> Any:

@@ -373,7 +373,7 @@ class _Writer:
             "offsets": [at for _, _, at in places],
             "itemsize": len(template.buffer) // clouds.WRITES,
         }
-        arguments = np.frombuffer(ready.buffer, np.dtype(layout))
+        arguments: Any = np.frombuffer(ready.buffer, np.dtype(layout))  # type: ignore[call-overload]
         self.part, self.rows, self.table = (arguments[name] for name in ("part", "rows", "table"))
         arguments["first"] = np.arange(clouds.WRITES) * clouds.CLOUDS_A_LAUNCH
 

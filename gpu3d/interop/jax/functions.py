@@ -111,11 +111,12 @@ def bucketize(
         _arrays.check_finite(_arrays.read(points, "points"))
         check_finite = False
     chosen = checked._asdict()
-    del chosen["bucket_offsets"], chosen["array"]  # they follow from the lengths
+    del chosen["slots"], chosen["bucket_offsets"]  # they follow from the lengths
+    if checked.bucket_offsets is None:
+        chosen["lengths"] = _arrays.int_tuple(checked.lengths)
     static = options(**chosen, check_finite=None if check_finite is None else False)
     slot_to_point, point_to_slot, moved = call("bucketize", static, _packed(jax.lax.stop_gradient(points)))
-    layout = checked.bucket_size, checked.lengths, checked.bucket_offsets
-    return Buckets(slot_to_point, point_to_slot, moved, *layout)
+    return layouts.buckets_of((slot_to_point, point_to_slot, moved), chosen["lengths"], checked.bucket_size)
 
 
 def scopes(buckets: Buckets, size: int = 8, *, shift: int = 0, stride: int = 1) -> Scopes:
