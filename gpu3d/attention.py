@@ -12,7 +12,7 @@ from typing import Any
 
 from gpu3d import _arrays
 from gpu3d._arrays import FLOAT32, FLOAT64, FLOAT_DTYPES, INT32, Given, Spec
-from gpu3d.buckets import Buckets, Scopes, bucket_offsets, check_buckets
+from gpu3d.buckets import Buckets, Scopes, bucket_offsets, check_buckets, counts_of
 from gpu3d.cuda import attention as cuda
 from gpu3d.cuda import launcher
 from gpu3d.cuda.plan import Call
@@ -81,7 +81,8 @@ def bucket_attention(
     q, k, v = _arrays.read(q, "q"), _arrays.read(k, "k"), _arrays.read(v, "v")
     table = _arrays.read(scopes.table, "scopes")
     scale = check_attention(q, k, v, table, buckets.num_slots, scopes.size, scale)
-    arrays = attention_arrays(q, k, v, table, buckets.lengths, buckets.bucket_size, scale, return_lse)
+    lengths = buckets.lengths if q.origin.device is None else counts_of(buckets)
+    arrays = attention_arrays(q, k, v, table, lengths, buckets.bucket_size, scale, return_lse)
     return tuple(arrays) if return_lse else arrays[0]
 
 
@@ -206,7 +207,8 @@ def bucket_attention_backward(
         _arrays.read(scopes.table, "scopes"),
     )
     scale = check_attention_backward(*given, buckets.num_slots, scopes.size, scale)
-    dq, dk, dv = attention_backward_arrays(*given, buckets.lengths, buckets.bucket_size, scale)
+    lengths = buckets.lengths if given[0].device is None else counts_of(buckets)
+    dq, dk, dv = attention_backward_arrays(*given, lengths, buckets.bucket_size, scale)
     return dq, dk, dv
 
 

@@ -79,7 +79,7 @@ class Buckets:
     moved: Any
     bucket_size: int
     lengths: tuple[int, ...] = _Listed(lambda lengths, _: _arrays.int_tuple(lengths))  # type: ignore[assignment]
-    bucket_offsets: tuple[int, ...] = _Listed(lambda *layout: _bucket_offsets(*layout))  # type: ignore[assignment]
+    bucket_offsets: tuple[int, ...] = _Listed(lambda *layout: _arrays.int_tuple(_many_offsets(*layout)))  # type: ignore[assignment]
 
     _many = None  # the lengths of many clouds as an array, if the tuples are to be made from it
 
@@ -120,7 +120,8 @@ class Buckets:
         """
         if (interop := _arrays.interop_of(x, layout=self.slot_to_point)) is not None:
             return interop.scatter(x, self, fill)
-        return move(_arrays.read(x, "x"), "x", _arrays.read(self.slot_to_point, "buckets"), sum(self.lengths), fill)
+        rows = sum(self.lengths) if self._many is None else self.point_to_slot.shape[0]
+        return move(_arrays.read(x, "x"), "x", _arrays.read(self.slot_to_point, "buckets"), rows, fill)
 
     def gather(self, y: Any) -> Any:
         """Move rows of slots back to points: `out[point] = y[point_to_slot[point]]`, the inverse of `scatter`.
@@ -253,17 +254,11 @@ def bucketize(
         kept = _kept_call(given.spec, given.origin, bucket_size, hash, balance, voxel_size, seed)
     if kept is None:
         checked = check_bucketize(given, bucket_size, lengths, hash, balance, voxel_size, seed, bounds)
-        slot_to_point, point_to_slot, moved = bucketize_arrays(given, checked, check_finite)
+        arrays = bucketize_arrays(given, checked, check_finite)
     else:
         checked, call, results = kept
-        slot_to_point, point_to_slot, moved = launcher.launch(call, (given,), results, given.origin)
-    bucket_size, offsets = checked.bucket_size, checked.bucket_offsets
-    if offsets is not None:
-        return Buckets(slot_to_point, point_to_slot, moved, bucket_size, checked.lengths, offsets)
-    buckets = object.__new__(Buckets)
-    made = {"slot_to_point": slot_to_point, "point_to_slot": point_to_slot, "moved": moved, "bucket_size": bucket_size}
-    vars(buckets).update(made, _many=checked.lengths)
-    return buckets
+        arrays = launcher.launch(call, (given,), results, given.origin)
+    return buckets_of(arrays, checked.lengths, checked.bucket_size, checked.bucket_offsets)
 
 
 class Bucketing(NamedTuple):
@@ -301,9 +296,9 @@ def check_bucketize(
         raise ValueError(f"seed must not be negative, got {seed}.")
     bounds = check_bounds(bounds, points.dtype)
     if isinstance(lengths, np.ndarray):
-        offsets, slots = None, int(clouds.slots_of(lengths, bucket_size).sum())
+        offsets, slots = None, num_slots(lengths, bucket_size)
     else:
-        offsets = _bucket_offsets(lengths, bucket_size)
+        offsets = _kept_offsets(lengths, bucket_size)
         slots = offsets[-1] * bucket_size
     if slots > MAX_SLOTS:
         raise ValueError(
@@ -362,8 +357,10 @@ def check_bounds(bounds: Any, dtype: np.dtype) -> reference.Bounds:
     return tuple(low.tolist()), tuple(high.tolist())
 
 
-def num_slots(lengths: Sequence[Any], bucket_size: int) -> Any:
-    """Number of slots of a layout; lengths may be symbols."""
+def num_slots(lengths: Any, bucket_size: int) -> Any:
+    """Number of slots of a layout; lengths may be symbols, or an array."""
+    if isinstance(lengths, np.ndarray):
+        return int(clouds.slots_of(lengths, bucket_size).sum())
     buckets = 0
     for n in lengths:
         buckets += (n + bucket_size - 1) // bucket_size
@@ -414,10 +411,27 @@ def _kept_call(
     return checked, *_call(alike, checked)
 
 
-def buckets_of(arrays: Sequence[Any], lengths: tuple[int, ...], bucket_size: int) -> Buckets:
-    """The layout with these arrays."""
+def counts_of(layout: Buckets) -> Any:
+    """The lengths of a layout's clouds: as an array if it has one, so that no tuple is made."""
+    return layout.lengths if layout._many is None else layout._many
+
+
+def buckets_of(
+    arrays: Sequence[Any], lengths: Any, bucket_size: int, offsets: tuple[int, ...] | None = None
+) -> Buckets:
+    """The layout with these arrays. `offsets` are the first buckets of the clouds, if the caller knows them.
+
+    The lengths of many clouds may be an int64 array. The tuples of the layout are then made when they are read.
+    """
     slot_to_point, point_to_slot, moved = arrays
-    return Buckets(slot_to_point, point_to_slot, moved, bucket_size, lengths, bucket_offsets(lengths, bucket_size))
+    if isinstance(lengths, np.ndarray):
+        made = object.__new__(Buckets)
+        own = {"slot_to_point": slot_to_point, "point_to_slot": point_to_slot, "moved": moved}
+        vars(made).update(own, bucket_size=bucket_size, _many=lengths)
+        return made
+    if offsets is None:
+        offsets = bucket_offsets(lengths, bucket_size)
+    return Buckets(slot_to_point, point_to_slot, moved, bucket_size, lengths, offsets)
 
 
 @clouds.remembered
@@ -432,14 +446,14 @@ def bucket_offsets(lengths: Sequence[int], bucket_size: int) -> tuple[int, ...]:
     return tuple(accumulate([(n + bucket_size - 1) // bucket_size for n in lengths], initial=0))
 
 
-@clouds.remembered
-def _bucket_offsets(lengths: Sequence[int] | np.ndarray, bucket_size: int) -> tuple[int, ...]:
-    """The same, of numbers and not of symbols, so that many clouds go through NumPy and few through a cache."""
-    if not isinstance(lengths, np.ndarray) and len(lengths) <= clouds.INLINE_CLOUDS:
-        return bucket_offsets(lengths, bucket_size)
+_kept_offsets = functools.lru_cache(maxsize=256)(bucket_offsets)  # for few lengths that are ints
+
+
+def _many_offsets(lengths: np.ndarray, bucket_size: int) -> np.ndarray:
+    """The same of many clouds."""
     offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum((clouds.array(lengths) + (bucket_size - 1)) // bucket_size, out=offsets[1:])
-    return _arrays.int_tuple(offsets)
+    np.cumsum(clouds.slots_of(lengths, bucket_size) // bucket_size, out=offsets[1:])
+    return offsets
 
 
 # ---- scatter and gather --------------------------------------------------------------------------------------------
@@ -611,7 +625,9 @@ def scope_table(origin: _arrays.Origin, layout: Buckets, size: int, shift: int, 
     """The table of `scopes` as an array of the origin's library."""
     if origin.device is None:
         return _arrays.leave(reference.scope_table(layout.bucket_offsets, size, shift, stride), origin)
-    call = cuda.scopes(layout.bucket_offsets, layout.bucket_size, size, shift, stride)
+    many, bucket_size = layout._many, layout.bucket_size
+    offsets = layout.bucket_offsets if many is None else _many_offsets(many, bucket_size)
+    call = cuda.scopes(offsets, bucket_size, size, shift, stride)
     (table,) = launcher.launch(call, (), (Spec((call.numbers["clouds"].groups, size), INT32),), origin)
     return table
 

@@ -15,9 +15,10 @@ import numpy as np
 
 from gpu3d import _arrays
 from gpu3d._arrays import FLOAT64, FLOAT_DTYPES, INT32, UINT8, Given, Spec
-from gpu3d.buckets import Buckets, bucket_offsets, check_buckets, num_slots
+from gpu3d.buckets import Buckets, bucket_offsets, buckets_of, check_buckets, counts_of, num_slots
 from gpu3d.cuda import clouds, launcher
 from gpu3d.cuda import pooling as cuda
+from gpu3d.cuda.buckets import total
 from gpu3d.cuda.plan import Call
 from gpu3d.reference import pooling as reference
 
@@ -160,9 +161,9 @@ def bucket_pool(features: Any, points: Any, buckets: Buckets, *, ratio: int = 2,
     if (interop := _arrays.interop_of(features, points)) is not None:
         return interop.bucket_pool(features, points, buckets, ratio=ratio, reduce=reduce)
     check_buckets(buckets)
-    lengths, bucket_size = buckets.lengths, buckets.bucket_size
     features, points = _arrays.read(features, "features"), _arrays.read(points, "points")
-    kept = None
+    lengths = buckets.lengths if features.device is None else counts_of(buckets)
+    bucket_size, kept = buckets.bucket_size, None
     if len(lengths) <= clouds.INLINE_CLOUDS and _arrays.on_gpu(features):
         origins = features.origin, points.origin
         kept = _kept_call(features.spec, points.spec, origins, lengths, bucket_size, ratio, reduce)
@@ -193,8 +194,10 @@ def check_pool(
     return ratio
 
 
-def child_lengths(lengths: Sequence[Any], ratio: int) -> tuple[Any, ...]:
-    """Children of each cloud; lengths may be symbols."""
+def child_lengths(lengths: Any, ratio: int) -> Any:
+    """Children of each cloud, as a tuple; lengths may be symbols. An array gives an array."""
+    if isinstance(lengths, np.ndarray):
+        return (lengths + (ratio - 1)) // ratio
     return tuple([(n + ratio - 1) // ratio for n in lengths])
 
 
@@ -214,7 +217,7 @@ def pool_results(
         Spec((slots, ratio), INT32),
         Spec((slots if reduce in reference.EXTREMES else 0, columns), UINT8),
         Spec((slots,), INT32),
-        Spec((sum(children),), INT32),
+        Spec((total(children),), INT32),
         Spec((), INT32),
     )
 
@@ -271,12 +274,10 @@ def _on_gpu(
     return cuda.pool(features, points, *options), pool_results(features, points, *options)
 
 
-def _layout_of_children(
-    lengths: tuple[Any, ...], bucket_size: int, ratio: int
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The lengths of the children's clouds, and their first buckets."""
+def _layout_of_children(lengths: Any, bucket_size: int, ratio: int) -> tuple[Any, tuple[Any, ...] | None]:
+    """The lengths of the children's clouds, and their first buckets; None if the lengths are an array."""
     children = child_lengths(lengths, ratio)
-    return children, bucket_offsets(children, bucket_size)
+    return children, None if isinstance(children, np.ndarray) else bucket_offsets(children, bucket_size)
 
 
 children_of = clouds.remembered(_layout_of_children)  # for lengths that are ints
@@ -292,7 +293,7 @@ def pooling_of(
     features, points, members, argmember, slot_to_point, point_to_slot, moved = arrays
     bucket_size = parent.bucket_size
     lengths, offsets = children or _layout_of_children(parent.lengths, bucket_size, ratio)
-    child = Buckets(slot_to_point, point_to_slot, moved, bucket_size, lengths, offsets)
+    child = buckets_of((slot_to_point, point_to_slot, moved), lengths, bucket_size, offsets)
     kept = argmember if reduce in reference.EXTREMES else None
     return Pooling(features, points, child, members, ratio, reduce, kept, parent)
 

@@ -497,19 +497,22 @@ def fill_pattern(value: np.ndarray) -> bytes:
 
 
 @clouds.remembered
-def scopes(bucket_offsets: tuple[int, ...], bucket_size: int, size: int, shift: int, stride: int) -> Call:
+def scopes(bucket_offsets: Sequence[int] | np.ndarray, bucket_size: int, size: int, shift: int, stride: int) -> Call:
     """No input. Result: the table int32 [scopes, size]."""
-    counts: Any = [end - begin for begin, end in itertools.pairwise(bucket_offsets)]
-    stride = min(stride, max(1, max(counts, default=0)))  # a larger stride gives the same scopes
+    if len(bucket_offsets) - 1 > clouds.INLINE_CLOUDS:
+        counts: Any = np.diff(clouds.array(bucket_offsets))
+    else:
+        counts = [end - begin for begin, end in itertools.pairwise(bucket_offsets)]
+    stride = min(stride, max(1, _largest(counts) if len(counts) else 0))  # a larger stride gives the same scopes
     table = scopes_of(counts, bucket_size, size, stride)
     plan = _scopes_plan(len(counts), bucket_size, table.groups, size)
     return Call(plan, {"clouds": table, "shift": shift, "stride": stride})
 
 
-def scopes_of(counts: Sequence[int], bucket_size: int, size: int, stride: int) -> clouds.Table:
-    """The table of clouds with these numbers of buckets, whose groups are their scopes."""
-    groups = [scopes_in(count, size, stride) for count in counts]
-    slots = [count * bucket_size for count in counts]
+def scopes_of(counts: Any, bucket_size: int, size: int, stride: int) -> clouds.Table:
+    """The table of clouds with these numbers of buckets, a list or an array, whose groups are their scopes."""
+    groups = _each(lambda count: scopes_in(count, size, stride), counts)
+    slots = _each(lambda count: count * bucket_size, counts)
     return clouds.table(slots, bucket_size, None, groups, slots)
 
 
