@@ -627,8 +627,10 @@ def many_lengths(lengths: Any) -> np.ndarray | None:
         array = int64_array(lengths)
     except struct.error:  # not an integer, or beyond 64 bits
         return None
-    # A bool is packed as 0 or 1 and yet no length, but nearly all lengths are larger.
-    return None if bool in [type(lengths[i]) for i in np.flatnonzero(array <= 1).tolist()] else array
+    for i in np.flatnonzero(array <= 1).tolist():
+        if type(lengths[i]) is bool:  # packed as 0 or 1, and yet no length; nearly all lengths are larger
+            return None
+    return array
 
 
 def sums_to(lengths: np.ndarray, total: int) -> bool:

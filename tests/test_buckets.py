@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
 import math
+import pickle
 
 import clouds
 import numpy as np
@@ -246,6 +249,31 @@ def test_ragged_batches(balance):
     assert buckets.bucket_offsets == (0, 0, 22, 23, 24, 24, 35, 35)
     none = gpu3d.bucketize(np.zeros((0, 3), np.float32), lengths=[], balance=balance)
     assert none.num_buckets == none.num_slots == 0 and none.bucket_offsets == (0,)
+
+
+def test_tuples_of_many_clouds_are_made_when_they_are_read():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 40, 200)
+    points = rng.random((lengths.sum(), 3), np.float32)
+    counts = lengths.tolist()
+    offsets = tuple(itertools.accumulate([-(-n // 16) for n in counts], initial=0))
+    for passed in (list(counts), tuple(counts), lengths.copy(), lengths.astype(np.uint8)):
+        buckets = gpu3d.bucketize(points, 16, lengths=passed)
+        if not isinstance(passed, tuple):
+            passed[:] = [0] * 200  # what the caller does with its lengths later changes nothing
+        assert buckets.num_buckets == offsets[-1] and buckets.num_slots == 16 * offsets[-1]
+        np.testing.assert_array_equal(buckets.gather(buckets.scatter(points)), points)
+        assert {"lengths", "bucket_offsets"}.isdisjoint(vars(buckets))
+        copies = copy.copy(buckets), pickle.loads(pickle.dumps(buckets)), dataclasses.replace(buckets), buckets
+        for made in copies:
+            assert made.bucket_offsets == offsets and made.lengths == tuple(counts)
+            assert {type(n) for n in made.lengths + made.bucket_offsets} == {int}
+            assert made.lengths is made.lengths and made.num_buckets == offsets[-1]
+    pooled = gpu3d.bucket_pool(buckets.scatter(points), buckets.scatter(points), buckets)
+    assert_perfect(buckets, counts)
+    assert_perfect(pooled.buckets, [-(-n // 2) for n in counts])
+    with pytest.raises(AttributeError, match="lengths"):
+        object.__new__(gpu3d.Buckets).lengths  # noqa: B018
 
 
 def test_equal_clouds_may_be_three_dimensional():

@@ -104,6 +104,19 @@ def test_scopes(lengths):
         plans.check(call, [], [Spec((rows, size), INT32)], DEVICES["sm_90a"])
 
 
+def test_many_clouds_have_the_scopes_of_each():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 2000, 300)
+    offsets = buckets.bucket_offsets(lengths.tolist(), 64)
+    for size, stride in ((1, 1), (8, 1), (2, 5), (4, 2**31 - 1)):
+        call = cuda_buckets.scopes(offsets, 64, size, 0, stride)
+        assert call == cuda_buckets.scopes(np.array(offsets), 64, size, 0, stride)
+        counts = np.diff(offsets).tolist()
+        rows = np.diff(np.frombuffer(call.numbers["clouds"].rows, np.int32).reshape(-1, 4), axis=0)
+        assert rows[:, 2].tolist() == [buckets.num_scopes([count], size, stride) for count in counts]
+        assert rows[:, 3].tolist() == rows[:, 0].tolist() == [64 * count for count in counts]
+
+
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_moves_and_scopes_of_two_levels(lengths):
     """Steps of one plan, whose numbers have names of the caller's."""

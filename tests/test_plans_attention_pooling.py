@@ -273,6 +273,21 @@ def check_pooling_grid(step, lengths, bucket_size, ratio, row_bytes):
     assert step.grid == -(-rows // (256 // a_row * (8 // ratio)))
 
 
+@pytest.mark.parametrize("ratio", (2, 4, 8))
+def test_many_clouds_as_an_array(ratio):
+    """Plans, results and children of lengths in an array are those of the same lengths in a tuple."""
+    lengths = np.random.default_rng(ratio).integers(0, 1000, 200)
+    counts = tuple(lengths.tolist())
+    slots = num_slots(counts, 48)
+    assert num_slots(lengths, 48) == slots
+    specs = Spec((slots, 6), np.dtype(np.float32)), Spec((slots, 3), np.dtype(np.float32))
+    assert cuda_pooling.pool(*specs, lengths, 48, ratio, "max") == cuda_pooling.pool(*specs, counts, 48, ratio, "max")
+    found, expected = (pooling.pool_results(*specs, n, 48, ratio, "max") for n in (lengths, counts))
+    assert found == expected and type(found[5].shape[0]) is int
+    (children, offsets), expected = (pooling.children_of(n, 48, ratio) for n in (lengths, counts))
+    assert tuple(children.tolist()) == expected[0] and offsets is None
+
+
 def test_padding_is_counted_at_run_time():
     lengths, bucket_size = (700, 1, 0, 16), 64
     for call, *_ in list(pool_calls(lengths, bucket_size, DTYPES[0], 2, "sum"))[1:]:

@@ -363,7 +363,7 @@ class _Writer:
     def __init__(self, ordinal: int) -> None:
         template = _template(clouds.write, ordinal)
         ready = _ready(template)
-        self.calls, self.stream = ready.calls, ready.stream
+        self.calls, self.stream, self.modules = ready.calls, ready.stream, template.modules
         self.words, self.streams = np.asarray(ready.words), np.array(template.streams[0])
         places = template.numbers[: len(template.numbers) // clouds.WRITES]  # of the first launch
         formats = (np.uint8, (clouds.PART_BYTES,)), "<i4", "<i4", "<u8"
@@ -374,8 +374,8 @@ class _Writer:
             "itemsize": len(template.buffer) // clouds.WRITES,
         }
         arguments: Any = np.frombuffer(ready.buffer, np.dtype(layout))  # type: ignore[call-overload]
-        self.part, self.rows, self.table = (arguments[name] for name in ("part", "rows", "table"))
         arguments["first"] = np.arange(clouds.WRITES) * clouds.CLOUDS_A_LAUNCH
+        self.part, self.rows, self.table = (arguments[name] for name in ("part", "rows", "table"))
 
     def write(self, rows: np.ndarray, address: int, stream: int) -> None:
         """Write the bytes of at most WRITES parts to an address."""

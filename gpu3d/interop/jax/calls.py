@@ -75,7 +75,7 @@ def bucketize(points: Known, *, check_finite: bool | None, **options: Any) -> Wo
     """`gpu3d.bucketize` of packed points. Only the CPU checks that they are finite."""
     checked = layouts.check_bucketize(points, **options)
     return Work(
-        layouts.results(checked.slots, points.shape[0]),
+        layouts.results_of(checked.slots, points.shape[0]),
         lambda points, device: cuda_buckets.bucketize(points, *checked[:-2], device),
         lambda points: layouts.bucketize_arrays(points, checked, check_finite),
     )
