@@ -315,7 +315,7 @@ def _checked_lengths(points: Given | Spec, lengths: Any) -> Any:
     array = None if lengths is None else _arrays.many_lengths(lengths)
     if array is not None and points.ndim == 2 and _arrays.sums_to(array, points.shape[0]):
         _arrays.check_points(points, None)
-        return array.copy() if array is lengths else array  # the caller may change its own
+        return np.array(array) if array is lengths else array  # the caller may change its own
     found = _arrays.check_points(points, lengths)
     return found if len(found) <= clouds.INLINE_CLOUDS else _arrays.int64_array(found)
 

@@ -261,6 +261,21 @@ def test_the_table_of_a_batch(driver, count):
     np.testing.assert_array_equal(found, rows)
 
 
+def test_tables_are_written_one_after_another(driver):
+    """Launches that were prepared for a table write others: of other sizes, to other addresses and on other streams."""
+    rng, a_run = np.random.default_rng(0), clouds.WRITES * clouds.CLOUDS_A_LAUNCH
+    for rows, start, stream in ((300, 1 << 40, 1), (a_run + 1, 1 << 41, 7), (240, 4096, 0), (1, 8192, 7), (0, 16, 1)):
+        table, memory = rng.bytes(16 * rows), bytearray(16 * rows)
+        driver.done.clear()
+        launcher.write_table(table, start, 0, stream)
+        for name, shape, at, (part, first, n, address), _ in driver.done:
+            assert (name, shape, at) == ("write_clouds", (1, clouds.CLOUDS_THREADS, 0), stream or None)
+            begin = address - start + 16 * first
+            memory[begin : begin + 16 * n] = part[: 16 * n]
+        assert memory == table and len(driver.done) == -(-rows // clouds.CLOUDS_A_LAUNCH)
+    assert len(launcher._writers(0)) == 1
+
+
 def test_a_prepared_copy_is_used_again(driver):
     call = Call(a_plan(), {"scale": 1.0, "bytes": bytes(16)})
     for _ in range(3):
