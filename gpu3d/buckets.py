@@ -425,12 +425,12 @@ def buckets_of(
     The lengths of many clouds may be an int64 array. The tuples of the layout are then made when they are read.
     """
     slot_to_point, point_to_slot, moved = arrays
-    if isinstance(lengths, np.ndarray):
-        made = object.__new__(Buckets)
-        own = {"slot_to_point": slot_to_point, "point_to_slot": point_to_slot, "moved": moved}
-        vars(made).update(own, bucket_size=bucket_size, _many=lengths)
-        return made
     if offsets is None:
+        if isinstance(lengths, np.ndarray):
+            made = object.__new__(Buckets)
+            own = {"slot_to_point": slot_to_point, "point_to_slot": point_to_slot, "moved": moved}
+            vars(made).update(own, bucket_size=bucket_size, _many=lengths)
+            return made
         offsets = bucket_offsets(lengths, bucket_size)
     return Buckets(slot_to_point, point_to_slot, moved, bucket_size, lengths, offsets)
 

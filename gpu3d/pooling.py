@@ -162,7 +162,7 @@ def bucket_pool(features: Any, points: Any, buckets: Buckets, *, ratio: int = 2,
         return interop.bucket_pool(features, points, buckets, ratio=ratio, reduce=reduce)
     check_buckets(buckets)
     features, points = _arrays.read(features, "features"), _arrays.read(points, "points")
-    lengths = buckets.lengths if features.device is None else counts_of(buckets)
+    lengths = buckets.lengths if features.origin.device is None else counts_of(buckets)
     bucket_size, kept = buckets.bucket_size, None
     if len(lengths) <= clouds.INLINE_CLOUDS and _arrays.on_gpu(features):
         origins = features.origin, points.origin
