@@ -41,6 +41,7 @@ REPEATS, CALLS, SLOW_MS = 10, 4, 30.0  # several calls in a row, so that the dev
 ROUNDS, SECONDS, REPEATS_IN_TURN = 8, 1.0, 3  # calls that take turns: the least rounds and seconds, and repeats a turn
 WARM_SECONDS = 1.0  # before them: a GPU that was idle first runs faster than its power limit allows later
 RUNS = 30
+COUNTERS = 1 << 16  # bytes
 
 
 class Shape(NamedTuple):
@@ -67,13 +68,17 @@ SMALL, WIDE = SHAPES[0], SHAPES[4]
 # How many times as fast as the fastest peer we should be, by (D, scope): (target, stretch target) of the forward, then
 # of forward+backward.
 MUST_AND_AIM = {
-    (16, 4096): ((1.5, 2.0), (1.4, 1.6)),
-    (16, 1024): ((1.5, 2.0), (1.4, 1.6)),
-    (32, 4096): ((1.2, 1.5), (1.0, 1.2)),
-    (64, 4096): ((0.85, 1.1), (0.7, 1.0)),
-    (128, 4096): ((0.8, 1.0), (0.65, 0.95)),
+    (16, 4096): ((1.6, 2.0), (1.8, 2.1)),
+    (16, 1024): ((1.6, 2.0), (1.8, 2.1)),
+    (32, 4096): ((1.4, 1.5), (1.45, 1.6)),
+    (64, 4096): ((1.05, 1.15), (1.0, 1.1)),
+    (64, 1024): ((1.0, 1.15), (0.95, 1.1)),
+    (128, 4096): ((0.95, 1.0), (0.9, 1.0)),
+    (128, 1024): ((0.85, 1.0), (0.8, 1.0)),
 }
-BUFFERED_MUST = {64: 0.85, 128: 0.8}  # forward+backward of head dimensions whose backward has a float32 buffer for dq
+BACKWARD_MUST = 465  # TFLOP/s of five products, D = 128, scopes of 4096
+LENGTHS = tuple(int(n) for n in np.linspace(16_384, 200_000, 20))
+LENGTHS_MUST = 1.2, 1.15  # times the best length's time a pair of query and key: forward, backward
 TABLE_MUST = 1.02  # times the plain scope, for a shifted or strided scope
 RAGGED_MUST = 1.10  # times the dense batch, per token, for a ragged batch
 FORWARD_HOST_MUST, BACKWARD_HOST_MUST = 40, 60  # us
@@ -106,7 +111,7 @@ EARLIER = {
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    for part in (_dense, _single, _tables, _ragged, _host, _memory, _errors, _determinism):
+    for part in (_dense, _backward, _single, _tables, _ragged, _lengths, _host, _memory, _errors, _determinism):
         for row in part(setting):
             yield row
             timing.free()
@@ -197,7 +202,7 @@ def _dense_row(case: Case, scope: int, both: bool, rates: Rates) -> Row:
     call = case.both if both else case.forward
     ours, peers = _time(call), _torch_peers(case, scope, both)
     ran = {backend: peer.value for backend, peer in zip(BACKENDS, peers, strict=True) if peer.value is not None}
-    must_ratio, aim_ratio = _must_and_aim(case, scope, both)
+    must_ratio, aim_ratio = MUST_AND_AIM.get((case.shape.d, scope), ((0, 0), (0, 0)))[both]
     must = aim = fastest = None
     if ran:
         fastest = min(ran, key=lambda backend: ran[backend])
@@ -231,16 +236,6 @@ def _dense_row(case: Case, scope: int, both: bool, rates: Rates) -> Row:
 
 def _name(shape: Shape, scope: int, both: bool) -> str:
     return f"{shape}, scope {scope}: {DIRECTIONS[both]}"
-
-
-def _must_and_aim(case: Case, scope: int, both: bool) -> tuple[float, float]:
-    """How many times as fast as the fastest peer we should be; (0, 0) if there is no target."""
-    must, aim = MUST_AND_AIM.get((case.shape.d, scope), ((0, 0), (0, 0)))[both]
-    if both and case.shape.d in BUFFERED_MUST and must:
-        out, lse = case.forward(return_lse=True)
-        if _extra_bytes(lambda: case.backward(out, lse)) > _delta_bytes(case):
-            must = BUFFERED_MUST[case.shape.d]
-    return must, aim
 
 
 def _time(call: timing.Call, repeats: int = REPEATS) -> float:
@@ -291,6 +286,18 @@ def _floor(shape: Shape, scope: int, both: bool, rates: Rates) -> tuple[float, s
         binding.append(max(times, key=lambda name: times[name]))
         floor += times[binding[-1]]
     return floor, ", then ".join(dict.fromkeys(binding))
+
+
+def _backward(setting: Setting) -> Iterator[Row]:
+    """The backward alone, in a busy second like the rows with targets."""
+    for shape in (WIDE, SHAPES[5]):
+        case = _case(setting, shape, 4096)
+        out, lse = case.forward(return_lse=True)
+        (ours,) = _in_turns([lambda case=case, out=out, lse=lse: case.backward(out, lse)])
+        flops = 10e-9 * SIZE * 4096 * shape.c
+        must = flops / BACKWARD_MUST if shape.d == 128 else None
+        name = f"{shape}, scope 4096: backward alone"
+        yield Row(name, "eager", "ms", ours, must, note=f"{flops / ours:.0f} TFLOP/s of five products")
 
 
 # ---- torch ---------------------------------------------------------------------------------------------------------
@@ -435,6 +442,27 @@ def _ragged(setting: Setting) -> Iterator[Row]:
             )
 
 
+def _lengths(setting: Setting) -> Iterator[Row]:
+    """Time a pair of query and key in clouds of many lengths, compared with the best of them."""
+    import cupy
+
+    shape, times = SHAPES[3], []
+    for n in LENGTHS:
+        buckets = gpu3d.bucketize(cupy.asarray(data.sweep_cloud(n, setting.folder)), BUCKET_SIZE)
+        case = _case_of(buckets, shape, 4096)
+        out, lse = case.forward(return_lse=True)
+        counts = (case.scopes.table.get() >= 0).sum(1) * BUCKET_SIZE
+        calls = [case.forward, lambda case=case, out=out, lse=lse: case.backward(out, lse)]
+        times.append([1e9 * timing.graph_time(call) / (counts.astype(float) ** 2).sum() for call in calls])
+    for both, direction in enumerate(("forward", "backward")):
+        found = [time[both] for time in times]
+        worst, best = max(found), min(found)
+        name = f"time a pair, D {shape.d}, {len(LENGTHS)} lengths from {LENGTHS[0]:,} to {LENGTHS[-1]:,}: {direction}"
+        slow = LENGTHS[found.index(worst)]
+        note = f"the worst ({slow:,} points) over the best; median {np.median(found) / best:.2f}"
+        yield Row(name, "graph", "x", worst / best, LENGTHS_MUST[both], 1.1, note=note)
+
+
 # ---- host time and memory ------------------------------------------------------------------------------------------
 
 
@@ -449,23 +477,23 @@ def _host(setting: Setting) -> Iterator[Row]:
 
 
 def _memory(setting: Setting) -> Iterator[Row]:
-    """Memory besides inputs and results: the backward's delta, float32 [num_slots, H], and from D = 64 a float32 dq."""
+    """Memory besides inputs and results: the backward's delta, float32 [num_slots, H], and counters.
+
+    From D = 64 on also a float32 dq. Pieces of a workspace are up to COUNTERS bytes larger.
+    """
     for shape in (SMALL, WIDE, SHAPES[5]):
         case = _case(setting, shape, 4096)
         out, lse = case.forward(return_lse=True)
-        allowed = _delta_bytes(case) + (4 * case.q.size if shape.d >= 64 else 0)
+        large = shape.d >= 64
+        allowed = 4 * case.buckets.num_slots * shape.h + large * (4 * case.q.size + COUNTERS)
         for what, call, must in (
-            ("forward", case.forward, 0),
-            ("forward with lse", lambda case=case: case.forward(return_lse=True), 0),
+            ("forward", case.forward, large * COUNTERS),
+            ("forward with lse", lambda case=case: case.forward(return_lse=True), large * COUNTERS),
             ("backward", lambda case=case, out=out, lse=lse: case.backward(out, lse), allowed),
         ):
             yield Row(
                 f"extra memory, D {shape.d}, scope 4096: {what}", "check", "MB", _extra_bytes(call) / 1e6, must / 1e6
             )
-
-
-def _delta_bytes(case: Case) -> int:
-    return 4 * case.buckets.num_slots * case.shape.h
 
 
 def _extra_bytes(call: timing.Call) -> int:

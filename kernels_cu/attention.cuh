@@ -179,6 +179,44 @@ __device__ __forceinline__ void store_pair(const View &view, long long at, float
 #endif
 }
 
+// ---- scores --------------------------------------------------------------------------------------------------------
+
+// Makes the score of each key that holds no point -inf, after multiplication by scale_log2. The keys of S begin at
+// `position`.
+template <int TILES>
+__device__ __forceinline__ void mask(float (&S)[TILES][4], const Scope &scope, int position, float scale_log2) {
+#pragma unroll
+    for (int first = 0; first < TILES; first += 4) {
+        const u32 has_point = points_from(scope, position + first * 8) >> (threadIdx.x & 3) * 2;
+#pragma unroll
+        for (int n = first; n < first + 4 && n < TILES; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+                if (!(has_point >> (n - first) * 8 + e & 1))
+                    S[n][e] = S[n][2 + e] = scale_log2 < 0 ? INFINITE : -INFINITE;
+    }
+}
+
+// Raises m of a row to `margin` above its maximum in S. Returns the factor that brings earlier sums to the new m.
+template <int TILES>
+__device__ __forceinline__ float raise_row_max(
+    float &row_max, const float (&S)[TILES][4], int half, float scale_log2, float margin
+) {
+    float low = INFINITE, high = -INFINITE;  // with a negative scale the lowest score is the maximum
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+        low = fminf(fminf(low, S[n][2 * half]), S[n][2 * half + 1]);
+        high = fmaxf(fmaxf(high, S[n][2 * half]), S[n][2 * half + 1]);
+    }
+    float x = fmaxf(low * scale_log2, high * scale_log2);
+    x = fmaxf(x, __shfl_xor_sync(FULL, x, 1));
+    x = fmaxf(x, __shfl_xor_sync(FULL, x, 2));
+    x = fmaxf(x + margin, row_max);
+    const float factor = exponential(row_max, 1, x);
+    row_max = x;
+    return factor;
+}
+
 // ---- copies ---------------------------------------------------------------------------------------------------------
 
 // Starts to copy 16 bytes into shared memory; writes zeros if not `loads`.

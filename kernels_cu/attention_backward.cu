@@ -20,15 +20,15 @@
 //   because a row of dQ is a sum over the keys of both halves. dQ follows one tile later, so the halves need not run in
 //   step.
 // - An adder waits for the item's turn and adds a tile of dQ.
-// - Three loaders load the item's keys and values, and tiles of queries two ahead. The first of them takes the next
-//   item for the whole block.
+// - A loader takes the block's next item, and loads its keys and values and, two ahead, tiles of queries. A second one
+//   loads lse and delta.
 //
 // attention_delta runs before: delta, and zeros for the counters. attention_round runs after: dQ from its sums.
 //
 // Milliseconds of all three on an H200, bfloat16, 122,880 slots in scopes of 4096 and of 1024. In brackets: the two
 // kernels with seven products, in the same runs.
-//   8 heads of D = 64   5.6, 1.70 (7.7, 2.40)        4 heads of D = 128   5.8, 1.65 (6.8, 2.25)
-// D = 32 gains 3 and 8 %, but a training step of flash3d_46m with 34,688 points takes 16.4 instead of 14.5 ms: there
+//   8 heads of D = 64   5.5, 1.69 (7.7, 2.40)        4 heads of D = 128   5.4, 1.56 (6.8, 2.25)
+// D = 32 gains 2 and 11 %, but a training step of flash3d_46m with 34,688 points takes 17.0 instead of 15.0 ms: there
 // are too few items of 128 keys, and they follow each other. At D = 16 two blocks would have to share a multiprocessor,
 // and their registers do not suffice.
 //
@@ -37,6 +37,7 @@
 //   dQ one tile later                                                      7.4 | 7.1
 //   several pairs side by side: items no longer wait for their turns       5.7 | 6.2   (without any order: 5.6 | 6.2)
 //   slots looked up before a stage is free; dQ rounded without conflicts   5.6 | 5.8
+//   loaders with fewer instructions; fences in loaders, not in workers     5.6 | 5.4   (as fast: the TMA unit instead)
 // A step of D = 128 takes twice as long as its products or its shared memory need (1.8 GHz).
 // Tried and not better: halves that take turns at the tensor cores (6.1 | 6.6); a start of the second half after the
 // first; S of the next tile begun before this one ends, for which ptxas runs out of registers or serializes all
@@ -50,17 +51,13 @@
 #define VISIT 128  // queries in a tile
 #endif
 
-#include "attention.cuh"
+#include "attention_roles.cuh"
 #include "clouds.cuh"
-#include "wgmma.cuh"
 
 #define KEYS 128   // keys of an item; mirrored by gpu3d/cuda/attention.py, like THREADS, GROUP and those of delta
-#define ROW 64     // words of a row in shared memory; D = 128 is two tiles of them
 #define STAGES 2   // tiles of queries in shared memory
-#define LOADERS 3  // warps
 #define WORKERS 8  // warps
 #define THREADS 384
-#define GROUP 16  // rows: their slots are neighbours, because the size of a bucket is a multiple of 16
 
 static_assert(VISIT % GROUP == 0 && (D == 128 || (D == 64 && VISIT == 128)), "a half has 64 rows or columns of dQ");
 
@@ -96,41 +93,6 @@ struct Barriers {
     u64 dq_full, dq_empty;
 };
 
-__device__ __forceinline__ u32 address(const void *shared) { return (u32)__cvta_generic_to_shared(shared); }
-
-__device__ __forceinline__ void initialize(u64 &barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address(&barrier)), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void arrive(u64 &barrier) { arrive(address(&barrier)); }
-__device__ __forceinline__ void wait(u64 &barrier, int parity) { wait(address(&barrier), parity); }
-
-// One arrival a warp.
-__device__ __forceinline__ void arrive_as_warp(u64 &barrier) {
-    __syncwarp();
-    if ((threadIdx.x & 31) == 0) arrive(barrier);
-}
-
-// Arrives once all copies that this thread started have arrived.
-__device__ __forceinline__ void arrive_with_copies(u64 &barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(address(&barrier)) : "memory");
-}
-
-// These order ordinary accesses to memory with those of products and bulk copies: in shared memory, and in all memory.
-__device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ __forceinline__ void fence_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
-
-template <int TILES>
-__device__ __forceinline__ void keep(float (&x)[TILES][4]) {  // the compiler does not know when a product arrives
-#pragma unroll
-    for (int n = 0; n < TILES; ++n)
-        asm volatile("" : "+f"(x[n][0]), "+f"(x[n][1]), "+f"(x[n][2]), "+f"(x[n][3])::"memory");
-}
-
-__device__ __forceinline__ Scope scope_of(const Item &item, const int *table, int width, const Divisor &size) {
-    return {table + (size_t)item.scope * width, size, item.end, item.hole, item.hole_end};
-}
-
 // ---- items ---------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ bool is_empty(const Scope &scope, int first) {
@@ -153,7 +115,7 @@ __device__ __forceinline__ Item take_item(
         const Scope scope = scope_at(clouds, table, width, index, divisors.size);
         if (first >= scope.end) continue;
         int before = nth - 1;
-        if (before >= 0 && is_empty(scope, before * KEYS)) before = scope.hole > 0 ? (scope.hole - 1) / KEYS : -1;
+        if (before >= 0 && is_empty(scope, before * KEYS)) before = (scope.hole - 1) / KEYS;
         const int of_pair = pair * divisors.tiles.by;
         return {
             index,
@@ -169,38 +131,7 @@ __device__ __forceinline__ Item take_item(
     }
 }
 
-// Reads the nth item that the block takes.
-__device__ __forceinline__ Item read_item(const Item items[2], Barriers &barriers, int nth) {
-    wait(barriers.item_ready[nth & 1], nth >> 1 & 1);
-    const Item item = items[nth & 1];
-    arrive_as_warp(barriers.item_read[nth & 1]);
-    return item;
-}
-
 // ---- loaders -------------------------------------------------------------------------------------------------------
-
-// Starts to copy the GROUP rows at `position` to rows [row, row + GROUP) of a tile of `rows` rows. Rows that hold no
-// point become zeros. A warp's lanes must all call this.
-__device__ __forceinline__ void load_group(
-    u16 *tile, int rows, int row, const View &view, const Scope &scope, int position, int slot
-) {
-    const int lane = threadIdx.x & 31, part = lane % (D / 8);  // 16 bytes
-    const u16 *from = (const u16 *)view.data + row_of(view, slot) + part * 8;
-#pragma unroll
-    for (int i = 0; i < GROUP * D / 256; ++i) {
-        const int r = lane / (D / 8) + i * (256 / D), to = row + r;
-        const int swizzled = part % 8 ^ to & 7;
-        const bool loads = has_point_at(scope, position + r) & (part * 8 < view.dim);
-        copy_16_bytes(
-            tile + part / 8 * rows * ROW + to * ROW + swizzled * 8, loads ? from + row_of(view, r) : view.data, loads
-        );
-    }
-}
-
-// The slot of the first row of a group.
-__device__ __forceinline__ int slot_of_group(const Scope &scope, int position) {
-    return position < scope.end ? slot_at(scope, position) : 0;
-}
 
 __device__ __forceinline__ void copy_4_bytes(void *to, const void *from, bool loads) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
@@ -217,52 +148,13 @@ __device__ __forceinline__ u32 transposed(u32 word) {
     return word;
 }
 
-// Step i of a product.
-template <int MN_B, int MN_A, int TILES>
-__device__ __forceinline__ void multiply_step(float (&d)[TILES][4], int i, u64 a, u64 b) {
-    if (i == 0) wgmma_new<MN_B, MN_A>(d, a, b);
-    else wgmma<MN_B, MN_A>(d, a, b, 1);
-}
-
-// Transposes the words of four neighbouring lanes: word i of lane c becomes word c of lane i.
-__device__ __forceinline__ void exchange(u32 words[4]) {
-#pragma unroll
-    for (int step = 1; step <= 2; ++step) {
-        const bool high = threadIdx.x & step;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            u32 &one = words[step == 1 ? 2 * i : i], &other = words[step == 1 ? 2 * i + 1 : i + 2];
-            const u32 got = __shfl_xor_sync(FULL, high ? one : other, step);
-            if (high) one = got;
-            else other = got;
-        }
-    }
-}
-
-// Writes rows `slot` and slot + 8 of a head, unless slot is negative. word(n, i) is the lane's part of row slot + 8 i:
-// columns c and c + 1, where c = 8 n + 2 (lane % 4). A warp's lanes must all call this.
-template <class Word>
-__device__ __forceinline__ void store_rows(const View &view, int head, int slot, Word word) {
-    const int part = (threadIdx.x & 3) * 8;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        u16 *to = (u16 *)view.data + head * view.head + row_of(view, slot + 8 * i) + part;
-#pragma unroll
-        for (int n = 0; n < D / 8; n += 4) {
-            u32 words[4] = {word(n, i), word(n + 1, i), word(n + 2, i), word(n + 3, i)};
-            exchange(words);
-            if (slot >= 0 && n * 8 + part < view.dim) *(uint4 *)(to + n * 8) = {words[0], words[1], words[2], words[3]};
-        }
-    }
-}
-
 // ---- kernels -------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ __launch_bounds__(THREADS, 1) void attention_backward(
-    const __grid_constant__ View dout,      // [slots, heads, D]
-    const __grid_constant__ View q,         // [slots, heads, D]
-    const __grid_constant__ View k,         // [slots, heads, D]
-    const __grid_constant__ View v,         // [slots, heads, D]
+    const __grid_constant__ Source dout,    // [slots, heads, D]
+    const __grid_constant__ Source q,       // [slots, heads, D]
+    const __grid_constant__ Source k,       // [slots, heads, D]
+    const __grid_constant__ Source v,       // [slots, heads, D]
     const float *__restrict__ lse,          // [slots, heads]
     const float *__restrict__ delta,        // [slots, heads]
     const __grid_constant__ Clouds clouds,  // tiles are buckets
@@ -289,80 +181,86 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void attention_backward(
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2; ++i) {
             initialize(barriers.item_ready[i], 1);
-            initialize(barriers.item_read[i], LOADERS - 1 + 1 + WORKERS);
+            initialize(barriers.item_read[i], 1 + 1 + WORKERS);  // the other loader, the adder, the workers
         }
         for (int i = 0; i < STAGES; ++i) {
-            initialize(barriers.full[i], 32 * LOADERS);
+            initialize(barriers.full[i], 3);  // queries, dO, lse and delta
             initialize(barriers.empty[i], WORKERS);
         }
         for (int i = 0; i < 2; ++i) {
-            initialize(barriers.keys_full[i], 32 * LOADERS);
+            initialize(barriers.keys_full[i], 1);
             initialize(barriers.keys_empty[i], WORKERS);
             initialize(barriers.ds_full[i], WORKERS);
             initialize(barriers.ds_empty[i], WORKERS);
         }
-        initialize(barriers.values_full, 32 * LOADERS);
+        initialize(barriers.values_full, 1);
         initialize(barriers.values_empty, WORKERS);
         initialize(barriers.dq_full, WORKERS);
         initialize(barriers.dq_empty, 1);
+        fence_initialized();
     }
     __syncthreads();
 
     if (warp < 4) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (warp > 0) {  // ---- loaders
+        if (warp == 1) {  // ---- loader
             int step = 0, loaded = 0;
             for (int nth = 0;; ++nth) {
-                Item item;
-                if (warp == 1) {
-                    item = take_item(counters, schedule, clouds, table, width, divisors);
-                    wait(barriers.item_read[nth & 1], nth >> 1 & 1 ^ 1);
-                    if (lane == 0) taken[nth & 1] = item;
-                    arrive_as_warp(barriers.item_ready[nth & 1]);
-                } else item = read_item(taken, barriers, nth);
+                const Item item = take_item(counters, schedule, clouds, table, width, divisors);
+                wait(barriers.item_read[nth & 1], nth >> 1 & 1 ^ 1);
+                if (lane == 0) taken[nth & 1] = item;
+                arrive_as_warp(barriers.item_ready[nth & 1]);
                 if (item.scope < 0) break;
-                const View q_head = at_head(q, item.head), dout_head = at_head(dout, item.head);
                 const Scope scope = scope_of(item, table, width, divisors.size);
                 const int first = item.empty ? scope.end : first_tile(scope);
-                const int key_slot = slot_of_group(scope, item.first + lane * GROUP);  // of group `lane`
                 for (int tile = first; tile < scope.end; tile = next_tile(scope, tile), ++step) {
-                    const int stage = step % STAGES, slots = slot_of_group(scope, tile + lane * GROUP);
-                    u16 *const queries = tiles + stage * 2 * TILE;
+                    const int stage = step % STAGES;
+                    const Groups groups = groups_from(scope, tile, VISIT);
+                    u16 *const to = tiles + stage * 2 * TILE;
                     wait(barriers.empty[stage], step / STAGES & 1 ^ 1);
-                    for (int group = warp - 1; group < VISIT / GROUP; group += LOADERS) {
-                        const int position = tile + group * GROUP, slot = __shfl_sync(FULL, slots, group);
-                        load_group(queries, VISIT, group * GROUP, q_head, scope, position, slot);
-                        load_group(queries + TILE, VISIT, group * GROUP, dout_head, scope, position, slot);
-                        const int r = lane % GROUP;
-                        const float *from = lane < GROUP ? lse : delta;
-                        copy_4_bytes(
-                            &stats[stage][lane / GROUP][group * GROUP + r],
-                            from + (long long)(slot + r) * heads + item.head, has_point_at(scope, position + r)
-                        );
-                    }
-                    arrive_with_copies(barriers.full[stage]);
+                    load_rows(to, VISIT, q, item.head, groups, VISIT / GROUP, barriers.full[stage]);
+                    load_rows(to + TILE, VISIT, dout, item.head, groups, VISIT / GROUP, barriers.full[stage]);
                     if (tile != first) continue;
+                    const Groups own = groups_from(scope, item.first, KEYS);
                     wait(barriers.keys_empty[loaded % 2], loaded / 2 & 1 ^ 1);
-                    const auto load_keys = [&](u16 *to, const View &view) {
-                        for (int group = warp - 1; group < KEYS / GROUP; group += LOADERS)
-                            load_group(
-                                to, KEYS, group * GROUP, at_head(view, item.head), scope, item.first + group * GROUP,
-                                __shfl_sync(FULL, key_slot, group)
-                            );
-                    };
-                    load_keys(keys + loaded % 2 * ALL_KEYS, k);
-                    arrive_with_copies(barriers.keys_full[loaded % 2]);
+                    load_rows(
+                        keys + loaded % 2 * ALL_KEYS, KEYS, k, item.head, own, KEYS / GROUP,
+                        barriers.keys_full[loaded % 2]
+                    );
                     wait(barriers.values_empty, loaded & 1 ^ 1);
-                    load_keys(values, v);
-                    arrive_with_copies(barriers.values_full);
+                    load_rows(values, KEYS, v, item.head, own, KEYS / GROUP, barriers.values_full);
                     ++loaded;
                 }
             }
-            asm volatile("cp.async.wait_all;" ::: "memory");
-        } else {  // ---- adder
+        } else if (warp == 2) {  // ---- loader of lse and delta
             int step = 0;
             for (int nth = 0;; ++nth) {
-                const Item item = read_item(taken, barriers, nth);
+                const Item item = read_item(taken, barriers.item_ready, barriers.item_read, nth);
+                if (item.scope < 0) break;
+                const Scope scope = scope_of(item, table, width, divisors.size);
+                for (int tile = item.empty ? scope.end : first_tile(scope); tile < scope.end;
+                     tile = next_tile(scope, tile), ++step) {
+                    const int stage = step % STAGES;
+                    const Groups groups = groups_from(scope, tile, VISIT);
+                    wait(barriers.empty[stage], step / STAGES & 1 ^ 1);
+#pragma unroll
+                    for (int row = lane; row < VISIT; row += 32) {
+                        const Groups group = {
+                            __shfl_sync(FULL, groups.slot, row / GROUP), __shfl_sync(FULL, groups.points, row / GROUP)
+                        };
+                        const int r = row % GROUP;
+                        const long long at = (long long)(group.slot + r) * heads + item.head;
+                        copy_4_bytes(&stats[stage][0][row], lse + at, group.points >> r & 1);
+                        copy_4_bytes(&stats[stage][1][row], delta + at, group.points >> r & 1);
+                    }
+                    finish_copies();
+                    arrive_as_warp(barriers.full[stage]);
+                }
+            }
+        } else if (warp == 0) {  // ---- adder
+            int step = 0;
+            for (int nth = 0;; ++nth) {
+                const Item item = read_item(taken, barriers.item_ready, barriers.item_read, nth);
                 if (item.scope < 0) break;
                 const Scope scope = scope_of(item, table, width, divisors.size);
                 u32 done = 0, seen = 0;
@@ -444,7 +342,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void attention_backward(
             const int position = own_position(), group = position - lane / 4;
             const int slot = group < item.end ? slot_at(scope(), group) + lane / 4 : -1;
             const bool has_point[2] = {has_point_at(scope(), position), has_point_at(scope(), position + 8)};
-            store_rows({gradient, dk.head, dk.row, q.dim}, item.head, slot, [&](int n, int i) {
+            store_rows({gradient, dk.head, dk.row, q.view.dim}, item.head, slot, [&](int n, int i) {
                 return has_point[i] ? pack(factor * sums[n][2 * i], factor * sums[n][2 * i + 1]) : 0;
             });
         };
@@ -491,7 +389,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void attention_backward(
             commit_products();
         };
         const auto store_dq = [&](int step) {
-            keep(dQ);
+            fence_product(dQ);
             arrive_as_warp(barriers.ds_empty[step & 1]);
             wait(barriers.dq_empty, step & 1 ^ 1);
 #if D == 128
@@ -513,11 +411,10 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void attention_backward(
             const int stage = step % STAGES;
             const u16 *const queries = tiles + stage * 2 * TILE, *const douts = queries + TILE;
             wait(barriers.full[stage], step / STAGES & 1);
-            fence_shared();
             multiply(S, own_keys, queries);
             multiply(dP, own_values, douts);
             wait_for_products<1>();
-            keep(S);
+            fence_product(S);
 #pragma unroll
             for (int n = 0; n < VISIT / 8; ++n) {
                 const float2 shift = *(const float2 *)&stats[stage][0][n * 8 + (lane & 3) * 2];
@@ -532,7 +429,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void attention_backward(
                     for (int e = 0; e < 4; ++e)
                         if (!has_key[e / 2]) S[n][e] = 0;
             wait_for_products<0>();
-            keep(dP);
+            fence_product(dP);
 #pragma unroll
             for (int n = 0; n < VISIT / 8; ++n) {
                 const float2 shift = *(const float2 *)&stats[stage][1][n * 8 + (lane & 3) * 2];
@@ -572,8 +469,8 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void attention_backward(
         wait_for_products<0>();
         arrive_as_warp(barriers.keys_empty[loaded++ % 2]);
         store_dq(step - 1);
-        keep(dK);
-        keep(dV);
+        fence_product(dK);
+        fence_product(dV);
         store(dk.data, dK, scale);
         store(dv, dV, 1);
         arrive_as_warp(barriers.item_read[nth & 1]);
@@ -627,7 +524,7 @@ extern "C" __global__ __launch_bounds__(DELTA_THREADS) void attention_delta(
     }
 }
 
-// dQ = scale * its sums, and 0 in padding. A warp (`item`) has 8 (D = 128) or 16 rows of one head.
+// dQ = scale * its sums, and 0 in padding. A warp has 8 (D = 128) or 16 rows of one head.
 #define ROUND_PARTS (D == 128 ? 2 : 1)  // warps for the GROUP rows of a head
 extern "C" __global__ __launch_bounds__(128) void attention_round(
     const float4 *__restrict__ dq_sums,  // [slots / GROUP, heads, GROUP * D / 4]
@@ -636,8 +533,8 @@ extern "C" __global__ __launch_bounds__(128) void attention_round(
     float scale,
     const __grid_constant__ View dq  // [slots, heads, D]
 ) {
-    const int item = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x & 31;
-    const int block = item / ROUND_PARTS, part = item % ROUND_PARTS;
+    const int warp = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x & 31;
+    const int block = warp / ROUND_PARTS, part = warp % ROUND_PARTS;
     const int group = divide(block, divisors.heads), head = block - group * divisors.heads.by;
     if (group * GROUP >= slots_of(clouds)) return;
     const float4 *const sums = dq_sums + (size_t)block * (GROUP * D / 4) + lane;

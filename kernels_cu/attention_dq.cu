@@ -66,7 +66,9 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_dq(
     const auto pointwise = [&](int position, bool whole, int, int, int now) {
         fence_product(S);
         fence_product(dP);
-        if (!whole) mask(S, scope, position, scale_log2);
+        if (!whole)
+#pragma unroll
+            for (int m = 0; m < OWN_TILES; ++m) mask(S[m], scope, position, scale_log2);
 #pragma unroll
         for (int m = 0; m < OWN_TILES; ++m)
 #pragma unroll

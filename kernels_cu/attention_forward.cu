@@ -26,25 +26,6 @@
 #include "clouds.cuh"
 #include "early.cuh"
 
-// Raises m of a row above its maximum in the chunk. Returns the factor that brings earlier sums to the new m.
-__device__ __forceinline__ float raise_row_max(
-    float &row_max, const float S[CHUNK / 8][4], int half, float scale_log2
-) {
-    float low = INFINITE, high = -INFINITE;  // with a negative scale the lowest score is the maximum
-#pragma unroll
-    for (int n = 0; n < CHUNK / 8; ++n) {
-        low = fminf(fminf(low, S[n][2 * half]), S[n][2 * half + 1]);
-        high = fmaxf(fmaxf(high, S[n][2 * half]), S[n][2 * half + 1]);
-    }
-    float x = fmaxf(low * scale_log2, high * scale_log2);
-    x = fmaxf(x, __shfl_xor_sync(FULL, x, 1));
-    x = fmaxf(x, __shfl_xor_sync(FULL, x, 2));
-    x = fmaxf(x + MARGIN, row_max);
-    const float factor = exponential(row_max, 1, x);
-    row_max = x;
-    return factor;
-}
-
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
     const __grid_constant__ View q,         // [slots, heads, D]
     const __grid_constant__ View k,         // [slots, heads, D]
@@ -113,7 +94,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
         for (int m = 0; m < OWN_TILES; ++m)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const float factor = raise_row_max(row_max[m][half], S[m], half, scale_log2);
+                const float factor = raise_row_max(row_max[m][half], S[m], half, scale_log2, MARGIN);
                 row_sum[m][2 * half] *= factor;
 #pragma unroll
                 for (int n = 0; n < D / 8; ++n) {
@@ -132,7 +113,9 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void attention_forward(
     };
     const auto pointwise = [&](int position, bool whole, int, int chunk, int now) {
         fence_product(S);
-        if (__builtin_expect(!whole, 0)) mask(S, scope, position, scale_log2);
+        if (__builtin_expect(!whole, 0))
+#pragma unroll
+            for (int m = 0; m < OWN_TILES; ++m) mask(S[m], scope, position, scale_log2);
         float row[OWN_TILES][2];  // the lane's part of l
         if (chunk == 0 && first_chunk) raise_row_maxima();
         first_chunk = false;

@@ -14,29 +14,25 @@
 // float32 runs through the same code at a sixth of the rate. Where registers cannot hold the planes of the stationary
 // rows (D = 128), these rows stay in shared memory as floats and are split for each product.
 //
-// Limits on an H100: at D = 16 the exponential unit (busy 83 % of the cycles in scopes of 4096, 75 % in scopes of
-// 1024), at D = 128 the tensor cores (84 % of cuBLAS's rate). The rest is latency, so more warps help more than more
-// rows a warp. At D = 16 two blocks share a multiprocessor. A block alone reaches only 57 % of the exponential rate,
+// The limit at D = 16 is the exponential unit: on an H100 it is busy 83 % of the cycles in scopes of 4096, and 75 % in
+// scopes of 1024. The rest is latency, so more warps help more than more rows a warp. At D = 16 two blocks share a
+// multiprocessor. A block alone reaches only 57 % of the exponential rate,
 // and it is alone while the other starts or ends. Starting and ending took 11,000 cycles, mostly divisions, addresses
 // and branches; now 5,500.
 //
-// Milliseconds gained in the forward pass at D = 16 | 64 | 128 (from 3.16 | 3.7 | 3.9 to 2.57 | 2.1 | 1.8; H100):
-//   warpgroup products                                      -   | 0.9 | 1.1
-//   16 and 12 warps that share a tile                       -   | 0.4 | 0.7
-//   no row maximum for each chunk                           -   | 0.1 |  -
-//   no branch between the exponentials of a chunk          0.3  |  -  |  -
-//   tiles of 256 rows                                      0.08 |  -  |  -
-//   range checked on bits, row sums by a column of ones    0.11 |  -  |  -
-//   next S begun before O += P V                           0.01 |  -  |  -
-//   tiles loaded two ahead, two barriers                    -   |  -  | 0.1
-//   O += P V overlaps the next exponentials (LAZY)          -   |  -  | 0.2
-//   blocks that start and end faster                       0.09 | 0.1 | 0.2   (scopes of 1024, D = 16: 6 %)
-// Tried and not better at D = 16 (2.71 ms then): 2^x by a cubic on the FMA units for 1/8, 2/8 or 3/8 of P (2.80, 3.0,
-// 3.2 ms, and an error of 7.5e-5); ex2 on pairs of halves (same rate); scale and row maximum folded into the products,
-// as two planes of scale * q and sums that start from -m (32 operations a chunk less, 8 products more: 2.76 became
-// 2.93); row sums by additions (2.80); O += P V begun only beside the next exponentials (2.85).
-// Tried and not better elsewhere: P truncated instead of rounded; the next chunk's S begun before this one's
-// exponentials; two stages; warpgroups taking turns at the tensor cores; chunks of 128.
+// Milliseconds gained in the forward pass at D = 16 (from 3.16 to 2.57; H100):
+//   no branch between the exponentials of a chunk          0.3
+//   tiles of 256 rows                                      0.08
+//   range checked on bits, row sums by a column of ones    0.11
+//   next S begun before O += P V                           0.01
+//   blocks that start and end faster                       0.09 (scopes of 1024: 6 %)
+// Tried and not better (2.71 ms then): 2^x by a cubic on the FMA units for 1/8, 2/8 or 3/8 of P (2.80, 3.0, 3.2 ms, and
+// an error of 7.5e-5); ex2 on pairs of halves (same rate); scale and row maximum folded into the products, as two
+// planes of scale * q and sums that start from -m (32 operations a chunk less, 8 products more: 2.76 became 2.93); row
+// sums by additions (2.80); O += P V begun only beside the next exponentials (2.85). At D = 32, and before
+// attention_forward_roles.cu at D = 64 and 128, these gained: warpgroup products; 12 or 16 warps that share a tile;
+// tiles loaded two ahead; O += P V beside the next exponentials (LAZY). Not better: P truncated instead of rounded; the
+// next chunk's S begun before this one's exponentials; two stages; chunks of 128.
 
 #ifndef GPU3D_ATTENTION_STREAM_CUH
 #define GPU3D_ATTENTION_STREAM_CUH
@@ -51,7 +47,7 @@
 #define OWN_TILES 2   // tiles of 16 stationary rows a warp
 #define CHUNK 16      // streamed rows a product takes
 #define BLOCKS 1      // blocks that must fit on a multiprocessor: limits registers
-#define OWN_SHARED 0  // 1: stationary rows lie in shared memory, which frees registers (float32; WGMMA with D >= 64)
+#define OWN_SHARED 0  // 1: stationary rows lie in shared memory, which frees registers (float32)
 #define PAIRED 0      // 1: two warps share the stationary rows, each computes one of two gradients (dkdv, float32)
 #define LAZY 0        // 1: a chunk's second product overlaps the next chunk's exponentials (WGMMA)
 #endif
@@ -59,8 +55,8 @@
 #define THREADS (32 * WARPS)
 #define OWN (16 * WARPS / (1 + PAIRED) * OWN_TILES)  // stationary rows a block
 #if WGMMA
-#define ROW (D < 64 ? D : 64)  // 16-bit words a row in shared memory; D = 128 is two tiles of 64
-#define TENSOR (VISIT * D)     // ... of one streamed tile
+#define ROW D               // 16-bit words a row in shared memory
+#define TENSOR (VISIT * D)  // ... of one streamed tile
 #else
 #define ROW (D + 8)  // the padding puts 8 rows into different banks
 #define TENSOR (PLANES * VISIT * ROW)
@@ -68,7 +64,8 @@
 #define PARTS (THREADS / VISIT)  // threads that load one streamed row
 #define STAGES (PLANES == 1 ? 3 : 1)
 
-static_assert(!OWN_SHARED || PLANES > 1 || (WGMMA && D >= 64), "floats, or rows of 64 words");
+static_assert(!OWN_SHARED || PLANES > 1, "floats");
+static_assert(!WGMMA || D == 32, "larger heads have kernels of their own");
 static_assert(D % 16 == 0, "a row is whole k-steps of the first product");
 static_assert(CHUNK % 16 == 0, "a chunk is whole k-steps of the second product");
 static_assert(VISIT % CHUNK == 0 && (PLANES > 1 || VISIT > CHUNK), "a tile's copies arrive during a chunk");
@@ -124,16 +121,13 @@ __device__ __forceinline__ void load_matrices_transposed(u32 b[4], const u16 *ro
 #if !OWN_SHARED
 typedef u32 Rows[PLANES][OWN_TILES][D / 16][4];
 #define STATIONARY_ROWS(name, i) Rows name
-#elif PLANES > 1
+#else
 typedef float2 *Rows;  // tensor i of them lies behind the streamed planes and floats
 #define STATIONARY_ROWS(name, i) const Rows name = (Rows)(stages + 2 * TENSOR) + VISIT * D + (i) * (OWN * D / 2)
 // Where a lane keeps the two columns that make word i of the left operand of step k. Only this lane reads them.
 __device__ __forceinline__ int stationary_pair(int m, int k, int i) {
     return ((m * (D / 16) + k) * 4 + i) * THREADS + threadIdx.x;
 }
-#else
-typedef u16 *Rows;  // tensor i of them lies behind the stages, laid out as a streamed one
-#define STATIONARY_ROWS(name, i) const Rows name = stages + STAGES * 2 * TENSOR + (i) * OWN * D
 #endif
 typedef float Product[OWN_TILES][CHUNK / 8][4];         // S or dP: stationary rows by a chunk of streamed ones
 typedef u32 Operand[PLANES][OWN_TILES][CHUNK / 16][4];  // P or dS, of the same shape, as left operand of `accumulate`
@@ -276,15 +270,8 @@ template <bool KEYS_STREAMED>
 __device__ __forceinline__ void products(Product tile, const Rows stationary, const u16 *streamed) {
     const u64 first = operand<ROW>(streamed, VISIT);  // addresses in it count units of 16 bytes: eight words
 #pragma unroll
-    for (int k = 0; k < D / 16; ++k) {
-#if OWN_SHARED
-        const u64 left =
-            operand<ROW>(stationary + threadIdx.x / 128 * 64 * ROW, OWN) + (k / 4 * OWN * ROW + k % 4 * 16) / 8;
-#else
-        const u32(&left)[4] = stationary[0][0][k];
-#endif
-        wgmma<0>(*(float (*)[CHUNK / 8][4]) tile[0], left, first + (k / 4 * VISIT * ROW + k % 4 * 16) / 8, k > 0);
-    }
+    for (int k = 0; k < D / 16; ++k)
+        wgmma<0>(*(float (*)[CHUNK / 8][4]) tile[0], stationary[0][0][k], first + k * 16 / 8, k > 0);
 }
 
 // sums += left * streamed, for the chunk of streamed rows that begins at `streamed`.
@@ -297,13 +284,11 @@ __device__ __forceinline__ void accumulate(Accumulator sums, const Operand left,
 
 #endif
 
-// Keeps the compiler from reading an asynchronous product before this line: it does not know when the product arrives.
+// The same for a product of this file; other products are there when they return.
 template <int TILES>
 __device__ __forceinline__ void fence_product(float (&tile)[OWN_TILES][TILES][4]) {
 #if WGMMA
-#pragma unroll
-    for (int n = 0; n < TILES; ++n)
-        asm volatile("" : "+f"(tile[0][n][0]), "+f"(tile[0][n][1]), "+f"(tile[0][n][2]), "+f"(tile[0][n][3])::"memory");
+    fence_product(tile[0]);
 #endif
 }
 
@@ -314,23 +299,6 @@ __device__ __forceinline__ void set_operand(Operand left, int m, int n, int half
     split(low, high, planes);
 #pragma unroll
     for (int i = 0; i < PLANES; ++i) left[i][m][n / 2][n % 2 * 2 + half] = planes[i];
-}
-
-// Makes the score of each key of the chunk that holds no point -inf, after multiplication by scale_log2. The chunk
-// begins at `position`.
-__device__ __forceinline__ void mask(Product S, const Scope &scope, int position, float scale_log2) {
-#pragma unroll
-    for (int first = 0; first < CHUNK / 8; first += 4) {
-        const u32 has_point = points_from(scope, position + first * 8) >> (threadIdx.x & 3) * 2;
-#pragma unroll
-        for (int n = first; n < first + 4 && n < CHUNK / 8; ++n)
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-#pragma unroll
-                for (int m = 0; m < OWN_TILES; ++m)
-                    if (!(has_point >> (n - first) * 8 + e & 1))
-                        S[m][n][e] = S[m][n][2 + e] = scale_log2 < 0 ? INFINITE : -INFINITE;
-    }
 }
 
 __device__ __forceinline__ void clear(Accumulator sums) {
@@ -359,24 +327,6 @@ __device__ __forceinline__ void stationary_slots(int slots[OWN_TILES], const Sco
 
 // Rows that hold no point become zeros. This starts before the copies of streamed rows, and is done when the first of
 // these arrive.
-#if OWN_SHARED && PLANES == 1
-__device__ __forceinline__ void load_stationary(
-    Rows rows, const View &view, const Scope &scope, const int slots[OWN_TILES], int first
-) {
-    static_assert(OWN_TILES == 1, "two threads load a row");
-    const int row = threadIdx.x / 2, position = first + row;
-    const bool has_point = has_point_at(scope, position);
-    const u16 *from = (const u16 *)view.data + (has_point ? row_of(view, slot_at(scope, position)) : 0);
-#pragma unroll
-    for (int i = 0; i < D / 16; ++i) {
-        const int part = (threadIdx.x & 1) * (D / 16) + i;  // 16 bytes
-        copy_16_bytes(
-            rows + part / 8 * OWN * ROW + row * ROW + (part % 8 ^ row % 8) * 8, from + part * 8,
-            has_point && part * 8 < view.dim
-        );
-    }
-}
-#else
 __device__ __forceinline__ void load_stationary(
     Rows rows, const View &view, const Scope &scope, const int slots[OWN_TILES], int first
 ) {
@@ -414,7 +364,6 @@ __device__ __forceinline__ void load_stationary(
     }
     __syncwarp();  // without this the compiler delays some of the loads
 }
-#endif
 
 // The dot products of the stationary rows of two tensors in float32, on all four lanes of a row.
 __device__ __forceinline__ void dot_stationary(
@@ -485,11 +434,7 @@ __device__ __forceinline__ int streamed_slot(const Scope &scope, int first) {
 // zeros if slot is -1.
 __device__ __forceinline__ void load_streamed(u16 *stage, const View &one, const View &other, int slot) {
     const int row = threadIdx.x / PARTS, first = threadIdx.x % PARTS * 8;
-#if WGMMA
-    const int swizzle = (ROW == 64 ? row & 7 : ROW == 32 ? row >> 1 & 3 : row >> 2 & 1) * 8;
-#else
-    const int swizzle = 0;
-#endif
+    const int swizzle = WGMMA ? (row >> 1 & 3) * 8 : 0;
 #pragma unroll
     for (int tensor = 0; tensor < 2; ++tensor) {
         const View &view = tensor ? other : one;
@@ -499,10 +444,7 @@ __device__ __forceinline__ void load_streamed(u16 *stage, const View &one, const
         for (int c = 0; c < D; c += 8 * PARTS) {
             if (8 * PARTS > D && first >= D) continue;
             const bool loads = (slot >= 0) & (c + first == 0 || c + first < view.dim);
-            copy_16_bytes(
-                to + (WGMMA ? c / 64 * VISIT * ROW + (c % 64 ^ first ^ swizzle) : c + first),
-                (const u16 *)view.data + from + c, loads
-            );
+            copy_16_bytes(to + (c + first ^ swizzle), (const u16 *)view.data + from + c, loads);
         }
     }
 }

@@ -16,20 +16,14 @@
 #define WGMMA_OF(N) "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 "
 #endif
 #define QUAD(c, i) c(d[i][0]), c(d[i][1]), c(d[i][2]), c(d[i][3])
-#define QUADS_2(c) QUAD(c, 0), QUAD(c, 1)
-#define QUADS_4(c) QUADS_2(c), QUAD(c, 2), QUAD(c, 3)
-#define QUADS_6(c) QUADS_4(c), QUAD(c, 4), QUAD(c, 5)
-#define QUADS_8(c) QUADS_6(c), QUAD(c, 6), QUAD(c, 7)
-#define QUADS_10(c) QUADS_8(c), QUAD(c, 8), QUAD(c, 9)
-#define QUADS_16(c) QUADS_10(c), QUAD(c, 10), QUAD(c, 11), QUAD(c, 12), QUAD(c, 13), QUAD(c, 14), QUAD(c, 15)
+#define QUADS_4(c) QUAD(c, 0), QUAD(c, 1), QUAD(c, 2), QUAD(c, 3)
+#define QUADS_8(c) QUADS_4(c), QUAD(c, 4), QUAD(c, 5), QUAD(c, 6), QUAD(c, 7)
+#define QUADS_16(c) QUADS_8(c), QUAD(c, 8), QUAD(c, 9), QUAD(c, 10), QUAD(c, 11), QUAD(c, 12), QUAD(c, 13), QUAD(c, 14), QUAD(c, 15)
 #define ADDS(x) "+f"(x)
 #define SETS(x) "=f"(x)
-#define LIST_8 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define LIST_16 LIST_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define LIST_24 LIST_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
-#define LIST_32 LIST_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
-#define LIST_40 LIST_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
-#define LIST_64 LIST_40 ", %40, %41, %42, %43, %44, %45, %46, %47" \
+#define LIST_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define LIST_32 LIST_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define LIST_64 LIST_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // d = a * b, or d += a * b if `adds`: 64 x 16 times 16 x N, with a in registers or in shared memory. MN_B: b is
@@ -54,13 +48,17 @@
                      WGMMA_OF(N) "{" LIST "}, %" #A0 ", %" #A1 ", p, 1, 1, %" #A2 ", %" #A3 ";}"                     \
                      : QUADS_##TILES(SETS) : "l"(a), "l"(b), "n"(MN_A), "n"(MN_B));                                  \
     }
-DEFINE_WGMMA(16, 2, LIST_8, 8, 9, 10, 11, 12, 13, 14)
 DEFINE_WGMMA(32, 4, LIST_16, 16, 17, 18, 19, 20, 21, 22)
-DEFINE_WGMMA(48, 6, LIST_24, 24, 25, 26, 27, 28, 29, 30)
 DEFINE_WGMMA(64, 8, LIST_32, 32, 33, 34, 35, 36, 37, 38)
-DEFINE_WGMMA(80, 10, LIST_40, 40, 41, 42, 43, 44, 45, 46)
 DEFINE_WGMMA(128, 16, LIST_64, 64, 65, 66, 67, 68, 69, 70)
 // clang-format on
+
+// Step i of a product.
+template <int MN_B, int MN_A, int TILES>
+__device__ __forceinline__ void multiply_step(float (&d)[TILES][4], int i, u64 a, u64 b) {
+    if (i == 0) wgmma_new<MN_B, MN_A>(d, a, b);
+    else wgmma<MN_B, MN_A>(d, a, b, 1);
+}
 
 // The descriptor of an operand that begins at `start`, in a tile of `rows` rows of WORDS 16-bit words (16, 32 or 64),
 // which are swizzled over their 2 * WORDS bytes. Groups of eight rows follow each other; words 64 to 127 of the rows
@@ -77,6 +75,14 @@ __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_g
 template <int LEFT>
 __device__ __forceinline__ void wait_for_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+
+// Keeps the compiler from reading an asynchronous product before this line: it does not know when the product arrives.
+template <int TILES>
+__device__ __forceinline__ void fence_product(float (&tile)[TILES][4]) {
+#pragma unroll
+    for (int n = 0; n < TILES; ++n)
+        asm volatile("" : "+f"(tile[n][0]), "+f"(tile[n][1]), "+f"(tile[n][2]), "+f"(tile[n][3])::"memory");
 }
 
 #endif  // GPU3D_WGMMA_CUH

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every CUDA kernel with NVRTC, on any machine, and prints the registers and spills that ptxas reports.
 
-For sm_90a it compiles every configuration that gpu3d can use. For each of the other architectures it compiles the last
-configuration of each file, which is the largest, and for the oldest the first too, which is the smallest. It also
-compiles every file by itself, headers included, with default macros. It exits with 1 if a file does not compile, or if
-a kernel has more static shared memory than CUDA allows. Results of unchanged files come from .cache/kernels.json.
+For sm_90a it compiles the configurations of each file that gpu3d can use, MOST of them evenly spread where there are
+more. For each of the other architectures it compiles the last configuration of each file, which is the largest, and for
+the oldest the first too, which is the smallest. It also compiles every file by itself, headers included, with default
+macros. It exits with 1 if a file does not compile, or if a kernel has more static shared memory than CUDA allows.
+Results of unchanged files come from .cache/kernels.json.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from gpu3d import _kernels
 from gpu3d.cuda import compiler
 
 MAIN = "sm_90a"
+MOST = 24  # configurations of a file; `gpu3d.precompile` compiles all
 OTHERS = ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120")
 SHARED_LIMIT = 48 * 1024
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "kernels.json"
@@ -63,8 +65,9 @@ def jobs() -> Iterator[Job]:
     files: dict[str, list[compiler.Configuration]] = {}
     for configuration in _kernels.configurations():
         files.setdefault(configuration.source, []).append(configuration)
-        yield Job(configuration, MAIN)
     for everywhere in files.values():
+        count = min(MOST, len(everywhere))
+        yield from (Job(everywhere[i * (len(everywhere) - 1) // max(1, count - 1)], MAIN) for i in range(count))
         configurations = [configuration for configuration in everywhere if configuration.only is None]
         for arch in OTHERS:
             chosen = configurations[:1] + configurations[-1:] if arch == OTHERS[0] else configurations[-1:]

@@ -19,6 +19,7 @@ from gpu3d.cuda.plan import (
     Packed,
     Pointer,
     Table,
+    TensorMap,
     Wait,
     fields,
     parameters,
@@ -82,6 +83,12 @@ def check(call, inputs, results, device, *, shared=False):
             assert text.endswith("s") and struct.calcsize(value.format) == packer.size
             for field, place in zip(value.fields, fields(value.format)[0], strict=True):
                 fit(field, place.format, at + place.offset)
+        elif isinstance(value, TensorMap):
+            assert text == "128s" and at % 64 == 0
+            assert value.pointer.offset % 16 == value.row % 16 == value.slice % 16 == 0
+            assert 0 < value.row < 2**40 and 0 < value.slice < 2**40 and value.slices > 0 and value.columns > 0
+            assert value.width in (16, 32, 64) and 0 < value.box <= 256
+            point(value.pointer, (value.slices - 1) * value.slice + 2 * value.columns)
         elif isinstance(value, Number):
             number = numbers[value.name]
             used.add(("number", value.name))

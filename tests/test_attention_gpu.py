@@ -49,6 +49,7 @@ def either_path(cp, request, monkeypatch):
     if request.param == "mma":
         monkeypatch.setattr(cuda, "HOPPER", cuda.MMA)
         monkeypatch.setattr(cuda, "HOPPER_SINGLE", cuda.SINGLE)
+        monkeypatch.setattr(cuda, "ROLES", {})
         monkeypatch.setattr(cuda, "ONE_PASS", {})
     built = cuda._kernel, cuda._attention.kept, cuda._forward_plan, cuda._backward_plan
     for cached in built:
@@ -389,10 +390,11 @@ def test_registers_suffice(cp, dtype, dim):
     """The kernels that this GPU uses keep nothing in local memory."""
     arch, dtype = compiler.device_arch(cp.cuda.Device().id), DTYPES[dtype]
     hopper = arch == "sm_90a"
-    one_pass = cuda._one_pass(hopper, dtype, dim)
-    of_tilings = ("forward",) if one_pass else cuda.MMA
-    kernels = [cuda._kernel(which, dtype, dim, hopper)[0] for which in of_tilings]
-    for kernel in (*kernels, *(cuda._one_pass_kernels(dtype, dim) if one_pass else ())):
+    if roles := cuda._roles(hopper, dtype, dim):
+        kernels = [cuda._roles_kernel(roles, dtype, dim), *cuda._one_pass_kernels(dtype, dim)]
+    else:
+        kernels = [cuda._kernel(which, dtype, dim, hopper)[0] for which in cuda.MMA]
+    for kernel in kernels:
         path = compiler.cubin_path(compiler.Configuration(kernel.source, kernel.macros), arch)
         assert cp.RawModule(path=str(path)).get_function(kernel.function).local_size_bytes == 0, kernel.function
 
@@ -400,17 +402,18 @@ def test_registers_suffice(cp, dtype, dim):
 # ---- offsets beyond 32 bits ----------------------------------------------------------------------------------------
 
 
-def test_rows_far_apart(cp):
+@pytest.mark.parametrize("dim", [16, 64])
+def test_rows_far_apart(cp, dim):
     """Rows are two megabytes apart, so the last of 2112 rows lie beyond 2**31 elements."""
     if cp.cuda.Device().mem_info[0] < 8 << 30:
         pytest.skip("needs 8 GiB of GPU memory")
-    arrays = [cp.asarray(x) for x in inputs(layout([2100], 16), 2, 16, "float16")]
+    arrays = [cp.asarray(x) for x in inputs(layout([2100], 16), 2, dim, "float16")]
     buckets, scopes = on_device(cp, [2100], 16, 8)
     assert (buckets.num_slots - 1) << 20 > 2**31
     far = cp.empty((buckets.num_slots, 1 << 20), np.float16)
     views = []
     for i, x in enumerate(arrays):
-        view = far[:, 64 * i : 64 * i + 32].reshape(buckets.num_slots, 2, 16)
+        view = far[:, 256 * i : 256 * i + 2 * dim].reshape(buckets.num_slots, 2, dim)
         view[:] = x
         views.append(view)
         assert view.base is not None and view.strides[0] == 2 << 20

@@ -73,7 +73,7 @@ def check_packed(cp, lengths, bucket_size, window, dim, dtype, device, heads=3):
 
     def add_backward(steps, given, made):
         argument = clouds.argument(steps, "level 2", shape.clouds, bucket_size)
-        attention.add_packed_backward(steps, shape, *given, argument, scale, *made)
+        attention.add_packed_backward(steps, shape, *given, argument, len(q), scale, *made)
 
     (dqkv,) = run(cp, add_backward, [dout, qkv, out, lse, table], [(qkv.shape, dtype)], numbers)
     for i, name in enumerate(("dq", "dk", "dv")):

@@ -76,6 +76,13 @@ class Driver:
         version._obj.value = self.version
         return 0
 
+    def cuTensorMapEncodeTiled(self, made, kind, rank, address, sizes, strides, box, steps, *options):
+        """A map that begins with the address, the sizes and strides, and the box."""
+        assert made.value % 64 == 0 and (kind, rank, list(steps), *options[::3]) == (1, 3, [1, 1, 1], 0, 0)
+        fields = struct.pack("<6Q3IQ", address.value, *sizes, *strides, *box, options[1])
+        ctypes.memmove(made.value, fields.ljust(128, b"\0"), 128)
+        return 0
+
     def clear(self, address, value, size, stream):
         assert value == 0
         self.done.append(("clear", address, size, stream))

@@ -152,21 +152,23 @@ def in_one_pass(arch, dtype, dim):
 def check_attention_grid(step, lengths, bucket_size, dtype, arch, dim):
     """Check that there is a block for each tile of rows of the longest scope, each scope and each head.
 
-    Of the kernels of one pass, the first and the third have enough threads for all rows, and the second has at most a
-    block a multiprocessor.
+    Kernels whose warps have roles have at most a block a multiprocessor. The other two of the backward in one pass have
+    enough threads for all rows.
     """
     function, scopes = step.kernel.function, table_of(lengths, bucket_size).shape[0]
     longest = min(4, max(-(-n // bucket_size) for n in lengths)) * bucket_size
+    if function == "attention_forward_roles":
+        workers = 8 if dim > 64 else 12
+        assert step.grid == min(scopes * 3 * -(-longest // (16 * workers)), DEVICES[arch].multiprocessors)
+        assert step.block == 128 + 32 * workers
+        return
     if step.kernel.source == "attention_backward":
         if function == "attention_backward":
             assert step.grid == min(scopes * 3 * -(-longest // 128), DEVICES[arch].multiprocessors)
         else:
             threads = (128 if dim > 64 else 64) // 8  # for each row and head, or for each GROUP rows and head
             of_block = 1024 if function == "attention_delta" else 512
-            least, most = (
-                -(-slots * 3 * threads // of_block) for slots in (num_slots(lengths, bucket_size), scopes * longest)
-            )
-            assert least <= step.grid <= most
+            assert step.grid == -(-num_slots(lengths, bucket_size) * 3 * threads // of_block)
         return
     which = function.removeprefix("attention_")
     tiling = cuda_attention._tiling(arch == "sm_90a", which, dtype, dim)
@@ -177,14 +179,17 @@ def check_attention_grid(step, lengths, bucket_size, dtype, arch, dim):
 
 def views_of(step):
     """The fields of each struct View among the arguments: those that the kernel reads, and those that it writes."""
-    views = [arg for arg in step.args if isinstance(arg, Packed) and arg.format == cuda_attention.VIEW_FORMAT]
+    packed = [arg for arg in step.args if isinstance(arg, Packed)]
+    sources = [arg.fields[1:5] for arg in packed if arg.format == cuda_attention._SOURCE_FORMAT]
+    views = [arg for arg in packed if arg.format == cuda_attention.VIEW_FORMAT]
     written = [view.fields for view in views if view in step.args[-3:]]
-    return [view.fields for view in views[: len(views) - len(written)]], written
+    return sources + [view.fields for view in views[: len(views) - len(written)]], written
 
 
 # How many views each kernel reads.
 VIEWS = {
     "attention_forward": 3,
+    "attention_forward_roles": 3,
     "attention_dq": 5,
     "attention_dkdv": 4,
     "attention_delta": 2,
@@ -211,6 +216,53 @@ def test_attention_reads_in_place_what_it_can(dtype, make):
                 assert source.memory == ("workspace" if copies else "input") and numbers == [40, row, 40]
             for source, *numbers in written:
                 assert source.memory == "result" and numbers == [40, 3 * 40, 40]
+
+
+def reversed_heads(shape, dtype):
+    row, head, last = np.empty(shape, dtype).strides
+    return Spec(shape, dtype, (row, -head, last))
+
+
+def one_head_for_all(shape, dtype):
+    return Spec(shape, dtype, (shape[2] * dtype.itemsize, 0, dtype.itemsize))
+
+
+@pytest.mark.parametrize("make", [reversed_heads, one_head_for_all])
+def test_strides_that_tensor_maps_cannot_have(make):
+    for arch, copies in ("sm_80", 0), ("sm_90a", 3):
+        call, *_ = attention_call((700, 90), 64, DTYPES[1], arch, dim=64, make=make)
+        assert len(launches(call, "arrays_copy")) == copies
+
+
+def test_boxes_lie_in_buckets():
+    for bucket_size, boxes in (16, [16] * 3), (48, [16] * 3), (96, [32] * 3), (512, [64, 128, 128]):
+        for make in (Spec, packed):
+            call, *_ = attention_call((3000, 90), bucket_size, DTYPES[1], "sm_90a", dim=72, make=make)
+            (step,) = launches(call, "attention")
+            found = [source.fields[0] for source in step.args[:3]]
+            row = 3 * 72 * 2 * (3 if make is packed else 1)
+            assert [what.box for what in found] == boxes
+            assert found == [(Input(i), 3, 72, row, 2 * 72, 64, boxes[i]) for i in range(3)]
+
+
+def test_as_many_pairs_side_by_side_as_there_are():
+    """Of small clouds all pairs of a scope and a head are worked on at once, and no ticket is without a pair."""
+    call, *_ = attention_backward_call((100, 90), 64, DTYPES[1], "sm_90a", dim=64)
+    step = next(step for step in launches(call) if step.kernel.function == "attention_backward")
+    pairs, side = struct.unpack("<ii", step.args[10][:8])
+    assert pairs == side == 2 * 3
+
+
+def test_too_many_scopes_at_once():
+    lengths, table = (2**21 * 512,), Spec((2**17 + 1, 4096), INT32)
+    rows = Spec((lengths[0], 1, 64), DTYPES[1])
+    inputs = [rows] * 5 + [Spec(rows.shape[:2], _arrays.FLOAT32), table]
+    device = DEVICES["sm_90a"]
+    with pytest.raises(ValueError, match=r"at most \d+ parts of work, got 2147500033 for 131073 scopes.*fewer clouds"):
+        cuda_attention.attention_backward(*inputs, lengths, 512, 0.3, device)
+    rows = Spec((lengths[0], 2, 64), DTYPES[1])
+    with pytest.raises(ValueError, match=r"at most \d+ parts of work, got 2863420758 for 131073 scopes.*fewer clouds"):
+        cuda_attention.attention(*[rows] * 3, table, lengths, 512, 0.3, True, device)
 
 
 def test_attention_of_float64_is_refused():
@@ -360,15 +412,16 @@ def packed_calls(lengths, bucket_size, dtype, arch, dim, heads=3):
     rows, packed_rows = Spec((slots, heads, dim), dtype), Spec((slots, 3, heads, dim), dtype)
     lse = Spec((slots, heads), _arrays.FLOAT32)
 
-    def call_of(add, inputs, results):
+    def call_of(add, inputs, results, *numbers):
         steps = Steps(len(inputs), len(results))
         argument = clouds.argument(steps, "level 1", shape.clouds, bucket_size)
         given, made = [Input(i) for i in range(len(inputs))], [Result(i) for i in range(len(results))]
-        add(steps, shape, *given, argument, 0.3, *made)
+        add(steps, shape, *given, argument, *numbers, 0.3, *made)
         return Call(steps.plan(), {"level 1": batch}), inputs, results
 
     yield call_of(cuda_attention.add_packed, [packed_rows, table], [rows, lse])
-    yield call_of(cuda_attention.add_packed_backward, [rows, packed_rows, rows, lse, table], [packed_rows])
+    inputs = [rows, packed_rows, rows, lse, table]
+    yield call_of(cuda_attention.add_packed_backward, inputs, [packed_rows], slots)
 
 
 @pytest.mark.parametrize("arch", ARCHES)
@@ -485,3 +538,24 @@ def test_arguments_reach_the_driver(monkeypatch):
     point, tile, group, slot = np.frombuffer(dq[6], np.int32, 12, 16).reshape(3, 4).T
     assert (point.tolist(), tile.tolist(), slot.tolist()) == ([0, 100, 130], [0, 7, 9], [0, 112, 144])
     assert not group.any()
+
+
+def test_tensor_maps_reach_the_driver(monkeypatch):
+    """Maps are made of the addresses of a run, and made again when the memory has moved."""
+    driver = Driver()
+    monkeypatch.setattr(launcher, "driver", lambda: driver)
+    monkeypatch.setattr(launcher, "_starts_early", lambda ordinal: False)
+    monkeypatch.setattr(compiler, "load", driver.load)
+    monkeypatch.setattr(launcher._thread, "has_context", True)
+    cuda_attention._forward_plan.cache_clear()
+    launcher._tensor_map.cache_clear()
+    call, *_ = attention_call((100, 30), 96, DTYPES[1], "sm_90a", dim=72, make=packed, return_lse=False)
+    for base in (1 << 20, 1 << 30):
+        addresses = [base + 4096 * i for i in range(5 + (call.plan.workspace > 0))]
+        launcher.run(call, addresses, 0, 7)
+        *_, args, _ = driver.done[-1]
+        for i, source in enumerate(args[:3]):
+            address, *sizes = struct.unpack("<6Q3IQ", source[:68])
+            assert address == base + 4096 * i and sizes == [72, 3, 2**31, 144, 3 * 3 * 144, 64, 1, 32, 3]
+            assert struct.unpack("<Qqiii", source[128:156]) == (address, 72, 3 * 3 * 72, 72, 32)
+    launcher._tensor_map.cache_clear()

@@ -18,7 +18,7 @@ import numpy as np
 from gpu3d._arrays import FLOAT32, FLOAT64, FLOATS, Given, Spec
 from gpu3d.cuda import arrays, clouds
 from gpu3d.cuda.compiler import Configuration
-from gpu3d.cuda.plan import Call, Device, Input, Kernel, Macros, Number, Packed, Plan, Pointer, Result, Steps
+from gpu3d.cuda.plan import Call, Device, Input, Kernel, Macros, Number, Packed, Plan, Pointer, Result, Steps, TensorMap
 
 HEAD_DIMS = (16, 32, 64, 128)  # the head dimensions that kernels are compiled for; others are padded on load
 STAGES = 3  # stages of streamed rows in shared memory; float32 has one
@@ -42,17 +42,15 @@ class _Tiling(NamedTuple):
 
 
 # The tilings for Hopper. Each line has its own time and the times of other tilings, in ms on an H100: bfloat16, 122,880
-# slots in scopes of 4096, with 16, 8, 8 and 4 heads of D = 16, 32, 64 and 128. (Blocks start faster since then: all
-# take 3 to 14 % less now, and the forward 2.57, 1.58, 2.10 and 1.80 ms.) Registers decide. The scores of a chunk, the
-# stationary operands and the sums must fit. The more warps fit at the same time, the better products and exponentials
-# overlap. At D = 16 a product is too small for warpgroups. Run the GPU suite after any change: for dq of D = 64 in
-# chunks of 64 rows, ptxas 13.0 silently reused the registers of a stationary operand that the loop still needed.
+# slots in scopes of 4096, with 16 and 8 heads of D = 16 and 32. (Blocks start faster since then: all take 3 % less now,
+# and the forward 2.57 and 1.58 ms.) Registers decide. The scores of a chunk, the stationary operands and the sums must
+# fit. The more warps fit at the same time, the better products and exponentials overlap. At D = 16 a product is too
+# small for warpgroups. Run the GPU suite after any change: for dq of D = 64 in chunks of 64 rows, ptxas 13.0 silently
+# reused the registers of a stationary operand that the loop still needed.
 HOPPER = {
     "forward": (
         _Tiling(16, 0, 8, 2, 256, 32, 2),  # 2.65; tiles of 128 2.71, four blocks of 4 warps 2.79, wgmma 3.0
         _Tiling(32, 1, 16, 1, 256, 64, 1, lazy=1),  # 1.65; not lazy 1.69, tiles of 128 1.74, mma.sync 1.82
-        _Tiling(64, 1, 16, 1, 128, 64, 1),  # 2.15; lazy 2.39, tiles of 256 2.25, chunks of 32 2.32
-        _Tiling(128, 1, 12, 1, 96, 48, 1, own_shared=1, lazy=1),  # 1.85; not lazy 2.04, chunks of 32 1.95, 8 warps 2.6
     ),
     "dq": (
         _Tiling(16, 0, 8, 2, 128, 16, 2),  # 3.10; tiles of 256 3.14, four blocks of 4 warps 3.18
@@ -115,11 +113,21 @@ HOPPER_SINGLE = {
 }
 
 
-# The backward of larger heads in 16-bit dtypes on Hopper takes one pass. By head dimension: VISIT of
-# attention_backward.cu, which has its times.
+class _Roles(NamedTuple):
+    """How attention_forward_roles.cu cuts its work: its macros."""
+
+    visit: int
+    workers: int
+    stages: int
+
+
+# Larger heads in 16-bit dtypes on Hopper have kernels of their own, which have their times. By head dimension: the
+# macros of attention_forward_roles.cu, and VISIT of attention_backward.cu.
+ROLES = {64: _Roles(128, 12, 3), 128: _Roles(128, 8, 2)}
 ONE_PASS = {64: 128, 128: 64}
-BACKWARD_KEYS, BACKWARD_GROUP, BACKWARD_THREADS = 128, 16, 384
+BACKWARD_KEYS, GROUP, BACKWARD_THREADS = 128, 16, 384
 BACKWARD_DELTA_THREADS, BACKWARD_DELTA_ROWS = 256, 4
+MAX_ITEMS = 2**31 - 2**20  # so that tickets, some of which are past the last item, stay below 2**31
 
 
 def _tiling(hopper: bool, which: str, dtype: np.dtype, dim: int) -> _Tiling:
@@ -140,9 +148,19 @@ def _macros(tiling: _Tiling, dtype: np.dtype, dim: int) -> Macros:
     )
 
 
+def _roles(hopper: bool, dtype: np.dtype, dim: int) -> _Roles | None:
+    """How the forward cuts its work if its warps have roles."""
+    return ROLES.get(_padded(dim)) if hopper and dtype != FLOAT32 else None
+
+
 def _one_pass(hopper: bool, dtype: np.dtype, dim: int) -> bool:
     """Whether the backward takes one pass over the scores."""
     return hopper and dtype != FLOAT32 and _padded(dim) in ONE_PASS
+
+
+def _roles_macros(roles: _Roles, dtype: np.dtype, dim: int) -> Macros:
+    names = (name.upper() for name in roles._fields)
+    return (("D", _padded(dim)), ("ELEMENT", FLOATS.index(dtype)), ("WGMMA", 1), *zip(names, roles, strict=True))
 
 
 def _one_pass_macros(dtype: np.dtype, dim: int) -> Macros:
@@ -157,6 +175,10 @@ def configurations() -> list[Configuration]:
         for which in MMA:
             for dtype in (dtype for dtype in FLOATS if dtype != FLOAT64):
                 for dim in HEAD_DIMS:
+                    if which == "forward" and (roles := _roles(hopper, dtype, dim)):
+                        macros = _roles_macros(roles, dtype, dim)
+                        found[Configuration("attention_forward_roles", macros, "sm_90a")] = None
+                        continue
                     if which != "forward" and _one_pass(hopper, dtype, dim):
                         continue
                     tiling = _tiling(hopper, which, dtype, dim)
@@ -178,19 +200,21 @@ def _shared_mem(which: str, tiling: _Tiling, dtype: np.dtype, dim: int) -> int:
     visit, own = 2 * tiling.visit, _own(tiling) * (1 if which == "forward" else 2)  # rows
     if dtype == FLOAT32:  # one stage of three planes, and the float32 rows of the next
         return visit * (3 * 2 * (dim + 8) + 4 * dim) + own * tiling.own_shared * 4 * dim
-    return (STAGES * visit + own * tiling.own_shared) * 2 * (dim if tiling.wgmma else dim + 8)
+    return STAGES * visit * 2 * (dim if tiling.wgmma else dim + 8)
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
 
 VIEW_FORMAT = "<Qqii"  # struct View: address, elements from one head to the next and from one row to the next, D
+_SOURCE_FORMAT = "<128sQqiii36x"  # struct Source: a CUtensorMap, a struct View, and rows of a box
 _DIVISORS = struct.Struct("<" + 3 * "iIi")
 _SCHEDULE = struct.Struct("<i" + 2 * "iIi")
-# The parameters of each kernel as formats of the module struct; v, c, d and s stand for struct View, Clouds, Divisors
-# and Schedule.
+# The parameters of each kernel as formats of the module struct; v, r, c, d and s stand for struct View, Source, Clouds,
+# Divisors and Schedule.
 _SIGNATURES = {"forward": "vvvcQidfQQ", "dq": "vvvvvQcQidffvQ", "dkdv": "vvvvQQcQidffvQ"}
 _STRUCTS = {
     "v": f"{struct.calcsize(VIEW_FORMAT)}s",
+    "r": f"{struct.calcsize(_SOURCE_FORMAT)}s",
     "c": clouds.FORMAT,
     "d": f"{_DIVISORS.size}s",
     "s": f"{_SCHEDULE.size}s",
@@ -210,7 +234,7 @@ def _scale_log2(scale: float, dtype: np.dtype) -> float:
     return math.copysign(max(abs(scale) * unit, 1e-30), scale)
 
 
-def _reading(x: Given | Spec) -> tuple[int, int] | arrays.Strided | None:
+def _reading(x: Given | Spec, device: Device) -> tuple[int, int] | arrays.Strided | None:
     """How the kernels read q, k, v, ..., 16 bytes at a time.
 
     None: x is contiguous. Two numbers: the strides of heads and of rows, in elements. Strided: from a copy.
@@ -218,7 +242,13 @@ def _reading(x: Given | Spec) -> tuple[int, int] | arrays.Strided | None:
     if x.strides is None:
         return arrays.copied(x, 16) if x.misalignment else None
     (row, head, last), size = x.strides, x.dtype.itemsize
-    if last != size or (row | head | x.misalignment) % 16 or abs(row // size) >= 2**31:
+    boxes = device.arch == "sm_90a" and size == 2  # whose strides are positive
+    if (
+        last != size
+        or (row | head | x.misalignment) % 16
+        or abs(row // size) >= 2**31
+        or (boxes and min(row, head) <= 0)
+    ):
         return arrays.copied(x)
     return head // size, row // size
 
@@ -294,6 +324,14 @@ def _kernel(which: str, dtype: np.dtype, dim: int, hopper: bool) -> tuple[Kernel
 
 
 @functools.cache
+def _roles_kernel(roles: _Roles, dtype: np.dtype, dim: int) -> Kernel:
+    rows = 2 * roles.stages * roles.visit + 2 * 16 * roles.workers  # keys and values, and queries of two items
+    formats = "".join(_STRUCTS.get(letter, letter) for letter in "rrrcQidiQfQQ")
+    name, shared_mem = "attention_forward_roles", 2 * _padded(dim) * rows
+    return Kernel(name, name, formats, _roles_macros(roles, dtype, dim), shared_mem, early=True)
+
+
+@functools.cache
 def _one_pass_kernels(dtype: np.dtype, dim: int) -> tuple[Kernel, Kernel, Kernel]:
     """attention_delta, attention_backward and attention_round."""
     macros, padded = _one_pass_macros(dtype, dim), _padded(dim)
@@ -307,7 +345,7 @@ def _one_pass_kernels(dtype: np.dtype, dim: int) -> tuple[Kernel, Kernel, Kernel
 
     return (
         kernel("attention_delta", "vvcdiQQ"),
-        kernel("attention_backward", "vvvvQQcQidsffQQvQ", shared_mem),
+        kernel("attention_backward", "rrrrQQcQidsffQQvQ", shared_mem),
         kernel("attention_round", "Qcdfv"),
     )
 
@@ -332,6 +370,51 @@ def _launch(
     divisors = _divisors(shape, tiles)
     args = *before, batch, table, shape.width, divisors, *after
     steps.launch(kernel, grid=shape.scopes * shape.heads * tiles, block=32 * tiling.warps, args=args)
+
+
+def _add_forward(
+    steps: Steps,
+    shape: Shape,
+    views: Sequence[Packed],
+    table: Pointer,
+    batch: Any,
+    scale_log2: Number | float,
+    out: Pointer,
+    lse: Pointer | None,
+) -> None:
+    """Add attention. `views` are those of q, k and v."""
+    roles = _roles(shape.hopper, shape.dtype, shape.dim)
+    if not roles:
+        _launch(steps, "forward", shape, tuple(views), table, batch, (scale_log2, out, lse))
+        return
+    tiles = -(-shape.longest * shape.bucket_size // 64)  # of a warpgroup
+    tiles = -(-tiles // (roles.workers // 4))
+    items = shape.scopes * shape.heads * tiles
+    _check_items(items, shape)
+    blocks, counter = min(items, shape.multiprocessors), None
+    if items > blocks:
+        counter = steps.workspace("counter", 4)
+        steps.clear(counter, 4)
+    kernel = _roles_kernel(roles, shape.dtype, shape.dim)
+    read = [_source(view, shape, rows) for view, rows in zip(views, (64, roles.visit, roles.visit), strict=True)]
+    args = *read, batch, table, shape.width, _divisors(shape, tiles), items, counter, scale_log2, out, lse
+    steps.launch(kernel, grid=blocks, block=128 + 32 * roles.workers, args=args)
+
+
+def _source(view: Packed, shape: Shape, rows: int) -> Packed:
+    """The struct Source, for tiles of a multiple of `rows` rows."""
+    pointer, head, row, dim = view.fields
+    box = math.gcd(shape.bucket_size, rows)
+    boxes = TensorMap(pointer, shape.heads, dim, 2 * row, 2 * head, min(_padded(dim), 64), box)
+    return Packed(_SOURCE_FORMAT, (boxes, *view.fields, box))
+
+
+def _check_items(items: int, shape: Shape) -> None:
+    if items > MAX_ITEMS:
+        raise ValueError(
+            f"attention has at most {MAX_ITEMS} parts of work, got {items} for {shape.scopes} scopes of up to "
+            f"{shape.longest} buckets and {shape.heads} heads: pass fewer clouds at a time."
+        )
 
 
 def _add_backward(
@@ -361,13 +444,16 @@ def _add_backward(
     pairs, padded = shape.scopes * shape.heads, _padded(shape.dim)
     tiles = -(-shape.longest * shape.bucket_size // BACKWARD_KEYS)
     counts, divisors = 1 + pairs * tiles, _divisors(shape, tiles)
+    _check_items(counts, shape)
     counters = steps.workspace("counters", 4 * counts)
     dq_sums = steps.workspace("dq sums", 4 * slots * shape.heads * padded)
     rows = BACKWARD_DELTA_THREADS // (padded // 8) * BACKWARD_DELTA_ROWS  # of a block
     args: tuple[Any, ...] = read[0], out, batch, divisors, counts, counters, delta
     steps.launch(before, grid=-(-slots * shape.heads // rows), block=BACKWARD_DELTA_THREADS, args=args)
-    side = -(-shape.multiprocessors // tiles)
+    side = min(pairs, -(-shape.multiprocessors // tiles))
     schedule = _SCHEDULE.pack(pairs, *_divisor(side), *_divisor(side * tiles))
+    tile = ONE_PASS[padded]
+    read = [_source(view, shape, rows) for view, rows in zip(read, (tile, tile, *[BACKWARD_KEYS] * 2), strict=True)]
     args = (
         *read,
         lse,
@@ -385,7 +471,7 @@ def _add_backward(
     )
     blocks = min(pairs * tiles, shape.multiprocessors)
     steps.launch(products, grid=blocks, block=BACKWARD_THREADS, args=args)
-    warps = slots // BACKWARD_GROUP * shape.heads * (2 if padded == 128 else 1)
+    warps = slots // GROUP * shape.heads * (2 if padded == 128 else 1)
     args = dq_sums, batch, divisors, scale, dq
     steps.launch(after, grid=-(-warps // 4), block=128, args=args)
 
@@ -405,8 +491,7 @@ def add_packed(
     `batch` is the struct Clouds of the slots, with buckets as tiles. `out` is [slots, H, D], `lse` float32 [slots, H].
     """
     if shape.scopes:
-        views, scale_log2 = _packed_views(shape, qkv), _scale_log2(scale, shape.dtype)
-        _launch(steps, "forward", shape, tuple(views), table, batch, (scale_log2, out, lse))
+        _add_forward(steps, shape, _packed_views(shape, qkv), table, batch, _scale_log2(scale, shape.dtype), out, lse)
 
 
 def add_packed_backward(
@@ -418,6 +503,7 @@ def add_packed_backward(
     lse: Pointer,
     table: Pointer,
     batch: Any,
+    slots: int,
     scale: float,
     dqkv: Pointer,
 ) -> None:
@@ -430,8 +516,7 @@ def add_packed_backward(
         views = of_dout, *_packed_views(shape, qkv), of_out
         gradients = _packed_views(shape, dqkv)
         scale_log2 = _scale_log2(scale, shape.dtype)
-        most = shape.scopes * shape.longest * shape.bucket_size
-        _add_backward(steps, shape, views, lse, table, batch, scale_log2, scale, gradients, most)
+        _add_backward(steps, shape, views, lse, table, batch, scale_log2, scale, gradients, slots)
 
 
 # ---- plans ---------------------------------------------------------------------------------------------------------
@@ -449,7 +534,7 @@ def attention(
     device: Device,
 ) -> Call:
     """Inputs: q, k, v, the scopes' table. Results: out, and lse if `return_lse`."""
-    readings, copied = (_reading(q), _reading(k), _reading(v)), arrays.copied(table)
+    readings, copied = tuple([_reading(x, device) for x in (q, k, v)]), arrays.copied(table)
     # As keys of a cache 0.0 and -0.0 were the same, but the kernels take another number for each.
     scale = scale or math.copysign(5e-324, scale)
     return _attention(lengths, bucket_size, scale, q.shape, q.dtype, table.shape, device, readings, copied, return_lse)
@@ -482,7 +567,7 @@ def _forward_plan(shape: Shape, readings: tuple[Any, ...], table: arrays.Strided
         scopes = arrays.add_copy(steps, Input(3), table)
         batch = clouds.argument(steps, "clouds", shape.clouds, shape.bucket_size)
         results = Result(0), Result(1) if return_lse else None
-        _launch(steps, "forward", shape, tuple(views), scopes, batch, (Number("scale_log2"), *results))
+        _add_forward(steps, shape, views, scopes, batch, Number("scale_log2"), *results)
     return steps.plan()
 
 
@@ -502,7 +587,7 @@ def attention_backward(
     """Inputs: dout, q, k, v, out, lse, the scopes' table. Results: dq, dk, dv."""
     batch, largest = layout_of(lengths, bucket_size)
     shape = shape_of(len(lengths), largest, bucket_size, q.shape, q.dtype, table.shape, device)
-    readings = _reading(dout), _reading(q), _reading(k), _reading(v), _reading(out)
+    readings = tuple([_reading(x, device) for x in (dout, q, k, v, out)])
     plan = _backward_plan(shape, readings, q.shape[0], arrays.copied(lse), arrays.copied(table))
     return Call(plan, {"clouds": batch, "scale_log2": _scale_log2(scale, q.dtype), "scale": scale})
 

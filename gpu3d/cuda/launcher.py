@@ -36,6 +36,7 @@ from gpu3d.cuda.plan import (
     Plan,
     Pointer,
     Table,
+    TensorMap,
     Wait,
     fields,
     parameters,
@@ -109,6 +110,7 @@ class _Template(NamedTuple):
     # a tuple for each of a thousand pointers would set off Python's garbage collector.
     many: tuple[tuple[int, ItemsView[int, int]], ...]
     moved: tuple[tuple[int, int, int, str], ...]  # word, memory, offset, and the name of the number to add
+    maps: tuple[tuple[int, int, int, TensorMap], ...]  # byte of the buffer, memory, offset
     numbers: tuple[tuple[str, Any, int], ...]  # name, packer (None for a table of clouds), byte of the buffer
     streams: tuple[tuple[int, ...], tuple[int, ...]]  # 8-byte words of the buffer that hold each branch's stream
     own: np.ndarray  # words that hold places in the buffer itself, counted from its start
@@ -158,11 +160,19 @@ def _template(plan: Plan, ordinal: int) -> _Template:
     pointers: tuple[dict[int, int], ...] = tuple([{} for _ in range(workspace + 1)])
     moved: list[tuple[int, int, int, str]] = []
     numbers: list[tuple[str, Any, int]] = []
+    maps: list[tuple[int, int, int, TensorMap]] = []
     streams: tuple[list[int], list[int]] = [], []
     branch, joined = 0, True
     own: list[int] = []
     launches: list[tuple[Any, int, int]] = []
     modules: list[Any] = []
+
+    def place_of(pointer: Pointer) -> tuple[int, int]:
+        """The memory of a pointer, and the offset in it."""
+        kind, index, offset, _ = pointer
+        if kind == "workspace":
+            return workspace, pieces[index].offset + offset
+        return first[kind] + index, offset
 
     def packed(values: Sequence[Any], form: tuple[Sequence[Parameter], struct.Struct], at: int) -> bytes:
         """The values as bytes for byte `at` of the buffer, with 0 for pointers and numbers, which are noted."""
@@ -171,17 +181,16 @@ def _template(plan: Plan, ordinal: int) -> _Template:
         for value, place in zip(values, places, strict=True):
             what = type(value)
             if what is Pointer:
-                kind, index, offset, number = value
+                memory, offset = place_of(value)
                 word = (at + place.offset) // 8
-                if kind == "workspace":
-                    memory, offset = workspace, pieces[index].offset + offset
-                else:
-                    memory = first[kind] + index
-                if number is None:
+                if value.number is None:
                     pointers[memory][word] = offset
                 else:
-                    moved.append((word, memory, offset, number))
+                    moved.append((word, memory, offset, value.number))
                 found.append(0)
+            elif what is TensorMap:
+                maps.append((at + place.offset, *place_of(value.pointer), value))
+                found.append(b"")
             elif what is Packed:
                 found.append(packed(value.fields, fields(value.format), at + place.offset))
             elif what is Number:
@@ -252,6 +261,7 @@ def _template(plan: Plan, ordinal: int) -> _Template:
         few=tuple([(word, i, places[word]) for i, places in few for word in places]),
         many=tuple([(i, places.items()) for i, places in enumerate(pointers) if len(places) > FEW]),
         moved=tuple(moved),
+        maps=tuple(maps),
         numbers=tuple(numbers),
         streams=(tuple(streams[0]), tuple(streams[1])),
         own=np.array(own, np.intp),
@@ -338,6 +348,8 @@ def _fill(template: _Template, ready: _Ready, numbers: dict[str, Any], memories:
             if address != ready.memories[memory]:
                 for word, offset in places:
                     words[word] = address + offset
+        for at, memory, offset, what in template.maps:
+            ready.bytes[at : at + 128] = _tensor_map(memories[memory] + offset, what)
         ready.memories = memories[:]
     if stream != ready.stream:
         ready.stream = stream
@@ -355,6 +367,32 @@ def _fill(template: _Template, ready: _Ready, numbers: dict[str, Any], memories:
                 packer.pack_into(ready.buffer, at, numbers[name])
         if not template.large:  # a large table is not kept, because it takes megabytes
             ready.numbers = numbers
+
+
+@functools.lru_cache(maxsize=256)
+def _tensor_map(address: int, what: TensorMap) -> bytes:
+    """The CUtensorMap of an array at an address."""
+    room = (ctypes.c_uint64 * 24)()
+    at = -ctypes.addressof(room) % 64  # the driver wants it at a multiple of 64
+    words, ints = ctypes.c_uint64, ctypes.c_uint32
+    swizzle = {16: 1, 32: 2, 64: 3}[what.width]  # CUtensorMapSwizzle, by columns
+    status = driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(ctypes.addressof(room) + at),
+        1,  # CU_TENSOR_MAP_DATA_TYPE_UINT16
+        3,
+        ctypes.c_void_p(address),
+        (words * 3)(what.columns, what.slices, 2**31),
+        (words * 2)(what.slice, what.row),
+        (ints * 3)(what.width, 1, what.box),
+        (ints * 3)(1, 1, 1),
+        0,  # CU_TENSOR_MAP_INTERLEAVE_NONE
+        swizzle,
+        3,  # CU_TENSOR_MAP_L2_PROMOTION_L2_256B
+        0,  # CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE: zeros
+    )
+    if status:
+        _raise(status)
+    return bytes(room)[at : at + 128]
 
 
 class _Writer:

@@ -106,6 +106,22 @@ class Packed(NamedTuple):
     fields: tuple[Any, ...]
 
 
+class TensorMap(NamedTuple):
+    """A CUtensorMap by value, for Hopper's copies of boxes: of an array [rows, slices, columns] of 16-bit words.
+
+    A box has `box` rows of one slice, and `width` columns of them. In shared memory its rows are swizzled over their
+    bytes, and columns past the last are zero. Nobody checks the number of rows.
+    """
+
+    pointer: Pointer  # a multiple of 16
+    slices: int
+    columns: int
+    row: int  # bytes from one row to the next, a multiple of 16
+    slice: int
+    width: int  # 16, 32 or 64
+    box: int
+
+
 # ---- steps ---------------------------------------------------------------------------------------------------------
 
 

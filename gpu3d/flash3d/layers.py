@@ -439,6 +439,7 @@ class Network:
             tape.lse,
             level.tables[tape.odd],
             level.batch,
+            level.slots,
             shape.dim**-0.5,
             dqkv.pointer,
         )
