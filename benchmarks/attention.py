@@ -486,7 +486,7 @@ def _memory(setting: Setting) -> Iterator[Row]:
         case = _case(setting, shape, 4096)
         out, lse = case.forward(return_lse=True)
         large = shape.d >= 64
-        allowed = 4 * case.buckets.num_slots * shape.h + large * (4 * case.q.size + COUNTERS)
+        allowed = 4 * case.buckets.num_slots * shape.h + large * 4 * case.q.size + COUNTERS
         for what, call, must in (
             ("forward", case.forward, large * COUNTERS),
             ("forward with lse", lambda case=case: case.forward(return_lse=True), large * COUNTERS),

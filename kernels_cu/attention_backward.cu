@@ -233,8 +233,8 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void attention_backward(
                 }
             }
         } else if (warp == 2) {  // ---- loader of lse and delta
-            // compute-sanitizer's racecheck reports these words: it counts a barrier for the one lane that arrives, and not
-            // for the others, which __syncwarp has ordered before it.
+            // compute-sanitizer's racecheck reports these words: it counts a barrier for the one lane that arrives, and
+            // not for the others, which __syncwarp has ordered before it.
             int step = 0;
             for (int nth = 0;; ++nth) {
                 const Item item = read_item(taken, barriers.item_ready, barriers.item_read, nth);
