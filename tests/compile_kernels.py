@@ -27,7 +27,7 @@ from gpu3d import _kernels
 from gpu3d.cuda import compiler
 
 MAIN = "sm_90a"
-MOST = 24  # configurations of a file; `gpu3d.precompile` compiles all
+MOST = 16  # configurations of a file; `gpu3d.precompile` compiles all
 OTHERS = ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120")
 SHARED_LIMIT = 48 * 1024
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "kernels.json"
