@@ -81,14 +81,21 @@ def test_bounds(cp, dtype, bounds):
     assert_same(cp, nothing, 64, bounds=bounds, check_finite=False)
 
 
-@pytest.mark.parametrize("balance", reference.BALANCES)
-@pytest.mark.parametrize("sort", ["merge", *cuda_buckets.RADIX_TILES])
-def test_small_clouds_by_either_sort(cp, monkeypatch, sort, balance):
-    """For compute-sanitizer: both sorts, and batches whose table is in the kernel's arguments or in memory."""
+SORTS = ("merge", *cuda_buckets.RADIX_TILES)
+
+
+def sort_by(monkeypatch, sort):
     if sort != "merge":
         monkeypatch.setattr(cuda_buckets, "MERGE_MAX_TILES", 0)
         monkeypatch.setattr(cuda_buckets, "RADIX_TILES", (sort,))
         monkeypatch.setattr(cuda_buckets, "_bucketize", cuda_buckets._bucketize.__wrapped__)  # remembers nothing
+
+
+@pytest.mark.parametrize("balance", reference.BALANCES)
+@pytest.mark.parametrize("sort", SORTS)
+def test_small_clouds_by_either_sort(cp, monkeypatch, sort, balance):
+    """For compute-sanitizer: both sorts, and batches whose table is in the kernel's arguments or in memory."""
+    sort_by(monkeypatch, sort)
     for n in (1, 33, 1025, 9000, 20_000):
         got = assert_same(cp, clouds.lidar_like(n), 64, balance=balance, hash="xor_div")
         assert gpu3d.scopes(got, 4, stride=2).table.shape[1] == 4
@@ -97,6 +104,15 @@ def test_small_clouds_by_either_sort(cp, monkeypatch, sort, balance):
     points = clouds.uniform(3000, dtype=np.float64)
     assert_same(cp, points, 16, balance=balance, lengths=[0, 2000, 37, 963])
     assert_same(cp, points, 16, balance=balance, lengths=[40] * 75, hash="zorder_mod", voxel_size="per_axis")
+
+
+@pytest.mark.parametrize("sort", SORTS)
+def test_races_of_buckets(cp, monkeypatch, sort):
+    """For compute-sanitizer's racecheck, which is slow on the test above: one block, and a few tiles."""
+    sort_by(monkeypatch, sort)
+    for n in (33, 1025, 3000):
+        assert_same(cp, clouds.lidar_like(n), 64, hash="xor_div")
+    assert_same(cp, clouds.uniform(600), 16, lengths=[0, 300, 37, 263])
 
 
 @pytest.mark.parametrize("n", LARGE)
