@@ -2,10 +2,10 @@
 """Compiles every CUDA kernel with NVRTC, on any machine, and prints the registers and spills that ptxas reports.
 
 For sm_90a it compiles the configurations of each file that gpu3d can use, MOST of them evenly spread where there are
-more. For each of the other architectures it compiles the last configuration of each file, which is the largest, and for
-the oldest the first too, which is the smallest. It also compiles every file by itself, headers included, with default
-macros. It exits with 1 if a file does not compile, or if a kernel has more static shared memory than CUDA allows.
-Results of unchanged files come from .cache/kernels.json.
+more. For the oldest and the newest of the other architectures it compiles the last configuration of each file, which is
+the largest, and for all but the newest the first, which is the smallest. It also compiles every file by itself, headers
+included, with default macros. It exits with 1 if a file does not compile, or if a kernel has more static shared memory
+than CUDA allows. Results of unchanged files come from .cache/kernels.json.
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ def jobs() -> Iterator[Job]:
         yield from (Job(everywhere[i * (len(everywhere) - 1) // max(1, count - 1)], MAIN) for i in range(count))
         configurations = [configuration for configuration in everywhere if configuration.only is None]
         for arch in OTHERS:
-            chosen = configurations[:1] + configurations[-1:] if arch == OTHERS[0] else configurations[-1:]
-            yield from (Job(configuration, arch) for configuration in dict.fromkeys(chosen))
+            smallest = configurations[:1] if arch != OTHERS[-1] else []
+            largest = configurations[-1:] if arch in (OTHERS[0], OTHERS[-1]) else []
+            yield from (Job(configuration, arch) for configuration in dict.fromkeys(smallest + largest))
     for file in sorted(compiler.source_dir().glob("*.cu*")):
         yield Job(compiler.Configuration(file.name if file.suffix == ".cuh" else file.stem), MAIN)
 
