@@ -10,7 +10,8 @@ TFLOP/s count 4 * L * scope * C in the forward, which has two matrix products, a
 backward has five more. The target of a row is the time of its fastest peer in this run, divided by how many times as
 fast gpu3d should be. For this comparison both are timed once more: they take turns on a GPU that has been busy for a
 second, and the least of several rounds counts. Shifted and strided scopes are compared with plain ones in the same way,
-and the ragged batch with the dense one.
+and the ragged batch with the dense one. The rows of many lengths have the worst time a pair of query and key over the
+best.
 
 The floor of the forward or of the backward is the largest of these times; the floor of both is their sum:
 - FLOPs (two products, or five) at the rate of cuBLAS on 8192^3, measured in the same run;
@@ -41,7 +42,7 @@ REPEATS, CALLS, SLOW_MS = 10, 4, 30.0  # several calls in a row, so that the dev
 ROUNDS, SECONDS, REPEATS_IN_TURN = 8, 1.0, 3  # calls that take turns: the least rounds and seconds, and repeats a turn
 WARM_SECONDS = 1.0  # before them: a GPU that was idle first runs faster than its power limit allows later
 RUNS = 30
-COUNTERS = 1 << 16  # bytes
+COUNTERS = 1 << 16  # bytes that counters, and gaps between pieces of a workspace, may take
 
 
 class Shape(NamedTuple):
@@ -480,7 +481,7 @@ def _host(setting: Setting) -> Iterator[Row]:
 def _memory(setting: Setting) -> Iterator[Row]:
     """Memory besides inputs and results: the backward's delta, float32 [num_slots, H], and counters.
 
-    From D = 64 on also a float32 dq. Pieces of a workspace are up to COUNTERS bytes larger.
+    From D = 64 on also a float32 dq. COUNTERS are allowed for counters and gaps.
     """
     for shape in (SMALL, WIDE, SHAPES[5]):
         case = _case(setting, shape, 4096)

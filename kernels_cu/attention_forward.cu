@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Bucket attention, forward: O = softmax(scale * Q K^T) V within each scope and head, and lse (Flash3D, section 4.2).
+// On Hopper, D = 64 and 128 in 16-bit dtypes have attention_forward_roles.cu.
 //
 // One pass with an online softmax; letters and names as in attention.cuh. A block has OWN query rows of one scope and
 // head, a warp 16 * OWN_TILES of them. Keys and values are streamed, CHUNK rows at a time: S, P, O += P V.

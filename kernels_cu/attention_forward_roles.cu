@@ -23,11 +23,12 @@
 // How D = 128 came about (scopes of 4096), each line with those above it:
 //   four warps copy, 16 bytes a lane; tiles of 64                                        3.3
 //   fewer instructions for a copy: there were 28                                         1.9
-//   fences of copies in the loaders: in workers each takes 100 cycles                    1.9
-//   one warp and the TMA unit, boxes of 16 rows: a box takes 100 cycles to issue         2.2
+//   fences of copies in the loaders instead of the workers                               1.9
+//   one warp and the TMA unit, boxes of 16 rows: issuing one takes up to 160 cycles      2.2
 //   boxes as large as a bucket allows; tiles of 128; eight warps instead of twelve       1.6
 // Tried and not better: warpgroups that take turns at the tensor cores (1.6); O += P V beside the next tile's
-// exponentials (2.2); twelve warps and tiles of 64 (1.77); tiles of 96 (2.07); queries in registers.
+// exponentials (2.2); twelve warps and tiles of 64 (1.77); tiles of 96 (2.07 on a GPU where this took 1.70); queries in
+// registers.
 
 // gpu3d/cuda/attention.py passes all of these. The values here are for compiling the file by hand.
 #ifndef D

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What attention kernels share whose warps have roles (Hopper): loaders copy rows into shared memory and workers
-// multiply them. Barriers in shared memory join them. A block takes one item of work after another, and its loaders are
-// ahead of its workers, so no item begins with an empty pipeline.
+// What attention kernels share whose warps have roles (Hopper): a loader lets the TMA unit copy rows into shared
+// memory, and workers multiply them. Barriers in shared memory join them. A block takes one item of work after another,
+// and its loader is ahead of its workers, so no item begins with an empty pipeline.
 
 #ifndef GPU3D_ATTENTION_ROLES_CUH
 #define GPU3D_ATTENTION_ROLES_CUH
@@ -45,8 +45,8 @@ __device__ __forceinline__ void arrive_as_warp(u64 &barrier) {
 __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void fence_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
-// Waits for all copies that the warp started; products may then read them. Loaders call this rather than workers,
-// because the fence waits for long.
+// Waits for all ordinary copies that the warp started; products may then read them. Who copies calls this, not who
+// reads: the fence is a barrier for all memory (MEMBAR).
 __device__ __forceinline__ void finish_copies() {
     asm volatile("cp.async.wait_all;" ::: "memory");
     fence_shared();

@@ -16,9 +16,8 @@
 //
 // The limit at D = 16 is the exponential unit: on an H100 it is busy 83 % of the cycles in scopes of 4096, and 75 % in
 // scopes of 1024. The rest is latency, so more warps help more than more rows a warp. At D = 16 two blocks share a
-// multiprocessor. A block alone reaches only 57 % of the exponential rate,
-// and it is alone while the other starts or ends. Starting and ending took 11,000 cycles, mostly divisions, addresses
-// and branches; now 5,500.
+// multiprocessor. A block alone reaches only 57 % of the exponential rate, and it is alone while the other starts or
+// ends. Starting and ending took 11,000 cycles, mostly divisions, addresses and branches; now 5,500.
 //
 // Milliseconds gained in the forward pass at D = 16 (from 3.16 to 2.57; H100):
 //   no branch between the exponentials of a chunk          0.3
@@ -29,10 +28,11 @@
 // Tried and not better (2.71 ms then): 2^x by a cubic on the FMA units for 1/8, 2/8 or 3/8 of P (2.80, 3.0, 3.2 ms, and
 // an error of 7.5e-5); ex2 on pairs of halves (same rate); scale and row maximum folded into the products, as two
 // planes of scale * q and sums that start from -m (32 operations a chunk less, 8 products more: 2.76 became 2.93); row
-// sums by additions (2.80); O += P V begun only beside the next exponentials (2.85). At D = 32, and before
-// attention_forward_roles.cu at D = 64 and 128, these gained: warpgroup products; 12 or 16 warps that share a tile;
-// tiles loaded two ahead; O += P V beside the next exponentials (LAZY). Not better: P truncated instead of rounded; the
-// next chunk's S begun before this one's exponentials; two stages; chunks of 128.
+// sums by additions (2.80); O += P V begun only beside the next exponentials (2.85).
+//
+// At D = 32, and at D = 64 and 128 before attention_forward_roles.cu, these gained: warpgroup products; 12 or 16 warps
+// that share a tile; tiles loaded two ahead; O += P V beside the next exponentials (LAZY). Not better: P truncated
+// instead of rounded; the next chunk's S begun before this one's exponentials; two stages; chunks of 128.
 
 #ifndef GPU3D_ATTENTION_STREAM_CUH
 #define GPU3D_ATTENTION_STREAM_CUH

@@ -150,8 +150,8 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void knn(
     real *__restrict__ distances,    // [queries, k]; inf for a missing neighbour, NaN if the query is not finite
     int *__restrict__ indices        // [queries, k]; -1 for a missing neighbour
 ) {
-    // Blocks begin at both ends of the order and meet in its middle. Stray points lie at the ends, and what is far from
-    // all points must look at most of them: 0.1 ms for a warp, which would be left to wait for if it began last.
+    // Blocks begin at both ends of the order and meet in its middle. Stray points are often near the ends. A query that
+    // is far from all points looks at most of them, and that takes 0.1 ms and more: it must not begin last.
     const int half = blockIdx.x >> 1, block = blockIdx.x & 1 ? gridDim.x - 1 - half : half;
     search(
         block, queries, query_clouds, query_slots, group, index, clouds, k, squared, exclude, radius2, radii, distances,

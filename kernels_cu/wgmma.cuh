@@ -53,7 +53,7 @@ DEFINE_WGMMA(64, 8, LIST_32, 32, 33, 34, 35, 36, 37, 38)
 DEFINE_WGMMA(128, 16, LIST_64, 64, 65, 66, 67, 68, 69, 70)
 // clang-format on
 
-// Step i of a product.
+// Step i of d = a * b, of which step 0 is the first.
 template <int MN_B, int MN_A, int TILES>
 __device__ __forceinline__ void multiply_step(float (&d)[TILES][4], int i, u64 a, u64 b) {
     if (i == 0) wgmma_new<MN_B, MN_A>(d, a, b);
